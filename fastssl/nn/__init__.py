@@ -1,0 +1,2 @@
+"""Drop-in modules, thin over `fastssl.functional`."""
+__all__ = []

@@ -1,0 +1,124 @@
+"""How an operation meets PyTorch: one class, one call per operation.
+
+`Op` registers with torch.library, in two variants that share schema, fake kernel and autograd formula:
+
+    fastssl::<name>            the kernel of the tensors' device where there is one, else the portable code
+    fastssl::<name>_portable   the portable code on every device (`use_backend("portable")`)
+
+PyTorch's dispatcher picks the kernel. The C++ library adds its own under the CPU key when it is loaded
+(`fastssl/_native.py`), and hands float64 to the portable variant; `cuda` is a Triton or CUDA launcher.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_library = torch.library.Library("fastssl", "DEF")
+_BACKENDS = ("auto", "portable", "reference")
+_backend = "auto"
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Choose, inside a `with` block, what computes fastssl's operations in this process.
+
+    What ran a forward pass also runs its backward pass, wherever that is called. torch.compile
+    recompiles when the choice changes.
+
+    Args:
+        name: "auto", the kernels of the device (the default); "portable", blocks of plain PyTorch in
+            O(B D) memory; or "reference", the naive formula, which is slow and large but easy to trust.
+
+    Raises:
+        ValueError: if `name` is none of these.
+    """
+    if name not in _BACKENDS:
+        raise ValueError(f"name must be one of {', '.join(map(repr, _BACKENDS))}, got {name!r}")
+    global _backend
+    before, _backend = _backend, name
+    try:
+        yield
+    finally:
+        _backend = before
+
+
+def current_backend() -> str:
+    """The backend that `use_backend` chose here: "auto" outside of any `with` block."""
+    return _backend
+
+
+class Op:
+    """An operation registered with torch.library.
+
+    Args:
+        schema: torch.library's schema; its name is the operation's name.
+        fake: shapes and dtypes of the outputs, from fake inputs.
+        portable: the operation in plain PyTorch, for any device and floating dtype, in O(B D) memory.
+        setup_context: (ctx, inputs, output) -> None, as torch.autograd.Function's.
+        backward: (ctx, backward_op, *grad_outputs) -> a gradient for every input.
+        backward_op: the operation that `backward` calls; it gets the variant that ran forward.
+        cuda: kernel for CUDA tensors, or None where there is none.
+    """
+
+    def __init__(
+        self,
+        schema: str,
+        *,
+        fake: Callable[..., Any],
+        portable: Callable[..., Any],
+        setup_context: Callable[..., None],
+        backward: Callable[..., Any],
+        backward_op: "Op | None" = None,
+        cuda: Callable[..., Any] | None = None,
+    ) -> None:
+        name, signature = schema.split("(", 1)
+        self.name = name
+        variants = []
+        for suffix in ("", "_portable"):
+            _library.define(f"{name}{suffix}({signature}")
+            _library.impl(f"{name}{suffix}", portable, "CompositeExplicitAutograd")
+            torch.library.register_fake(f"fastssl::{name}{suffix}", fake, lib=_library)
+            op = getattr(torch.ops.fastssl, name + suffix).default
+            derivative = backward_op and getattr(backward_op, "portable" if suffix else "auto")
+            variants.append(_differentiable(op, setup_context, backward, derivative))
+        self.auto, self.portable = variants
+        if cuda is not None:
+            _library.impl(name, cuda, "CUDA")
+
+    def __call__(self, *args: Any) -> Any:
+        return (self.portable if current_backend() == "portable" else self.auto)(*args)
+
+
+def _differentiable(
+    op: torch._ops.OpOverload,
+    setup_context: Callable[..., None],
+    backward: Callable[..., Any],
+    backward_op: Callable[..., Any] | None,
+) -> Callable[..., Any]:
+    """`op` with its autograd formula, callable under torch.func's transforms too.
+
+    torch.library's own autograd registration does not yet work under torch.func, which wants a
+    torch.autograd.Function; the same formula serves both.
+    """
+
+    def formula(ctx: Any, *grads: Tensor) -> Any:
+        return backward(ctx, backward_op, *grads)
+
+    torch.library.register_autograd(op._name, formula, setup_context=setup_context, lib=_library)
+    function = type(
+        op._opname,
+        (torch.autograd.Function,),
+        {"forward": staticmethod(op), "setup_context": staticmethod(setup_context), "backward": staticmethod(formula)},
+    )
+
+    def call(*args: Any) -> Any:
+        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+            return function.apply(*args)
+        return op(*args)
+
+    return call

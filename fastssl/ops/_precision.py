@@ -1,0 +1,45 @@
+"""In which precision an operation multiplies: PyTorch's own settings, read once, in the forward pass."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_FLOAT32_PRODUCTS = {"highest": "float32", "high": "tf32", "medium": "bfloat16"}
+_PRODUCTS = {torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+def product_precision(x: Tensor) -> str:
+    """The precision of products of `x`: "float64", "float32", "tf32", "bfloat16" or "float16".
+
+    It is that of x's dtype, or autocast's where autocast is on for x's device. For float32 it follows
+    `torch.set_float32_matmul_precision`. Sums are taken in float32 (float64 for "float64") whatever it is.
+    """
+    dtype = x.dtype
+    if autocast_enabled(x) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+    if dtype == torch.float32:
+        return _FLOAT32_PRODUCTS[_float32_matmul_precision()]
+    return _PRODUCTS[dtype]
+
+
+@torch.compiler.assume_constant_result  # torch.compile cannot trace it, and recompiles when it changes
+def _float32_matmul_precision() -> str:
+    return torch.get_float32_matmul_precision()
+
+
+def autocast_enabled(x: Tensor) -> bool:
+    """Whether autocast is on for the device of `x`."""
+    return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums, log-sum-exps and losses over inputs of `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def round_operand(x: Tensor, precision: str) -> Tensor:
+    """`x` rounded to `precision`, held in its own dtype, so that a product of such tensors rounds only its sums."""
+    if precision in ("bfloat16", "float16"):
+        return x.to(getattr(torch, precision)).to(x.dtype)
+    return x
