@@ -1,6 +1,6 @@
 """fastssl: fused kernels for self-supervised learning."""
 
-from fastssl import functional, nn
+from fastssl import _native, functional, nn  # noqa: F401  (_native loads the C++ kernels)
 from fastssl.ops import use_backend
 
 __all__ = ["functional", "nn", "use_backend"]

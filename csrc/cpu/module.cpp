@@ -1,0 +1,37 @@
+// fastssl._C: what is bound and is not a tensor operation. The operations go through PyTorch's dispatcher.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/version.h>
+
+#include "common/isa.h"
+
+namespace py = pybind11;
+
+namespace {
+
+std::vector<std::string> names(const std::vector<fastssl::Isa>& isas) {
+  std::vector<std::string> result;
+  for (fastssl::Isa isa : isas) result.emplace_back(fastssl::name(isa));
+  return result;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "What fastssl's C++ library was built with, and the instruction sets it uses.";
+  m.attr("compiler") = FASTSSL_COMPILER;
+  m.attr("torch_version") = TORCH_VERSION;
+#if defined(_OPENMP)
+  m.attr("openmp") = true;
+#else
+  m.attr("openmp") = false;
+#endif
+  m.def("built_isas", [] { return names(fastssl::built()); }, "Instruction sets that kernels were compiled for.");
+  m.def("available_isas", [] { return names(fastssl::available()); }, "Of those built, what this CPU can run.");
+  m.def("current_isa", [] { return fastssl::name(fastssl::current()); }, "The instruction set that kernels use.");
+  m.def(
+      "set_current_isa",
+      [](const std::string& name) { fastssl::set_current(fastssl::isa_from_name(name)); },
+      py::arg("name"),
+      "Make kernels use one of available_isas(), in this process.");
+}

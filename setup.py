@@ -1,0 +1,100 @@
+"""Runs CMake for the native code. Where that cannot be built, fastssl installs without it and records why."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+REQUIRE = os.environ.get("FASTSSL_BUILD") == "require"
+_FIND_TORCH = "import os, torch; print(torch.__version__, os.path.dirname(torch.__file__), sep='\\n')"
+
+
+class BuildError(Exception):
+    """Why there is no native code, in words for the person who installs."""
+
+
+def find_torch() -> tuple[str, str]:
+    """(version, package directory) of the torch that fastssl will run with.
+
+    pip builds in an isolated environment, made with PYTHONPATH, that hides it: there this looks around it.
+    """
+    hidden = ("PYTHONPATH", "PYTHONNOUSERSITE")
+    for environment in (os.environ, {k: v for k, v in os.environ.items() if k not in hidden}):
+        found = subprocess.run(
+            [sys.executable, "-c", _FIND_TORCH], capture_output=True, text=True, env=environment, cwd=sys.prefix
+        )
+        if found.returncode == 0:
+            version, directory = found.stdout.strip().splitlines()[-2:]
+            if tuple(map(int, version.split(".")[:2])) < (2, 10):
+                raise BuildError(f"torch must be 2.10 or newer, got {version}")
+            return version, directory
+    reason = (found.stderr.strip().splitlines() or ["it printed nothing"])[-1]
+    raise BuildError(f"no torch to build against when fastssl was installed ({reason})")
+
+
+def run(*command: str) -> None:
+    done = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    print(done.stdout, flush=True)
+    if done.returncode:
+        lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
+        start = next((i for i, line in enumerate(lines) if "error" in line.lower()), max(0, len(lines) - 5))
+        raise BuildError(f"{Path(command[0]).name} failed: {' '.join(lines[start : start + 5])}")
+
+
+def tool(name: str) -> str:
+    path = shutil.which(name, path=os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")]))
+    if path is None:
+        raise BuildError(f"{name} not found")
+    return path
+
+
+class BuildNative(build_ext):
+    def run(self) -> None:
+        package = ROOT / "fastssl" if self.inplace else Path(self.build_lib).resolve() / "fastssl"
+        package.mkdir(parents=True, exist_ok=True)
+        library = package / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+        library.unlink(missing_ok=True)  # an old one must not outlive a failed build
+        record = {"torch": None, "error": None}
+        try:
+            record["torch"], torch_dir = find_torch()
+            shutil.copy2(self.compile(torch_dir) / library.name, library)
+        except BuildError as error:
+            if REQUIRE:
+                raise
+            record["error"] = str(error)
+            print(f"fastssl: installing without its C++ kernels: {error}", file=sys.stderr, flush=True)
+        (package / "_build.json").write_text(json.dumps(record))
+
+    def compile(self, torch_dir: str) -> Path:
+        # setuptools gives editable builds a temporary directory; here they keep theirs, to compile only what changed.
+        build = (ROOT / "build" / "editable" if self.editable_mode else Path(self.build_temp)).resolve()
+        cmake, ninja = tool("cmake"), tool("ninja")
+        run(
+            cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}",
+            f"-DPython_EXECUTABLE={sys.executable}", f"-DTORCH_DIR={torch_dir}",
+        )  # fmt: skip
+        run(cmake, "--build", str(build))
+        return build
+
+    def get_outputs(self) -> list[str]:
+        return []
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}
+
+
+setup(
+    packages=[*find_packages(include=["fastssl", "fastssl.*"]), "fastssl.kernels"],
+    package_dir={"fastssl": "fastssl", "fastssl.kernels": "kernels"},
+    ext_modules=[Extension("fastssl._C", sources=[])],
+    cmdclass={"build_ext": BuildNative},
+)
