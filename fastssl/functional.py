@@ -15,7 +15,7 @@ from fastssl import reference
 from fastssl.ops import contrastive, current_backend
 from fastssl.ops._precision import accumulate_dtype, autocast_enabled, product_precision
 
-__all__ = ["nt_xent"]
+__all__ = ["nt_xent", "similarity_logsumexp"]
 
 
 def nt_xent(
@@ -63,32 +63,109 @@ def nt_xent(
     return loss if autocast_enabled(z1) else loss.to(z1.dtype)
 
 
+def similarity_logsumexp(
+    x: Tensor,
+    y: Tensor,
+    *,
+    scale: float | Tensor = 1.0,
+    exclude: Tensor | None = None,
+    offset: Tensor | None = None,
+) -> Tensor:
+    r"""Log-sum-exp of the similarities of each row of x with all rows of y: the normaliser of softmax contrastive losses.
+
+        lse_i = log sum_{j != exclude[i]} exp(scale <x_i, y_j>) - offset_i
+
+    Against a queue of negatives (MoCo, arXiv:1911.05722), with `pos` the scaled similarities of the positive pairs,
+    InfoNCE is `softplus(similarity_logsumexp(x, queue, scale=s, offset=pos))`; against a batch that holds the
+    positives, it is `similarity_logsumexp(x, y, scale=s, offset=pos)`.
+
+    The M x N similarities are never stored: memory is O((M + N) D). A y that needs no gradient may be overwritten
+    between the forward and the backward pass, as a queue is; a second derivative needs its values and then raises.
+
+    Args:
+        x: (M, D) rows; float32, bfloat16, float16 or float64. They are not normalised here.
+        y: (N, D) rows, of x's dtype and device.
+        scale: multiplies the similarities: a number, or a 0-d tensor, which gets its exact gradient.
+        exclude: (M,) int64, the column to leave out of each row; -1, or any number that is no column, leaves none out.
+        offset: (M,) subtracted from each row's result, which is then as accurate as the difference is small.
+
+    Returns:
+        (M,) in float32, in float64 for float64. Minus infinity where no column is left, with a gradient of zero.
+        NaN where a similarity that is not left out is NaN or plus infinity.
+
+    Raises:
+        TypeError: if x, y, exclude or offset is no tensor, or scale neither number nor tensor.
+        ValueError: if shapes, dtypes or devices do not fit, or scale is a number that is not finite.
+    """
+    _check_rows("x", x, "(M, D)")
+    _check_rows("y", y, "(N, D)")
+    if x.shape[1] != y.shape[1]:
+        raise ValueError(f"x and y must have the same number of features, got {tuple(x.shape)} and {tuple(y.shape)}")
+    _check_alike("x", x, "y", y)
+    _check_scalar("scale", scale)
+    if exclude is not None:
+        _check_vector("exclude", exclude, x)
+        if exclude.dtype != torch.int64:
+            raise ValueError(f"exclude must have dtype torch.int64, got {exclude.dtype}")
+    if offset is not None:
+        _check_vector("offset", offset, x)
+    if current_backend() == "reference":
+        return reference.contrastive.similarity_logsumexp(x, y, scale=scale, exclude=exclude, offset=offset)
+    scale = torch.as_tensor(scale, dtype=accumulate_dtype(x.dtype), device=x.device)
+    total, shift, _ = contrastive.similarity_logsumexp(x, y, scale, exclude, product_precision(x))
+    log_total = total.where(total != 0, 1).log().where(total != 0, float("-inf"))  # the gradient of log(0) is NaN
+    return log_total + (shift if offset is None else shift - offset)
+
+
 def _check_pair(z1: Tensor, z2: Tensor) -> None:
-    for name, z in (("z1", z1), ("z2", z2)):
-        if not isinstance(z, Tensor):
-            raise TypeError(f"{name} must be a Tensor, got {type(z).__name__}")
-        if not z.is_floating_point():
-            raise ValueError(f"{name} must have a floating-point dtype, got {z.dtype}")
-        if z.dim() != 2:
-            raise ValueError(f"{name} must have shape (B, D), got {tuple(z.shape)}")
-        if z.shape[1] == 0:
-            raise ValueError(f"{name} must have at least one feature, got shape {tuple(z.shape)}")
+    _check_rows("z1", z1, "(B, D)")
+    _check_rows("z2", z2, "(B, D)")
     if z1.shape != z2.shape:
         raise ValueError(f"z1 and z2 must have the same shape, got {tuple(z1.shape)} and {tuple(z2.shape)}")
+    _check_alike("z1", z1, "z2", z2)
+
+
+def _check_rows(name: str, z: Tensor, shape: str) -> None:
+    if not isinstance(z, Tensor):
+        raise TypeError(f"{name} must be a Tensor, got {type(z).__name__}")
+    if not z.is_floating_point():
+        raise ValueError(f"{name} must have a floating-point dtype, got {z.dtype}")
+    if z.dim() != 2:
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(z.shape)}")
+    if z.shape[1] == 0:
+        raise ValueError(f"{name} must have at least one feature, got shape {tuple(z.shape)}")
+
+
+def _check_alike(name1: str, z1: Tensor, name2: str, z2: Tensor) -> None:
     if z1.dtype != z2.dtype:
-        raise ValueError(f"z1 and z2 must have the same dtype, got {z1.dtype} and {z2.dtype}")
+        raise ValueError(f"{name1} and {name2} must have the same dtype, got {z1.dtype} and {z2.dtype}")
     if z1.device != z2.device:
-        raise ValueError(f"z1 and z2 must be on the same device, got {z1.device} and {z2.device}")
+        raise ValueError(f"{name1} and {name2} must be on the same device, got {z1.device} and {z2.device}")
+
+
+def _check_vector(name: str, vector: Tensor, x: Tensor) -> None:
+    if not isinstance(vector, Tensor):
+        raise TypeError(f"{name} must be a Tensor, got {type(vector).__name__}")
+    if vector.shape != x.shape[:1]:
+        raise ValueError(f"{name} must have one element for each row of x, ({x.shape[0]},), got {tuple(vector.shape)}")
+    if vector.device != x.device:
+        raise ValueError(f"{name} and x must be on the same device, got {vector.device} and {x.device}")
 
 
 def _check_temperature(temperature: float | Tensor) -> None:
-    if isinstance(temperature, Tensor):
-        if temperature.dim() != 0:
-            raise ValueError(f"temperature must be a number or a 0-d tensor, got shape {tuple(temperature.shape)}")
-    elif not isinstance(temperature, (int, float)):
-        raise TypeError(f"temperature must be a number or a 0-d tensor, got {type(temperature).__name__}")
-    elif temperature == 0 or not math.isfinite(temperature):
-        raise ValueError(f"temperature must be finite and not zero, got {temperature}")
+    _check_scalar("temperature", temperature)
+    if not isinstance(temperature, Tensor) and temperature == 0:
+        raise ValueError(f"temperature must not be zero, got {temperature}")
+
+
+def _check_scalar(name: str, scalar: float | Tensor) -> None:
+    if isinstance(scalar, Tensor):
+        if scalar.dim() != 0:
+            raise ValueError(f"{name} must be a number or a 0-d tensor, got shape {tuple(scalar.shape)}")
+    elif not isinstance(scalar, (int, float)):
+        raise TypeError(f"{name} must be a number or a 0-d tensor, got {type(scalar).__name__}")
+    elif not math.isfinite(scalar):
+        raise ValueError(f"{name} must be finite, got {scalar}")
 
 
 def _check_reduction(reduction: str) -> None:

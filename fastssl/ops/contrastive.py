@@ -15,10 +15,25 @@ log-sum-exp of 100, rounded to float32, costs no accuracy. Its gradient, given g
     dL/dscale = 1/2 sum_i <z_i, G_i>
 
 and, where rows were normalised, z = x / |x|:   dL/dx_i = (dL/dz_i - <dL/dz_i, z_i> z_i) / |x_i|.
+
+The log-sum-exp of one set of rows against another, for what is not symmetric (other ranks' rows, a queue), with
+S = scale x y^T and the column exclude[i] of row i left out:
+
+    lse_i      = log sum_{j != exclude[i]} exp(S_ij) = shift_i + log(total_i)
+    weighted_i = sum_j E_ij y_j,    E_ij = exp(S_ij - shift_i)
+
+What is differentiated is total, with the shift held constant: shift + log(total) then has every derivative of the
+log-sum-exp. As flash attention does, the forward pass takes the weighted sum beside the total. Given g_i = dL/dtotal_i,
+
+    dL/dx_i  = scale g_i weighted_i,    dL/dscale = sum_i g_i <x_i, weighted_i>,    dL/dy = scale E^T (g x)
+
+so the backward pass recomputes S for y alone, and reads nothing of a y without gradient: a queue may move on
+between the two.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -59,9 +74,9 @@ def _normalized_rows(z1: Tensor, z2: Tensor, normalize: bool) -> tuple[Tensor, T
     return (z / norms.clamp_min(_EPS)).to(z.dtype), norms.to(z.dtype)
 
 
-def _blocks(rows: int) -> list[tuple[int, int]]:
-    """Consecutive (start, stop) that cut `rows` rows of an N x N matrix into pieces of bounded size."""
-    step = max(1, _BLOCK_ELEMENTS // max(rows, 1))
+def _blocks(rows: int, columns: int) -> list[tuple[int, int]]:
+    """Consecutive (start, stop) that cut the rows of a matrix into pieces of bounded size."""
+    step = max(1, _BLOCK_ELEMENTS // max(columns, 1))
     return [(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
@@ -74,7 +89,7 @@ def _nt_xent_portable(z1: Tensor, z2: Tensor, scale: Tensor, normalize: bool, pr
     rows = z.shape[0]
     loss, shift, total = z.new_empty(rows), z.new_empty(rows), z.new_empty(rows)
     positive = torch.arange(rows, device=z.device).roll(rows // 2)
-    for start, stop in _blocks(rows):
+    for start, stop in _blocks(rows, rows):
         similarity = (z[start:stop] @ z.T).mul_(scale)
         similarity.diagonal(start).fill_(float("-inf"))
         aligned = similarity.gather(1, positive[start:stop, None]).squeeze(1)
@@ -111,7 +126,7 @@ def _nt_xent_backward_portable(
     rounded = round_operand(z, precision)
     rows = z.shape[0]
     gradient, coefficient = torch.empty_like(z), grad_loss / total
-    for start, stop in _blocks(rows):
+    for start, stop in _blocks(rows, rows):
         similarity = (rounded[start:stop] @ rounded.T).mul_(scale)
         weight = (similarity - shift[start:stop, None]).exp_().mul_(coefficient[start:stop, None])
         weight += similarity.sub_(shift).exp_().mul_(coefficient)
@@ -153,7 +168,7 @@ def _nt_xent_double_backward(ctx: Any, _: None, *directions: Tensor) -> tuple:
     grad_loss, *point = ctx.saved_tensors
     rows, dtype = grad_loss.shape[0], accumulate_dtype(point[0].dtype)
     total = [torch.zeros_like(x, dtype=dtype) for x in (grad_loss, *point)]
-    for start, stop in _blocks(rows):
+    for start, stop in _blocks(rows, rows):
 
         def loss(z1: Tensor, z2: Tensor, scale: Tensor, grad_loss: Tensor) -> Tensor:
             z = torch.cat([z1, z2])
@@ -192,4 +207,144 @@ nt_xent = Op(
     backward=_nt_xent_backward,
     backward_op=_backward,
     cuda=_cuda("nt_xent"),
+)
+
+
+def _row_blocks(x: Tensor, y: Tensor) -> list[slice]:
+    """The rows of x in blocks whose similarities with all of y are of bounded size."""
+    return [slice(*block) for block in _blocks(x.shape[0], y.shape[0])] if y.shape[0] else []
+
+
+def _similarity(rows: slice, x: Tensor, y: Tensor, scale: Tensor, exclude: Tensor | None) -> Tensor:
+    """S[rows], minus infinity where a column is excluded."""
+    similarity = x[rows] @ y.T * scale
+    if exclude is None:
+        return similarity
+    return similarity.masked_fill(torch.arange(y.shape[0], device=y.device) == exclude[rows, None], float("-inf"))
+
+
+def _similarity_logsumexp_fake(
+    x: Tensor, y: Tensor, scale: Tensor, exclude: Tensor | None, precision: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = accumulate_dtype(x.dtype)
+    row = x.new_empty(x.shape[0], dtype=dtype)
+    return row, torch.empty_like(row), x.new_empty(x.shape, dtype=dtype)
+
+
+def _similarity_logsumexp_portable(
+    x: Tensor, y: Tensor, scale: Tensor, exclude: Tensor | None, precision: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    x, y = (round_operand(t.to(accumulate_dtype(t.dtype)), precision) for t in (x, y))
+    total, shift, weighted = x.new_zeros(x.shape[0]), x.new_zeros(x.shape[0]), x.new_zeros(x.shape)
+    for rows in _row_blocks(x, y):
+        similarity = _similarity(rows, x, y, scale, exclude)
+        largest = similarity.amax(1)
+        shift[rows] = largest.where(largest != float("-inf"), 0)  # where every column is excluded
+        weight = similarity.sub_(shift[rows, None]).exp_()
+        total[rows] = weight.sum(1)
+        weighted[rows] = round_operand(weight, precision) @ y
+    return total, shift, weighted
+
+
+def _similarity_logsumexp_backward_fake(
+    grad_total: Tensor,
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    exclude: Tensor | None,
+    shift: Tensor,
+    weighted: Tensor,
+    needs_y: bool,
+    precision: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), y.new_empty((y.shape[0] if needs_y else 0, y.shape[1])), scale.new_empty(())
+
+
+def _similarity_logsumexp_backward_portable(
+    grad_total: Tensor,
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    exclude: Tensor | None,
+    shift: Tensor,
+    weighted: Tensor,
+    needs_y: bool,
+    precision: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx = (grad_total * scale)[:, None] * weighted
+    dscale = (grad_total[:, None] * weighted * x).sum(dtype=torch.float64).to(scale.dtype)
+    dy = weighted.new_zeros((y.shape[0] if needs_y else 0, y.shape[1]))
+    if needs_y:
+        rounded_x, rounded_y = (round_operand(t.to(dy.dtype), precision) for t in (x, y))
+        for rows in _row_blocks(x, y):
+            weight = _similarity(rows, rounded_x, rounded_y, scale, exclude).sub_(shift[rows, None]).exp_().mul_(grad_total[rows, None])
+            dy.addmm_(round_operand(weight, precision).T, rounded_x[rows])
+        dy *= scale
+    return dx.to(x.dtype), dy.to(y.dtype), dscale
+
+
+def _similarity_logsumexp_setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    x, ctx.y, scale, exclude, ctx.precision = inputs
+    _, shift, weighted = output
+    # save_for_backward would refuse to go on once y has been overwritten, which harms nothing if y needs no gradient.
+    ctx.y_version = ctx.y._version
+    ctx.save_for_backward(x, scale, exclude, shift, weighted)
+    ctx.mark_non_differentiable(shift, weighted)
+
+
+def _similarity_logsumexp_backward(ctx: Any, backward_op: Any, grad_total: Tensor, *_: Tensor) -> tuple:
+    x, scale, exclude, shift, weighted = ctx.saved_tensors
+    needs_y = ctx.needs_input_grad[1]
+    if (needs_y or torch.is_grad_enabled()) and ctx.y._version != ctx.y_version:
+        raise RuntimeError(
+            f"y was modified in place after the forward pass, and {'its gradient' if needs_y else 'a second derivative'}"
+            f" needs its values: it is at version {ctx.y._version}, expected {ctx.y_version}"
+        )
+    dx, dy, dscale = backward_op(grad_total, x, ctx.y, scale, exclude, shift, weighted, needs_y, ctx.precision)
+    return dx, dy if needs_y else None, dscale, None, None
+
+
+def _similarity_logsumexp_backward_setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    grad_total, x, y, scale, exclude, shift, _, ctx.needs_y, _ = inputs
+    ctx.save_for_backward(grad_total, x, y, scale, exclude, shift)
+
+
+def _similarity_logsumexp_double_backward(ctx: Any, _: None, *directions: Tensor) -> tuple:
+    """Second derivatives, as NT-Xent's."""
+    grad_total, x, y, scale, exclude, shift = ctx.saved_tensors
+    inputs, dtype = (grad_total, x, y, scale), shift.dtype
+    direction_x, direction_y, direction_scale = (u.to(dtype) for u in directions)
+    directions = direction_x, direction_y if ctx.needs_y else torch.zeros_like(y, dtype=dtype), direction_scale
+    sums = [torch.zeros_like(t, dtype=dtype) for t in inputs]
+    for rows in _row_blocks(x, y):
+
+        def total(x: Tensor, y: Tensor, scale: Tensor, grad_total: Tensor) -> Tensor:
+            similarity = _similarity(rows, x, y, scale, exclude)
+            return (grad_total[rows] * (similarity - shift[rows, None]).exp().sum(1)).sum()
+
+        def along(grad_total: Tensor, *point: Tensor) -> Tensor:
+            return torch.func.jvp(lambda *p: total(*p, grad_total), point, directions)[1]
+
+        gradients = torch.func.grad(along, argnums=(0, 1, 2, 3))(*(t.to(dtype) for t in inputs))
+        sums = [s + g for s, g in zip(sums, gradients, strict=True)]
+    return *(s.to(t.dtype) for s, t in zip(sums, inputs, strict=True)), None, None, None, None, None
+
+
+_similarity_logsumexp_backward_op = Op(
+    "similarity_logsumexp_backward(Tensor grad_total, Tensor x, Tensor y, Tensor scale, Tensor? exclude, Tensor shift,"
+    " Tensor weighted, bool needs_y, str precision) -> (Tensor, Tensor, Tensor)",
+    fake=_similarity_logsumexp_backward_fake,
+    portable=_similarity_logsumexp_backward_portable,
+    setup_context=_similarity_logsumexp_backward_setup_context,
+    backward=_similarity_logsumexp_double_backward,
+)
+
+similarity_logsumexp = Op(
+    "similarity_logsumexp(Tensor x, Tensor y, Tensor scale, Tensor? exclude, str precision)"
+    " -> (Tensor total, Tensor shift, Tensor weighted)",
+    fake=_similarity_logsumexp_fake,
+    portable=_similarity_logsumexp_portable,
+    setup_context=_similarity_logsumexp_setup_context,
+    backward=_similarity_logsumexp_backward,
+    backward_op=_similarity_logsumexp_backward_op,
 )
