@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -42,12 +43,16 @@ def find_torch() -> tuple[str, str]:
 
 
 def run(*command: str) -> None:
-    done = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    done = subprocess.run(
+        command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "LC_ALL": "C"}
+    )
     print(done.stdout, flush=True)
     if done.returncode:
-        lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
-        start = next((i for i, line in enumerate(lines) if "error" in line.lower()), max(0, len(lines) - 5))
-        raise BuildError(f"{Path(command[0]).name} failed: {' '.join(lines[start : start + 5])}")
+        cmake_error = r"^CMake Error.*\n((?:\s+.*\n)+)"  # its message is the indented lines below
+        compiler_error = r"^(.*\berror: .*)$"
+        found = re.search(f"{cmake_error}|{compiler_error}", done.stdout, re.MULTILINE)
+        message = " ".join((found[1] or found[2]).split()) if found else f"exit status {done.returncode}"
+        raise BuildError(f"{Path(command[0]).name} failed: {message}")
 
 
 def tool(name: str) -> str:
@@ -81,6 +86,7 @@ class BuildNative(build_ext):
         run(
             cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}",
             f"-DPython_EXECUTABLE={sys.executable}", f"-DTORCH_DIR={torch_dir}",
+            f"-DCMAKE_CXX_FLAGS={os.environ.get('CXXFLAGS', '')}",  # CMake itself reads it only once per directory
         )  # fmt: skip
         run(cmake, "--build", str(build))
         return build

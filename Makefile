@@ -1,0 +1,30 @@
+# make demo | test | bench: each sets up .venv first. `make clean` before another PYTHON or TORCH.
+# Without a GPU, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu gets a torch a tenth the size.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+NATIVE := setup.py CMakeLists.txt pyproject.toml $(shell find csrc -type f)
+
+.PHONY: demo test bench clean
+
+demo: .venv/demo
+	$(BIN)/python -m fastssl.train.demo
+
+test: .venv/test
+	$(BIN)/python -m pytest
+
+bench: .venv/bench
+	$(BIN)/python benchmarks/run.py
+
+clean:
+	rm -rf .venv build dist *.egg-info fastssl/_build.json fastssl/*.so
+
+.venv/torch:
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install "$(TORCH)"
+	touch $@
+
+# Editable, so that what runs is the working tree. torch again, lest an extra bring another one.
+.venv/demo .venv/test .venv/bench: .venv/torch $(NATIVE)
+	$(BIN)/pip install "$(TORCH)" --editable ".[$(@F)]"
+	touch $@
