@@ -73,6 +73,7 @@ def main() -> None:
     cuda_library = _native.status()["_C_cuda"]
     report = {
         f"fastssl {fastssl.__version__}": [
+            ("location", str(Path(fastssl.__file__).parent)),
             ("torch", torch.__version__),
             ("Python", platform.python_version()),
             ("system", platform.platform()),
