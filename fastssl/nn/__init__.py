@@ -1,2 +1,6 @@
 """Drop-in modules, thin over `fastssl.functional`."""
-__all__ = []
+
+from fastssl.nn.memory_bank import MemoryBank
+from fastssl.nn.ntxent import NTXentLoss
+
+__all__ = ["MemoryBank", "NTXentLoss"]

@@ -42,6 +42,8 @@ class OpSpec:
         samples: (dtype, device) -> valid calls: ragged, strided, scaled, and degenerate inputs.
         bad_inputs: () -> calls that must raise.
         op_args: (sample) -> arguments of `torch.ops.fastssl.<name>` for that sample.
+        magnitude: (sample) -> how large the terms are that its values and gradients sum up: what rounding errors are
+            relative to, where the result itself cancels.
         dtypes: floating dtypes that the inputs may have.
     """
 
@@ -51,6 +53,7 @@ class OpSpec:
     samples: Callable[[torch.dtype, str], Iterator[Sample]]
     bad_inputs: Callable[[], Iterator[BadInput]]
     op_args: Callable[[Sample], tuple[Any, ...]]
+    magnitude: Callable[[Sample], float]
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
     def __post_init__(self) -> None:

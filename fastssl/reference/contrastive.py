@@ -178,7 +178,33 @@ def _similarity_logsumexp_op_args(sample: Sample) -> tuple:
     return x, y, scale, sample.kwargs.get("exclude"), str(x.dtype).removeprefix("torch.")
 
 
-OpSpec("nt_xent", "contrastive", nt_xent, _nt_xent_samples, _nt_xent_bad_inputs, _nt_xent_op_args)
+def _largest_norm(*tensors: Tensor) -> float:
+    return max((x.detach().double().norm(dim=1).max().item() for x in tensors if x.shape[0]), default=0.0)
+
+
+def _nt_xent_magnitude(sample: Sample) -> float:
+    """The largest |S_ij| that lengths allow."""
+    square = 1 if sample.kwargs.get("normalize", True) else _largest_norm(*sample.args) ** 2
+    return square / abs(float(sample.kwargs.get("temperature", 0.5)))
+
+
+OpSpec(
+    "nt_xent",
+    "contrastive",
+    nt_xent,
+    _nt_xent_samples,
+    _nt_xent_bad_inputs,
+    _nt_xent_op_args,
+    _nt_xent_magnitude,
+)
+
+
+def _similarity_logsumexp_magnitude(sample: Sample) -> float:
+    """The largest |S_ij| that lengths allow."""
+    x, y = sample.args
+    return abs(float(sample.kwargs.get("scale", 1.0))) * _largest_norm(x) * _largest_norm(y)
+
+
 OpSpec(
     "similarity_logsumexp",
     "contrastive",
@@ -186,4 +212,5 @@ OpSpec(
     _similarity_logsumexp_samples,
     _similarity_logsumexp_bad_inputs,
     _similarity_logsumexp_op_args,
+    _similarity_logsumexp_magnitude,
 )

@@ -1,0 +1,99 @@
+"""NT-Xent as a module."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastssl.distributed import gather_rows, rank, world_size
+from fastssl.functional import _check_pair, nt_xent, similarity_logsumexp
+from fastssl.nn.memory_bank import MemoryBank
+from fastssl.ops._precision import accumulate_dtype, autocast_enabled
+
+
+class NTXentLoss(nn.Module):
+    """NT-Xent (SimCLR, arXiv:2002.05709), or InfoNCE against a queue (MoCo, arXiv:1911.05722).
+
+    It takes the place of lightly's class of this name, without a change elsewhere.
+
+    Attributes:
+        memory_bank: the queue, with the buffers `bank` and `bank_ptr`.
+        temperature, gather_distributed: as given.
+
+    Args:
+        temperature: divides the similarities.
+        memory_bank_size: (rows, features) of a queue of past `out1` to serve as the negatives of `out0`, in place of
+            the rest of the batch; 0 for none. The queue takes in `out1` whenever `out0` requires a gradient, after it
+            has been used.
+        gather_distributed: take the rows of all processes as negatives, with their gradients; with a queue, enter
+            them into it. All processes must hold the same number of rows. The mean of the processes' losses, and so
+            the gradients that DistributedDataParallel averages, are those of one process on the whole batch.
+
+    Raises:
+        ValueError: if |temperature| < 1e-8, if memory_bank_size has a negative entry or is neither 0 nor a pair,
+            or if gather_distributed is True and torch.distributed is not available.
+    """
+
+    def __init__(
+        self, temperature: float = 0.5, memory_bank_size: int | Sequence[int] = 0, gather_distributed: bool = False
+    ) -> None:
+        super().__init__()
+        self.memory_bank = MemoryBank(memory_bank_size, gather_distributed)
+        self.temperature = temperature
+        self.gather_distributed = gather_distributed
+        if abs(temperature) < 1e-8:
+            raise ValueError(f"temperature must be at least 1e-8 in magnitude, got {temperature}")
+        if gather_distributed and not torch.distributed.is_available():
+            raise ValueError("gather_distributed must be False where torch.distributed is not available, got True")
+
+    def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
+        """The mean loss.
+
+        Args:
+            out0: (B, D) embeddings of the first views, of any length.
+            out1: (B, D) embeddings of the second views.
+
+        Returns:
+            0-d loss, in the dtype that `fastssl.functional.nt_xent` returns.
+
+        Raises:
+            TypeError, ValueError: as `fastssl.functional.nt_xent`.
+        """
+        if self.memory_bank.size[0] > 0:
+            losses = self._against_memory_bank
+        elif self.gather_distributed and world_size() > 1:
+            losses = self._against_all_processes
+        else:
+            return nt_xent(out0, out1, temperature=self.temperature)
+        _check_pair(out0, out1)
+        loss = losses(out0, out1).mean()
+        return loss if autocast_enabled(out0) else loss.to(out0.dtype)
+
+    def _against_memory_bank(self, out0: Tensor, out1: Tensor) -> Tensor:
+        scale, z0, z1 = 1 / self.temperature, _normalize(out0), _normalize(out1)
+        positive = (z0 * z1).sum(1) * scale
+        # No copy of the bank: the gradient of z0 does not read it again.
+        negatives = self.memory_bank.bank.to(out0)
+        lse = similarity_logsumexp(z0.to(out0.dtype), negatives, scale=scale, offset=positive)
+        if z0.requires_grad:
+            self.memory_bank.update(z1)
+        return -F.logsigmoid(-lse)
+
+    def _against_all_processes(self, out0: Tensor, out1: Tensor) -> Tensor:
+        scale, z = 1 / self.temperature, _normalize(torch.cat([out0, out1]))
+        rows = z.shape[0]
+        positive = (z * z.roll(rows // 2, 0)).sum(1) * scale
+        own = torch.arange(rows, device=z.device) + rank() * rows
+        z = z.to(out0.dtype)
+        return similarity_logsumexp(z, gather_rows(z), scale=scale, exclude=own, offset=positive)
+
+    def extra_repr(self) -> str:
+        return f"temperature={self.temperature}, gather_distributed={self.gather_distributed}"
+
+
+def _normalize(x: Tensor) -> Tensor:
+    """Unit rows, in the dtype of sums."""
+    return F.normalize(x.to(accumulate_dtype(x.dtype)), dim=1)
