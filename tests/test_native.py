@@ -1,0 +1,174 @@
+"""The native library: how it is loaded, how its absence is reported, and which instruction set it uses."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastssl
+from fastssl import _native
+from fastssl.reference import contrastive as reference
+
+PACKAGE = Path(fastssl.__file__).parent
+WHY_NOT = _native.status()["_C"]
+needs_library = pytest.mark.skipif(WHY_NOT is not None, reason=f"the C++ library is not loaded: {WHY_NOT}")
+
+
+def isas() -> list[str]:
+    if WHY_NOT:
+        return []
+    from fastssl import _C
+
+    return _C.available_isas()
+
+
+def python(*arguments: str, cwd: Path = PACKAGE.parent, **environment: str) -> str:
+    """What a fresh interpreter prints, which imports the fastssl that lies in `cwd`."""
+    command, environment = [sys.executable, *arguments], {**os.environ, **environment}
+    done = subprocess.run(command, cwd=cwd, env=environment, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def package(directory: Path, *, torch_version: str | None, error: str | None = None, library: bytes | None) -> Path:
+    (directory / "_build.json").write_text(json.dumps({"torch": torch_version, "error": error}))
+    if library is not None:
+        (directory / "_C.so").write_bytes(library)
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("contents", "reason"),
+    [
+        ({"torch_version": None, "error": "cmake not found", "library": None}, "cmake not found"),
+        ({"torch_version": torch.__version__, "library": None}, "not built"),
+        ({"torch_version": torch.__version__, "library": b"no library"}, "does not load: .*_C.so"),
+        ({"torch_version": "1.13.1", "library": b""}, "built with torch 1.13.1, which .* does not match"),
+    ],
+)
+def test_a_library_that_cannot_be_loaded_leaves_a_reason(tmp_path, contents, reason):
+    assert re.search(reason, _native._load("_C", package(tmp_path, **contents)))
+
+
+def test_reason_without_a_build_record(tmp_path):
+    assert _native._load("_C", tmp_path) == "not built"
+    assert (
+        _native._load("_C_cuda", package(tmp_path, torch_version=None, error="no torch", library=None)) == "not built"
+    )
+
+
+def test_import_survives_a_corrupt_library(tmp_path):
+    copy = shutil.copytree(PACKAGE, tmp_path / "fastssl", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    package(copy, torch_version=torch.__version__, library=b"no library")
+    code = "import torch, fastssl; z = torch.eye(4); print(fastssl.functional.nt_xent(z, z).item())"
+    loss = float(python("-c", code, cwd=tmp_path))
+    z = torch.eye(4)
+    assert loss == pytest.approx(reference.nt_xent(z, z, temperature=0.5).item(), rel=1e-6)
+    report = python("-m", "fastssl", cwd=tmp_path)
+    assert "not loaded: does not load:" in report
+    assert "CPU portable PyTorch" in report
+
+
+@needs_library
+def test_every_operation_with_a_kernel_says_so():
+    report = python("-m", "fastssl")
+    rows = [line.split() for line in report.splitlines()]
+    assert ["nt_xent", "CPU", "C++,", "CUDA"] in [row[:4] for row in rows]
+
+
+@needs_library
+@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
+def test_aten_cpu_capability_is_obeyed(capability):
+    best_within = {"default": ["default"], "avx2": ["default", "avx2"]}.get(capability, isas())
+    expected = [isa for isa in isas() if isa in best_within][-1]
+    if capability not in isas():
+        pytest.skip(f"this CPU, or this build, has no {capability}")
+    code = "import fastssl; from fastssl import _C; print(_C.current_isa())"
+    assert python("-c", code, ATEN_CPU_CAPABILITY=capability) == expected
+
+
+@needs_library
+def test_instruction_sets_are_nested():
+    from fastssl import _C
+
+    built, available = _C.built_isas(), _C.available_isas()
+    assert available == [isa for isa in built if isa in available]
+    assert available[0] == "default"
+    with pytest.raises(ValueError, match="name must be .* got 'mmx'"):
+        _C.set_current_isa("mmx")
+    for isa in set(built) - set(available):
+        with pytest.raises(ValueError, match=f"got '{isa}'"):
+            _C.set_current_isa(isa)
+
+
+@pytest.fixture(params=isas())
+def isa(request):
+    from fastssl import _C
+
+    before = _C.current_isa()
+    _C.set_current_isa(request.param)
+    yield request.param
+    _C.set_current_isa(before)
+
+
+@needs_library
+@pytest.mark.parametrize(("batch", "dim"), [(0, 3), (1, 1), (2, 5), (33, 17), (150, 64), (300, 130)])
+@pytest.mark.parametrize(
+    ("dtype", "precision", "tolerance"),
+    [
+        (torch.float32, "float32", 1e-5),
+        (torch.float32, "bfloat16", 3e-2),
+        (torch.bfloat16, "bfloat16", 3e-2),
+        (torch.float16, "float16", 5e-3),
+    ],
+    ids=str,
+)
+def test_every_instruction_set_agrees_with_float64(isa, batch, dim, dtype, precision, tolerance):
+    generator = torch.Generator().manual_seed(0)
+    z1, z2 = (torch.randn(batch, dim, generator=generator).to(dtype) for _ in range(2))
+    grad = torch.rand(2 * batch, generator=generator) / max(batch, 1)
+    inputs = [x.double() for x in (z1, z2, torch.tensor(2.0))]
+
+    def run(z1, z2, scale, grad, precision):
+        loss, shift, total = torch.ops.fastssl.nt_xent(z1, z2, scale, True, precision)
+        return loss, *torch.ops.fastssl.nt_xent_backward(grad, z1, z2, scale, shift, total, True, precision)
+
+    expected = run(*inputs, grad.double(), "float64")
+    actual = run(z1, z2, torch.tensor(2.0), grad, precision)
+    for got, want in zip(actual, expected, strict=True):
+        bound = tolerance * max(want.norm().item(), grad.norm().item())
+        assert (got.double() - want).norm().item() <= bound
+
+
+@needs_library
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads Linux's /proc")
+def test_no_second_openmp_runtime():
+    code = """
+import re, torch
+def runtimes():
+    torch.randn(512, 512).softmax(1)
+    return sorted(set(re.findall(r"\\S*/lib(?:gomp|omp|iomp)\\S*", open("/proc/self/maps").read())))
+before = runtimes()
+import fastssl
+z = torch.randn(512, 64)
+fastssl.functional.nt_xent(z, z)
+print(before == runtimes(), len(before))
+"""
+    assert python("-c", code) == "True 1"
+
+
+@needs_library
+def test_library_holds_no_path_of_the_machine_that_built_it():
+    from fastssl import _C
+
+    contents = Path(_C.__file__).read_bytes()
+    for path in (Path(__file__).parent.parent, Path(torch.__file__).parent, sys.prefix):
+        assert os.fsencode(path) not in contents
