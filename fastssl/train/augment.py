@@ -1,0 +1,53 @@
+"""Random views of a batch of images, as tensors: every image its own, all at once, reproducible under a generator."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def random_view(images: Tensor, generator: torch.Generator) -> Tensor:
+    """(B, H, W) uint8 images -> (B, 1, H, W) float32 views: cropped, resized, flipped, brightness and contrast jittered."""
+    view = images.unsqueeze(1).float().div_(255)
+    view = random_resized_crop_flip(view, generator)
+    return color_jitter(view, generator)
+
+
+def random_resized_crop_flip(
+    images: Tensor,
+    generator: torch.Generator,
+    scale: tuple[float, float] = (0.3, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> Tensor:
+    """A random crop of each image, of `scale` of its area and with `ratio` as aspect, resized to the image's size.
+
+    Half of the crops are mirrored. Crop, resize and flip are one affine map per image, sampled bilinearly.
+    """
+    batch = images.shape[0]
+    area = _uniform(batch, scale, generator)
+    aspect = _uniform(batch, (math.log(ratio[0]), math.log(ratio[1])), generator).exp()
+    width, height = (area * aspect).sqrt().clamp_max(1), (area / aspect).sqrt().clamp_max(1)
+    theta = torch.zeros(batch, 2, 3)
+    theta[:, 0, 0] = width * (torch.randint(2, (batch,), generator=generator) * 2 - 1)
+    theta[:, 1, 1] = height
+    theta[:, 0, 2] = (1 - width) * _uniform(batch, (-1, 1), generator)
+    theta[:, 1, 2] = (1 - height) * _uniform(batch, (-1, 1), generator)
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+
+def color_jitter(
+    images: Tensor, generator: torch.Generator, brightness: float = 0.4, contrast: float = 0.4
+) -> Tensor:
+    """Each image in [0, 1] multiplied by 1 +- `brightness`, its distance from its mean by 1 +- `contrast`."""
+    shape = (images.shape[0], 1, 1, 1)
+    images = images * _uniform(shape, (1 - brightness, 1 + brightness), generator)
+    mean = images.mean((1, 2, 3), keepdim=True)
+    return ((images - mean) * _uniform(shape, (1 - contrast, 1 + contrast), generator) + mean).clamp_(0, 1)
+
+
+def _uniform(shape: int | tuple[int, ...], between: tuple[float, float], generator: torch.Generator) -> Tensor:
+    return torch.rand(shape, generator=generator) * (between[1] - between[0]) + between[0]

@@ -1,0 +1,53 @@
+"""What the command lines share: one-line errors, checked numbers, a clean end on Ctrl-C."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from fastssl.train.data import DataError
+
+
+class Parser(argparse.ArgumentParser):
+    """Argument parser with the options of every run, whose errors are one line."""
+
+    def __init__(self, prog: str, description: str) -> None:
+        super().__init__(prog, description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        self.add_argument("--batch-size", type=positive_int, default=1024, help="images per step, two views of each")
+        self.add_argument("--seed", type=int, default=0, help="of initial weights, data order and augmentation")
+        self.add_argument("--data", metavar="DIR", help="folder that has Fashion-MNIST's four idx files")
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def positive_int(text: str) -> int:
+    return _positive(int, text)
+
+
+def positive_float(text: str) -> float:
+    return _positive(float, text)
+
+
+def _positive(kind: type, text: str):
+    try:
+        value = kind(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number ({kind.__name__}), got {text!r}") from None
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be positive, got {text}")
+    return value
+
+
+def run(main: Callable[[], None]) -> NoReturn:
+    """Run a command; bad data, bad values and Ctrl-C end it with one line and an exit status, not with a traceback."""
+    try:
+        main()
+    except (DataError, OSError, ValueError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("\nInterrupted.", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(0)

