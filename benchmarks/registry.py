@@ -1,0 +1,142 @@
+"""What is timed: an operation, its inputs, its contestants, and the least work it could be done with.
+
+A family's benchmarks live in the module of its name beside this one; constructing a `Benchmark` registers it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastssl import functional
+from fastssl.reference import OPS
+
+Size = tuple[int, ...]
+Loss = Callable[..., Tensor]
+LossAndGradients = tuple[Tensor, tuple[Tensor, ...]]
+
+BENCHMARKS: dict[str, Benchmark] = {}
+BASELINES = ("naive", "compile", "lightly")
+
+
+@dataclass(frozen=True)
+class Mode:
+    """A precision: the inputs' dtype, fastssl's and the baselines' float32 matmul precision, the largest error.
+
+    A contestant whose loss or gradient has a larger relative error (Frobenius norm) than `tolerance` is wrong. That of
+    bfloat16 admits what eager code loses where it rounds log-sum-exps to bfloat16.
+    """
+
+    dtype: torch.dtype
+    precision: str
+    baseline_precision: str
+    tolerance: float
+
+
+MODES = {
+    "float32": Mode(torch.float32, "highest", "highest", 1e-5),
+    "medium": Mode(torch.float32, "medium", "highest", 5e-3),
+    "bfloat16": Mode(torch.bfloat16, "highest", "highest", 5e-2),
+}
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A loss to build, the float32 matmul precision it runs under, and the bytes it needs at its peak."""
+
+    make: Callable[[], Loss]
+    precision: str
+    needs: float = 0
+    compiled: bool = False
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One operation, forward and backward.
+
+    Attributes:
+        op: name in `fastssl.functional` and `fastssl.reference.OPS`.
+        sizes: what is timed unless the user says otherwise; what a shorter size leaves out is the first one's.
+        memory_sizes: what only the peak memory is measured at.
+        inputs: (size, dtype) -> tensors; those that require gradients get them.
+        flops: (size) -> floating-point operations of the matrix products of forward + backward at best.
+        traffic: (size, bytes per element) -> bytes that forward + backward must read and write.
+        needs: (size, bytes per element) -> estimate of each baseline's peak extra memory.
+        arguments: keyword arguments of fastssl's function and of the reference.
+        peers: baseline -> its loss, from another library.
+        oracle: (*inputs) -> mean loss and gradients, exact to float32 or better; None: the reference in float64.
+    """
+
+    op: str
+    sizes: tuple[Size, ...]
+    memory_sizes: tuple[Size, ...]
+    inputs: Callable[[Size, torch.dtype], tuple[Tensor, ...]]
+    flops: Callable[[Size], float]
+    traffic: Callable[[Size, int], float]
+    needs: Callable[[Size, int], dict[str, float]]
+    arguments: dict[str, Any] = field(default_factory=dict)
+    peers: dict[str, Callable[[], Loss]] = field(default_factory=dict)
+    oracle: Callable[..., LossAndGradients] | None = None
+
+    def __post_init__(self) -> None:
+        BENCHMARKS[self.op] = self
+
+    def contestants(self, size: Size, mode: str, against: tuple[str, ...] = BASELINES) -> dict[str, Contestant]:
+        """fastssl first, then the baselines that `against` names and this operation has."""
+        settings = MODES[mode]
+        naive = functools.partial(OPS[self.op].reference, **self.arguments)
+        ours = functools.partial(getattr(functional, self.op), **self.arguments)
+        needs = self.needs(size, settings.dtype.itemsize)
+        makers = {"naive": lambda: naive, "compile": lambda: compiled(naive), **self.peers}
+        found = {"fastssl": Contestant(lambda: ours, settings.precision)}
+        for name in against:
+            if name in makers:
+                found[name] = Contestant(makers[name], settings.baseline_precision, needs[name], name == "compile")
+        if "naive" in found and settings.precision != settings.baseline_precision:
+            found[f"naive, {settings.precision}"] = Contestant(makers["naive"], settings.precision, needs["naive"])
+        return found
+
+    def expected(self, inputs: tuple[Tensor, ...]) -> LossAndGradients:
+        """The oracle's answer."""
+        if self.oracle:
+            return self.oracle(*inputs)
+        exact = tuple(x.detach().double().requires_grad_(x.requires_grad) for x in inputs)
+        return forward_backward(functools.partial(OPS[self.op].reference, **self.arguments), exact)
+
+    def floor(self, size: Size, itemsize: int, product_rate: float, bandwidth: float) -> float:
+        """Seconds of the products at `product_rate` FLOP/s, then of the traffic at `bandwidth` bytes/s."""
+        return self.flops(size) / product_rate + self.traffic(size, itemsize) / bandwidth
+
+
+def load(names: Sequence[str] = ()) -> dict[str, Benchmark]:
+    """The benchmarks of the families and operations in `names`, or all, by operation."""
+    family = {name: spec.family for name, spec in OPS.items()}
+    for name in set(family.values()):
+        if Path(__file__).with_name(f"{name}.py").exists():
+            importlib.import_module(name)
+    return {op: b for op, b in BENCHMARKS.items() if not names or op in names or family[op] in names}
+
+
+def forward_backward(loss: Loss, inputs: tuple[Tensor, ...]) -> LossAndGradients:
+    """The step that is timed: the loss, averaged where there is one per row, and its gradients."""
+    value = loss(*inputs)
+    if value.dim():
+        value = value.mean()
+    return value.detach(), torch.autograd.grad(value, [x for x in inputs if x.requires_grad])
+
+
+def compiled(loss: Loss) -> Loss:
+    """torch.compile of `loss` for one size, which raises where it cannot compile the whole of it.
+
+    Dynamo forgets what it compiled before, so that no limit on recompilations turns this one into eager code.
+    """
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    return torch.compile(loss, dynamic=False, fullgraph=True)

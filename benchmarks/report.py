@@ -1,0 +1,176 @@
+"""How measurements are shown: tables for the terminal and for a README, a CSV, a plot."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import math
+import textwrap
+from pathlib import Path
+
+from machine import Rates
+from measure import Measurement
+from rich.console import Console
+from rich.table import Table
+
+_QUIET = 0.1  # cores; the system's own housekeeping
+Grid = tuple[list[str], list[list[str]]]
+
+
+def preamble(
+    machine: dict[str, str | int | float], rates: Rates, results: list[Measurement], command: str
+) -> list[str]:
+    """What must be known to read the tables: the machine, its rates, how figures were taken, how to repeat them."""
+    lines = [
+        "{cpu} ({instruction_sets}), {cores} cores, {threads} threads, PyTorch {torch}; ".format(**machine)
+        + "fastssl {fastssl}: {kernels}.".format(**machine),
+        "Forward + backward, normalisation included: medians of interleaved repeats in one process, on the same "
+        "inputs; a ratio is the baseline's time, in brackets, over fastssl's.",
+        "float32: float32 products for all. medium: fastssl under set_float32_matmul_precision('medium'), baselines "
+        "under 'highest' unless named. bfloat16: bfloat16 inputs for all.",
+        "Floor: the products at the machine's best measured rate, plus the traffic at its copy bandwidth; exponentials "
+        f"count nothing. Copy {rates.copy / 1e9:.0f} GB/s; "
+        + "; ".join(
+            f"{str(dtype).removeprefix('torch.')} products {rate / 1e9:.0f} GFLOP/s ({how})"
+            for dtype, (rate, how) in rates.product.items()
+        )
+        + ".",
+        f"Repeat it with: {command}",
+    ]
+    disturbed = max((r.other_processes_cores for r in results if r.other_processes_cores > _QUIET), default=0)
+    if disturbed:
+        lines.insert(
+            1, f"WARNING: other processes used up to {disturbed:.1f} cores meanwhile: these times mean little."
+        )
+    return lines
+
+
+def times(results: list[Measurement]) -> Grid:
+    """One row per precision and size: fastssl's time, each baseline's ratio and time, floor, error."""
+    timed = [r for r in results if r.repeats or not math.isnan(r.floor)]
+    names = _contestants(timed)
+    rows = []
+    for (op, mode, size), case in _cases(timed).items():
+        ours = case["fastssl"]
+        errors = (f"{case[n].gradient_error:.0e}" for n in ("fastssl", "naive") if n in case)
+        rows.append(
+            [op, mode, size, ours.note if math.isnan(ours.median) else _seconds(ours.median), _quartiles(ours)]
+            + [_against(case.get(name), ours) for name in names[1:]]
+            + ["-" if math.isnan(ours.median) else f"{ours.floor_fraction:.0%}", " / ".join(errors)]
+        )
+    columns = [f"against {name}" for name in names[1:]]
+    header = ["operation", "precision", "size", "fastssl", "quartiles", *columns]
+    return [*header, "floor / time", "gradient error (naive's)"], rows
+
+
+def memory(results: list[Measurement]) -> Grid:
+    """One row per precision and size whose memory was measured."""
+    names, rows = _contestants(results), []
+    for (op, mode, size), case in _cases(results).items():
+        if any(not math.isnan(r.extra_memory) for r in case.values()):
+            rows.append([op, mode, size] + [_bytes(case.get(name)) for name in names])
+    return ["operation", "precision", "size", *names], rows
+
+
+def show(console: Console, title: str, grid: Grid) -> None:
+    header, rows = grid
+    table = Table(*header, title=title, title_justify="left")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def markdown(title: str, grid: Grid) -> str:
+    header, rows = grid
+    lines = [header, ["---"] * len(header), *rows]
+    return f"**{title}**\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def write_csv(path: Path, results: list[Measurement], machine: dict[str, str | int | float], rates: Rates) -> None:
+    """Every measurement, with the machine and its rates in every row."""
+    common = dict(machine)
+    for dtype, (rate, how) in rates.product.items():
+        name = str(dtype).removeprefix("torch.")
+        common |= {f"{name}_flops_per_second": rate, f"{name}_measured_by": how}
+    common["copy_bytes_per_second"] = rates.copy
+    rows = [{**dataclasses.asdict(r), "floor_fraction": r.floor_fraction, **common} for r in results]
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def plot(path: Path, results: list[Measurement], title: str) -> None:
+    """Time, and below it peak extra memory, over the first dimension of the size; one column for each of the rest."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    curves: dict[tuple[str, str, str], dict[str, list[tuple[int, Measurement]]]] = {}
+    for r in results:
+        rows, _, rest = r.size.partition("x")
+        curves.setdefault((r.op, r.mode, rest), {}).setdefault(r.contestant, []).append((int(rows), r))
+    longest = max(len(points) for panel in curves.values() for points in panel.values())
+    curves = {
+        key: panel for key, panel in curves.items() if longest == 1 or max(map(len, panel.values())) > 1
+    }  # a lone point is no curve
+    with_memory = any(r.extra_memory > 0 for r in results)
+    shape = {"nrows": 1 + with_memory, "ncols": len(curves), "figsize": (4.6 * len(curves), 4.2 + 3.4 * with_memory)}
+    figure, axes = pyplot.subplots(**shape, sharex="col", sharey="row", squeeze=False)
+    for column, ((op, mode, rest), panel) in zip(axes.T, curves.items(), strict=True):
+        for name, points in panel.items():
+            x, y = zip(*sorted(points, key=lambda point: point[0]), strict=True)
+            style = {"marker": "o", "markersize": 4, "label": name, "linewidth": 2.5 if name == "fastssl" else 1.3}
+            (line,) = column[0].plot(x, [1e3 * r.median for r in y], **style)
+            low, high = [1e3 * r.quartile1 for r in y], [1e3 * r.quartile3 for r in y]
+            column[0].fill_between(x, low, high, color=line.get_color(), alpha=0.25)
+            if name == "fastssl":
+                column[0].plot(x, [1e3 * r.floor for r in y], "k:", label="floor")
+            if with_memory:
+                column[1].plot(x, [r.extra_memory / 2**20 for r in y], **style, color=line.get_color())
+        column[0].set_title(f"{op}, {mode}" + (f", rows x {rest}" if rest else ""))
+        for axis in column:
+            axis.set(xscale="log", yscale="log", xlabel="rows")
+            axis.grid(True, which="major", alpha=0.4)
+    for axis, label in zip(axes[:, 0], ("forward + backward [ms]", "peak extra memory [MiB]")):  # noqa: B905
+        axis.set_ylabel(label)
+        axis.legend(fontsize=8)
+    figure.suptitle(textwrap.fill(title, 65 * len(curves)), fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def _contestants(results: list[Measurement]) -> list[str]:
+    return list(dict.fromkeys(["fastssl", *(r.contestant for r in results)]))
+
+
+def _cases(results: list[Measurement]) -> dict[tuple[str, str, str], dict[str, Measurement]]:
+    cases: dict[tuple[str, str, str], dict[str, Measurement]] = {}
+    for r in results:
+        cases.setdefault((r.op, r.mode, r.size), {})[r.contestant] = r
+    return cases
+
+
+def _against(baseline: Measurement | None, ours: Measurement) -> str:
+    if baseline is None:
+        return ""
+    if math.isnan(baseline.median) or math.isnan(ours.median):
+        return baseline.note or _seconds(baseline.median)
+    return f"{baseline.median / ours.median:.3g}x ({_seconds(baseline.median)})"
+
+
+def _quartiles(r: Measurement) -> str:
+    return "" if math.isnan(r.median) else f"{_seconds(r.quartile1)} - {_seconds(r.quartile3)}"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.3g} s" if value >= 1 else f"{value * 1e3:.3g} ms"
+
+
+def _bytes(r: Measurement | None) -> str:
+    if r is None or math.isnan(r.extra_memory):
+        return r.note if r else ""
+    mib = r.extra_memory / 2**20
+    return f"{mib / 1024:.2f} GiB" if mib >= 1024 else f"{mib:.0f} MiB"

@@ -1,0 +1,113 @@
+"""Time fastssl's operations against eager code, torch.compile, peer libraries, and the machine's own limits."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+import machine
+import measure
+import registry
+import report
+import torch
+from rich.console import Console
+
+import fastssl
+
+
+def _names(known: tuple[str, ...]):
+    def parse(text: str) -> tuple[str, ...]:
+        names = tuple(filter(None, text.split(",")))
+        if unknown := set(names) - set(known):
+            raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))} is none of {', '.join(known)}")
+        return names
+
+    return parse
+
+
+def _sizes(text: str) -> list[registry.Size]:
+    try:
+        return [tuple(map(int, size.split("x"))) for size in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"sizes look like 512,8192x128, got {text}") from None
+
+
+def _arguments(argv: list[str]) -> argparse.Namespace:
+    known = sorted({spec.family for spec in registry.OPS.values()} | set(registry.OPS))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("family", nargs="*", help=f"families or operations ({', '.join(known)}); all by default")
+    parser.add_argument("--dtype", type=_names(tuple(registry.MODES)), default=tuple(registry.MODES))
+    parser.add_argument("--sizes", type=_sizes, help="8192x512, or the first of its numbers: 64,8192x512")
+    parser.add_argument("--against", type=_names(registry.BASELINES), default=registry.BASELINES)
+    parser.add_argument("--repeats", type=int, help="rounds; by default about 2 s for each contestant")
+    parser.add_argument("--output", type=Path, default=Path("results"), help="folder of the CSV and the plot")
+    parser.add_argument("--markdown", action="store_true", help="also write the tables as Markdown")
+    arguments = parser.parse_args(argv)
+    if unknown := set(arguments.family) - set(known):
+        parser.error(f"family {', '.join(sorted(unknown))} is none of {', '.join(known)}")
+    if arguments.repeats is not None and arguments.repeats < 2:
+        parser.error(f"--repeats must be at least 2, for quartiles, got {arguments.repeats}")
+    for op, benchmark in registry.load(arguments.family).items():
+        for size in arguments.sizes or ():
+            if len(size) > len(benchmark.sizes[0]):
+                parser.error(f"--sizes must have at most {len(benchmark.sizes[0])} numbers for {op}, got {size}")
+    return arguments
+
+
+def _run(benchmark: registry.Benchmark, arguments: argparse.Namespace, rates: machine.Rates, console: Console):
+    """Yields the measurements of one operation; sizes for memory alone only where the user names no sizes."""
+    default = benchmark.sizes[0]
+    timed = [size + default[len(size) :] for size in arguments.sizes or benchmark.sizes]
+    untimed = () if arguments.sizes else benchmark.memory_sizes
+    for mode in arguments.dtype:
+        for size in (*timed, *untimed):
+            contestants = benchmark.contestants(size, mode, arguments.against)
+            with console.status(f"{benchmark.op} {mode} {size}"):
+                if size in timed:
+                    results = measure.measure(benchmark, size, mode, contestants, rates, arguments.repeats)
+                else:
+                    results = measure.unmeasured(benchmark, size, mode, contestants)
+                for result in results:
+                    if measure.worth_measuring_memory(benchmark, size, mode):
+                        measure.add_memory(result, size)
+            yield from results
+
+
+def main(argv: list[str]) -> int:
+    arguments = _arguments(argv)
+    console = Console()
+    if not console.is_terminal:
+        console.width = 180
+    torch.set_float32_matmul_precision("highest")
+    described = machine.describe() | {"fastssl": fastssl.__version__}
+    with console.status("the machine's rates"):
+        rates = machine.measure_rates()
+    command = f"OMP_NUM_THREADS={torch.get_num_threads()} python benchmarks/run.py {shlex.join(argv)}".strip()
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    failed, found = False, registry.load(arguments.family)
+    for family in sorted({registry.OPS[op].family for op in found}):
+        benchmarks = [b for op, b in found.items() if registry.OPS[op].family == family]
+        described["kernels"] = ", ".join(f"{b.op} {measure.kernel_of(b.op)}" for b in benchmarks)
+        results = [result for benchmark in benchmarks for result in _run(benchmark, arguments, rates, console)]
+        lines = report.preamble(described, rates, results, command)
+        grids = {"Time": report.times(results)}
+        if (grid := report.memory(results))[1]:
+            grids["Peak extra memory (inputs not counted, gradients counted; each in a process of its own)"] = grid
+        for line in lines:
+            console.print(line, highlight=False, soft_wrap=True)
+        for title, grid in grids.items():
+            report.show(console, title, grid)
+        report.write_csv(arguments.output / f"{family}.csv", results, described, rates)
+        report.plot(arguments.output / f"{family}.png", results, lines[0])
+        if arguments.markdown:
+            text = "\n\n".join(lines) + "\n\n" + "\n".join(report.markdown(*item) for item in grids.items())
+            (arguments.output / f"{family}.md").write_text(text)
+        console.print(f"Written: {', '.join(str(p) for p in sorted(arguments.output.glob(f'{family}.*')))}")
+        failed |= any(r.contestant == "fastssl" and r.note for r in results)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,190 @@
+"""The measuring instrument: right answers only, the floor's arithmetic, memory, and what the runner writes."""
+
+from __future__ import annotations
+
+import csv
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import measure  # conftest.py puts benchmarks/ on the path
+import pytest
+import registry
+import report
+import run
+import torch
+from machine import Rates
+from registry import Contestant
+
+from fastssl.reference import OPS
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+RATES = Rates({torch.float32: (1e11, "float32"), torch.bfloat16: (4e11, "bfloat16")}, 1e10)
+
+
+@pytest.fixture
+def nt_xent() -> registry.Benchmark:
+    return registry.load()["nt_xent"]
+
+
+def _contestants(**losses) -> dict[str, Contestant]:
+    return {name: Contestant(lambda loss=loss: loss, "highest") for name, loss in losses.items()}
+
+
+def test_every_operation_has_a_benchmark():
+    assert set(registry.load()) == set(OPS)
+
+
+def test_the_floor_is_products_plus_traffic(nt_xent):
+    # 2 U with U = 2 * 1000 * 1000 * 100; rows read twice and gradients written once; three vectors written and read
+    products, traffic = 4e8, 3 * 1000 * 100 * 4 + 6 * 1000 * 4
+    assert nt_xent.floor((1000, 100), 4, 1e11, 1e10) == pytest.approx(products / 1e11 + traffic / 1e10)
+
+
+@pytest.mark.parametrize("mode, rate", [("float32", 1e11), ("medium", 4e11), ("bfloat16", 4e11)])
+def test_each_mode_takes_the_rate_of_its_products(nt_xent, mode, rate):
+    (result,) = measure.measure(nt_xent, (64, 32), mode, nt_xent.contestants((64, 32), mode, ()), RATES, 2)
+    assert result.floor == nt_xent.floor((64, 32), registry.MODES[mode].dtype.itemsize, rate, 1e10)
+    assert result.floor_fraction == result.floor / result.median
+
+
+def test_the_oracle_is_the_reference_in_float64(nt_xent):
+    inputs = nt_xent.inputs((600, 24), torch.float64)
+    loss, gradients = nt_xent.expected(inputs)
+    expected, expected_gradients = registry.forward_backward(OPS["nt_xent"].reference, inputs)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(gradients, expected_gradients)
+
+
+def test_the_oracle_sums_blocks_of_rows(nt_xent, monkeypatch):
+    inputs = nt_xent.inputs((60, 8), torch.float64)
+    whole = nt_xent.expected(inputs)
+    monkeypatch.setattr(sys.modules["contrastive"], "_BLOCK_ELEMENTS", 7 * 60)
+    torch.testing.assert_close(nt_xent.expected(inputs), whole)
+
+
+def test_a_wrong_contestant_is_refused(nt_xent):
+    naive = OPS["nt_xent"].reference
+    calls = []
+
+    def wrong_gradient(z1, z2):
+        calls.append(None)
+        return naive(z1, z2) + 1e-3 * (z1 - z1.detach()).sum()
+
+    contestants = _contestants(
+        fastssl=naive,
+        wrong_loss=lambda z1, z2: naive(z1, z2, temperature=0.5001),
+        wrong_gradient=wrong_gradient,
+        nan=lambda z1, z2: naive(z1, z2) * math.nan,
+        broken=lambda z1, z2: naive(z1, z2[1:]),
+    )
+    results = {r.contestant: r for r in measure.measure(nt_xent, (64, 32), "float32", contestants, RATES, 3)}
+    assert results["fastssl"].repeats == 3 and results["fastssl"].median > 0 and not results["fastssl"].note
+    for name in ("wrong_loss", "wrong_gradient", "nan", "broken"):
+        assert math.isnan(results[name].median) and results[name].repeats == 0, name
+    assert len(calls) == 1
+    assert results["wrong_gradient"].loss_error < 1e-6
+    assert all(results[name].note.startswith("wrong: ") for name in ("wrong_loss", "wrong_gradient", "nan"))
+    assert results["broken"].note.startswith("failed: ")
+    _, ((*_, against_loss, against_gradient, _, _, _, _),) = report.times(list(results.values()))
+    assert against_loss.startswith("wrong: ") and against_gradient.startswith("wrong: ")
+
+
+def test_a_baseline_that_would_not_fit_is_not_run(nt_xent):
+    def explode(z1, z2):
+        raise AssertionError("must not run")
+
+    contestants = {name: replace(c, needs=1e18) for name, c in _contestants(naive=explode).items()}
+    (result,) = measure.measure(nt_xent, (64, 32), "float32", contestants, RATES, 2)
+    measure.add_memory(result, (64, 32))
+    assert result.note == "not run: needs about 931322575 GiB"
+
+
+def test_eager_code_in_place_of_compiled_code_is_refused(nt_xent):
+    registry.compiled(OPS["nt_xent"].reference)  # and then not used
+    eager = Contestant(lambda: OPS["nt_xent"].reference, "highest", compiled=True)
+    (result,) = measure.measure(nt_xent, (64, 32), "float32", {"compile": eager}, RATES, 2)
+    assert result.note == "failed: torch.compile ran eager code"
+
+
+def test_compiled_code_is_timed(nt_xent):
+    compiled = nt_xent.contestants((64, 32), "float32", ("compile",))["compile"]
+    (result,) = measure.measure(nt_xent, (64, 32), "float32", {"compile": compiled}, RATES, 2)
+    assert result.repeats == 2 and not result.note
+
+
+def test_interleaving_times_every_step_under_its_own_precision():
+    order = []
+
+    def step(name):
+        return lambda: order.append((name, torch.get_float32_matmul_precision()))
+
+    steps = {"a": ("highest", step("a")), "b": ("medium", step("b")), "c": ("high", step("c"))}
+    seconds = measure.interleaved_seconds(steps, 4)
+    assert {name: len(times) for name, times in seconds.items()} == {"a": 4, "b": 4, "c": 4}
+    timed = order[-12:]
+    assert set(timed) == {("a", "highest"), ("b", "medium"), ("c", "high")}
+    assert [name for name, _ in timed] == list("abcbcacababc")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's peak resident memory")
+def test_extra_memory_is_the_peak_and_not_what_remains():
+    def run():
+        torch.ones(1 << 26)  # 256 MiB, freed again
+        return torch.ones(1 << 24)  # 64 MiB, kept
+
+    assert measure.extra_memory(run) == pytest.approx(256 * 2**20, rel=0.03)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's peak resident memory")
+def test_memory_is_measured_in_a_process_of_its_own(nt_xent):
+    size = (2048, 64)
+    naive = nt_xent.contestants(size, "float32", ("naive",))["naive"]
+    (result,) = measure.unmeasured(nt_xent, size, "float32", {"naive": naive})
+    measure.add_memory(result, size)
+    matrices = result.extra_memory / (4 * size[0] ** 2)
+    assert not result.note and 2 < matrices < 8
+
+
+def test_runner(tmp_path):
+    command = [sys.executable, str(BENCHMARKS / "run.py"), "nt_xent", "--dtype", "float32,medium"]
+    command += ["--sizes", "64,32x16", "--against", "naive", "--repeats", "3", "--markdown", "--output", str(tmp_path)]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "python benchmarks/run.py nt_xent --dtype float32,medium --sizes 64,32x16" in output
+    with (tmp_path / "contrastive.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    names = {"float32": ["fastssl", "naive"], "medium": ["fastssl", "naive", "naive, medium"]}
+    cases = [(size, mode, name) for mode in names for size in ("64x128", "32x16") for name in names[mode]]
+    assert [(r["size"], r["mode"], r["contestant"]) for r in rows] == cases
+    for row in rows:
+        assert 0 < float(row["quartile1"]) <= float(row["median"]) <= float(row["quartile3"])
+        assert row["repeats"] == "3" and row["note"] == "" and row["cpu"] and row["torch"] == torch.__version__
+        assert float(row["floor_fraction"]) == pytest.approx(float(row["floor"]) / float(row["median"]))
+    assert (tmp_path / "contrastive.png").read_bytes().startswith(b"\x89PNG")
+    table = [line for line in (tmp_path / "contrastive.md").read_text().splitlines() if line.startswith("|")]
+    assert len(table) == 2 + 4 and len({line.count("|") for line in table}) == 1
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["sigmoids"], "family sigmoids is none of contrastive, nt_xent"),
+        (["--dtype", "float8"], "float8 is none of float32, medium, bfloat16"),
+        (["--against", "faster"], "faster is none of naive, compile, lightly"),
+        (["--sizes", "8k"], "sizes look like 512,8192x128, got 8k"),
+        (["nt_xent", "--sizes", "8x8x8"], "--sizes must have at most 2 numbers for nt_xent, got (8, 8, 8)"),
+        (["--repeats", "1"], "--repeats must be at least 2, for quartiles, got 1"),
+    ],
+)
+def test_runner_names_what_is_wrong(arguments, message, capsys):
+    with pytest.raises(SystemExit) as exit:
+        run.main(arguments)
+    assert exit.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_views_come_in_pairs(nt_xent):
+    with pytest.raises(ValueError, match="even number of rows.*63"):
+        nt_xent.inputs((63, 8), torch.float32)
