@@ -22,8 +22,10 @@
 // on the number of threads only where that changes the plan. To read memory less often, a player is a group
 // of up to kMaxGroup blocks.
 //
-// Shifts. If |S| <= kSafe nothing overflows or underflows without one: shift is 0, one exponential serves row
-// and column. That covers unit rows at temperatures from 1 / 70 up. Else each row has its running maximum.
+// Shifts. Tiles hold z z^T, unscaled, where a shift is an "origin": shift = scale origin. No entry is further
+// from 0 than M = max |z_i|^2, which is 1 for unit rows. If |scale| M <= kShared, the largest conceivable entry
+// serves all rows as the origin: every exponential lies between exp(-2 kShared) and 1, and one of them serves both
+// its row and its column. That covers unit rows at temperatures from 1/32 up. Else each row has its own maximum.
 //
 // Products run in oneDNN's micro-kernels (AMX, AVX-512) through ATen, else in common/gemm.h. bfloat16
 // products read rows rounded once after normalisation, and weights rounded once; the positive's weight, the one
@@ -49,9 +51,8 @@ namespace {
 
 using at::Tensor;
 
-constexpr double kLog2E = 1.4426950408889634;
-constexpr double kLn2 = 0.6931471805599453;
-constexpr float kSafe = 70;         // exp(-70) is normal, and e^18 times exp(70) finite, in float32
+constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
+constexpr float kShared = 32;       // float32 holds exp(-2 kShared) and, with room for grad_loss, its inverse
 constexpr int64_t kPadding = 32;    // of rows and features: what AMX, and transposes of pairs, want
 constexpr int64_t kMaxGroup = 4;
 constexpr int64_t kSerialWork = int64_t{1} << 22;  // N^2 D below which threads cost more than they bring
@@ -182,7 +183,7 @@ struct Operands {
   const TilePlan plan;
   Blocks left, right, right_pairs, left_columns;
   Tensor inverse_norm;
-  float largest_square = 0;
+  float largest_square = 0;  // max |z_i|^2, 1 where rows are normalised, NaN where one is
 
   Operands(const Tensor& z1_, const Tensor& z2_, bool normalize, const Engine& engine, bool for_backward)
       : z1(z1_.stride(1) == 1 ? z1_ : z1_.contiguous()),
@@ -271,17 +272,19 @@ std::tuple<Tensor, Tensor, Tensor> nt_xent(const Tensor& z1, const Tensor& z2, c
   const TilePlan& plan = z.plan;
   const float scale = scale_tensor.item<float>(), c = exponent_factor(scale);
   const float excluded = -std::copysign(std::numeric_limits<float>::infinity(), c);
-  const bool fixed = std::abs(scale) * (normalize ? 1.01f : z.largest_square) <= kSafe;
+  const bool shared = std::abs(scale) * z.largest_square <= kShared;
+  // As the backward pass will see it.
+  const float shared_shift = std::abs(scale) * z.largest_square, shared_origin = scale ? shared_shift / scale : 0;
 
   const Tensor loss = at::empty({z.count}, at::kFloat), total = at::empty({z.count}, at::kFloat);
-  const Tensor shift = at::full({z.count}, fixed ? 0.f : -std::numeric_limits<float>::infinity(), at::kFloat);
+  const Tensor shift = at::empty({z.count}, at::kFloat);
   // Padded, since tiles add to whole vectors.
   const Tensor totals = at::zeros({plan.blocks * plan.block}, at::kDouble);
-  const Tensor shifts = fixed ? shift : at::full({plan.blocks * plan.block}, -std::numeric_limits<float>::infinity());
+  const Tensor origins = at::full({plan.blocks * plan.block}, excluded, at::kFloat);
   const Tensor aligned = at::empty({z.count}, at::kFloat);  // <z_i, z_pos(i)>, from the very tile that is summed
   const Blocks tile(plan.threads, plan.block * plan.block * 4);
   double* const sum = totals.mutable_data_ptr<double>();
-  float* const maximum = shifts.mutable_data_ptr<float>();
+  float* const origin = origins.mutable_data_ptr<float>();
   float* const alignment = aligned.mutable_data_ptr<float>();
 
   tournament(plan, [&](int64_t I, int64_t J, int64_t slot) {
@@ -294,24 +297,25 @@ std::tuple<Tensor, Tensor, Tensor> nt_xent(const Tensor& z1, const Tensor& z2, c
     z.exclude(I, J, excluded, S);
     double* const row_sum = sum + z.first(I);
     double* const column_sum = I == J ? nullptr : sum + z.first(J);
-    if (fixed) {
-      engine.tile.sum_exponentials(S, ld, z.size(I), ld, c, row_sum, column_sum);
+    if (shared) {
+      engine.tile.sum_exponentials(S, ld, z.size(I), ld, c, shared_origin, row_sum, column_sum);
     } else {
-      engine.tile.sum_exponentials_online(S, ld, z.size(I), ld, c, row_sum, maximum + z.first(I), column_sum,
-                                          maximum + z.first(J));
+      engine.tile.sum_exponentials_online(S, ld, z.size(I), ld, c, row_sum, origin + z.first(I), column_sum,
+                                          origin + z.first(J));
     }
   }, [&] { engine.release(); });
 
+  const double step = c * kLn2;  // scale, as the exponentials have it
   float* const out = loss.mutable_data_ptr<float>();
   float* const out_total = total.mutable_data_ptr<float>();
   float* const out_shift = shift.mutable_data_ptr<float>();
   at::parallel_for(0, z.count, 4096, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      // The exponent that was taken off is shift log2(e) as float32 rounds it.
-      const float base = maximum[i] * static_cast<float>(kLog2E);
-      out[i] = static_cast<float>(base * kLn2 + std::log(sum[i]) - static_cast<double>(c) * kLn2 * alignment[i]);
-      out_total[i] = static_cast<float>(sum[i]);
-      out_shift[i] = maximum[i];
+      const float from = shared ? shared_origin : origin[i];
+      out[i] = static_cast<float>(std::log(sum[i]) + step * (from - alignment[i]));
+      out_shift[i] = shared ? shared_shift : scale * from;
+      // The backward pass will find the origin from the rounded shift: the total moves there.
+      out_total[i] = static_cast<float>(shared ? sum[i] : sum[i] * std::exp(step * (from - out_shift[i] / scale)));
     }
   });
   return {loss, shift, total};
@@ -334,16 +338,16 @@ std::tuple<Tensor, Tensor, Tensor> nt_xent_backward(const Tensor& grad_loss, con
 
   // Padded, since tiles read whole vectors.
   const int64_t padded_count = plan.blocks * plan.block;
-  const Tensor a = at::zeros({padded_count}, at::kFloat), s = at::zeros({padded_count}, at::kFloat);
+  const Tensor a = at::zeros({padded_count}, at::kFloat), o = at::zeros({padded_count}, at::kFloat);
   const Tensor g = grad_loss.contiguous();
   a.narrow(0, 0, z.count).copy_(g.div(total));
-  s.narrow(0, 0, z.count).copy_(shift);
+  if (scale) o.narrow(0, 0, z.count).copy_(shift.div(scale));
   const Tensor positive_weights = at::empty({z.count}, at::kFloat);
   const float* const grad = g.const_data_ptr<float>();
   const float* const coefficient = a.const_data_ptr<float>();
-  const float* const maximum = s.const_data_ptr<float>();
+  const float* const origin = o.const_data_ptr<float>();
+  const bool shared = std::all_of(origin, origin + z.count, [&](float x) { return x == origin[0]; });
   float* const positive_weight = positive_weights.mutable_data_ptr<float>();
-  const bool fixed = std::all_of(maximum, maximum + z.count, [](float x) { return x == 0; });
 
   const int64_t dim = z.dim;
   const Blocks tile(plan.threads, plan.block * std::max(plan.block, dim) * 4);
@@ -362,16 +366,19 @@ std::tuple<Tensor, Tensor, Tensor> nt_xent_backward(const Tensor& grad_loss, con
     const float* a_column = coefficient + z.first(J);
     z.each_positive(I, J, [&](int64_t r, int64_t col, int64_t i, int64_t j) {
       const auto p = [&](int64_t k) {
-        return coefficient[k] * std::exp2(c * S[r * n + col] - maximum[k] * static_cast<float>(kLog2E));
+        return coefficient[k] * std::exp2((S[r * n + col] - origin[k]) * c);
       };
       positive_weight[i] = positive_weight[j] = p(i) + p(j) - (grad[i] + grad[j]);
       S[r * n + col] = excluded;
     });
     z.exclude(I, J, excluded, S);
-    const float* row_shift = fixed ? nullptr : maximum + z.first(I);
     auto* half = engine.half() ? static_cast<at::BFloat16*>(half_tile[slot]) : nullptr;
     auto* pairs = engine.half() ? half + m * n : nullptr;
-    engine.tile.weights(S, n, m, n, c, a_row, row_shift, a_column, maximum + z.first(J), half, pairs);
+    if (shared) {
+      engine.tile.weights(S, n, m, n, c, origin[0], a_row, a_column, half, pairs);
+    } else {
+      engine.tile.weights_online(S, n, m, n, c, a_row, origin + z.first(I), a_column, origin + z.first(J), half, pairs);
+    }
     engine.multiply(m, dim, n, true, half ? static_cast<void*>(half) : S, half ? z.right_pairs[J] : z.left[J],
                     gradient.floats(I));
     if (I != J)

@@ -1,12 +1,14 @@
 // The inside of a tile of the contrastive losses, compiled once per instruction set.
 //
 // A tile is S = Z_I Z_J^T for two blocks of rows, in float32 and small enough for the second-level cache. The
-// forward pass turns it into row and column sums of 2^(c S), c = scale log2(e); the backward pass into weights
+// forward pass turns it into row and column sums of 2^(c (S - origin)), c = scale log2(e); the backward pass into
+// weights
 //
-//     W_ij = a_i exp(scale S_ij - row_shift_i) + b_j exp(scale S_ij - column_shift_j)
+//     W_ij = a_i 2^(c (S_ij - row_origin_i)) + b_j 2^(c (S_ij - column_origin_j))
 //
-// which then multiply Z_J (and, transposed, Z_I). Per entry that is one exponential, or two where row and column
-// have different shifts: about a dozen vector instructions against the 2 D operations of the product itself.
+// which then multiply Z_J (and, transposed, Z_I). Per entry that is two exponentials, or one where all rows and
+// columns share an origin: about a dozen vector instructions against the 2 D operations of the product itself.
+// The origin is subtracted first: near it, where the exponentials are large, the difference is exact.
 // Nothing here knows of diagonals or positives: the caller puts -inf (times the sign of c) where an entry is
 // not to count.
 #include "contrastive_tiles.h"
@@ -22,13 +24,8 @@
 namespace fastssl::FASTSSL_ISA {
 namespace {
 
-constexpr float kLog2E = 1.44269504f;
-constexpr float kLn2 = 0.693147181f;
 constexpr float kNormFloor = 1e-12f;  // torch.nn.functional.normalize's eps
 constexpr int64_t kMaxColumns = 256;  // of a tile
-
-// The exponent that a shift takes off. Always from the rounded shift, so that both passes take off the same.
-float base(float shift) { return shift * kLog2E; }
 
 // x as float32, times `factor`, into `out`; zeros up to the padded length.
 void load_row(const void* x, Element element, int64_t dim, float factor, float* out) {
@@ -100,13 +97,14 @@ float pack(const Rows& rows, int64_t first, int64_t count, int64_t padded_rows, 
 
 // Four rows at a time, so that a column's running sum is loaded and stored once for four exponentials.
 template <int group>
-void sum_exponentials_of(const float* S, int64_t ld, int64_t columns, float c, double* row_total, float* column_sum) {
+void sum_exponentials_of(const float* S, int64_t ld, int64_t columns, float c, float origin, double* row_total,
+                         float* column_sum) {
   Vec row_sum[group] = {};
   for (int64_t j = 0; j < columns; j += kLanes) {
     Vec column = load(column_sum + j);
 #pragma GCC unroll 4
     for (int r = 0; r < group; ++r) {
-      const Vec e = exp2(load(S + r * ld + j) * c);
+      const Vec e = exp2((load(S + r * ld + j) - origin) * c);
       row_sum[r] += e;
       column += e;
     }
@@ -115,56 +113,48 @@ void sum_exponentials_of(const float* S, int64_t ld, int64_t columns, float c, d
   for (int r = 0; r < group; ++r) row_total[r] += sum(row_sum[r]);
 }
 
-void sum_exponentials(const float* S, int64_t ld, int64_t rows, int64_t columns, float c, double* row_total,
-                      double* column_total) {
+void sum_exponentials(const float* S, int64_t ld, int64_t rows, int64_t columns, float c, float origin,
+                      double* row_total, double* column_total) {
   alignas(64) float column_sum[kMaxColumns] = {};
   int64_t r = 0;
-  for (; r + 4 <= rows; r += 4) sum_exponentials_of<4>(S + r * ld, ld, columns, c, row_total + r, column_sum);
-  for (; r < rows; ++r) sum_exponentials_of<1>(S + r * ld, ld, columns, c, row_total + r, column_sum);
+  for (; r + 4 <= rows; r += 4) sum_exponentials_of<4>(S + r * ld, ld, columns, c, origin, row_total + r, column_sum);
+  for (; r < rows; ++r) sum_exponentials_of<1>(S + r * ld, ld, columns, c, origin, row_total + r, column_sum);
   if (column_total)
     for (int64_t j = 0; j < columns; ++j) column_total[j] += column_sum[j];
 }
 
-// Raises a running maximum to `exponent` if that is larger, and the sum about it along. False if there is
-// nothing to sum: every exponent seen so far, these included, is -inf.
-bool raise_shift(float exponent, float& shift, double& total) {
-  const float raised = exponent * kLn2;
-  if (!(raised <= shift)) {
-    total *= exp2(broadcast(base(shift) - base(raised)))[0];
-    shift = raised;
+// Moves a row's origin, and the sum about it, to `extreme` if that lies further along `sign`. False if there is
+// nothing to sum: every entry seen so far, these included, is excluded.
+bool move_origin(float extreme, float sign, float c, float& origin, double& total) {
+  if (!(extreme <= sign * origin)) {
+    total *= exp2(broadcast((origin - sign * extreme) * c))[0];
+    origin = sign * extreme;
   }
-  return exponent != -__builtin_inff();
+  return extreme != -__builtin_inff();
 }
 
 void sum_exponentials_online(const float* S, int64_t ld, int64_t rows, int64_t columns, float c, double* row_total,
-                             float* row_shift, double* column_total, float* column_shift) {
+                             float* row_origin, double* column_total, float* column_origin) {
   const Vec lowest = broadcast(-__builtin_inff());
+  const float sign = c < 0 ? -1 : 1;
   for (int64_t r = 0; r < rows; ++r) {
     const float* row = S + r * ld;
-    Vec largest = lowest, e = {};
-    for (int64_t j = 0; j < columns; j += kLanes) largest = max(largest, load(row + j) * c);
-    if (!raise_shift(max(largest), row_shift[r], row_total[r])) continue;
-    const float b = base(row_shift[r]);
-    for (int64_t j = 0; j < columns; j += kLanes) e += exp2(load(row + j) * c - b);
+    Vec extreme = lowest, e = {};
+    for (int64_t j = 0; j < columns; j += kLanes) extreme = max(extreme, load(row + j) * sign);
+    if (!move_origin(max(extreme), sign, c, row_origin[r], row_total[r])) continue;
+    for (int64_t j = 0; j < columns; j += kLanes) e += exp2((load(row + j) - row_origin[r]) * c);
     row_total[r] += sum(e);
   }
   if (!column_total) return;
   for (int64_t j = 0; j < columns; j += kLanes) {
-    Vec largest = lowest, e = {}, b = {};
-    for (int64_t r = 0; r < rows; ++r) largest = max(largest, load(S + r * ld + j) * c);
+    Vec extreme = lowest, e = {}, origin = {};
+    for (int64_t r = 0; r < rows; ++r) extreme = max(extreme, load(S + r * ld + j) * sign);
     for (int i = 0; i < kLanes; ++i)
-      // A column with nothing but -inf keeps base 0: its exponentials are 0, not NaN.
-      b[i] = raise_shift(largest[i], column_shift[j + i], column_total[j + i]) ? base(column_shift[j + i]) : 0;
-    for (int64_t r = 0; r < rows; ++r) e += exp2(load(S + r * ld + j) * c - b);
+      // A column with nothing in it keeps origin 0: its exponentials are then 0, not NaN.
+      if (move_origin(extreme[i], sign, c, column_origin[j + i], column_total[j + i])) origin[i] = column_origin[j + i];
+    for (int64_t r = 0; r < rows; ++r) e += exp2((load(S + r * ld + j) - origin) * c);
     for (int i = 0; i < kLanes; ++i) column_total[j + i] += e[i];
   }
-}
-
-template <bool shifted>
-Vec weight(Vec s, float c, float a, float row_base, Vec b, Vec column_base) {
-  const Vec t = s * c;
-  if constexpr (shifted) return exp2(t - row_base) * a + exp2(t - column_base) * b;
-  return exp2(t) * (a + b);
 }
 
 // The weights of rows r and r + 1 as bfloat16, in both layouts.
@@ -184,17 +174,15 @@ void store_pair(Vec w0, Vec w1, uint16_t* half, int64_t ld, uint16_t* pairs) {
 #endif
 }
 
-template <bool shifted>
-void weights_of(float* S, int64_t ld, int64_t rows, int64_t columns, float c, const float* a, const float* row_shift,
-                const float* b, const float* column_shift, uint16_t* half, uint16_t* pairs) {
+// weight(r, j, s) for every entry of the tile, two rows at a time.
+template <typename Weight>
+void each_weight(float* S, int64_t ld, int64_t rows, int64_t columns, uint16_t* half, uint16_t* pairs,
+                 const Weight& weight) {
   for (int64_t r = 0; r < rows; r += 2) {
     float* s0 = S + r * ld;
     float* s1 = s0 + ld;
-    const float base0 = shifted ? base(row_shift[r]) : 0, base1 = shifted ? base(row_shift[r + 1]) : 0;
     for (int64_t j = 0; j < columns; j += kLanes) {
-      const Vec column = load(b + j), column_base = shifted ? load(column_shift + j) * kLog2E : Vec{};
-      const Vec w0 = weight<shifted>(load(s0 + j), c, a[r], base0, column, column_base);
-      const Vec w1 = weight<shifted>(load(s1 + j), c, a[r + 1], base1, column, column_base);
+      const Vec w0 = weight(r, j, load(s0 + j)), w1 = weight(r + 1, j, load(s1 + j));
       if (half) {
         store_pair(w0, w1, half + r * columns + j, columns, pairs + r * columns + 2 * j);
       } else {
@@ -205,11 +193,18 @@ void weights_of(float* S, int64_t ld, int64_t rows, int64_t columns, float c, co
   }
 }
 
-void weights(float* S, int64_t ld, int64_t rows, int64_t columns, float c, const float* a, const float* row_shift,
-             const float* b, const float* column_shift, void* half, void* pairs) {
-  const auto run = row_shift ? weights_of<true> : weights_of<false>;
-  run(S, ld, rows, columns, c, a, row_shift, b, column_shift, static_cast<uint16_t*>(half),
-      static_cast<uint16_t*>(pairs));
+void weights(float* S, int64_t ld, int64_t rows, int64_t columns, float c, float origin, const float* a,
+             const float* b, void* half, void* pairs) {
+  each_weight(S, ld, rows, columns, static_cast<uint16_t*>(half), static_cast<uint16_t*>(pairs),
+              [=](int64_t r, int64_t j, Vec s) { return exp2((s - origin) * c) * (a[r] + load(b + j)); });
+}
+
+void weights_online(float* S, int64_t ld, int64_t rows, int64_t columns, float c, const float* a,
+                    const float* row_origin, const float* b, const float* column_origin, void* half, void* pairs) {
+  each_weight(S, ld, rows, columns, static_cast<uint16_t*>(half), static_cast<uint16_t*>(pairs),
+              [=](int64_t r, int64_t j, Vec s) {
+                return exp2((s - row_origin[r]) * c) * a[r] + exp2((s - load(column_origin + j)) * c) * load(b + j);
+              });
 }
 
 void add_transposed(const float* transposed, int64_t rows, int64_t dim, float* gradient, float* scratch) {
@@ -242,7 +237,7 @@ double finish_row(const void* x, float inverse_norm, const void* positive, float
 
 extern const ContrastiveTiles contrastive_tiles;
 const ContrastiveTiles contrastive_tiles = {
-    pack, sum_exponentials, sum_exponentials_online, weights, add_transposed, finish_row, gemm,
+    pack, sum_exponentials, sum_exponentials_online, weights, weights_online, add_transposed, finish_row, gemm,
 };
 
 }  // namespace fastssl::FASTSSL_ISA

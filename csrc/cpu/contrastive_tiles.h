@@ -44,19 +44,24 @@ struct ContrastiveTiles {
   float (*pack)(const Rows& rows, int64_t first, int64_t count, int64_t padded_rows, int64_t padded_dim, bool normalize,
                 Operand operand, float* inverse_norm, float* scratch, const Packed& out);
 
-  // row_total[i] += sum_j 2^(c S_ij) and, unless null, column_total[j] += sum_i 2^(c S_ij).
-  void (*sum_exponentials)(const float* S, int64_t ld, int64_t rows, int64_t columns, float c, double* row_total,
-                           double* column_total);
+  // row_total[i] += sum_j 2^(c (S_ij - origin)) and, unless null, column_total[j] += sum_i 2^(c (S_ij - origin)).
+  void (*sum_exponentials)(const float* S, int64_t ld, int64_t rows, int64_t columns, float c, float origin,
+                           double* row_total, double* column_total);
 
-  // The same about running maxima: row_total[i] is sum_j 2^(c S_ij - log2(e) row_shift[i]), likewise columns.
+  // The same about an origin of each row and column, the entry with the largest c S_ij so far: row_total[i] is
+  // sum_j 2^(c (S_ij - row_origin[i])), likewise columns. Origins start infinite, with c's sign reversed.
   void (*sum_exponentials_online)(const float* S, int64_t ld, int64_t rows, int64_t columns, float c, double* row_total,
-                                  float* row_shift, double* column_total, float* column_shift);
+                                  float* row_origin, double* column_total, float* column_origin);
 
-  // W_ij = a_i 2^(c S_ij - log2(e) row_shift_i) + b_j 2^(c S_ij - log2(e) column_shift_j), without the shifts
-  // if they are null. Over S in place or, where `half` is given, as bfloat16 into half (rows, columns) and
-  // pairs (rows / 2, columns, 2). `rows` is even.
-  void (*weights)(float* S, int64_t ld, int64_t rows, int64_t columns, float c, const float* a, const float* row_shift,
-                  const float* b, const float* column_shift, void* half, void* pairs);
+  // W_ij = (a_i + b_j) 2^(c (S_ij - origin)), over S in place or, where `half` is given, as bfloat16 into
+  // half (rows, columns) and pairs (rows / 2, columns, 2). `rows` is even.
+  void (*weights)(float* S, int64_t ld, int64_t rows, int64_t columns, float c, float origin, const float* a,
+                  const float* b, void* half, void* pairs);
+
+  // The same about an origin of each row and column: W_ij = a_i 2^(c (S_ij - row_origin_i)) +
+  // b_j 2^(c (S_ij - column_origin_j)).
+  void (*weights_online)(float* S, int64_t ld, int64_t rows, int64_t columns, float c, const float* a,
+                         const float* row_origin, const float* b, const float* column_origin, void* half, void* pairs);
 
   // gradient (rows, dim) += transposed (dim, rows)^T, both padded.
   void (*add_transposed)(const float* transposed, int64_t rows, int64_t dim, float* gradient, float* scratch);

@@ -4,6 +4,7 @@
 #include <torch/version.h>
 
 #include "common/isa.h"
+#include "contrastive.h"
 
 namespace py = pybind11;
 
@@ -34,4 +35,18 @@ PYBIND11_MODULE(_C, m) {
       [](const std::string& name) { fastssl::set_current(fastssl::isa_from_name(name)); },
       py::arg("name"),
       "Make kernels use one of available_isas(), in this process.");
+  m.def(
+      "contrastive_tile_plan",
+      [](int64_t rows, int64_t dim, int threads) {
+        const fastssl::TilePlan plan = fastssl::tile_plan(rows, dim, threads);
+        return py::dict(
+            py::arg("threads") = plan.threads,
+            py::arg("block") = plan.block,
+            py::arg("blocks") = plan.blocks,
+            py::arg("group") = plan.group);
+      },
+      py::arg("rows"),
+      py::arg("dim"),
+      py::arg("threads"),
+      "How the contrastive losses cut rows x rows similarities of dim features into tiles for that many threads.");
 }
