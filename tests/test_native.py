@@ -109,45 +109,6 @@ def test_instruction_sets_are_nested():
             _C.set_current_isa(isa)
 
 
-@pytest.fixture(params=isas())
-def isa(request):
-    from fastssl import _C
-
-    before = _C.current_isa()
-    _C.set_current_isa(request.param)
-    yield request.param
-    _C.set_current_isa(before)
-
-
-@needs_library
-@pytest.mark.parametrize(("batch", "dim"), [(0, 3), (1, 1), (2, 5), (33, 17), (150, 64), (300, 130)])
-@pytest.mark.parametrize(
-    ("dtype", "precision", "tolerance"),
-    [
-        (torch.float32, "float32", 1e-5),
-        (torch.float32, "bfloat16", 3e-2),
-        (torch.bfloat16, "bfloat16", 3e-2),
-        (torch.float16, "float16", 5e-3),
-    ],
-    ids=str,
-)
-def test_every_instruction_set_agrees_with_float64(isa, batch, dim, dtype, precision, tolerance):
-    generator = torch.Generator().manual_seed(0)
-    z1, z2 = (torch.randn(batch, dim, generator=generator).to(dtype) for _ in range(2))
-    grad = torch.rand(2 * batch, generator=generator) / max(batch, 1)
-    inputs = [x.double() for x in (z1, z2, torch.tensor(2.0))]
-
-    def run(z1, z2, scale, grad, precision):
-        loss, shift, total = torch.ops.fastssl.nt_xent(z1, z2, scale, True, precision)
-        return loss, *torch.ops.fastssl.nt_xent_backward(grad, z1, z2, scale, shift, total, True, precision)
-
-    expected = run(*inputs, grad.double(), "float64")
-    actual = run(z1, z2, torch.tensor(2.0), grad, precision)
-    for got, want in zip(actual, expected, strict=True):
-        bound = tolerance * max(want.norm().item(), grad.norm().item())
-        assert (got.double() - want).norm().item() <= bound
-
-
 @needs_library
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads Linux's /proc")
 def test_no_second_openmp_runtime():
