@@ -1,5 +1,4 @@
 # make demo | test | bench: each sets up .venv first. `make clean` before another PYTHON or TORCH.
-# Without a GPU, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu gets a torch a tenth the size.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin

@@ -17,6 +17,8 @@ from fastssl.ops._precision import accumulate_dtype, autocast_enabled, product_p
 
 __all__ = ["nt_xent", "similarity_logsumexp"]
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 
 def nt_xent(
     z1: Tensor, z2: Tensor, *, temperature: float | Tensor = 0.5, normalize: bool = True, reduction: str = "mean"
@@ -128,8 +130,8 @@ def _check_pair(z1: Tensor, z2: Tensor) -> None:
 def _check_rows(name: str, z: Tensor, shape: str) -> None:
     if not isinstance(z, Tensor):
         raise TypeError(f"{name} must be a Tensor, got {type(z).__name__}")
-    if not z.is_floating_point():
-        raise ValueError(f"{name} must have a floating-point dtype, got {z.dtype}")
+    if z.dtype not in _DTYPES:
+        raise ValueError(f"{name} must have a floating-point dtype of 16, 32 or 64 bits, got {z.dtype}")
     if z.dim() != 2:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(z.shape)}")
     if z.shape[1] == 0:

@@ -29,7 +29,7 @@
 //
 // Products run in oneDNN's micro-kernels (AMX, AVX-512) through ATen, else in common/gemm.h. bfloat16
 // products read rows rounded once after normalisation, and weights rounded once; the positive's weight, the one
-// that does not average out, is applied to unrounded rows.
+// that does not average out, is applied to unrounded rows. "tf32" and "float16" multiply in float32.
 #include "contrastive.h"
 
 #include <ATen/ATen.h>
@@ -128,18 +128,20 @@ void run(const TilePlan& plan, int64_t count, const Task& task, const Done& done
   }
 }
 
-// Calls visit(I, J, slot) for every pair of blocks I <= J, `slot` being the thread's own number. Two calls
-// that share a block never run at once, and come in the same order in every run.
+// The calling thread's number among the plan's threads.
+int slot(const TilePlan& plan) { return plan.threads == 1 ? 0 : at::get_thread_num(); }
+
+// Calls visit(I, J) for every pair of blocks I <= J. Two calls that share a block never run at once, and come in
+// the same order in every run.
 template <typename Visit, typename Done>
 void tournament(const TilePlan& plan, const Visit& visit, const Done& done) {
   const int64_t players = cut(plan.blocks, plan.group);
-  const auto slot = [&] { return plan.threads == 1 ? 0 : at::get_thread_num(); };
   const auto first = [&](int64_t player) { return player * plan.group; };
   const auto last = [&](int64_t player) { return std::min((player + 1) * plan.group, plan.blocks); };
   // Round 0: every player against itself.
   run(plan, players, [&](int64_t p) {
     for (int64_t i = first(p); i < last(p); ++i)
-      for (int64_t j = i; j < last(p); ++j) visit(i, j, slot());
+      for (int64_t j = i; j < last(p); ++j) visit(i, j);
   }, done);
   // The circle method: the last player stays, the others turn; with an odd number one of them rests.
   const int64_t seats = players + players % 2, turning = seats - 1;
@@ -150,7 +152,7 @@ void tournament(const TilePlan& plan, const Visit& visit, const Done& done) {
       if (p > q) std::swap(p, q);
       if (q >= players) return;
       for (int64_t i = first(p); i < last(p); ++i)
-        for (int64_t j = first(q); j < last(q); ++j) visit(i, j, slot());
+        for (int64_t j = first(q); j < last(q); ++j) visit(i, j);
     }, done);
   }
 }
@@ -213,7 +215,7 @@ struct Operands {
       const Packed out{left[b], right[b], pairs ? right_pairs[b] : nullptr, pairs ? left_columns[b] : nullptr};
       square[b] = engine.tile.pack(rows, first(b), size(b), padded(b), dim, normalize, engine.operand,
                                    inverse_norm.mutable_data_ptr<float>() + first(b),
-                                   scratch.floats(plan.threads == 1 ? 0 : at::get_thread_num()), out);
+                                   scratch.floats(slot(plan)), out);
     }, nothing);
     for (int64_t b = 0; b < plan.blocks; ++b)
       largest_square = square[b] <= largest_square ? largest_square : square[b];  // keeps a NaN
@@ -259,6 +261,20 @@ float exponent_factor(float scale) {
   return c == 0 ? std::numeric_limits<float>::min() : c;
 }
 
+// fastssl.functional says this in better words; here it keeps a direct call from reading out of bounds.
+void check(const Tensor& z1, const Tensor& z2, const Tensor& scale, at::TensorList per_row) {
+  TORCH_CHECK_VALUE(z1.dim() == 2 && z1.size(1) > 0 && z1.sizes() == z2.sizes(),
+                    "z1 and z2 must have the same shape (B, D), D > 0, got ", z1.sizes(), " and ", z2.sizes());
+  const at::ScalarType dtype = z1.scalar_type();
+  TORCH_CHECK_VALUE(dtype == z2.scalar_type() && (dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf),
+                    "z1 and z2 must both be float32, bfloat16 or float16, got ", dtype, " and ", z2.scalar_type());
+  TORCH_CHECK_VALUE(scale.numel() == 1, "scale must have one element, got shape ", scale.sizes());
+  for (const Tensor& t : per_row)
+    TORCH_CHECK_VALUE(t.scalar_type() == at::kFloat && t.dim() == 1 && t.size(0) == 2 * z1.size(0),
+                      "grad_loss, shift and total must be float32 of shape (", 2 * z1.size(0), "), got ",
+                      t.scalar_type(), " of shape ", t.sizes());
+}
+
 std::tuple<Tensor, Tensor, Tensor> nt_xent(const Tensor& z1, const Tensor& z2, const Tensor& scale_tensor,
                                            bool normalize, c10::string_view precision) {
   if (z1.scalar_type() == at::kDouble) {
@@ -267,7 +283,8 @@ std::tuple<Tensor, Tensor, Tensor> nt_xent(const Tensor& z1, const Tensor& z2, c
         .typed<decltype(nt_xent)>();
     return portable.call(z1, z2, scale_tensor, normalize, precision);
   }
-  const Engine engine({precision.data(), precision.size()});
+  check(z1, z2, scale_tensor, {});
+  const Engine engine(precision);
   const Operands z(z1, z2, normalize, engine, false);
   const TilePlan& plan = z.plan;
   const float scale = scale_tensor.item<float>(), c = exponent_factor(scale);
@@ -287,8 +304,8 @@ std::tuple<Tensor, Tensor, Tensor> nt_xent(const Tensor& z1, const Tensor& z2, c
   float* const origin = origins.mutable_data_ptr<float>();
   float* const alignment = aligned.mutable_data_ptr<float>();
 
-  tournament(plan, [&](int64_t I, int64_t J, int64_t slot) {
-    float* S = tile.floats(slot);
+  tournament(plan, [&](int64_t I, int64_t J) {
+    float* S = tile.floats(slot(plan));
     const int64_t ld = z.padded(J);
     z.similarities(I, J, S);
     z.each_positive(I, J, [&](int64_t r, int64_t col, int64_t i, int64_t j) {
@@ -330,7 +347,8 @@ std::tuple<Tensor, Tensor, Tensor> nt_xent_backward(const Tensor& grad_loss, con
         .typed<decltype(nt_xent_backward)>();
     return portable.call(grad_loss, z1, z2, scale_tensor, shift, total, normalize, precision);
   }
-  const Engine engine({precision.data(), precision.size()});
+  check(z1, z2, scale_tensor, {grad_loss, shift, total});
+  const Engine engine(precision);
   const Operands z(z1, z2, normalize, engine, true);
   const TilePlan& plan = z.plan;
   const float scale = scale_tensor.item<float>(), c = exponent_factor(scale);
@@ -358,8 +376,8 @@ std::tuple<Tensor, Tensor, Tensor> nt_xent_backward(const Tensor& grad_loss, con
     std::fill_n(transposed.floats(b), z.padded(b) * dim, 0.f);
   }, nothing);
 
-  tournament(plan, [&](int64_t I, int64_t J, int64_t slot) {
-    float* S = tile.floats(slot);
+  tournament(plan, [&](int64_t I, int64_t J) {
+    float* S = tile.floats(slot(plan));
     const int64_t m = z.padded(I), n = z.padded(J);
     z.similarities(I, J, S);
     const float* a_row = coefficient + z.first(I);
@@ -372,7 +390,7 @@ std::tuple<Tensor, Tensor, Tensor> nt_xent_backward(const Tensor& grad_loss, con
       S[r * n + col] = excluded;
     });
     z.exclude(I, J, excluded, S);
-    auto* half = engine.half() ? static_cast<at::BFloat16*>(half_tile[slot]) : nullptr;
+    auto* half = engine.half() ? static_cast<at::BFloat16*>(half_tile[slot(plan)]) : nullptr;
     auto* pairs = engine.half() ? half + m * n : nullptr;
     if (shared) {
       engine.tile.weights(S, n, m, n, c, origin[0], a_row, a_column, half, pairs);
@@ -393,7 +411,7 @@ std::tuple<Tensor, Tensor, Tensor> nt_xent_backward(const Tensor& grad_loss, con
   double* const along = alongs.mutable_data_ptr<double>();
   const float* const inverse_norm = z.inverse_norm.const_data_ptr<float>();
   run(plan, plan.blocks, [&](int64_t b) {
-    float* scratch = tile.floats(plan.threads == 1 ? 0 : at::get_thread_num());
+    float* scratch = tile.floats(slot(plan));
     float* sums = gradient.floats(b);
     engine.tile.add_transposed(transposed.floats(b), z.padded(b), dim, sums, scratch);
     for (int64_t r = 0; r < z.size(b); ++r) {
