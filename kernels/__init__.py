@@ -1,1 +1,1 @@
-"""Triton kernels and their launchers, one file per family."""
+"""Triton kernels and their launchers, one module per family. Installed as `fastssl.kernels`."""

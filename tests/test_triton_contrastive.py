@@ -1,0 +1,85 @@
+"""NT-Xent's Triton kernels, on any machine: their values in the interpreter, their code for GPUs that are not there.
+
+FASTSSL_TRITON_SWEEP=1 compiles every configuration of every kernel for every architecture instead of a selection, and
+has the assembler count spills:
+
+    FASTSSL_TRITON_SWEEP=1 python -m pytest tests/test_triton_contrastive.py -k compile
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from triton_checks.compile_gate import (  # noqa: E402
+    PRECISIONS,
+    SHARED_MEMORY,
+    TENSOR_CORES,
+    Case,
+    compile_case,
+    product_cases,
+    row_cases,
+    suited,
+)
+
+SWEEP = os.environ.get("FASTSSL_TRITON_SWEEP") == "1"
+TESTS = Path(__file__).parent
+
+
+@pytest.mark.parametrize("interpret", ["1", "0"])
+def test_numerics(interpret):
+    if interpret == "0" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    environment = os.environ | {"TRITON_INTERPRET": interpret, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "triton_checks/numerics.py"],
+        cwd=TESTS,
+        env=environment | {"PYTHONPATH": os.pathsep.join(filter(None, (str(TESTS), os.environ.get("PYTHONPATH"))))},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def _cases() -> list[Case]:
+    if SWEEP:
+        everything = [c for capability in SHARED_MEMORY for p in PRECISIONS for c in product_cases(capability, p)]
+        return everything + [c for capability in SHARED_MEMORY for c in row_cases(capability)]
+    # The first configuration of each kernel for some pairs, every one for Hopper's bfloat16.
+    cases = list(product_cases(90, "bfloat16"))
+    for capability, precision in [(80, "float32"), (80, "bfloat16"), (90, "tf32"), (100, "float16"), (120, "tf32")]:
+        first = {}
+        for case in product_cases(capability, precision):
+            constants = dict(case.constants)
+            first.setdefault((case.kernel, constants.get("D"), constants.get("T")), case)
+        cases += first.values()
+    return cases + [c for c in row_cases(80, (128,)) if ("NORMALIZE", False) not in c.constants]
+
+
+@pytest.mark.parametrize("case", _cases(), ids=str)
+def test_compiles_without_spills_and_within_the_card(case):
+    usage = compile_case(case, count_spills=SWEEP)
+    assert usage.stack == usage.local == 0
+    assert usage.spills in ("", "0 bytes spill stores, 0 bytes spill loads")
+    assert usage.shared <= SHARED_MEMORY[case.capability]
+    if "PRECISION" in dict(case.constants) and case.precision != "float32":
+        assert TENSOR_CORES[case.capability] in usage.ptx
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
+def test_every_card_keeps_a_configuration(capability, precision):
+    kept = {(case.kernel, dict(case.constants).get("T"), dict(case.constants).get("D"))
+            for case in product_cases(capability, precision)}  # fmt: skip
+    assert len(kept) == (2 if precision == "float32" else 5)
+
+
+def test_shared_memory_prunes():
+    wide = [len(suited("_forward_tile", c, "tf32", T=128, PRECISION="tf32")) for c in (90, 120)]
+    assert wide == [2, 1]

@@ -1,0 +1,38 @@
+"""What Triton's interpreter lacks to stand for a GPU: bfloat16, which it multiplies and rounds as bit patterns, and
+products whose bits do not depend on the shape of the tile they are in, as numpy's do."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import triton.language as tl
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+
+def _widen(x: TensorHandle) -> TensorHandle:
+    if x.dtype.scalar != tl.bfloat16:
+        return x
+    return TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+
+def _narrow(x: TensorHandle) -> TensorHandle:
+    values = torch.from_numpy(np.ascontiguousarray(x.data, np.float32)).bfloat16()
+    return TensorHandle(values.view(torch.int16).numpy().view(np.uint16), tl.bfloat16)
+
+
+def patch() -> None:
+    """Cast to bfloat16 with rounding to nearest; multiply values, and round only each sum of a tl.dot."""
+    cast = InterpreterBuilder.cast_impl
+
+    def cast_impl(self, x, dtype):
+        x = _widen(x)
+        return _narrow(x) if dtype.scalar == tl.bfloat16 else cast(self, x, dtype)
+
+    def create_dot(self, a, b, acc, *_):
+        product = np.matmul(_widen(a).data.astype(np.float64), _widen(b).data.astype(np.float64))
+        return TensorHandle(product.astype(acc.data.dtype) + acc.data, acc.dtype.scalar)
+
+    for name in ("cast_impl", "create_fp_ext", "create_fp_trunc"):
+        setattr(InterpreterBuilder, name, cast_impl)
+    InterpreterBuilder.create_fp_to_fp = lambda self, x, dtype, rounding: cast_impl(self, x, dtype)
+    InterpreterBuilder.create_dot = create_dot

@@ -1,0 +1,218 @@
+"""NT-Xent's Triton kernels against the float64 formula: on the GPU, or in Triton's interpreter.
+
+A process can be in only one of the two modes, so test_triton_contrastive.py runs this file in processes of its own:
+with TRITON_INTERPRET=1 everywhere, and without it where there is a GPU.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastssl import reference
+from fastssl.kernels import contrastive as kernels
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SIZES = [(1, 1), (1, 8), (2, 3), (3, 1), (5, 64), (33, 127), (64, 130), (65, 64), (129, 16), (192, 40)]
+
+if INTERPRETED:
+    from triton_checks import interpreter
+
+    interpreter.patch()
+    for kernel in (kernels._forward_tile, kernels._backward_narrow, kernels._backward_wide):
+        kernel.configs = [c for c in kernel.configs if c.kwargs.get("BK", 32) == 32][:1]  # nothing to time here
+
+
+def rows(batch: int, dim: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed + 1000 * batch + dim)
+    z1, z2 = torch.randn(2, batch, dim, generator=generator)
+    return z1.to(DEVICE, dtype), z2.to(DEVICE, dtype)
+
+
+def random_gradient(batch: int) -> Tensor:
+    return torch.randn(2 * batch, generator=torch.Generator().manual_seed(batch)).to(DEVICE)
+
+
+def fused(z1: Tensor, z2: Tensor, g: Tensor, scale: float, normalize: bool = True, precision: str = "float32"):
+    """(loss, dz, dscale) of the launchers; what they leave unwritten is NaN."""
+    s = torch.tensor(float(scale), device=DEVICE)
+    torch.use_deterministic_algorithms(True)  # fills new tensors with NaN
+    try:
+        loss, shift, total = kernels.nt_xent(z1, z2, s, normalize, precision)
+        dz1, dz2, dscale = kernels.nt_xent_backward(g, z1, z2, s, shift, total, normalize, precision)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert loss.dtype == shift.dtype == total.dtype == dscale.dtype == torch.float32
+    assert dz1.dtype == dz2.dtype == z1.dtype and dz1.is_contiguous() and dz2.is_contiguous()
+    return loss, torch.cat([dz1, dz2]), dscale
+
+
+def eager(z1: Tensor, z2: Tensor, g: Tensor, scale: float, normalize: bool = True, dtype: torch.dtype | None = None):
+    """(loss, dz, dscale) of the naive formula in `dtype`."""
+    z1, z2 = (z.detach().to(dtype or z.dtype).requires_grad_() for z in (z1, z2))
+    s = torch.tensor(scale, device=DEVICE, dtype=torch.promote_types(z1.dtype, torch.float32), requires_grad=True)
+    loss = reference.contrastive.nt_xent(z1, z2, temperature=1 / s, normalize=normalize, reduction="none")
+    dz1, dz2, dscale = torch.autograd.grad(loss, (z1, z2, s), g.to(loss.dtype))
+    return loss.detach(), torch.cat([dz1, dz2]), dscale
+
+
+def compare(z1: Tensor, z2: Tensor, g: Tensor, scale: float, normalize: bool = True, precision: str = "float32"):
+    """Errors against float64 are at most twice eager's in the dtype of the products, and rounding."""
+    ours = fused(z1, z2, g, scale, normalize, precision)
+    oracle = eager(z1, z2, g, scale, normalize, torch.float64)
+    theirs = eager(z1, z2, g, scale, normalize, DTYPES[precision])
+    if normalize:
+        length = 1.0
+        shortest = torch.cat([z1, z2]).double().norm(dim=1).clamp_min(1e-12).min().item()
+    else:
+        length = torch.cat([z1, z2]).double().norm(dim=1).max().item()
+        shortest = 1.0
+    # Rounding of a similarity, and of the gradient's sums. TF32 rounds operands to 11 bits, where eager rounds to 24.
+    eps = 2.0**-11 if precision == "tf32" and not INTERPRETED else torch.finfo(torch.float32).eps
+    similarity = abs(scale) * length**2
+    floor = {
+        "loss": 4 * eps * (1 + similarity),
+        "dz": 4 * eps * abs(scale) * length / shortest * g.norm().item(),
+        "dscale": 4 * eps * length**2 * g.norm().item(),
+    }
+    if z1.dtype != torch.float32:  # the gradient's own rounding; eager may be lucky with a single number
+        floor["dz"] += torch.finfo(z1.dtype).eps * oracle[1].norm().item()
+        floor["dscale"] += torch.finfo(z1.dtype).eps * length**2 * g.norm().item() / 4
+    for name, mine, exact, other in zip(floor, ours, oracle, theirs, strict=True):
+        error, allowed = (mine - exact).norm().item(), 2 * (other - exact).norm().item() + floor[name]
+        assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+@pytest.mark.parametrize("precision", DTYPES)
+@pytest.mark.parametrize("batch,dim", SIZES)
+def test_sizes(batch, dim, precision):
+    compare(*rows(batch, dim, DTYPES[precision]), random_gradient(batch), 2.0, precision=precision)
+
+
+@pytest.mark.parametrize("dim,precision", [(24, "float32"), (130, "float32"), (24, "bfloat16"), (130, "float16")])
+@pytest.mark.parametrize("normalize,scale,length", [(True, 14.3, 1), (True, 100, 1), (True, -1, 1), (False, 1, 1),
+                                                    (False, 2, 6), (False, -0.5, 3)])  # fmt: skip
+def test_scales(normalize, scale, length, dim, precision):
+    z1, z2 = (length * z for z in rows(33, dim, DTYPES[precision]))
+    compare(z1, z2, random_gradient(33), scale, normalize, precision)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dim", [64, 140])
+def test_float32_rows_with_short_products(dim, precision):
+    z1, z2 = rows(65, dim)
+    for noise in (1.0, 0.03):  # unsure, and so confident that the gradient cancels
+        near, g = z1 + noise * z2, random_gradient(65).abs()
+        _, dz, _ = fused(z1, near, g, 10.0, precision=precision)
+        _, exact, _ = eager(z1, near, g, 10.0, dtype=torch.float64)
+        assert (dz - exact).norm() < 5e-3 * exact.norm()
+
+
+@pytest.mark.parametrize("batch,dim", [(0, 3), (0, 300)])
+def test_empty_batch(batch, dim):
+    loss, dz, dscale = fused(*rows(batch, dim), random_gradient(batch), 2.0)
+    assert loss.shape == (0,) and dz.shape == (0, dim) and dscale == 0
+
+
+@pytest.mark.parametrize("dim", [24, 140])
+def test_strides(dim):
+    z1, z2 = rows(33, dim)
+    g = random_gradient(33)
+    wide = torch.full((66, 2 * dim + 1), float("nan"), device=DEVICE)
+    sliced1, sliced2 = wide[::2, 1 : dim + 1], wide[1::2, : 2 * dim : 2]
+    expected = fused(z1, z2, g, 5.0)
+    for strided1, strided2 in ((z1.T.contiguous().T, z2), (sliced1.copy_(z1), sliced2.copy_(z2))):
+        for mine, other in zip(fused(strided1, strided2, g, 5.0), expected, strict=True):
+            assert torch.equal(mine, other)
+    same = z1[:1].expand(33, dim)
+    compare(same, z2, g[:1].expand(66), 5.0)
+
+
+def test_offsets_beyond_32_bits():
+    z1, z2 = rows(3, 8, torch.float16)
+    far = torch.empty(2 * 2**30 + 8, dtype=torch.float16, device=DEVICE).as_strided((3, 8), (2**30, 1))
+    g = random_gradient(3)
+    for mine, other in zip(fused(far.copy_(z1), z2, g, 2.0, precision="float16"),
+                           fused(z1, z2, g, 2.0, precision="float16"), strict=True):  # fmt: skip
+        assert torch.equal(mine, other)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_zero_row(precision):
+    z1, z2 = rows(33, 24, DTYPES[precision])
+    z1[3] = 0
+    compare(z1, z2, random_gradient(33), 2.0, precision=precision)
+
+
+def test_lengths_beyond_the_square_root_of_float32():
+    z1, z2 = rows(33, 24)
+    g = random_gradient(33)
+    loss, dz, dscale = fused(z1, z2, g, 2.0)
+    huge = fused(z1 * 2.0**100, z2 * 2.0**-30, g, 2.0)
+    assert torch.equal(huge[0], loss) and torch.equal(huge[2], dscale)
+    assert torch.equal(huge[1][:33].double() * 2.0**100, dz[:33].double())
+    assert torch.equal(huge[1][33:] * 2.0**-30, dz[33:])
+    compare(z1, 1e-30 * z2, g, 2.0)  # below F.normalize's 1e-12
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dim", [24, 140])
+def test_nan_reaches_everything(value, dim):
+    z1, z2 = rows(70, dim)
+    z2[5, 7] = value
+    for x in fused(z1, z2, random_gradient(70), 2.0):
+        assert x.isnan().all()
+
+
+def test_gradients_of_any_size():
+    z1, z2 = rows(33, 24, torch.float16)
+    g = random_gradient(33)
+    _, dz, dscale = fused(z1.float(), z2.float(), g, 2.0, precision="float16")
+    for size in (2.0**-60, 2.0**60):
+        _, mine, share = fused(z1.float(), z2.float(), size * g, 2.0, precision="float16")
+        assert torch.equal(mine, size * dz) and torch.equal(share, size * dscale)
+    _, mine, share = fused(z1, z2, torch.zeros_like(g), 2.0, precision="float16")
+    assert not mine.any() and share == 0
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_loss_is_not_negative(precision):
+    z, _ = rows(33, 24, DTYPES[precision])
+    distinct = torch.eye(24, device=DEVICE, dtype=z.dtype)
+    for z1 in (z, distinct):
+        loss, _, _ = fused(z1, z1, random_gradient(z1.shape[0]), 100.0, precision=precision)
+        assert (loss >= -4 * 100 * torch.finfo(torch.float32).eps).all()
+
+
+@pytest.mark.parametrize("batch", [192, 165])  # an even and an odd number of blocks
+def test_bands(batch, monkeypatch):
+    """Distances in several launches, the last one shorter, give what a single launch gives."""
+    z1, z2 = rows(batch, 32)
+    g = random_gradient(batch)
+    expected = fused(z1, z2, g, 10.0)
+    monkeypatch.setattr(kernels, "_BAND", 2)
+    for mine, other in zip(fused(z1, z2, g, 10.0), expected, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dim", [32, 140])
+def test_splits(dim, monkeypatch):
+    z1, z2 = rows(130, dim)  # 3 units of columns in 2 splits
+    g = random_gradient(130)
+    compare(z1, z2, g, 5.0)
+    monkeypatch.setattr(kernels, "_PROGRAMS", 1)
+    compare(z1, z2, g, 5.0)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dim", [32, 140])
+def test_same_bits_every_time(dim, precision):
+    z1, z2 = rows(70, dim, DTYPES[precision])
+    first, second = (fused(z1, z2, random_gradient(70), 5.0, precision=precision) for _ in range(2))
+    for x, y in zip(first, second, strict=True):
+        assert torch.equal(x, y)
