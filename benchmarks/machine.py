@@ -20,10 +20,14 @@ _INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16", "
 
 @dataclass(frozen=True)
 class Rates:
-    """What the machine does at best: `product` by dtype, with what reached it, and `copy`, in FLOP/s and bytes/s."""
+    """What the machine does at best: `product` by dtype, with what reached it, and `copy`, in FLOP/s and bytes/s.
+
+    Other processes that kept cores busy meanwhile make them too low, and so the floor too high.
+    """
 
     product: dict[torch.dtype, tuple[float, str]]
     copy: float
+    other_processes_cores: float = 0.0
 
 
 def describe() -> dict[str, str | int | float]:
@@ -88,12 +92,14 @@ def measure_rates() -> Rates:
     float32, so its rate is at least float32's.
     """
     product: dict[torch.dtype, tuple[float, str]] = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        found = [(flops / _best_seconds(run), how) for how, flops, run in _products(dtype)]
-        product[dtype] = max(found + list(product.values()))
-    source = torch.ones(1 << 26)
-    target = torch.empty_like(source)
-    return Rates(product, 2 * source.nbytes / _best_seconds(lambda: target.copy_(source)))
+    with OtherProcesses() as others:
+        for dtype in (torch.float32, torch.bfloat16):
+            found = [(flops / _best_seconds(run), how) for how, flops, run in _products(dtype)]
+            product[dtype] = max(found + list(product.values()))
+        source = torch.ones(1 << 26)
+        target = torch.empty_like(source)
+        copy = 2 * source.nbytes / _best_seconds(lambda: target.copy_(source))
+    return Rates(product, copy, others.cores)
 
 
 def _products(dtype: torch.dtype) -> list[tuple[str, float, Callable[[], Tensor]]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import ctypes
+import functools
 import gc
 import math
 import multiprocessing
@@ -22,7 +23,7 @@ from torch import Tensor
 _SECONDS_PER_CONTESTANT = 2.0
 _REPEATS = (7, 500)
 _SAFE_SHARE = 0.5  # of the available memory, for baselines whose need is only estimated
-_SMALLEST_MEMORY = 1 << 26  # below, a process's resident memory says too little
+_SMALLEST_MEMORY = 1 << 28  # below, a process's resident memory says too little
 
 
 @dataclass
@@ -142,14 +143,15 @@ def add_memory(result: Measurement, size: Size) -> None:
         with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
             try:
                 result.extra_memory = process.submit(
-                    _memory_of, result.op, size, result.mode, result.contestant
+                    _memory_of, result.op, size, result.mode, result.contestant, kernel_of(result.op)
                 ).result()
             except Exception as error:
                 result.note = _failure(error)
 
 
+@functools.cache
 def kernel_of(op: str) -> str:
-    """What computes fastssl's side here."""
+    """What computes fastssl's side on this machine's CPU."""
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"fastssl::{op}", "CPU"):
         return "in portable PyTorch"
     from fastssl import _C
@@ -162,8 +164,10 @@ def worth_measuring_memory(benchmark: Benchmark, size: Size, mode: str) -> bool:
     return benchmark.needs(size, MODES[mode].dtype.itemsize)["naive"] >= _SMALLEST_MEMORY
 
 
-def _memory_of(op: str, size: Size, mode: str, name: str) -> float:
+def _memory_of(op: str, size: Size, mode: str, name: str, kernel: str) -> float:
     """Runs in the new process. Libraries and threads are warmed up on the smallest size, compiled code on its own."""
+    if kernel_of(op) != kernel:
+        raise RuntimeError(f"{op} is {kernel_of(op)} in a new process, and {kernel} in this one")
     benchmark = registry.load()[op]
     contestant = benchmark.contestants(size, mode)[name]
     torch.set_float32_matmul_precision(contestant.precision)

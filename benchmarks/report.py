@@ -18,12 +18,12 @@ Grid = tuple[list[str], list[list[str]]]
 
 
 def preamble(
-    machine: dict[str, str | int | float], rates: Rates, results: list[Measurement], command: str
+    op: str, machine: dict[str, str | int | float], rates: Rates, results: list[Measurement], command: str
 ) -> list[str]:
     """What must be known to read the tables: the machine, its rates, how figures were taken, how to repeat them."""
     lines = [
         "{cpu} ({instruction_sets}), {cores} cores, {threads} threads, PyTorch {torch}; ".format(**machine)
-        + "fastssl {fastssl}: {kernels}.".format(**machine),
+        + f"fastssl {machine['fastssl']}, {op} {machine['kernels']}.",
         "Forward + backward, normalisation included: medians of interleaved repeats in one process, on the same "
         "inputs; a ratio is the baseline's time, in brackets, over fastssl's.",
         "float32: float32 products for all. medium: fastssl under set_float32_matmul_precision('medium'), baselines "
@@ -37,11 +37,10 @@ def preamble(
         + ".",
         f"Repeat it with: {command}",
     ]
-    disturbed = max((r.other_processes_cores for r in results if r.other_processes_cores > _QUIET), default=0)
+    disturbed = [r.other_processes_cores for r in (rates, *results) if r.other_processes_cores > _QUIET]
     if disturbed:
-        lines.insert(
-            1, f"WARNING: other processes used up to {disturbed:.1f} cores meanwhile: these times mean little."
-        )
+        warning = f"WARNING: other processes used up to {max(disturbed):.1f} cores meanwhile: do not use these times."
+        lines.insert(1, warning)
     return lines
 
 
@@ -50,26 +49,26 @@ def times(results: list[Measurement]) -> Grid:
     timed = [r for r in results if r.repeats or not math.isnan(r.floor)]
     names = _contestants(timed)
     rows = []
-    for (op, mode, size), case in _cases(timed).items():
+    for (mode, size), case in _cases(timed).items():
         ours = case["fastssl"]
         errors = (f"{case[n].gradient_error:.0e}" for n in ("fastssl", "naive") if n in case)
         rows.append(
-            [op, mode, size, ours.note if math.isnan(ours.median) else _seconds(ours.median), _quartiles(ours)]
+            [mode, size, ours.note if math.isnan(ours.median) else _seconds(ours.median), _quartiles(ours)]
             + [_against(case.get(name), ours) for name in names[1:]]
             + ["-" if math.isnan(ours.median) else f"{ours.floor_fraction:.0%}", " / ".join(errors)]
         )
     columns = [f"against {name}" for name in names[1:]]
-    header = ["operation", "precision", "size", "fastssl", "quartiles", *columns]
+    header = ["precision", "size", "fastssl", "quartiles", *columns]
     return [*header, "floor / time", "gradient error (naive's)"], rows
 
 
 def memory(results: list[Measurement]) -> Grid:
     """One row per precision and size whose memory was measured."""
     names, rows = _contestants(results), []
-    for (op, mode, size), case in _cases(results).items():
+    for (mode, size), case in _cases(results).items():
         if any(not math.isnan(r.extra_memory) for r in case.values()):
-            rows.append([op, mode, size] + [_bytes(case.get(name)) for name in names])
-    return ["operation", "precision", "size", *names], rows
+            rows.append([mode, size] + [_bytes(case.get(name)) for name in names])
+    return ["precision", "size", *names], rows
 
 
 def show(console: Console, title: str, grid: Grid) -> None:
@@ -107,35 +106,37 @@ def plot(path: Path, results: list[Measurement], title: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    curves: dict[tuple[str, str, str], dict[str, list[tuple[int, Measurement]]]] = {}
+    curves: dict[tuple[str, str], dict[str, list[tuple[int, Measurement]]]] = {}
     for r in results:
         rows, _, rest = r.size.partition("x")
-        curves.setdefault((r.op, r.mode, rest), {}).setdefault(r.contestant, []).append((int(rows), r))
+        curves.setdefault((r.mode, rest), {}).setdefault(r.contestant, []).append((int(rows), r))
     longest = max(len(points) for panel in curves.values() for points in panel.values())
     curves = {
         key: panel for key, panel in curves.items() if longest == 1 or max(map(len, panel.values())) > 1
     }  # a lone point is no curve
+    colors = {name: f"C{i}" for i, name in enumerate(_contestants(results))}
     with_memory = any(r.extra_memory > 0 for r in results)
     shape = {"nrows": 1 + with_memory, "ncols": len(curves), "figsize": (4.6 * len(curves), 4.2 + 3.4 * with_memory)}
     figure, axes = pyplot.subplots(**shape, sharex="col", sharey="row", squeeze=False)
-    for column, ((op, mode, rest), panel) in zip(axes.T, curves.items(), strict=True):
+    for column, ((mode, rest), panel) in zip(axes.T, curves.items(), strict=True):
         for name, points in panel.items():
             x, y = zip(*sorted(points, key=lambda point: point[0]), strict=True)
             style = {"marker": "o", "markersize": 4, "label": name, "linewidth": 2.5 if name == "fastssl" else 1.3}
-            (line,) = column[0].plot(x, [1e3 * r.median for r in y], **style)
+            style["color"] = colors[name]
+            column[0].plot(x, [1e3 * r.median for r in y], **style)
             low, high = [1e3 * r.quartile1 for r in y], [1e3 * r.quartile3 for r in y]
-            column[0].fill_between(x, low, high, color=line.get_color(), alpha=0.25)
+            column[0].fill_between(x, low, high, color=colors[name], alpha=0.25)
             if name == "fastssl":
                 column[0].plot(x, [1e3 * r.floor for r in y], "k:", label="floor")
             if with_memory:
-                column[1].plot(x, [r.extra_memory / 2**20 for r in y], **style, color=line.get_color())
-        column[0].set_title(f"{op}, {mode}" + (f", rows x {rest}" if rest else ""))
+                column[1].plot(x, [r.extra_memory / 2**20 for r in y], **style)
+        column[0].set_title(mode + (f", rows x {rest}" if rest else ""))
+        column[0].legend(fontsize=8)
         for axis in column:
             axis.set(xscale="log", yscale="log", xlabel="rows")
             axis.grid(True, which="major", alpha=0.4)
     for axis, label in zip(axes[:, 0], ("forward + backward [ms]", "peak extra memory [MiB]")):  # noqa: B905
         axis.set_ylabel(label)
-        axis.legend(fontsize=8)
     figure.suptitle(textwrap.fill(title, 65 * len(curves)), fontsize=9)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
@@ -146,10 +147,10 @@ def _contestants(results: list[Measurement]) -> list[str]:
     return list(dict.fromkeys(["fastssl", *(r.contestant for r in results)]))
 
 
-def _cases(results: list[Measurement]) -> dict[tuple[str, str, str], dict[str, Measurement]]:
-    cases: dict[tuple[str, str, str], dict[str, Measurement]] = {}
+def _cases(results: list[Measurement]) -> dict[tuple[str, str], dict[str, Measurement]]:
+    cases: dict[tuple[str, str], dict[str, Measurement]] = {}
     for r in results:
-        cases.setdefault((r.op, r.mode, r.size), {})[r.contestant] = r
+        cases.setdefault((r.mode, r.size), {})[r.contestant] = r
     return cases
 
 

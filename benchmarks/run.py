@@ -86,25 +86,24 @@ def main(argv: list[str]) -> int:
         rates = machine.measure_rates()
     command = f"OMP_NUM_THREADS={torch.get_num_threads()} python benchmarks/run.py {shlex.join(argv)}".strip()
     arguments.output.mkdir(parents=True, exist_ok=True)
-    failed, found = False, registry.load(arguments.family)
-    for family in sorted({registry.OPS[op].family for op in found}):
-        benchmarks = [b for op, b in found.items() if registry.OPS[op].family == family]
-        described["kernels"] = ", ".join(f"{b.op} {measure.kernel_of(b.op)}" for b in benchmarks)
-        results = [result for benchmark in benchmarks for result in _run(benchmark, arguments, rates, console)]
-        lines = report.preamble(described, rates, results, command)
-        grids = {"Time": report.times(results)}
+    failed = False
+    for op, benchmark in registry.load(arguments.family).items():
+        described["kernels"] = measure.kernel_of(op)
+        results = list(_run(benchmark, arguments, rates, console))
+        lines = report.preamble(op, described, rates, results, command)
+        grids = {f"{op}: time": report.times(results)}
         if (grid := report.memory(results))[1]:
-            grids["Peak extra memory (inputs not counted, gradients counted; each in a process of its own)"] = grid
+            grids[f"{op}: peak extra memory, gradients included, inputs not; each in a process of its own"] = grid
         for line in lines:
             console.print(line, highlight=False, soft_wrap=True)
         for title, grid in grids.items():
             report.show(console, title, grid)
-        report.write_csv(arguments.output / f"{family}.csv", results, described, rates)
-        report.plot(arguments.output / f"{family}.png", results, lines[0])
+        report.write_csv(arguments.output / f"{op}.csv", results, described, rates)
+        report.plot(arguments.output / f"{op}.png", results, lines[0])
         if arguments.markdown:
             text = "\n\n".join(lines) + "\n\n" + "\n".join(report.markdown(*item) for item in grids.items())
-            (arguments.output / f"{family}.md").write_text(text)
-        console.print(f"Written: {', '.join(str(p) for p in sorted(arguments.output.glob(f'{family}.*')))}")
+            (arguments.output / f"{op}.md").write_text(text)
+        console.print(f"Written: {', '.join(str(p) for p in sorted(arguments.output.glob(f'{op}.*')))}\n")
         failed |= any(r.contestant == "fastssl" and r.note for r in results)
     return int(failed)
 

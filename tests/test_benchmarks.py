@@ -154,7 +154,7 @@ def test_runner(tmp_path):
     command += ["--sizes", "64,32x16", "--against", "naive", "--repeats", "3", "--markdown", "--output", str(tmp_path)]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert "python benchmarks/run.py nt_xent --dtype float32,medium --sizes 64,32x16" in output
-    with (tmp_path / "contrastive.csv").open() as file:
+    with (tmp_path / "nt_xent.csv").open() as file:
         rows = list(csv.DictReader(file))
     names = {"float32": ["fastssl", "naive"], "medium": ["fastssl", "naive", "naive, medium"]}
     cases = [(size, mode, name) for mode in names for size in ("64x128", "32x16") for name in names[mode]]
@@ -163,8 +163,8 @@ def test_runner(tmp_path):
         assert 0 < float(row["quartile1"]) <= float(row["median"]) <= float(row["quartile3"])
         assert row["repeats"] == "3" and row["note"] == "" and row["cpu"] and row["torch"] == torch.__version__
         assert float(row["floor_fraction"]) == pytest.approx(float(row["floor"]) / float(row["median"]))
-    assert (tmp_path / "contrastive.png").read_bytes().startswith(b"\x89PNG")
-    table = [line for line in (tmp_path / "contrastive.md").read_text().splitlines() if line.startswith("|")]
+    assert (tmp_path / "nt_xent.png").read_bytes().startswith(b"\x89PNG")
+    table = [line for line in (tmp_path / "nt_xent.md").read_text().splitlines() if line.startswith("|")]
     assert len(table) == 2 + 4 and len({line.count("|") for line in table}) == 1
 
 
