@@ -166,7 +166,7 @@ def _check_scalar(name: str, scalar: float | Tensor) -> None:
             raise ValueError(f"{name} must be a number or a 0-d tensor, got shape {tuple(scalar.shape)}")
     elif not isinstance(scalar, (int, float)):
         raise TypeError(f"{name} must be a number or a 0-d tensor, got {type(scalar).__name__}")
-    elif not math.isfinite(scalar):
+    elif not -math.inf < scalar < math.inf:  # torch.compile cannot trace math.isfinite of a number that varies
         raise ValueError(f"{name} must be finite, got {scalar}")
 
 

@@ -78,6 +78,7 @@ class Op:
     ) -> None:
         name, signature = schema.split("(", 1)
         self.name = name
+        portable = _without_autocast(portable)
         variants = []
         for suffix in ("", "_portable"):
             _library.define(f"{name}{suffix}({signature}")
@@ -92,6 +93,19 @@ class Op:
 
     def __call__(self, *args: Any) -> Any:
         return (self.portable if current_backend() == "portable" else self.auto)(*args)
+
+
+def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` with its products in the dtypes it asks for: what autocast wants came as the precision argument."""
+
+    def run(*args: Any) -> Any:
+        device = args[0].device.type
+        if not torch.amp.is_autocast_available(device):
+            return function(*args)
+        with torch.autocast(device, enabled=False):
+            return function(*args)
+
+    return run
 
 
 def _differentiable(

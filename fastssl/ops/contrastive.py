@@ -182,7 +182,7 @@ def _nt_xent_double_backward(ctx: Any, _: None, *directions: Tensor) -> tuple:
         def along(grad_loss: Tensor, *point: Tensor) -> Tensor:
             return torch.func.jvp(lambda *p: loss(*p, grad_loss), point, tuple(u.to(dtype) for u in directions))[1]
 
-        inputs = (grad_loss, *(x.to(dtype) for x in point))
+        inputs = (grad_loss, *(x.to(dtype).contiguous() for x in point))  # jvp refuses expanded tensors
         total = [t + g for t, g in zip(total, torch.func.grad(along, argnums=(0, 1, 2, 3))(*inputs), strict=True)]
     dg, dz1, dz2, dscale = (t.to(x.dtype) for t, x in zip(total, (grad_loss, *point), strict=True))
     return dg, dz1, dz2, dscale, None, None, None, None
@@ -325,7 +325,7 @@ def _similarity_logsumexp_double_backward(ctx: Any, _: None, *directions: Tensor
         def along(grad_total: Tensor, *point: Tensor) -> Tensor:
             return torch.func.jvp(lambda *p: total(*p, grad_total), point, directions)[1]
 
-        gradients = torch.func.grad(along, argnums=(0, 1, 2, 3))(*(t.to(dtype) for t in inputs))
+        gradients = torch.func.grad(along, argnums=(0, 1, 2, 3))(*(t.to(dtype).contiguous() for t in inputs))
         sums = [s + g for s, g in zip(sums, gradients, strict=True)]
     return *(s.to(t.dtype) for s, t in zip(sums, inputs, strict=True)), None, None, None, None, None
 

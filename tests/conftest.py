@@ -1,0 +1,67 @@
+"""What the tests share: every operation's samples, every kernel that this machine can run, and comparisons."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastssl
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # for peers.py
+
+try:
+    from fastssl import _C
+except ImportError:
+    _C = None
+
+INSTRUCTION_SETS = _C.available_isas() if _C else []
+
+
+@pytest.fixture(params=["auto", "portable"])
+def backend(request):
+    """Runs the test with the kernels that users get, and with the portable code."""
+    with fastssl.use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=["portable", *(INSTRUCTION_SETS or ["auto"])])
+def kernels(request):
+    """Runs the test with the portable code and with every instruction set of the C++ library that this CPU has."""
+    if request.param not in INSTRUCTION_SETS:
+        with fastssl.use_backend(request.param):
+            yield request.param
+        return
+    before = _C.current_isa()
+    _C.set_current_isa(request.param)
+    yield request.param
+    _C.set_current_isa(before)
+
+
+@pytest.fixture(autouse=True)
+def _global_settings():
+    """Leaves PyTorch's global settings as they were."""
+    precision, threads = torch.get_float32_matmul_precision(), torch.get_num_threads()
+    yield
+    torch.set_float32_matmul_precision(precision)
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def medium():
+    """Products of float32 tensors in bfloat16."""
+    torch.set_float32_matmul_precision("medium")
+
+
+@pytest.fixture(scope="session")
+def lightly_loss():
+    """lightly's NTXentLoss."""
+    from peers import lightly_nt_xent_loss
+
+    try:
+        return lightly_nt_xent_loss()
+    except ImportError as error:
+        pytest.skip(f"lightly is not installed: {error}")

@@ -1,0 +1,372 @@
+"""What every operation must do, on every sample that its family gives: `fastssl.reference.OPS`."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastssl
+from fastssl.ops._op import Op
+from fastssl.reference import OPS, Sample
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+KINDS = ("1x1", "1x9", "2x3", "transposed", "sliced", "expanded", "empty", "learnable")  # that differ to a tracer
+
+
+@functools.cache
+def _samples(name: str, dtype: torch.dtype) -> dict[str, Sample]:
+    return {sample.label: sample for sample in OPS[name].samples(dtype, "cpu")}
+
+
+def _cases(*dtypes: torch.dtype, where: Callable[[Sample], bool] = lambda sample: True) -> Any:
+    """Parametrises a test over (spec, sample)."""
+    return pytest.mark.parametrize(
+        "spec, sample",
+        [
+            pytest.param(spec, sample, id=f"{name}-{str(dtype).removeprefix('torch.')}-{label.replace(' ', '_')}")
+            for name, spec in OPS.items()
+            for dtype in dtypes
+            if dtype in spec.dtypes
+            for label, sample in _samples(name, dtype).items()
+            if where(sample)
+        ],
+    )
+
+
+def _is_kind(sample: Sample) -> bool:
+    return sample.label.startswith(KINDS)
+
+
+def _is_small(sample: Sample) -> bool:
+    return sum(x.numel() for x in sample.args) <= 100
+
+
+def _function(spec: Any) -> Callable[..., Tensor]:
+    return getattr(fastssl.functional, spec.name)
+
+
+def _map(sample: Sample, f: Callable[[Tensor], Tensor]) -> Sample:
+    def apply(x: Any) -> Any:
+        return f(x) if isinstance(x, Tensor) and x.is_floating_point() else x
+
+    return Sample(sample.label, tuple(map(apply, sample.args)), {k: apply(v) for k, v in sample.kwargs.items()})
+
+
+def _double(sample: Sample) -> Sample:
+    return _map(sample, lambda x: x.detach().double().requires_grad_(x.requires_grad))
+
+
+def _unreduced(spec: Any, sample: Sample) -> Sample:
+    if "reduction" not in inspect.signature(spec.reference).parameters:
+        return sample
+    return Sample(sample.label, sample.args, {**sample.kwargs, "reduction": "none"})
+
+
+def _leaves(sample: Sample) -> list[Tensor]:
+    return [x for x in (*sample.args, *sample.kwargs.values()) if isinstance(x, Tensor) and x.requires_grad]
+
+
+def _cotangent(output: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(output.shape, generator=generator).to(output.dtype)
+
+
+def _evaluate(function: Callable[..., Tensor], sample: Sample) -> tuple[Tensor, ...]:
+    """The value, and the gradient of every tensor that asks for one."""
+    output = function(*sample.args, **sample.kwargs)
+    return output.detach(), *torch.autograd.grad(output, _leaves(sample), _cotangent(output))
+
+
+@functools.cache
+def _truth_and_eager(name: str, label: str, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    spec = OPS[name]
+    sample = _unreduced(spec, _samples(name, dtype)[label])
+    return _evaluate(spec.reference, _double(sample)), _evaluate(spec.reference, sample)
+
+
+def _natural_sizes(spec: Any, sample: Sample, truth: tuple[Tensor, ...]) -> list[tuple[Tensor | float, float]]:
+    """(weight, size) of the value and each gradient: weight * result would have a norm of about `size`, were it not
+    for cancellation. The gradient of a row is inverse to its length."""
+    magnitude, cotangent = spec.magnitude(sample), _cotangent(truth[0])
+    sizes: list[tuple[Tensor | float, float]] = [(1.0, magnitude * truth[0].numel() ** 0.5 + truth[0].norm().item())]
+    for leaf in _leaves(sample):
+        x = leaf.detach().double()
+        weight = x.norm(dim=-1, keepdim=True).clamp_min(1e-12) if x.dim() == 2 else x.abs()
+        sizes.append((weight, magnitude * cotangent.norm().item()))
+    return sizes
+
+
+def _error(result: Tensor, truth: Tensor, weight: Tensor | float) -> float:
+    return torch.where(truth.isfinite(), (result.double() - truth) * weight, 0).norm().item()
+
+
+def _assert_as_accurate_as_eager(spec: Any, sample: Sample, results: tuple[Tensor, ...]) -> None:
+    """Errors against float64 are at most twice those of eager PyTorch, or one unit in the last place before sums."""
+    dtype = sample.args[0].dtype
+    truth, eager = _truth_and_eager(spec.name, sample.label, dtype)
+    # In float64 the truth is as rough as the rest: a similarity's rounding error is an exponential's relative error.
+    unit = torch.finfo(dtype).eps * (1 + spec.magnitude(sample) if dtype == torch.float64 else 1)
+    names = ["value", *(f"gradient {i}" for i in range(len(truth) - 1))]
+    sizes = _natural_sizes(spec, sample, truth)
+    for name, result, true, rough, (weight, size) in zip(names, results, truth, eager, sizes, strict=True):
+        assert result.shape == true.shape, name
+        settled = true.isfinite()  # where the truth is infinite, so is the result
+        torch.testing.assert_close(result[~settled].double(), true[~settled])
+        error, eager_error = (_error(x, true, weight) for x in (result, rough))
+        bound = 2 * eager_error + unit * size
+        assert error <= bound, f"{name}: error {error:.3g}, eager's {eager_error:.3g}, bound {bound:.3g}"
+
+
+@_cases(*FLOATS, torch.float64)
+def test_value_and_gradients(spec, sample, kernels):
+    sample = _unreduced(spec, sample)
+    _assert_as_accurate_as_eager(spec, sample, _evaluate(_function(spec), sample))
+
+
+@_cases(torch.float32)
+def test_backends_agree_on_shape_and_dtype(spec, sample, backend):
+    with fastssl.use_backend("reference"):
+        expected = _function(spec)(*sample.args, **sample.kwargs)
+    result = _function(spec)(*sample.args, **sample.kwargs)
+    assert (result.shape, result.dtype) == (expected.shape, expected.dtype)
+    torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4 * max(spec.magnitude(sample), 1))
+
+
+@_cases(torch.float32)
+def test_medium_precision(spec, sample, kernels, medium):
+    """As accurate as eager bfloat16 at least, and float32 in all but the products."""
+    sample = _unreduced(spec, sample)
+    results = _evaluate(_function(spec), sample)
+    assert all(r.dtype == torch.float32 for r in results)
+    if sample.label not in _samples(spec.name, torch.bfloat16):
+        return
+    truth = _evaluate(spec.reference, _double(sample))
+    rough_truth, rough = _truth_and_eager(spec.name, sample.label, torch.bfloat16)
+    for result, true, x, y, (weight, size) in zip(
+        results, truth, rough, rough_truth, _natural_sizes(spec, sample, truth), strict=True
+    ):
+        error, eager_error = (_error(*pair, weight) for pair in ((result, true), (x, y)))
+        assert error <= eager_error + torch.finfo(torch.bfloat16).eps * size
+
+
+@_cases(torch.float32)
+def test_autocast_multiplies_in_its_dtype(spec, sample, backend):
+    """As "medium" does, whose products are bfloat16 too."""
+    with torch.autocast("cpu", torch.bfloat16):
+        output = _function(spec)(*sample.args, **sample.kwargs)
+    results = output, *torch.autograd.grad(output, _leaves(sample), _cotangent(output))
+    torch.set_float32_matmul_precision("medium")
+    expected = _evaluate(_function(spec), sample)
+    for result, right, (weight, size) in zip(
+        results, expected, _natural_sizes(spec, sample, tuple(x.double() for x in expected)), strict=True
+    ):
+        assert result.dtype == torch.float32
+        assert _error(result, right, weight) <= 4 * torch.finfo(torch.float32).eps * size
+
+
+@_cases(torch.bfloat16, where=_is_kind)
+def test_autocast_returns_float32(spec, sample, backend):
+    with torch.autocast("cpu", torch.bfloat16):
+        output = _function(spec)(*sample.args, **sample.kwargs)
+    assert output.dtype == torch.float32
+    for leaf, gradient in zip(_leaves(sample), torch.autograd.grad(output.sum(), _leaves(sample)), strict=True):
+        assert gradient.dtype == leaf.dtype
+
+
+@_cases(torch.float64, where=_is_small)
+def test_derivatives_are_numerically_right(spec, sample):
+    sample = _double(sample)
+    leaves = _leaves(sample)
+
+    def function(*values: Tensor) -> Tensor:
+        replaced = dict(zip(map(id, leaves), values, strict=True))
+        sample_ = Sample(
+            sample.label,
+            tuple(replaced.get(id(x), x) for x in sample.args),
+            {k: replaced.get(id(x), x) for k, x in sample.kwargs.items()},
+        )
+        return _function(spec)(*sample_.args, **sample_.kwargs)
+
+    if function(*leaves).isfinite().all():
+        assert torch.autograd.gradcheck(function, leaves)
+        assert torch.autograd.gradgradcheck(function, leaves)
+
+
+@_cases(torch.float32, where=_is_kind)
+def test_torch_func(spec, sample, backend):
+    """torch.func.grad, and nested: a product with the Hessian, against the reference's."""
+    argnums = tuple(i for i, x in enumerate(sample.args) if x.requires_grad)
+    sample = _map(sample, torch.Tensor.detach)
+
+    def gradient(function: Callable[..., Tensor], *args: Tensor) -> tuple[Tensor, ...]:
+        return torch.func.grad(lambda *a: function(*a, **sample.kwargs).sum(), argnums)(*args)
+
+    def product(function: Callable[..., Tensor], args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        def along(*a: Tensor) -> Tensor:
+            return sum((g * _cotangent(g)).sum() for g in gradient(function, *a))
+
+        return torch.func.grad(along, argnums)(*args)
+
+    double = _double(sample)
+    magnitude = max(1.0, spec.magnitude(sample))
+    reference = functools.partial(_with_kwargs_of, spec.reference, double)
+    for result, expected in zip(
+        (*gradient(_function(spec), *sample.args), *product(_function(spec), sample.args)),
+        (*gradient(reference, *double.args), *product(reference, double.args)),
+        strict=True,
+    ):
+        torch.testing.assert_close(result.double(), expected, rtol=1e-3, atol=1e-4 * magnitude)
+
+
+def _with_kwargs_of(function: Callable[..., Tensor], sample: Sample, *args: Tensor, **_: Any) -> Tensor:
+    return function(*args, **sample.kwargs)
+
+
+@_cases(torch.float32, torch.float64)
+def test_opcheck(spec, sample):
+    torch.library.opcheck(getattr(torch.ops.fastssl, spec.name).default, spec.op_args(sample))
+
+
+@_cases(torch.bfloat16, where=_is_kind)
+def test_opcheck_portable(spec, sample):
+    torch.library.opcheck(getattr(torch.ops.fastssl, f"{spec.name}_portable").default, spec.op_args(sample))
+
+
+def _assert_compiles(spec: Any, sample: Sample, exact: bool = True, **options: Any) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(_function(spec), fullgraph=True, **options)
+    results, expected = _evaluate(compiled, sample), _evaluate(_function(spec), sample)
+    for result, right in zip(results, expected, strict=True):
+        torch.testing.assert_close(result, right, **({"rtol": 0, "atol": 0} if exact else {}), equal_nan=True)
+
+
+@_cases(torch.float32, where=_is_kind)
+def test_compile(spec, sample):
+    _assert_compiles(spec, sample, backend="aot_eager")
+
+
+@_cases(torch.float32, where=lambda sample: sample.label in ("5x64", "5x7x64"))
+def test_compile_inductor(spec, sample):
+    _assert_compiles(spec, sample, exact=False)
+
+
+@pytest.mark.parametrize("spec", OPS.values(), ids=OPS)
+def test_compile_dynamic_shapes(spec):
+    torch._dynamo.reset()
+    compiled = torch.compile(_function(spec), fullgraph=True, backend="aot_eager", dynamic=True)
+    shapes = ("2x3", "5x64", "32x128", "5x7x64", "32x64x128", "64x65x127")
+    samples = [sample for label, sample in _samples(spec.name, torch.float32).items() if label in shapes]
+    assert len(samples) > 1
+    for sample in samples:
+        for result, expected in zip(_evaluate(compiled, sample), _evaluate(_function(spec), sample), strict=True):
+            torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("spec", OPS.values(), ids=OPS)
+def test_compile_follows_the_precision(spec):
+    sample = _samples(spec.name, torch.float32)["transposed"]
+    torch._dynamo.reset()
+    compiled = torch.compile(_function(spec), fullgraph=True, backend="aot_eager")
+    outputs = {}
+    for precision in ("highest", "medium"):
+        torch.set_float32_matmul_precision(precision)
+        outputs[precision] = compiled(*sample.args, **sample.kwargs)
+        assert torch.equal(outputs[precision], _function(spec)(*sample.args, **sample.kwargs))
+    assert not torch.equal(outputs["highest"], outputs["medium"])
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("argument", [0, 1])
+@_cases(torch.float32, where=lambda s: s.label in ("5x64", "not normalized", "5x7x64", "scale=14.0"))
+def test_nan_and_inf(spec, sample, argument, poison, backend):
+    """NaN wherever the reference has NaN, and a finite value wherever the reference has one."""
+    sample = _unreduced(spec, _map(sample, lambda x: x.detach().clone()))
+    sample.args[argument][3, 2] = poison
+    sample = _map(sample, lambda x: x.requires_grad_())
+    results, expected = _evaluate(_function(spec), sample), _evaluate(spec.reference, sample)
+    for result, right in zip(results, expected, strict=True):
+        assert result[right.isnan()].isnan().all()
+    assert results[0][expected[0].isfinite()].isfinite().all()
+    assert results[0].isnan().any()
+
+
+@_cases(torch.float32, torch.bfloat16)
+def test_reads_no_uninitialised_memory(spec, sample, kernels):
+    """New tensors come filled with NaN, here, in Python and in C++."""
+    expected = _evaluate(_function(spec), sample)
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(4).isnan().all()
+    for result, right in zip(_evaluate(_function(spec), sample), expected, strict=True):
+        torch.testing.assert_close(result, right, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    "spec, bad",
+    [pytest.param(s, b, id=f"{s.name}-{b.label.replace(' ', '_')}") for s in OPS.values() for b in s.bad_inputs()],
+)
+def test_bad_inputs(spec, bad, monkeypatch):
+    def run(self: Op, *args: Any) -> Any:
+        raise AssertionError("a kernel ran")
+
+    monkeypatch.setattr(Op, "__call__", run)
+    with pytest.raises(bad.error, match=bad.match):
+        _function(spec)(*bad.args, **bad.kwargs)
+
+
+@_cases(torch.float32, torch.bfloat16)
+def test_same_bits_in_every_run(spec, sample, backend):
+    runs = {threads: [] for threads in (1, 2)}
+    for threads, results in runs.items():
+        torch.set_num_threads(threads)
+        results += [_evaluate(_function(spec), sample) for _ in range(2)]
+    for first, second in runs.values():
+        for a, b in zip(first, second, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+    _assert_as_accurate_as_eager(spec, _unreduced(spec, sample), _evaluate(_function(spec), _unreduced(spec, sample)))
+
+
+@_cases(*FLOATS, where=lambda s: s.label in ("65x129", "64x127", "64x65x127", "129x257x16", "300x40"))
+def test_misaligned_data(spec, sample, backend):
+    """One element off any alignment: the same bits."""
+
+    def misaligned(x: Tensor) -> Tensor:
+        storage = x.new_empty(x.numel() + 1)
+        return storage[1:].view(x.shape).copy_(x.detach()).requires_grad_(x.requires_grad)
+
+    for result, right in zip(
+        _evaluate(_function(spec), _map(sample, misaligned)), _evaluate(_function(spec), sample), strict=True
+    ):
+        torch.testing.assert_close(result, right, rtol=0, atol=0)
+
+
+@_cases(torch.float32)
+def test_strided_grad_output(spec, sample, backend):
+    """The gradient that `sum` sends back has a stride of 0."""
+    sample = _unreduced(spec, sample)
+    output = _function(spec)(*sample.args, **sample.kwargs)
+    leaves = _leaves(sample)
+    expanded = torch.autograd.grad(output.sum(), leaves, retain_graph=True)
+    contiguous = torch.autograd.grad(output, leaves, torch.ones_like(output), retain_graph=True)
+    sliced = torch.autograd.grad(output, leaves, torch.ones(2 * output.numel(), dtype=output.dtype)[::2])
+    for a, b, c in zip(expanded, contiguous, sliced, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+        torch.testing.assert_close(c, b, rtol=0, atol=0)
+
+
+@_cases(torch.float32)
+def test_leaves_its_inputs_alone(spec, sample, backend):
+    before = _map(sample, lambda x: x.detach().clone())
+    _evaluate(_function(spec), sample)
+    for x, y in zip((*sample.args, *sample.kwargs.values()), (*before.args, *before.kwargs.values()), strict=True):
+        assert torch.equal(x, y) if isinstance(x, Tensor) else x == y
+
+
+def test_use_backend_refuses_unknown_names():
+    with pytest.raises(ValueError, match="'eager'"), fastssl.use_backend("eager"):
+        pass
