@@ -39,7 +39,7 @@ def fill(folder, compress=True):
 
 @pytest.fixture(autouse=True)
 def sources(monkeypatch, tmp_path):
-    """Checksums of the stand-ins; no folder has them; every command and every download fails. Returns the log of tries."""
+    """The stand-ins' checksums, no folder that has them, no command or download that works. Returns a log of tries."""
     log = []
 
     def run(*command, cwd):

@@ -1,7 +1,7 @@
 """A small reference trainer: real images, short methods, and the same run with fused or with naive kernels.
 
-    python -m fastssl.train simclr --steps 200
-    python -m fastssl.train.demo
+python -m fastssl.train simclr --steps 200
+python -m fastssl.train.demo
 """
 
 from importlib.util import find_spec

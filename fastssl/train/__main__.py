@@ -12,12 +12,19 @@ from fastssl.train.cli import Parser, positive_float, positive_int, run
 def main() -> None:
     parser = Parser("python -m fastssl.train", "Train a self-supervised method on Fashion-MNIST.")
     parser.add_argument("method", choices=METHODS)
-    parser.add_argument("--impl", choices=("fastssl", "naive"), default="fastssl", help="what computes the loss")
+    parser.add_argument(
+        "--impl", choices=("fastssl", "naive"), default="fastssl", help="what computes the loss (default: %(default)s)"
+    )
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--epochs", type=positive_int, default=5)
+    length.add_argument("--epochs", type=positive_int, default=5, help="passes over the images (default: %(default)s)")
     length.add_argument("--steps", type=positive_int, help="instead of --epochs")
-    parser.add_argument("--learning-rate", type=positive_float, default=2e-3, help="the cosine schedule's highest")
-    parser.add_argument("--temperature", type=positive_float, default=0.2)
+    parser.add_argument(
+        "--learning-rate",
+        type=positive_float,
+        default=2e-3,
+        help="the cosine schedule's highest (default: %(default)s)",
+    )
+    parser.add_argument("--temperature", type=positive_float, default=0.2, help="of the loss (default: %(default)s)")
     args = parser.parse_args()
 
     console = Console()

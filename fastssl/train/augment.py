@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def random_view(images: Tensor, generator: torch.Generator) -> Tensor:
-    """(B, H, W) uint8 images -> (B, 1, H, W) float32 views: cropped, resized, flipped, brightness and contrast jittered."""
+    """(B, H, W) uint8 images -> (B, 1, H, W) float32 views: cropped, flipped, brightness and contrast jittered."""
     view = images.unsqueeze(1).float().div_(255)
     view = random_resized_crop_flip(view, generator)
     return color_jitter(view, generator)
@@ -19,7 +19,7 @@ def random_view(images: Tensor, generator: torch.Generator) -> Tensor:
 def random_resized_crop_flip(
     images: Tensor,
     generator: torch.Generator,
-    scale: tuple[float, float] = (0.3, 1.0),
+    scale: tuple[float, float] = (0.6, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> Tensor:
     """A random crop of each image, of `scale` of its area and with `ratio` as aspect, resized to the image's size.
@@ -39,9 +39,7 @@ def random_resized_crop_flip(
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 
-def color_jitter(
-    images: Tensor, generator: torch.Generator, brightness: float = 0.4, contrast: float = 0.4
-) -> Tensor:
+def color_jitter(images: Tensor, generator: torch.Generator, brightness: float = 0.7, contrast: float = 0.7) -> Tensor:
     """Each image in [0, 1] multiplied by 1 +- `brightness`, its distance from its mean by 1 +- `contrast`."""
     shape = (images.shape[0], 1, 1, 1)
     images = images * _uniform(shape, (1 - brightness, 1 + brightness), generator)

@@ -14,10 +14,21 @@ class Parser(argparse.ArgumentParser):
     """Argument parser with the options of every run, whose errors are one line."""
 
     def __init__(self, prog: str, description: str) -> None:
-        super().__init__(prog, description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        self.add_argument("--batch-size", type=positive_int, default=1024, help="images per step, two views of each")
-        self.add_argument("--seed", type=int, default=0, help="of initial weights, data order and augmentation")
-        self.add_argument("--data", metavar="DIR", help="folder that has Fashion-MNIST's four idx files")
+        super().__init__(prog, description=description)
+        self.add_argument(
+            "--batch-size",
+            type=positive_int,
+            default=1024,
+            help="images per step, two views of each (default: %(default)s)",
+        )
+        self.add_argument(
+            "--seed", type=int, default=0, help="of initial weights, data order and augmentation (default: %(default)s)"
+        )
+        self.add_argument(
+            "--data",
+            metavar="DIR",
+            help="folder that has Fashion-MNIST's four idx files (default: FASTSSL_DATA, else found or fetched)",
+        )
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}\n")

@@ -94,7 +94,9 @@ def growing_batches(largest: int, console: Console) -> dict[str, list[Cost]]:
             fits = naive_bytes(rows) < 0.9 * available
             for name, cost in _cost(rows, list(costs) if fits else ["fastssl"]).items():
                 costs[name].append(cost)
-            naive = (_time(costs["naive"][-1].seconds), _size(costs["naive"][-1].bytes)) if fits else ("-", "does not fit")
+            naive = (
+                (_time(costs["naive"][-1].seconds), _size(costs["naive"][-1].bytes)) if fits else ("-", "does not fit")
+            )
             fused = _time(costs["fastssl"][-1].seconds), _size(costs["fastssl"][-1].bytes)
             table.add_row(f"{rows:,}", *naive, _size(naive_bytes(rows)), *fused)
             rows *= 2
@@ -130,7 +132,7 @@ def draw(history: dict[str, list[Step]], costs: dict[str, list[Cost]], title: st
     curves.plot(losses["naive"], color=COLORS["naive"], linewidth=5, alpha=0.5, label="naive")
     curves.plot(losses["fastssl"], color=COLORS["fastssl"], linewidth=1.2, label="fastssl")
     curves.set(title="Training loss: one curve on the other", xlabel="step", ylabel="NT-Xent")
-    difference.plot((losses["fastssl"] - losses["naive"]).abs(), color="black", linewidth=0.8)
+    difference.plot((losses["fastssl"] - losses["naive"]).abs(), ".", color="black", markersize=3)
     difference.set(title="Their absolute difference", xlabel="step", ylabel="|fastssl - naive|", yscale="log")
 
     gib = 2**30
@@ -168,10 +170,16 @@ def _size(size: float | None) -> str:
 def main() -> None:
     parser = Parser("python -m fastssl.train.demo", "SimCLR with the fused and with the naive NT-Xent, side by side.")
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--minutes", type=positive_float, default=4.0, help="how long to train, both together")
+    length.add_argument(
+        "--minutes", type=positive_float, default=4.0, help="how long to train, both together (default: %(default)s)"
+    )
     length.add_argument("--steps", type=positive_int, help="instead of --minutes")
-    parser.add_argument("--rows", type=positive_int, default=131072, help="largest NT-Xent to measure")
-    parser.add_argument("--output", type=Path, default=Path("results/demo.png"), help="the figure (PNG)")
+    parser.add_argument(
+        "--rows", type=positive_int, default=131072, help="largest NT-Xent to measure (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("results/demo.png"), help="the figure (PNG; default: %(default)s)"
+    )
     args = parser.parse_args()
 
     args.output.parent.mkdir(parents=True, exist_ok=True)
@@ -184,6 +192,8 @@ def main() -> None:
         untrained = knn_accuracy(SimCLR().encoder, images)
         accuracy = {name: knn_accuracy(twin.encoder, images) for name, twin in twins.items()}
     console.print(training_table(history, accuracy, untrained))
+    gap = max(abs(a.loss - b.loss) for a, b in zip(*history.values(), strict=True))
+    console.print(f"The two loss curves differ by at most {gap:.1e}.")
     costs = growing_batches(args.rows, console)
     largest = costs["fastssl"][-1]
     console.print(

@@ -81,10 +81,10 @@ def fit(
     optimizers = {n: torch.optim.AdamW(m.parameters(), learning_rate, weight_decay=1e-4) for n, m in methods.items()}
     history: dict[str, list[Step]] = {name: [] for name in methods}
     make_views = next(iter(methods.values())).views
-    columns = TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[status]}")
+    columns = TextColumn("training"), BarColumn(20), MofNCompleteColumn(), TextColumn("{task.fields[status]}")
     with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
         task = progress.add_task("", total=steps, status="")
-        for step, batch in zip(range(steps), _batches(len(images), batch_size, generator)):
+        for step, batch in zip(range(steps), _batches(len(images), batch_size, generator), strict=False):
             views = make_views(images[batch], generator)
             for name in sorted(methods, reverse=bool(step % 2)):
                 for group in optimizers[name].param_groups:
@@ -94,16 +94,13 @@ def fit(
                 if not math.isfinite(done.loss):
                     raise FloatingPointError(f"{name}: the loss of step {step} is {done.loss}")
                 history[name].append(done)
-            last = [history[name][-1] for name in methods]
-            losses = "  ".join(f"{name} {record.loss:.4f}" for name, record in zip(methods, last))
-            speed = batch_size / sum(record.seconds for record in last) * len(methods)
-            progress.update(task, advance=1, status=f"loss {losses}  {speed:,.0f} images/s")
+            last = {name: history[name][-1] for name in methods}
+            status = (f"{n} loss {s.loss:.4f} {batch_size / s.seconds:,.0f} images/s" for n, s in last.items())
+            progress.update(task, advance=1, status="  ".join(status))
     return history
 
 
-def _train_step(
-    method: nn.Module, views: tuple[Tensor, ...], optimizer: torch.optim.Optimizer, memory: bool
-) -> Step:
+def _train_step(method: nn.Module, views: tuple[Tensor, ...], optimizer: torch.optim.Optimizer, memory: bool) -> Step:
     """forward, loss and update, measured apart: the graph is cut at the embeddings and sewn up with their gradients."""
     with Meter(memory) as forward:
         embeddings = method(*views)
@@ -112,8 +109,8 @@ def _train_step(
         loss = method.loss(*leaves)
         loss.backward()
     with Meter(memory) as update:
-        pairs = [(z, leaf.grad) for z, leaf in zip(embeddings, leaves) if z.requires_grad]
-        torch.autograd.backward(*zip(*pairs))
+        pairs = [(z, leaf.grad) for z, leaf in zip(embeddings, leaves, strict=True) if z.requires_grad]
+        torch.autograd.backward(*zip(*pairs, strict=True))
         optimizer.step()
         optimizer.zero_grad()
     meters = (forward, objective, update)

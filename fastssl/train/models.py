@@ -11,7 +11,7 @@ class Encoder(nn.Sequential):
     def __init__(self, features: int = 256) -> None:
         channels = (1, 32, 64, 128, features)
         layers = []
-        for inputs, outputs in zip(channels, channels[1:]):
+        for inputs, outputs in zip(channels[:-1], channels[1:], strict=True):
             layers += [nn.Conv2d(inputs, outputs, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(outputs)]
             layers += [nn.ReLU(inplace=True)]
         super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
@@ -19,9 +19,9 @@ class Encoder(nn.Sequential):
 
 
 class Projector(nn.Sequential):
-    """SimCLR's head (arXiv:2002.05709, section 4.2): (B, features) -> (B, outputs) by two layers; dropped after training.
+    """SimCLR's head (arXiv:2002.05709, section 4.2): (B, features) -> (B, outputs) by two layers.
 
-    The hidden layer is batch-normalised, as in the authors' code.
+    The hidden layer is batch-normalised, as in the authors' code. It is not used after training.
     """
 
     def __init__(self, features: int, outputs: int = 128) -> None:
