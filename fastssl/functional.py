@@ -73,7 +73,7 @@ def similarity_logsumexp(
     exclude: Tensor | None = None,
     offset: Tensor | None = None,
 ) -> Tensor:
-    r"""Log-sum-exp of the similarities of each row of x with all rows of y: the normaliser of softmax contrastive losses.
+    r"""Log-sum-exp of the similarities of each row of x with all rows of y, as softmax contrastive losses need it.
 
         lse_i = log sum_{j != exclude[i]} exp(scale <x_i, y_j>) - offset_i
 

@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from accuracy import (
+    Results,
+    as_double,
+    assert_as_accurate_as_eager,
+    cotangent_for,
+    evaluate,
+    leaves_of,
+    map_tensors,
+    natural_sizes,
+    public,
+    truth_and_eager,
+    unreduced,
+    weighted_error,
+)
 from torch import Tensor
 
 import fastssl
@@ -47,93 +60,23 @@ def _is_small(sample: Sample) -> bool:
     return sum(x.numel() for x in sample.args) <= 100
 
 
-def _function(spec: Any) -> Callable[..., Tensor]:
-    return getattr(fastssl.functional, spec.name)
-
-
-def _map(sample: Sample, f: Callable[[Tensor], Tensor]) -> Sample:
-    def apply(x: Any) -> Any:
-        return f(x) if isinstance(x, Tensor) and x.is_floating_point() else x
-
-    return Sample(sample.label, tuple(map(apply, sample.args)), {k: apply(v) for k, v in sample.kwargs.items()})
-
-
-def _double(sample: Sample) -> Sample:
-    return _map(sample, lambda x: x.detach().double().requires_grad_(x.requires_grad))
-
-
-def _unreduced(spec: Any, sample: Sample) -> Sample:
-    if "reduction" not in inspect.signature(spec.reference).parameters:
-        return sample
-    return Sample(sample.label, sample.args, {**sample.kwargs, "reduction": "none"})
-
-
-def _leaves(sample: Sample) -> list[Tensor]:
-    return [x for x in (*sample.args, *sample.kwargs.values()) if isinstance(x, Tensor) and x.requires_grad]
-
-
-def _cotangent(output: Tensor) -> Tensor:
-    generator = torch.Generator().manual_seed(1)
-    return torch.randn(output.shape, generator=generator).to(output.dtype)
-
-
-def _evaluate(function: Callable[..., Tensor], sample: Sample) -> tuple[Tensor, ...]:
-    """The value, and the gradient of every tensor that asks for one."""
-    output = function(*sample.args, **sample.kwargs)
-    return output.detach(), *torch.autograd.grad(output, _leaves(sample), _cotangent(output))
-
-
 @functools.cache
-def _truth_and_eager(name: str, label: str, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    spec = OPS[name]
-    sample = _unreduced(spec, _samples(name, dtype)[label])
-    return _evaluate(spec.reference, _double(sample)), _evaluate(spec.reference, sample)
-
-
-def _natural_sizes(spec: Any, sample: Sample, truth: tuple[Tensor, ...]) -> list[tuple[Tensor | float, float]]:
-    """(weight, size) of the value and each gradient: weight * result would have a norm of about `size`, were it not
-    for cancellation. The gradient of a row is inverse to its length."""
-    magnitude, cotangent = spec.magnitude(sample), _cotangent(truth[0])
-    sizes: list[tuple[Tensor | float, float]] = [(1.0, magnitude * truth[0].numel() ** 0.5 + truth[0].norm().item())]
-    for leaf in _leaves(sample):
-        x = leaf.detach().double()
-        weight = x.norm(dim=-1, keepdim=True).clamp_min(1e-12) if x.dim() == 2 else x.abs()
-        sizes.append((weight, magnitude * cotangent.norm().item()))
-    return sizes
-
-
-def _error(result: Tensor, truth: Tensor, weight: Tensor | float) -> float:
-    return torch.where(truth.isfinite(), (result.double() - truth) * weight, 0).norm().item()
-
-
-def _assert_as_accurate_as_eager(spec: Any, sample: Sample, results: tuple[Tensor, ...]) -> None:
-    """Errors against float64 are at most twice those of eager PyTorch, or one unit in the last place before sums."""
-    dtype = sample.args[0].dtype
-    truth, eager = _truth_and_eager(spec.name, sample.label, dtype)
-    # In float64 the truth is as rough as the rest: a similarity's rounding error is an exponential's relative error.
-    unit = torch.finfo(dtype).eps * (1 + spec.magnitude(sample) if dtype == torch.float64 else 1)
-    names = ["value", *(f"gradient {i}" for i in range(len(truth) - 1))]
-    sizes = _natural_sizes(spec, sample, truth)
-    for name, result, true, rough, (weight, size) in zip(names, results, truth, eager, sizes, strict=True):
-        assert result.shape == true.shape, name
-        settled = true.isfinite()  # where the truth is infinite, so is the result
-        torch.testing.assert_close(result[~settled].double(), true[~settled])
-        error, eager_error = (_error(x, true, weight) for x in (result, rough))
-        bound = 2 * eager_error + unit * size
-        assert error <= bound, f"{name}: error {error:.3g}, eager's {eager_error:.3g}, bound {bound:.3g}"
+def _truth_and_eager(name: str, label: str, dtype: torch.dtype) -> tuple[Results, Results]:
+    return truth_and_eager(OPS[name], unreduced(OPS[name], _samples(name, dtype)[label]))
 
 
 @_cases(*FLOATS, torch.float64)
 def test_value_and_gradients(spec, sample, kernels):
-    sample = _unreduced(spec, sample)
-    _assert_as_accurate_as_eager(spec, sample, _evaluate(_function(spec), sample))
+    yardstick = _truth_and_eager(spec.name, sample.label, sample.args[0].dtype)
+    sample = unreduced(spec, sample)
+    assert_as_accurate_as_eager(spec, sample, evaluate(public(spec), sample), yardstick)
 
 
 @_cases(torch.float32)
 def test_backends_agree_on_shape_and_dtype(spec, sample, backend):
     with fastssl.use_backend("reference"):
-        expected = _function(spec)(*sample.args, **sample.kwargs)
-    result = _function(spec)(*sample.args, **sample.kwargs)
+        expected = public(spec)(*sample.args, **sample.kwargs)
+    result = public(spec)(*sample.args, **sample.kwargs)
     assert (result.shape, result.dtype) == (expected.shape, expected.dtype)
     torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4 * max(spec.magnitude(sample), 1))
 
@@ -141,17 +84,17 @@ def test_backends_agree_on_shape_and_dtype(spec, sample, backend):
 @_cases(torch.float32)
 def test_medium_precision(spec, sample, kernels, medium):
     """As accurate as eager bfloat16 at least, and float32 in all but the products."""
-    sample = _unreduced(spec, sample)
-    results = _evaluate(_function(spec), sample)
+    sample = unreduced(spec, sample)
+    results = evaluate(public(spec), sample)
     assert all(r.dtype == torch.float32 for r in results)
     if sample.label not in _samples(spec.name, torch.bfloat16):
         return
-    truth = _evaluate(spec.reference, _double(sample))
+    truth = evaluate(spec.reference, as_double(sample))
     rough_truth, rough = _truth_and_eager(spec.name, sample.label, torch.bfloat16)
     for result, true, x, y, (weight, size) in zip(
-        results, truth, rough, rough_truth, _natural_sizes(spec, sample, truth), strict=True
+        results, truth, rough, rough_truth, natural_sizes(spec, sample, truth), strict=True
     ):
-        error, eager_error = (_error(*pair, weight) for pair in ((result, true), (x, y)))
+        error, eager_error = (weighted_error(*pair, weight) for pair in ((result, true), (x, y)))
         assert error <= eager_error + torch.finfo(torch.bfloat16).eps * size
 
 
@@ -159,30 +102,30 @@ def test_medium_precision(spec, sample, kernels, medium):
 def test_autocast_multiplies_in_its_dtype(spec, sample, backend):
     """As "medium" does, whose products are bfloat16 too."""
     with torch.autocast("cpu", torch.bfloat16):
-        output = _function(spec)(*sample.args, **sample.kwargs)
-    results = output, *torch.autograd.grad(output, _leaves(sample), _cotangent(output))
+        output = public(spec)(*sample.args, **sample.kwargs)
+    results = output, *torch.autograd.grad(output, leaves_of(sample), cotangent_for(output))
     torch.set_float32_matmul_precision("medium")
-    expected = _evaluate(_function(spec), sample)
+    expected = evaluate(public(spec), sample)
     for result, right, (weight, size) in zip(
-        results, expected, _natural_sizes(spec, sample, tuple(x.double() for x in expected)), strict=True
+        results, expected, natural_sizes(spec, sample, tuple(x.double() for x in expected)), strict=True
     ):
         assert result.dtype == torch.float32
-        assert _error(result, right, weight) <= 4 * torch.finfo(torch.float32).eps * size
+        assert weighted_error(result, right, weight) <= 4 * torch.finfo(torch.float32).eps * size
 
 
 @_cases(torch.bfloat16, where=_is_kind)
 def test_autocast_returns_float32(spec, sample, backend):
     with torch.autocast("cpu", torch.bfloat16):
-        output = _function(spec)(*sample.args, **sample.kwargs)
+        output = public(spec)(*sample.args, **sample.kwargs)
     assert output.dtype == torch.float32
-    for leaf, gradient in zip(_leaves(sample), torch.autograd.grad(output.sum(), _leaves(sample)), strict=True):
+    for leaf, gradient in zip(leaves_of(sample), torch.autograd.grad(output.sum(), leaves_of(sample)), strict=True):
         assert gradient.dtype == leaf.dtype
 
 
 @_cases(torch.float64, where=_is_small)
 def test_derivatives_are_numerically_right(spec, sample):
-    sample = _double(sample)
-    leaves = _leaves(sample)
+    sample = as_double(sample)
+    leaves = leaves_of(sample)
 
     def function(*values: Tensor) -> Tensor:
         replaced = dict(zip(map(id, leaves), values, strict=True))
@@ -191,7 +134,7 @@ def test_derivatives_are_numerically_right(spec, sample):
             tuple(replaced.get(id(x), x) for x in sample.args),
             {k: replaced.get(id(x), x) for k, x in sample.kwargs.items()},
         )
-        return _function(spec)(*sample_.args, **sample_.kwargs)
+        return public(spec)(*sample_.args, **sample_.kwargs)
 
     if function(*leaves).isfinite().all():
         assert torch.autograd.gradcheck(function, leaves)
@@ -202,22 +145,22 @@ def test_derivatives_are_numerically_right(spec, sample):
 def test_torch_func(spec, sample, backend):
     """torch.func.grad, and nested: a product with the Hessian, against the reference's."""
     argnums = tuple(i for i, x in enumerate(sample.args) if x.requires_grad)
-    sample = _map(sample, torch.Tensor.detach)
+    sample = map_tensors(sample, torch.Tensor.detach)
 
     def gradient(function: Callable[..., Tensor], *args: Tensor) -> tuple[Tensor, ...]:
         return torch.func.grad(lambda *a: function(*a, **sample.kwargs).sum(), argnums)(*args)
 
     def product(function: Callable[..., Tensor], args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         def along(*a: Tensor) -> Tensor:
-            return sum((g * _cotangent(g)).sum() for g in gradient(function, *a))
+            return sum((g * cotangent_for(g)).sum() for g in gradient(function, *a))
 
         return torch.func.grad(along, argnums)(*args)
 
-    double = _double(sample)
+    double = as_double(sample)
     magnitude = max(1.0, spec.magnitude(sample))
     reference = functools.partial(_with_kwargs_of, spec.reference, double)
     for result, expected in zip(
-        (*gradient(_function(spec), *sample.args), *product(_function(spec), sample.args)),
+        (*gradient(public(spec), *sample.args), *product(public(spec), sample.args)),
         (*gradient(reference, *double.args), *product(reference, double.args)),
         strict=True,
     ):
@@ -240,8 +183,8 @@ def test_opcheck_portable(spec, sample):
 
 def _assert_compiles(spec: Any, sample: Sample, exact: bool = True, **options: Any) -> None:
     torch._dynamo.reset()
-    compiled = torch.compile(_function(spec), fullgraph=True, **options)
-    results, expected = _evaluate(compiled, sample), _evaluate(_function(spec), sample)
+    compiled = torch.compile(public(spec), fullgraph=True, **options)
+    results, expected = evaluate(compiled, sample), evaluate(public(spec), sample)
     for result, right in zip(results, expected, strict=True):
         torch.testing.assert_close(result, right, **({"rtol": 0, "atol": 0} if exact else {}), equal_nan=True)
 
@@ -259,12 +202,12 @@ def test_compile_inductor(spec, sample):
 @pytest.mark.parametrize("spec", OPS.values(), ids=OPS)
 def test_compile_dynamic_shapes(spec):
     torch._dynamo.reset()
-    compiled = torch.compile(_function(spec), fullgraph=True, backend="aot_eager", dynamic=True)
+    compiled = torch.compile(public(spec), fullgraph=True, backend="aot_eager", dynamic=True)
     shapes = ("2x3", "5x64", "32x128", "5x7x64", "32x64x128", "64x65x127")
     samples = [sample for label, sample in _samples(spec.name, torch.float32).items() if label in shapes]
     assert len(samples) > 1
     for sample in samples:
-        for result, expected in zip(_evaluate(compiled, sample), _evaluate(_function(spec), sample), strict=True):
+        for result, expected in zip(evaluate(compiled, sample), evaluate(public(spec), sample), strict=True):
             torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
@@ -272,12 +215,12 @@ def test_compile_dynamic_shapes(spec):
 def test_compile_follows_the_precision(spec):
     sample = _samples(spec.name, torch.float32)["transposed"]
     torch._dynamo.reset()
-    compiled = torch.compile(_function(spec), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(public(spec), fullgraph=True, backend="aot_eager")
     outputs = {}
     for precision in ("highest", "medium"):
         torch.set_float32_matmul_precision(precision)
         outputs[precision] = compiled(*sample.args, **sample.kwargs)
-        assert torch.equal(outputs[precision], _function(spec)(*sample.args, **sample.kwargs))
+        assert torch.equal(outputs[precision], public(spec)(*sample.args, **sample.kwargs))
     assert not torch.equal(outputs["highest"], outputs["medium"])
 
 
@@ -286,10 +229,10 @@ def test_compile_follows_the_precision(spec):
 @_cases(torch.float32, where=lambda s: s.label in ("5x64", "not normalized", "5x7x64", "scale=14.0"))
 def test_nan_and_inf(spec, sample, argument, poison, backend):
     """NaN wherever the reference has NaN, and a finite value wherever the reference has one."""
-    sample = _unreduced(spec, _map(sample, lambda x: x.detach().clone()))
+    sample = unreduced(spec, map_tensors(sample, lambda x: x.detach().clone()))
     sample.args[argument][3, 2] = poison
-    sample = _map(sample, lambda x: x.requires_grad_())
-    results, expected = _evaluate(_function(spec), sample), _evaluate(spec.reference, sample)
+    sample = map_tensors(sample, lambda x: x.requires_grad_())
+    results, expected = evaluate(public(spec), sample), evaluate(spec.reference, sample)
     for result, right in zip(results, expected, strict=True):
         assert result[right.isnan()].isnan().all()
     assert results[0][expected[0].isfinite()].isfinite().all()
@@ -299,10 +242,10 @@ def test_nan_and_inf(spec, sample, argument, poison, backend):
 @_cases(torch.float32, torch.bfloat16)
 def test_reads_no_uninitialised_memory(spec, sample, kernels):
     """New tensors come filled with NaN, here, in Python and in C++."""
-    expected = _evaluate(_function(spec), sample)
+    expected = evaluate(public(spec), sample)
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(4).isnan().all()
-    for result, right in zip(_evaluate(_function(spec), sample), expected, strict=True):
+    for result, right in zip(evaluate(public(spec), sample), expected, strict=True):
         torch.testing.assert_close(result, right, rtol=0, atol=0, equal_nan=True)
 
 
@@ -316,7 +259,7 @@ def test_bad_inputs(spec, bad, monkeypatch):
 
     monkeypatch.setattr(Op, "__call__", run)
     with pytest.raises(bad.error, match=bad.match):
-        _function(spec)(*bad.args, **bad.kwargs)
+        public(spec)(*bad.args, **bad.kwargs)
 
 
 @_cases(torch.float32, torch.bfloat16)
@@ -324,11 +267,13 @@ def test_same_bits_in_every_run(spec, sample, backend):
     runs = {threads: [] for threads in (1, 2)}
     for threads, results in runs.items():
         torch.set_num_threads(threads)
-        results += [_evaluate(_function(spec), sample) for _ in range(2)]
+        results += [evaluate(public(spec), sample) for _ in range(2)]
     for first, second in runs.values():
         for a, b in zip(first, second, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
-    _assert_as_accurate_as_eager(spec, _unreduced(spec, sample), _evaluate(_function(spec), _unreduced(spec, sample)))
+    yardstick = _truth_and_eager(spec.name, sample.label, sample.args[0].dtype)
+    sample = unreduced(spec, sample)
+    assert_as_accurate_as_eager(spec, sample, evaluate(public(spec), sample), yardstick)
 
 
 @_cases(*FLOATS, where=lambda s: s.label in ("65x129", "64x127", "64x65x127", "129x257x16", "300x40"))
@@ -340,7 +285,7 @@ def test_misaligned_data(spec, sample, backend):
         return storage[1:].view(x.shape).copy_(x.detach()).requires_grad_(x.requires_grad)
 
     for result, right in zip(
-        _evaluate(_function(spec), _map(sample, misaligned)), _evaluate(_function(spec), sample), strict=True
+        evaluate(public(spec), map_tensors(sample, misaligned)), evaluate(public(spec), sample), strict=True
     ):
         torch.testing.assert_close(result, right, rtol=0, atol=0)
 
@@ -348,9 +293,9 @@ def test_misaligned_data(spec, sample, backend):
 @_cases(torch.float32)
 def test_strided_grad_output(spec, sample, backend):
     """The gradient that `sum` sends back has a stride of 0."""
-    sample = _unreduced(spec, sample)
-    output = _function(spec)(*sample.args, **sample.kwargs)
-    leaves = _leaves(sample)
+    sample = unreduced(spec, sample)
+    output = public(spec)(*sample.args, **sample.kwargs)
+    leaves = leaves_of(sample)
     expanded = torch.autograd.grad(output.sum(), leaves, retain_graph=True)
     contiguous = torch.autograd.grad(output, leaves, torch.ones_like(output), retain_graph=True)
     sliced = torch.autograd.grad(output, leaves, torch.ones(2 * output.numel(), dtype=output.dtype)[::2])
@@ -361,8 +306,8 @@ def test_strided_grad_output(spec, sample, backend):
 
 @_cases(torch.float32)
 def test_leaves_its_inputs_alone(spec, sample, backend):
-    before = _map(sample, lambda x: x.detach().clone())
-    _evaluate(_function(spec), sample)
+    before = map_tensors(sample, lambda x: x.detach().clone())
+    evaluate(public(spec), sample)
     for x, y in zip((*sample.args, *sample.kwargs.values()), (*before.args, *before.kwargs.values()), strict=True):
         assert torch.equal(x, y) if isinstance(x, Tensor) else x == y
 

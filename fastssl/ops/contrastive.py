@@ -33,7 +33,7 @@ between the two.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -277,7 +277,8 @@ def _similarity_logsumexp_backward_portable(
     if needs_y:
         rounded_x, rounded_y = (round_operand(t.to(dy.dtype), precision) for t in (x, y))
         for rows in _row_blocks(x, y):
-            weight = _similarity(rows, rounded_x, rounded_y, scale, exclude).sub_(shift[rows, None]).exp_().mul_(grad_total[rows, None])
+            similarity = _similarity(rows, rounded_x, rounded_y, scale, exclude)
+            weight = similarity.sub_(shift[rows, None]).exp_().mul_(grad_total[rows, None])
             dy.addmm_(round_operand(weight, precision).T, rounded_x[rows])
         dy *= scale
     return dx.to(x.dtype), dy.to(y.dtype), dscale
@@ -296,9 +297,10 @@ def _similarity_logsumexp_backward(ctx: Any, backward_op: Any, grad_total: Tenso
     x, scale, exclude, shift, weighted = ctx.saved_tensors
     needs_y = ctx.needs_input_grad[1]
     if (needs_y or torch.is_grad_enabled()) and ctx.y._version != ctx.y_version:
+        what = "its gradient" if needs_y else "a second derivative"
         raise RuntimeError(
-            f"y was modified in place after the forward pass, and {'its gradient' if needs_y else 'a second derivative'}"
-            f" needs its values: it is at version {ctx.y._version}, expected {ctx.y_version}"
+            f"y was modified in place after the forward pass, and {what} needs its values:"
+            f" it is at version {ctx.y._version}, expected {ctx.y_version}"
         )
     dx, dy, dscale = backward_op(grad_total, x, ctx.y, scale, exclude, shift, weighted, needs_y, ctx.precision)
     return dx, dy if needs_y else None, dscale, None, None
@@ -316,16 +318,17 @@ def _similarity_logsumexp_double_backward(ctx: Any, _: None, *directions: Tensor
     direction_x, direction_y, direction_scale = (u.to(dtype) for u in directions)
     directions = direction_x, direction_y if ctx.needs_y else torch.zeros_like(y, dtype=dtype), direction_scale
     sums = [torch.zeros_like(t, dtype=dtype) for t in inputs]
+
+    def total(rows: slice, x: Tensor, y: Tensor, scale: Tensor, grad_total: Tensor) -> Tensor:
+        similarity = _similarity(rows, x, y, scale, exclude)
+        return (grad_total[rows] * (similarity - shift[rows, None]).exp().sum(1)).sum()
+
+    def along(rows: slice, grad_total: Tensor, *point: Tensor) -> Tensor:
+        return torch.func.jvp(lambda *p: total(rows, *p, grad_total), point, directions)[1]
+
     for rows in _row_blocks(x, y):
-
-        def total(x: Tensor, y: Tensor, scale: Tensor, grad_total: Tensor) -> Tensor:
-            similarity = _similarity(rows, x, y, scale, exclude)
-            return (grad_total[rows] * (similarity - shift[rows, None]).exp().sum(1)).sum()
-
-        def along(grad_total: Tensor, *point: Tensor) -> Tensor:
-            return torch.func.jvp(lambda *p: total(*p, grad_total), point, directions)[1]
-
-        gradients = torch.func.grad(along, argnums=(0, 1, 2, 3))(*(t.to(dtype).contiguous() for t in inputs))
+        gradient = torch.func.grad(partial(along, rows), argnums=(0, 1, 2, 3))
+        gradients = gradient(*(t.to(dtype).contiguous() for t in inputs))
         sums = [s + g for s, g in zip(sums, gradients, strict=True)]
     return *(s.to(t.dtype) for s, t in zip(sums, inputs, strict=True)), None, None, None, None, None
 
