@@ -95,8 +95,8 @@ def fit(
                     raise FloatingPointError(f"{name}: the loss of step {step} is {done.loss}")
                 history[name].append(done)
             last = {name: history[name][-1] for name in methods}
-            status = (f"{n} loss {s.loss:.4f} {batch_size / s.seconds:,.0f} images/s" for n, s in last.items())
-            progress.update(task, advance=1, status="  ".join(status))
+            status = (f"{n:8}loss {s.loss:.4f} {batch_size / s.seconds:7,.0f} images/s" for n, s in last.items())
+            progress.update(task, advance=1, status="\n".join(status))
     return history
 
 
