@@ -329,7 +329,9 @@ std::tuple<Tensor, Tensor, Tensor> nt_xent(const Tensor& z1, const Tensor& z2, c
   at::parallel_for(0, z.count, 4096, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const float from = shared ? shared_origin : origin[i];
-      out[i] = static_cast<float>(std::log(sum[i]) + step * (from - alignment[i]));
+      const double value = std::log(sum[i]) + step * (from - alignment[i]);
+      // No loss is below 0, and a pair alone has none: what is left of it is rounding. Not 0, so that NaN stays NaN.
+      out[i] = static_cast<float>(value < 0 || z.count == 2 ? value - value : value);
       out_shift[i] = shared ? shared_shift : scale * from;
       // The backward pass will find the origin from the rounded shift: the total moves there.
       out_total[i] = static_cast<float>(shared ? sum[i] : sum[i] * std::exp(step * (from - out_shift[i] / scale)));
