@@ -64,7 +64,8 @@ inline Vec exp2(Vec t) {
   p = p * f + 2.40226509e-1f;
   p = p * f + 6.93147207e-1f;
   p = p * f + 1.f;
-  const Vec scaled = reinterpret_cast<Vec>(reinterpret_cast<IntVec>(p) + (reinterpret_cast<IntVec>(n) << 23));
+  typedef uint32_t Bits __attribute__((vector_size(sizeof(Vec))));  // unsigned: far below -126 the sum wraps
+  const Vec scaled = reinterpret_cast<Vec>(reinterpret_cast<Bits>(p) + (reinterpret_cast<Bits>(n) << 23));
   return t < -126.f ? Vec{} : scaled;
 }
 
