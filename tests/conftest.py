@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import fastssl
+from fastssl.reference import OPS
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # for peers.py
 
@@ -18,6 +19,19 @@ except ImportError:
     _C = None
 
 INSTRUCTION_SETS = _C.available_isas() if _C else []
+
+
+def pytest_collection_modifyitems(config, items):
+    """Drops the repetitions of one and the same test: an operation without C++ knows no instruction sets."""
+
+    def repeats(item: pytest.Item) -> bool:
+        params = getattr(item, "callspec", None) and item.callspec.params or {}
+        name = params["spec"].name if "spec" in params else params.get("name")
+        native = torch._C._dispatch_has_kernel_for_dispatch_key
+        return params.get("kernels") in INSTRUCTION_SETS and name in OPS and not native(f"fastssl::{name}", "CPU")
+
+    config.hook.pytest_deselected(items=[item for item in items if repeats(item)])
+    items[:] = [item for item in items if not repeats(item)]
 
 
 @pytest.fixture(params=["auto", "portable"])

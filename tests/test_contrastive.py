@@ -60,7 +60,7 @@ def _ragged(name: str, rows: int, columns: int, dim: int) -> tuple[Sample, tuple
 @pytest.mark.parametrize("rows", SIZES)
 @pytest.mark.parametrize("name", ["nt_xent", "similarity_logsumexp"])
 def test_every_edge_of_a_tile(name, rows, kernels):
-    columns = dict.fromkeys(DIMS, rows) if name == "nt_xent" else dict(zip(DIMS, reversed(SIZES), strict=False))
+    columns = dict.fromkeys(DIMS, rows) if name == "nt_xent" else dict(zip(DIMS, SIZES, strict=False))
     for dim in DIMS:
         sample, yardstick = _ragged(name, rows, columns[dim], dim)
         assert_as_accurate_as_eager(OPS[name], sample, evaluate(public(OPS[name]), sample), yardstick)
@@ -243,8 +243,8 @@ def test_memory_is_linear_in_the_batch(backend, rows):
     run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
     half, full = map(float, run.stdout.split())
     mebibytes = rows * 64 * 4 / 2**20
-    assert full < 160
-    assert full - half < 12 * mebibytes
+    assert full < 200
+    assert full - half < 16 * mebibytes
 
 
 def test_compile_follows_a_schedule():
