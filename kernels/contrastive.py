@@ -62,7 +62,7 @@ _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
 _PEAK = tl.constexpr(8192.0)  # of W: far enough from float16's 65504 and from its 6e-5
 
-
+_COUNTS = ["B", "N", "blocks", "start", "band", "splits"]  # a changing batch must not compile anew
 _OPTIONS = {"enable_fp_fusion": True}  # Triton's default differs between versions
 
 
@@ -78,10 +78,15 @@ def _suited(
     capability: int,
     shared: int,
 ) -> list[triton.Config]:
-    """Those of `configs` that have a place on a device: `needs` gives their bytes of shared memory, or None."""
+    """Those of `configs` that suit a device: `needs` gives the bytes of shared memory of their tiles, or None."""
     size = named["z"].element_size()
-    bytes_ = [needs(c.kwargs | {"warps": c.num_warps, "stages": c.num_stages}, named, size, capability) for c in configs]
-    return [c for c, n in zip(configs, bytes_, strict=True) if n is not None and n + 2048 <= shared]
+    suited = []
+    for config in configs:
+        choice = config.kwargs | {"warps": config.num_warps, "stages": config.num_stages}
+        tiles = needs(choice, named, size, capability)
+        if tiles is not None and tiles + 2048 <= shared:  # reductions across warps need the rest
+            suited.append(config)
+    return suited
 
 
 def _autotune(needs: Callable[..., int | None], key: list[str], configs: list[triton.Config]) -> Callable:
@@ -133,17 +138,17 @@ def _load_rows(z1, z2, rows, columns, B, D, row_stride1, column_stride1, row_str
 
 
 @triton.jit
-def _unit(x, norm):
-    """x / norm, rounded once."""
-    return (x.to(tl.float64) / tl.maximum(norm, _EPS)).to(tl.float32)
+def _unit(x, inverse):
+    """x over its norm, rounded once."""
+    return (x.to(tl.float64) * inverse).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def _prepare(
-    z1, z2, z, norm, B, D, row_stride1, column_stride1, row_stride2, column_stride2, PADDED,
+    z1, z2, z, inverse, B, D, row_stride1, column_stride1, row_stride2, column_stride2, PADDED,
     NORMALIZE: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Write the (normalised) rows, rounded to z's dtype and padded with zeros, and their norms (1 if not normalised)."""
+    """Write the (normalised) rows, rounded to z's dtype and padded with zeros, and what they were multiplied by."""
     row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     rows = row[:, None]
     squares = tl.zeros((BR, BD), tl.float64)
@@ -152,15 +157,15 @@ def _prepare(
             columns = start + tl.arange(0, BD)[None, :].to(tl.int64)
             x = _load_rows(z1, z2, rows, columns, B, D, row_stride1, column_stride1, row_stride2, column_stride2)
             squares += x.to(tl.float64) * x
-        length = tl.sqrt(tl.sum(squares, 1))
+        factor = 1 / tl.maximum(tl.sqrt(tl.sum(squares, 1)), _EPS)
     else:
-        length = tl.full((BR,), 1.0, tl.float64)
-    tl.store(norm + row, length, mask=row < 2 * B)
+        factor = tl.full((BR,), 1.0, tl.float64)
+    tl.store(inverse + row, factor, mask=row < 2 * B)
     for start in range(0, PADDED, BD):
         columns = start + tl.arange(0, BD)[None, :].to(tl.int64)
         x = _load_rows(z1, z2, rows, columns, B, D, row_stride1, column_stride1, row_stride2, column_stride2)
-        unit = _unit(x, length[:, None])
-        tl.store(z + rows * PADDED + columns, unit.to(z.dtype.element_ty), mask=columns < PADDED)
+        unit = _unit(x, factor[:, None]).to(z.dtype.element_ty)
+        tl.store(z + rows * PADDED + columns, unit, mask=columns < PADDED)
 
 
 @triton.jit
@@ -210,7 +215,7 @@ def _log2_units(shift):
         ({"BK": 16}, 4, 2),
     ),
 )
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def _forward_tile(
     z, scale, tops, sums, aligned, B, D, blocks, start, band,
     T: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
@@ -250,7 +255,7 @@ def _forward_tile(
         tl.store(sums + to, total, mask=j < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def _merge(
     tops, sums, aligned, loss, shift, total, N, blocks, start, band, last, SLOTS: tl.constexpr, BR: tl.constexpr
 ):
@@ -335,7 +340,7 @@ def _span(split, splits, N):
         ({"BM": 64, "BN": 32}, 4, 3),
     ),
 )
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def _backward_narrow(
     z, scale, grad_loss, shift, total, peak, aligned, gradient, B, padded_rows, splits,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
@@ -371,7 +376,7 @@ def _backward_narrow(
         ({"BM": 64, "BN": 32, "BK": 16}, 4, 2),
     ),
 )
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def _backward_wide(
     z, scale, grad_loss, shift, total, peak, aligned, gradient, B, padded_rows, splits, D,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
@@ -411,22 +416,23 @@ def _positive_weight(grad_loss, shift, total, peak, aligned, i, inside):
 
 
 @triton.jit
-def _total_gradient(gradient, weight, partner, norm_partner, rows, columns, z1, z2, B, D,
+def _total_gradient(
+    gradient, weight, partner, inverse_partner, rows, columns, z1, z2, B, D,
     row_stride1, column_stride1, row_stride2, column_stride2, PADDED, padded_rows, splits,
     BR: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """G for a tile of rows and columns: the splits' sum and the positive's term."""
     x = _load_rows(z1, z2, partner, columns, B, D, row_stride1, column_stride1, row_stride2, column_stride2)
-    acc = weight * _unit(x, norm_partner)
+    acc = weight * _unit(x, inverse_partner)
     for split in range(splits):
         at = (rows + split * padded_rows) * PADDED + columns
         acc += tl.load(gradient + at, mask=(rows < 2 * B) & (columns < D), other=0.0)
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def _project(
-    z1, z2, norm, scale, grad_loss, shift, total, peak, aligned, gradient, dz1, dz2, dscale, B, D,
+    z1, z2, inverse, scale, grad_loss, shift, total, peak, aligned, gradient, dz1, dz2, dscale, B, D,
     row_stride1, column_stride1, row_stride2, column_stride2, PADDED, padded_rows, splits,
     NORMALIZE: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
@@ -435,8 +441,8 @@ def _project(
     rows = row[:, None]
     inside = row < 2 * B
     partner = tl.where(row < B, row + B, row - B)
-    length = tl.load(norm + row, mask=inside, other=1.0)[:, None]
-    length_partner = tl.load(norm + partner, mask=inside, other=1.0)[:, None]
+    factor = tl.load(inverse + row, mask=inside, other=1.0)[:, None]
+    factor_partner = tl.load(inverse + partner, mask=inside, other=1.0)[:, None]
     weight = _positive_weight(grad_loss, shift, total, peak, aligned, row, inside)
     weight += _positive_weight(grad_loss, shift, total, peak, aligned, partner, inside)
     weight = weight[:, None]
@@ -446,46 +452,46 @@ def _project(
         columns = start + tl.arange(0, BD)[None, :].to(tl.int64)
         x = _load_rows(z1, z2, rows, columns, B, D, row_stride1, column_stride1, row_stride2, column_stride2)
         g = _total_gradient(
-            gradient, weight, partner, length_partner, rows, columns, z1, z2, B, D,
+            gradient, weight, partner, factor_partner, rows, columns, z1, z2, B, D,
             row_stride1, column_stride1, row_stride2, column_stride2, PADDED, padded_rows, splits, BR, BD,
         )  # fmt: skip
-        shares += _unit(x, length).to(tl.float64) * g
+        shares += _unit(x, factor).to(tl.float64) * g
     along = tl.sum(shares, 1)
     unscale = tl.load(peak) / _PEAK
     tl.store(dscale + row, 0.5 * unscale * along, mask=inside)
-    along = tl.where(length > _EPS, along[:, None], 0.0).to(tl.float32)
-    factor = tl.load(scale) * unscale
+    along = tl.where(factor < 1 / _EPS, along[:, None], 0.0).to(tl.float32)  # a clamped norm is a constant
+    output_scale = tl.load(scale) * unscale
     for start in range(0, D, BD):
         columns = start + tl.arange(0, BD)[None, :].to(tl.int64)
         g = _total_gradient(
-            gradient, weight, partner, length_partner, rows, columns, z1, z2, B, D,
+            gradient, weight, partner, factor_partner, rows, columns, z1, z2, B, D,
             row_stride1, column_stride1, row_stride2, column_stride2, PADDED, padded_rows, splits, BR, BD,
         )  # fmt: skip
         if NORMALIZE:
             x = _load_rows(z1, z2, rows, columns, B, D, row_stride1, column_stride1, row_stride2, column_stride2)
-            g = _unit(g - along * _unit(x, length), length)
-        out = (g * factor).to(dz1.dtype.element_ty)
+            g = _unit(g - along * _unit(x, factor), factor)
+        out = (g * output_scale).to(dz1.dtype.element_ty)
         tl.store(dz1 + rows * D + columns, out, mask=(rows < B) & (columns < D))
         tl.store(dz2 + (rows - B) * D + columns, out, mask=(rows >= B) & inside[:, None] & (columns < D))
 
 
 def _pad(z1: Tensor, z2: Tensor, normalize: bool, precision: str) -> tuple[Tensor, Tensor]:
-    """(z, norms): the padded (normalised) rows of [z1; z2] in the dtype of the products, and the float64 norms."""
+    """(z, inverse): the padded (normalised) rows of [z1; z2] in the dtype of the products, and 1 / norm in float64."""
     batch, dim = z1.shape
     padded = triton.cdiv(dim, 64) * 64
     z = z1.new_empty((triton.cdiv(2 * batch, _ROWS) * _ROWS, padded), dtype=_DTYPES[precision])
-    norm = z1.new_empty(2 * batch, dtype=torch.float64)
+    inverse = z1.new_empty(2 * batch, dtype=torch.float64)
     block = _row_block(padded)
     _prepare[(z.shape[0] // block["BR"],)](
-        z1, z2, z, norm, batch, dim, *z1.stride(), *z2.stride(), padded, normalize, **block, **_OPTIONS
+        z1, z2, z, inverse, batch, dim, *z1.stride(), *z2.stride(), padded, normalize, **block, **_OPTIONS
     )
-    return z, norm
+    return z, inverse
 
 
 def _row_block(padded: int) -> dict[str, int]:
-    """Tile of the row kernels: about 2048 elements, as few rows as that takes."""
+    """Tile of the row kernels: 1024 elements, of as few rows as that takes."""
     width = min(triton.next_power_of_2(padded), 1024)
-    return {"BR": 2048 // width, "BD": width}
+    return {"BR": 1024 // width, "BD": width}
 
 
 def _input_precision(precision: str) -> str:
@@ -538,12 +544,12 @@ def nt_xent_backward(
     if batch == 0:
         return dz1, dz2, scale.new_zeros(())
     with torch.cuda.device_of(z1):
-        z, norm = _pad(z1, z2, normalize, precision)
+        z, inverse = _pad(z1, z2, normalize, precision)
         padded_rows, padded = z.shape
         units = padded_rows // _ROWS
         splits = 1 << (min(units, max(_PROGRAMS // units, 1)).bit_length() - 1)
         gradient = z1.new_empty((splits, padded_rows, padded), dtype=torch.float32)
-        aligned, dscale = z1.new_empty(2 * batch, dtype=torch.float32), torch.empty_like(norm)
+        aligned, dscale = z1.new_empty(2 * batch, dtype=torch.float32), torch.empty_like(inverse)
         grad_loss, shift, total = grad_loss.contiguous(), shift.contiguous(), total.contiguous()
         softmax = grad_loss, shift, total, torch.linalg.vector_norm(grad_loss, float("inf")), aligned
 
@@ -559,7 +565,7 @@ def nt_xent_backward(
         )  # fmt: skip
         block = _row_block(padded)
         _project[(triton.cdiv(2 * batch, block["BR"]),)](
-            z1, z2, norm, scale, *softmax, gradient, dz1, dz2, dscale, batch, dim, *z1.stride(), *z2.stride(),
+            z1, z2, inverse, scale, *softmax, gradient, dz1, dz2, dscale, batch, dim, *z1.stride(), *z2.stride(),
             padded, padded_rows, splits, normalize, **block, **_OPTIONS,
         )  # fmt: skip
         return dz1, dz2, dscale.sum().to(scale.dtype)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from fastssl.kernels import contrastive as kernels
@@ -45,7 +46,8 @@ class Case:
 
     def __str__(self) -> str:
         constants = "-".join(f"{name}{value}" for name, value in self.constants if name != "PRECISION")
-        return f"sm{self.capability}-{self.kernel}-{self.precision}-{self.rows}-{constants}-w{self.warps}-s{self.stages}"
+        problem = f"sm{self.capability}-{self.kernel}-{self.precision}-{self.rows}"
+        return f"{problem}-{constants}-w{self.warps}-s{self.stages}"
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ def compile_case(case: Case, count_spills: bool = False) -> Usage:
         constants |= {"column_stride1": 1, "column_stride2": 1}  # contiguous rows
     types = {
         "z": PRECISIONS[case.precision],
-        "norm": "fp64",
+        "inverse": "fp64",
         "dscale": "fp64",
         **dict.fromkeys(("z1", "z2", "dz1", "dz2"), case.rows),
         **dict.fromkeys(("scale", "tops", "sums", "aligned", "loss", "shift", "total"), "fp32"),
@@ -119,17 +121,16 @@ def compile_case(case: Case, count_spills: bool = False) -> Usage:
         cubin, ptx = Path(folder, "kernel.cubin"), Path(folder, "kernel.ptx")
         cubin.write_bytes(compiled.asm["cubin"])
         ptx.write_text(compiled.asm["ptx"])
-        usage = _run("cuobjdump", "-res-usage", cubin)
+        usage = _run(_TOOLS / "cuobjdump", "-res-usage", cubin)
         stack, local = map(int, re.search(r"STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage).groups())
         spills = ""
         if count_spills:
             target = re.search(r"\.target (\w+)", compiled.asm["ptx"]).group(1)
-            assembler = "ptxas-blackwell" if case.capability >= 100 else "ptxas"
-            log = _run(assembler, "-v", f"-arch={target}", ptx, "-o", Path(folder, "again.cubin"))
+            log = _run(get_ptxas(case.capability).path, "-v", f"-arch={target}", ptx, "-o", Path(folder, "again.cubin"))
             spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log).group(0)
     return Usage(stack, local, compiled.metadata.shared, spills, compiled.asm["ptx"])
 
 
-def _run(tool: str, *arguments: Any) -> str:
-    done = subprocess.run([_TOOLS / tool, *arguments], capture_output=True, text=True, check=True)
+def _run(tool: str | Path, *arguments: Any) -> str:
+    done = subprocess.run([tool, *arguments], capture_output=True, text=True, check=True)
     return done.stdout + done.stderr
