@@ -189,7 +189,7 @@ def test_processes_equal_one(processes, tmp_path):
 
 def test_a_process_that_dies_ends_the_others(tmp_path):
     start = time.monotonic()
-    with pytest.raises(Exception, match="as it should"):
+    with pytest.raises(Exception, match="as it should|Process 0 terminated"):  # whichever is heard of first
         _run(_check_that_fails, 2, tmp_path)
     assert time.monotonic() - start < SECONDS / 2
 
