@@ -253,5 +253,5 @@ def test_demo_does_not_run_naive_where_it_would_not_fit(monkeypatch, demo):
 @needs_linux
 def test_estimate_of_naive_memory_is_what_it_takes(demo):
     demo._cost(2048, ["naive"])  # what libraries allocate once
-    cost = demo._cost(4096, ["naive"])["naive"]
-    assert cost.bytes == pytest.approx(demo.naive_bytes(4096), rel=0.15)
+    cost = demo._cost(8192, ["naive"])["naive"]  # large beside what the allocator keeps
+    assert cost.bytes == pytest.approx(demo.naive_bytes(8192), rel=0.2)
