@@ -523,7 +523,7 @@ def nt_xent(
             )  # fmt: skip
             _merge[(triton.cdiv(rows, 16),)](
                 tops, sums, aligned, loss, shift, total, rows, blocks, start, width, start + width == distances,
-                SLOTS=triton.next_power_of_2(2 * band), BR=16, **_OPTIONS,
+                SLOTS=max(triton.next_power_of_2(2 * band), 8), BR=16, **_OPTIONS,
             )  # fmt: skip
     return loss, shift, total
 
