@@ -499,9 +499,7 @@ def _input_precision(precision: str) -> str:
     return "ieee" if precision == "float32" else "tf32"
 
 
-def nt_xent(
-    z1: Tensor, z2: Tensor, scale: Tensor, normalize: bool, precision: str
-) -> tuple[Tensor, Tensor, Tensor]:
+def nt_xent(z1: Tensor, z2: Tensor, scale: Tensor, normalize: bool, precision: str) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, shift, total) of `fastssl::nt_xent` for CUDA tensors; see fastssl/ops/contrastive.py."""
     batch, rows = z1.shape[0], 2 * z1.shape[0]
     loss, shift, total = (z1.new_empty(rows, dtype=torch.float32) for _ in range(3))

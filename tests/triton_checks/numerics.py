@@ -96,6 +96,11 @@ def test_sizes(batch, dim, precision):
     compare(*rows(batch, dim, DTYPES[precision]), random_gradient(batch), 2.0, precision=precision)
 
 
+@pytest.mark.parametrize("precision", ["tf32", "float16"])
+def test_largest_tiles(precision):
+    compare(*rows(1030, 16, DTYPES[precision]), random_gradient(1030), 2.0, precision=precision)
+
+
 @pytest.mark.parametrize("dim,precision", [(24, "float32"), (130, "float32"), (24, "bfloat16"), (130, "float16")])
 @pytest.mark.parametrize("normalize,scale,length", [(True, 14.3, 1), (True, 100, 1), (True, -1, 1), (False, 1, 1),
                                                     (False, 2, 6), (False, -0.5, 3)])  # fmt: skip
