@@ -63,7 +63,9 @@ _LN2 = tl.constexpr(0.6931471805599453)
 _PEAK = tl.constexpr(8192.0)  # of W: far enough from float16's 65504 and from its 6e-5
 
 _COUNTS = ["B", "N", "blocks", "start", "band", "splits"]  # a changing batch must not compile anew
-_OPTIONS = {"enable_fp_fusion": True}  # Triton's default differs between versions
+# Contracting a product with a sum would round S differently in one kernel and in another, and a sum of products
+# differently in the two lanes that share it.
+_OPTIONS = {"enable_fp_fusion": False}
 
 
 def _configs(*choices: tuple[dict[str, int], int, int]) -> list[triton.Config]:
@@ -196,13 +198,6 @@ def _maximum_and_sum(x, AXIS: tl.constexpr):
     return top, tl.sum(tl.exp2(x - tl.expand_dims(finite, AXIS)), AXIS)
 
 
-@triton.jit
-def _log2_units(shift):
-    """shift / ln 2 as a rounded number: a plain product might be contracted with the subtraction that follows it in
-    one kernel and not in another, and `total` is relative to the rounded one."""
-    return tl.fma(shift, _LOG2E, 0.0)
-
-
 @_autotune(
     _forward_needs,
     ["D", "T", "PRECISION"],
@@ -283,7 +278,7 @@ def _merge(
         tl.store(loss + i, tl.log(acc) + (finite - positive) * _LN2, mask=inside)
         natural = finite * _LN2
         tl.store(shift + i, natural, mask=inside)
-        tl.store(total + i, acc * tl.exp2(finite - _log2_units(natural)), mask=inside)
+        tl.store(total + i, acc * tl.exp2(finite - natural * _LOG2E), mask=inside)
     else:
         tl.store(shift + i, highest, mask=inside)
         tl.store(total + i, acc, mask=inside)
@@ -297,7 +292,7 @@ def _load_softmax(grad_loss, shift, total, peak, i, N):
     factor = tl.where(top == 0, 0.0, _PEAK / top)
     g = tl.load(grad_loss + i, mask=inside, other=0.0)
     return (
-        _log2_units(tl.load(shift + i, mask=inside, other=0.0)),
+        tl.load(shift + i, mask=inside, other=0.0) * _LOG2E,
         g * factor / tl.load(total + i, mask=inside, other=1.0),
     )
 
@@ -411,7 +406,7 @@ def _positive_weight(grad_loss, shift, total, peak, aligned, i, inside):
     g = tl.load(grad_loss + i, mask=inside, other=0.0) * tl.where(top == 0, 0.0, _PEAK / top)
     denominator = tl.load(total + i, mask=inside, other=1.0)
     x = tl.load(aligned + i, mask=inside, other=0.0)
-    shift2 = _log2_units(tl.load(shift + i, mask=inside, other=0.0))
+    shift2 = tl.load(shift + i, mask=inside, other=0.0) * _LOG2E
     return g * ((tl.exp2(x - shift2) - denominator) / denominator)
 
 
