@@ -7,15 +7,17 @@ and autocast for the precision of its products, and sums in float32.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastssl import reference
-from fastssl.ops import contrastive, current_backend
+from fastssl.ops import contrastive, current_backend, sigmoid
 from fastssl.ops._precision import accumulate_dtype, autocast_enabled, product_precision
 
-__all__ = ["nt_xent", "similarity_logsumexp"]
+__all__ = ["clip_loss", "dcl", "info_nce", "nt_xent", "siglip_loss", "similarity_logsumexp", "sup_con"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -56,13 +58,8 @@ def nt_xent(
         return reference.contrastive.nt_xent(
             z1, z2, temperature=temperature, normalize=normalize, reduction=reduction
         )
-    if isinstance(temperature, Tensor):
-        scale = temperature.to(device=z1.device, dtype=accumulate_dtype(z1.dtype)).reciprocal()
-    else:
-        scale = torch.full((), 1 / temperature, dtype=accumulate_dtype(z1.dtype), device=z1.device)
-    loss, _, _ = contrastive.nt_xent(z1, z2, scale, normalize, product_precision(z1))
-    loss = reference.contrastive.reduce(loss, reduction)
-    return loss if autocast_enabled(z1) else loss.to(z1.dtype)
+    loss, _, _ = contrastive.nt_xent(z1, z2, _inverse(temperature, z1), normalize, product_precision(z1))
+    return _finish(loss, reduction, z1)
 
 
 def similarity_logsumexp(
@@ -113,28 +110,465 @@ def similarity_logsumexp(
         _check_vector("offset", offset, x)
     if current_backend() == "reference":
         return reference.contrastive.similarity_logsumexp(x, y, scale=scale, exclude=exclude, offset=offset)
-    scale = torch.as_tensor(scale, dtype=accumulate_dtype(x.dtype), device=x.device)
-    total, shift, _ = contrastive.similarity_logsumexp(x, y, scale, exclude, product_precision(x))
-    log_total = total.where(total != 0, 1).log().where(total != 0, float("-inf"))  # the gradient of log(0) is NaN
-    return log_total + (shift if offset is None else shift - offset)
+    lse = _row_logsumexp(x, y, _scalar(scale, x), exclude, product_precision(x))
+    return lse if offset is None else lse - offset
 
 
-def _check_pair(z1: Tensor, z2: Tensor) -> None:
-    _check_rows("z1", z1, "(B, D)")
-    _check_rows("z2", z2, "(B, D)")
+def info_nce(
+    query: Tensor,
+    positive_key: Tensor,
+    negative_keys: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 0.1,
+    negative_mode: str = "unpaired",
+    in_batch_negatives: bool | None = None,
+    symmetric: bool = False,
+    normalize: bool = True,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+) -> Tensor:
+    r"""InfoNCE (CPC, arXiv:1807.03748): each query must find its positive key among negative keys.
+
+        loss_i = -log( exp(<q_i, k_i> / temperature) / sum_k exp(<q_i, k> / temperature) )
+
+    where k runs over the positive key of query i and its negatives: those of `negative_keys` (a queue, as in MoCo,
+    arXiv:1911.05722), the positive keys of the other queries (SimCSE, arXiv:2104.08821; MoCo v3, arXiv:2104.02057),
+    or both (SimCSE with hard negatives).
+
+    The similarities with shared keys are never stored: memory is O((B + K) D). Keys without `requires_grad` cost
+    nothing in the backward pass, and may be overwritten before it if `normalize` is False.
+
+    Args:
+        query: (B, D) float32, bfloat16, float16 or float64.
+        positive_key: (B, D), of query's dtype and device.
+        negative_keys: (K, D), negatives of every query, or with negative_mode "paired" (B, K, D), K for each.
+        temperature: divides the similarities: a number, or a 0-d tensor, which gets its exact gradient.
+        negative_mode: "unpaired" or "paired", the shape of negative_keys.
+        in_batch_negatives: whether other queries' positive keys are negatives; None: where there are no
+            negative_keys.
+        symmetric: the mean of this loss and that in which queries and positive keys have changed places; only
+            where other rows of the batch are the only negatives.
+        normalize: divide each row by its Euclidean norm, as `torch.nn.functional.normalize` does.
+        label_smoothing: the share of the target that is spread over all of a query's keys, as in
+            `torch.nn.functional.cross_entropy`; only where other rows of the batch are the only negatives.
+        reduction: "mean" over the B queries, "sum", or "none".
+
+    Returns:
+        0-d loss, or with "none" (B,) losses, in query's dtype, float32 under autocast. The mean over an empty batch
+        is NaN. A query without negatives has loss 0.
+
+    Raises:
+        TypeError: if query, positive_key or negative_keys is no tensor, or temperature neither number nor tensor.
+        ValueError: if shapes, dtypes, devices or options do not fit, or temperature is a number that is zero or not
+            finite (as a tensor: NaN comes out).
+    """
+    _check_pair(query, positive_key, "query", "positive_key")
+    if in_batch_negatives is None:
+        in_batch_negatives = negative_keys is None
+    _check_negatives(query, negative_keys, negative_mode)
+    for name, chosen in (("symmetric", symmetric), ("label_smoothing", label_smoothing)):
+        if chosen and (negative_keys is not None or not in_batch_negatives):
+            raise ValueError(f"{name} must be {type(chosen)()} where there are other negatives than the batch's")
+    _check_share("label_smoothing", label_smoothing)
+    _check_temperature(temperature)
+    _check_reduction(reduction)
+    if current_backend() == "reference":
+        return reference.contrastive.info_nce(
+            query, positive_key, negative_keys, temperature=temperature, negative_mode=negative_mode,
+            in_batch_negatives=in_batch_negatives, symmetric=symmetric, normalize=normalize,
+            label_smoothing=label_smoothing, reduction=reduction,
+        )  # fmt: skip
+    precision = product_precision(query)
+    scale = _inverse(temperature, query)
+    q, k, negatives = (
+        _unit(x) if normalize and x is not None else x for x in (query, positive_key, negative_keys)
+    )
+    if symmetric:
+        loss = _pair_loss(q, k, scale, label_smoothing, precision)
+    else:
+        positive = _dot(q, k) * scale
+        lse = None
+        if negatives is not None and negative_mode == "paired":
+            paired = torch.einsum("bd,bkd->bk", q, negatives.to(q.dtype))
+            lse = (paired.to(accumulate_dtype(query.dtype)) * scale).logsumexp(1)
+            negatives = None
+        if in_batch_negatives:
+            keys = k if negatives is None else torch.cat([k, negatives.to(k.dtype)])
+            batch = _row_logsumexp(q, keys, scale, torch.arange(q.shape[0], device=q.device), precision)
+            lse = batch if lse is None else torch.logaddexp(lse, batch)
+        elif negatives is not None:
+            lse = _row_logsumexp(q, negatives, scale, None, precision)
+        loss = torch.zeros_like(positive) if lse is None else _cross_entropy(lse, positive)
+        if label_smoothing:
+            loss = loss + label_smoothing * (positive - scale * _dot(q, _mean(k)))
+    return _finish(loss, reduction, query)
+
+
+def clip_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: float | Tensor,
+    *,
+    labels: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+) -> Tensor:
+    r"""The symmetric softmax loss of CLIP (arXiv:2103.00020), with labels that of UniCL (arXiv:2204.03610).
+
+    With S = logit_scale image_features text_features^T, each image must find its text among all texts, and each text
+    its image among all images:
+
+        loss_i = 1/2 (log sum_j exp(S_ij) - S_ii) + 1/2 (log sum_j exp(S_ji) - S_ii)
+
+    With labels, a row's positives are all columns of the same label, and S_ii becomes their mean similarity.
+    The B x B logits are never stored: memory is O(B D).
+
+    Args:
+        image_features: (B, D) rows, normalised by the caller; float32, bfloat16, float16 or float64.
+        text_features: (B, D), of image_features' dtype and device.
+        logit_scale: multiplies the similarities (in CLIP exp of a parameter): a number, or a 0-d tensor, which
+            gets its exact gradient.
+        labels: (B,) int64, the label of each pair; None: every pair has its own.
+        label_smoothing: the share of the target that is spread over all columns, as in
+            `torch.nn.functional.cross_entropy`.
+        reduction: "mean" over the B pairs, "sum", or "none".
+
+    Returns:
+        0-d loss, or with "none" (B,) losses, in image_features' dtype, float32 under autocast. The mean over an
+        empty batch is NaN.
+
+    Raises:
+        TypeError: if features or labels are no tensors, or logit_scale neither number nor tensor.
+        ValueError: if shapes, dtypes or devices do not fit, or logit_scale is a number that is not finite.
+    """
+    _check_pair(image_features, text_features, "image_features", "text_features")
+    _check_scalar("logit_scale", logit_scale)
+    _check_share("label_smoothing", label_smoothing)
+    _check_reduction(reduction)
+    if labels is not None:
+        _check_labels(labels, image_features, "image_features")
+    if current_backend() == "reference":
+        return reference.contrastive.clip_loss(
+            image_features, text_features, logit_scale, labels=labels, label_smoothing=label_smoothing,
+            reduction=reduction,
+        )  # fmt: skip
+    scale, precision = _scalar(logit_scale, image_features), product_precision(image_features)
+    if labels is None:
+        loss = _pair_loss(image_features, text_features, scale, label_smoothing, precision)
+    else:
+        loss = _labelled_pair_loss(image_features, text_features, scale, labels, label_smoothing, precision)
+    return _finish(loss, reduction, image_features)
+
+
+def sup_con(
+    features: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float | Tensor = 0.1,
+    normalize: bool = True,
+    reduction: str = "mean",
+) -> Tensor:
+    r"""Supervised contrastive learning (SupCon, arXiv:2004.11362), its L_out: the positives are outside of the log.
+
+        loss_i = log sum_{j != i} exp(S_ij) - mean_{j in P(i)} S_ij,    S = z z^T / temperature,
+
+    P(i) being the other rows of row i's label. A row without any has loss 0, and counts in the mean. The N x N
+    similarities are never stored: memory is O(N D).
+
+    Args:
+        features: (N, D) rows, or (B, V, D), V views of each sample; float32, bfloat16, float16 or float64.
+        labels: (N,) or (B,) int64, the label of each row or sample.
+        temperature: divides the similarities: a number, or a 0-d tensor, which gets its exact gradient.
+        normalize: divide each row by its Euclidean norm, as `torch.nn.functional.normalize` does.
+        reduction: "mean" over the rows, "sum", or "none": (N,), or (B, V) losses.
+
+    Returns:
+        The loss in features' dtype, float32 under autocast. The mean over an empty batch is NaN.
+
+    Raises:
+        TypeError: if features or labels is no tensor, or temperature neither number nor tensor.
+        ValueError: if shapes, dtypes or devices do not fit, temperature is a number that is zero or not finite (as a
+            tensor: NaN comes out), or reduction is unknown.
+    """
+    if isinstance(features, Tensor) and features.dim() == 3:
+        _check_labels(labels, features, "features")
+        views = features.shape[1]
+        loss = sup_con(
+            features.flatten(0, 1), labels.repeat_interleave(views), temperature=temperature, normalize=normalize,
+            reduction=reduction,
+        )  # fmt: skip
+        return loss.unflatten(0, (-1, views)) if reduction == "none" else loss
+    _check_rows("features", features, "(N, D) or (B, V, D)")
+    _check_labels(labels, features, "features")
+    _check_temperature(temperature)
+    _check_reduction(reduction)
+    if current_backend() == "reference":
+        return reference.contrastive.sup_con(
+            features, labels, temperature=temperature, normalize=normalize, reduction=reduction
+        )
+    scale, precision = _inverse(temperature, features), product_precision(features)
+    z = _unit(features) if normalize else features
+    lse = _logsumexp(*contrastive.self_logsumexp(z, scale, precision))
+    sums, count, index = _class_sums(z, labels)
+    own = _dot(z, z)
+    aligned = (_dot(z, sums.index_select(0, index)) - own) / (count - 1).clamp_min(1)
+    loss = (lse - aligned * scale).where(count > 1, 0)
+    return _finish(loss, reduction, features)
+
+
+def dcl(
+    z1: Tensor,
+    z2: Tensor,
+    *,
+    temperature: float | Tensor = 0.1,
+    weight_fn: Callable[[Tensor, Tensor], Tensor] | None = None,
+    normalize: bool = True,
+    reduction: str = "mean",
+) -> Tensor:
+    r"""The decoupled contrastive loss (DCL, arXiv:2110.06848) as lightly has it: no positive in the denominators.
+
+        loss_i = -w_i <z1_i, z2_i> / T + log sum_{j != i} exp(<z1_i, z1_j> / T) + log sum_{j != i} exp(<z1_i, z2_j> / T)
+
+    and likewise for the rows of z2. Memory is O(B D).
+
+    Args:
+        z1: (B, D) embeddings of the first views; float32, bfloat16, float16 or float64.
+        z2: (B, D) embeddings of the second views, of z1's dtype and device.
+        temperature: T, a number, or a 0-d tensor, which gets its exact gradient.
+        weight_fn: (rows, partners) -> (B,) weights w of the positives, from the (normalised) rows of either side and
+            the detached ones of the other; None: 1.
+        normalize: divide each row by its Euclidean norm, as `torch.nn.functional.normalize` does.
+        reduction: "mean" over the 2B rows, "sum", or "none".
+
+    Returns:
+        0-d loss, or with "none" (2B,) losses, those of z1's rows first; in z1's dtype, float32 under autocast. The
+        mean over an empty batch is NaN, and a pair alone has no negatives: minus infinity.
+
+    Raises:
+        TypeError: if z1 or z2 is no tensor, or temperature neither number nor tensor.
+        ValueError: if shapes, dtypes or devices do not fit, temperature is a number that is zero or not finite (as a
+            tensor: NaN comes out), or reduction is unknown.
+    """
+    _check_pair(z1, z2)
+    _check_temperature(temperature)
+    _check_reduction(reduction)
+    if current_backend() == "reference":
+        return reference.contrastive.dcl(
+            z1, z2, temperature=temperature, weight_fn=weight_fn, normalize=normalize, reduction=reduction
+        )
+    scale, precision = _inverse(temperature, z1), product_precision(z1)
+    x, y = (_unit(z) if normalize else z for z in (z1, z2))
+    positive = _dot(x, y) * scale
+    across = _pair_logsumexp(x, y, scale, precision)
+    losses = []
+    for rows, partners, lse in ((x, y, across[0]), (y, x, across[1])):
+        within = _logsumexp(*contrastive.self_logsumexp(rows, scale, precision))
+        aligned = positive if weight_fn is None else positive * weight_fn(rows, partners.detach())
+        losses.append(within + lse - aligned)
+    return _finish(torch.cat(losses), reduction, z1)
+
+
+def siglip_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: float | Tensor,
+    logit_bias: float | Tensor = 0.0,
+    *,
+    reduction: str = "mean",
+) -> Tensor:
+    r"""The sigmoid loss of SigLIP (arXiv:2303.15343): every pair of an image and a text is a decision of its own.
+
+        loss = -sum_ij log sigmoid(l_ij (logit_scale <image_i, text_j> + logit_bias)),    l_ij = 1 if i = j, else -1
+
+    divided by B for the mean. The B x B logits are never stored: memory is O(B D). Gradients are taken in the
+    forward pass, if any is needed.
+
+    Args:
+        image_features: (B, D) rows, normalised by the caller; float32, bfloat16, float16 or float64.
+        text_features: (B, D), of image_features' dtype and device.
+        logit_scale: multiplies the similarities (in SigLIP exp of a parameter): a number, or a 0-d tensor, which
+            gets its exact gradient.
+        logit_bias: added to the similarities: a number, or a 0-d tensor, which gets its exact gradient.
+        reduction: "mean" over the B images, or "sum".
+
+    Returns:
+        0-d loss in image_features' dtype, float32 under autocast. The mean over an empty batch is NaN.
+
+    Raises:
+        TypeError: if features are no tensors, or logit_scale or logit_bias neither number nor tensor.
+        ValueError: if shapes, dtypes or devices do not fit, logit_scale or logit_bias is a number that is not finite,
+            or reduction is unknown.
+    """
+    _check_pair(image_features, text_features, "image_features", "text_features")
+    _check_scalar("logit_scale", logit_scale)
+    _check_scalar("logit_bias", logit_bias)
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
+    if current_backend() == "reference":
+        return reference.sigmoid.siglip_loss(
+            image_features, text_features, logit_scale, logit_bias, reduction=reduction
+        )
+    scale, bias = _scalar(logit_scale, image_features), _scalar(logit_bias, image_features)
+    batch = image_features.shape[0]
+    own = torch.arange(batch, device=image_features.device)
+    derive = _needs_gradient(image_features, text_features, scale, bias)
+    inputs = image_features, text_features, scale, bias, own
+    negatives, *_ = sigmoid.similarity_softplus(*inputs, derive, product_precision(image_features))
+    positive = _dot(image_features, text_features) * scale + bias
+    loss = negatives + F.softplus(-positive).sum()
+    return _finish(loss / batch if reduction == "mean" else loss, "sum", image_features)
+
+
+def _scalar(scalar: float | Tensor, x: Tensor) -> Tensor:
+    """0-d, on x's device, in the dtype of sums."""
+    dtype = accumulate_dtype(x.dtype)
+    if isinstance(scalar, Tensor):
+        return scalar.to(device=x.device, dtype=dtype)
+    return torch.full((), scalar, dtype=dtype, device=x.device)
+
+
+def _inverse(temperature: float | Tensor, x: Tensor) -> Tensor:
+    if isinstance(temperature, Tensor):
+        return _scalar(temperature, x).reciprocal()
+    return _scalar(1 / temperature, x)
+
+
+def _unit(x: Tensor) -> Tensor:
+    """Unit rows, in the dtype of sums."""
+    return F.normalize(x.to(accumulate_dtype(x.dtype)), dim=-1)
+
+
+def _dot(x: Tensor, y: Tensor) -> Tensor:
+    """Products of rows with rows, in the dtype of sums."""
+    dtype = accumulate_dtype(x.dtype)
+    return torch.linalg.vecdot(x.to(dtype), y.to(dtype))
+
+
+def _mean(x: Tensor) -> Tensor:
+    """The mean row, in the dtype of sums."""
+    return x.mean(0, dtype=accumulate_dtype(x.dtype))
+
+
+def _needs_gradient(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+def _logsumexp(total: Tensor, shift: Tensor) -> Tensor:
+    some = total != 0  # the gradient of log(0) is NaN
+    return total.where(some, 1).log().where(some, float("-inf")) + shift
+
+
+def _row_logsumexp(x: Tensor, y: Tensor, scale: Tensor, exclude: Tensor | None, precision: str) -> Tensor:
+    total, shift, _ = contrastive.similarity_logsumexp(x, y, scale, exclude, _needs_gradient(x, y, scale), precision)
+    return _logsumexp(total, shift)
+
+
+def _pair_logsumexp(x: Tensor, y: Tensor, scale: Tensor, precision: str) -> tuple[Tensor, Tensor]:
+    """Of the rows and the columns of scale x y^T, without its diagonal."""
+    own = torch.arange(x.shape[0], device=x.device)
+    row_total, row_shift, column_total, column_shift = contrastive.pair_logsumexp(x, y, scale, own, precision)
+    return _logsumexp(row_total, row_shift), _logsumexp(column_total, column_shift)
+
+
+def _cross_entropy(negatives: Tensor, positive: Tensor) -> Tensor:
+    """log(exp(positive) + exp(negatives)) - positive, without cancellation."""
+    difference = negatives - positive
+    return -F.logsigmoid(-difference)
+
+
+def _pair_loss(x: Tensor, y: Tensor, scale: Tensor, label_smoothing: float, precision: str) -> Tensor:
+    """The cross-entropy of rows and columns of scale x y^T with the diagonal, their mean."""
+    positive = _dot(x, y) * scale
+    rows, columns = (_cross_entropy(lse, positive) for lse in _pair_logsumexp(x, y, scale, precision))
+    loss = (rows + columns) / 2
+    if label_smoothing:
+        means = scale * (_dot(x, _mean(y)) + _dot(y, _mean(x))) / 2
+        loss = loss + label_smoothing * (positive - means)
+    return loss
+
+
+def _labelled_pair_loss(
+    x: Tensor, y: Tensor, scale: Tensor, labels: Tensor, label_smoothing: float, precision: str
+) -> Tensor:
+    """As `_pair_loss`, all columns and rows of the same label being positives alike."""
+    row_total, row_shift, column_total, column_shift = contrastive.pair_logsumexp(x, y, scale, None, precision)
+    lse = (_logsumexp(row_total, row_shift) + _logsumexp(column_total, column_shift)) / 2
+    means = []
+    for rows, others in ((x, y), (y, x)):
+        sums, count, index = _class_sums(others, labels)
+        mean = _dot(rows, sums.index_select(0, index)) / count
+        if label_smoothing:
+            mean = mean + label_smoothing * (_dot(rows, _mean(others)) - mean)
+        means.append(mean)
+    return lse - scale * (means[0] + means[1]) / 2
+
+
+def _class_sums(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(sums, count, index): sums of x's rows of one label; for each row, how many have its label, and which is their sum.
+
+    There are as many sums as rows, most of them empty, so that nobody need wait for the number of labels.
+    """
+    order = labels.sort(stable=True)
+    first = torch.searchsorted(order.values, labels)
+    count = torch.searchsorted(order.values, labels, right=True) - first
+    sums = torch.zeros_like(x, dtype=accumulate_dtype(x.dtype)).index_add(0, first, x.to(accumulate_dtype(x.dtype)))
+    return sums, count, first
+
+
+def _finish(loss: Tensor, reduction: str, x: Tensor) -> Tensor:
+    loss = reference.contrastive.reduce(loss, reduction)
+    return loss if autocast_enabled(x) else loss.to(x.dtype)
+
+
+def _check_pair(z1: Tensor, z2: Tensor, name1: str = "z1", name2: str = "z2") -> None:
+    _check_rows(name1, z1, "(B, D)")
+    _check_rows(name2, z2, "(B, D)")
     if z1.shape != z2.shape:
-        raise ValueError(f"z1 and z2 must have the same shape, got {tuple(z1.shape)} and {tuple(z2.shape)}")
-    _check_alike("z1", z1, "z2", z2)
+        raise ValueError(f"{name1} and {name2} must have the same shape, got {tuple(z1.shape)} and {tuple(z2.shape)}")
+    _check_alike(name1, z1, name2, z2)
 
 
-def _check_rows(name: str, z: Tensor, shape: str) -> None:
+def _check_negatives(query: Tensor, negative_keys: Tensor | None, negative_mode: str) -> None:
+    if negative_mode not in ("unpaired", "paired"):
+        raise ValueError(f"negative_mode must be 'unpaired' or 'paired', got {negative_mode!r}")
+    if negative_keys is None:
+        return
+    paired = negative_mode == "paired"
+    _check_rows("negative_keys", negative_keys, "(B, K, D)" if paired else "(K, D)", 3 if paired else 2)
+    if negative_keys.shape[-1] != query.shape[1] or (paired and negative_keys.shape[0] != query.shape[0]):
+        raise ValueError(
+            f"negative_keys must have as many features as query, and with 'paired' as many rows, got"
+            f" {tuple(negative_keys.shape)} and {tuple(query.shape)}"
+        )
+    _check_alike("query", query, "negative_keys", negative_keys)
+
+
+def _check_labels(labels: Tensor, x: Tensor, name: str) -> None:
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels must be a Tensor, got {type(labels).__name__}")
+    if labels.dtype != torch.int64:
+        raise ValueError(f"labels must have dtype torch.int64, got {labels.dtype}")
+    if labels.shape != x.shape[:1]:
+        raise ValueError(f"labels must have shape ({x.shape[0]},), one for each row of {name}, got {tuple(labels.shape)}")
+    if labels.device != x.device:
+        raise ValueError(f"labels and {name} must be on the same device, got {labels.device} and {x.device}")
+
+
+def _check_share(name: str, share: float) -> None:
+    if not isinstance(share, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(share).__name__}")
+    if not 0 <= share <= 1:
+        raise ValueError(f"{name} must be from 0 to 1, got {share}")
+
+
+def _check_rows(name: str, z: Tensor, shape: str, dims: int = 2) -> None:
     if not isinstance(z, Tensor):
         raise TypeError(f"{name} must be a Tensor, got {type(z).__name__}")
     if z.dtype not in _DTYPES:
         raise ValueError(f"{name} must have a floating-point dtype of 16, 32 or 64 bits, got {z.dtype}")
-    if z.dim() != 2:
+    if z.dim() != dims:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(z.shape)}")
-    if z.shape[1] == 0:
+    if z.shape[-1] == 0:
         raise ValueError(f"{name} must have at least one feature, got shape {tuple(z.shape)}")
 
 

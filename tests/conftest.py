@@ -9,16 +9,17 @@ import pytest
 import torch
 
 import fastssl
+from fastssl import _native
 from fastssl.reference import OPS
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # for peers.py
 
-try:
+if _native.status()["_C"] is None:
     from fastssl import _C
-except ImportError:
-    _C = None
 
-INSTRUCTION_SETS = _C.available_isas() if _C else []
+    INSTRUCTION_SETS = _C.available_isas()
+else:
+    INSTRUCTION_SETS = []
 
 
 def pytest_collection_modifyitems(config, items):

@@ -43,3 +43,12 @@ def round_operand(x: Tensor, precision: str) -> Tensor:
     if precision in ("bfloat16", "float16"):
         return x.to(getattr(torch, precision)).to(x.dtype)
     return x
+
+
+def round_weights(weight: Tensor, precision: str) -> Tensor:
+    """`round_operand` of the weights of a sum, which may be smaller than float16 holds: relative to their largest."""
+    if precision != "float16" or weight.numel() == 0:
+        return round_operand(weight, precision)
+    peak = weight.abs().amax()
+    factor = 8192 / peak.where(peak != 0, 1)
+    return round_operand(weight * factor, precision) / factor

@@ -7,7 +7,8 @@ NT-Xent, with z the 2B (normalised) rows of [z1; z2], S = scale z z^T, pos(i) = 
 
 The forward pass keeps the log-sum-exp as the pair (shift, total), the shift being the row's maximum or any
 number near enough to it: the backward pass then divides by the very sum that the forward pass took, and a
-log-sum-exp of 100, rounded to float32, costs no accuracy. Its gradient, given g_i = dL/dloss_i. The matrix W is symmetric and never stored:
+log-sum-exp of 100, rounded to float32, costs no accuracy. Its gradient, given g_i = dL/dloss_i, with a symmetric
+matrix W that is never stored:
 
     a_i      = g_i / total_i
     W_ij     = a_i exp(S_ij - shift_i) + a_j exp(S_ij - shift_j) - [j = pos(i)] (g_i + g_j),    W_ii = 0
@@ -16,24 +17,30 @@ log-sum-exp of 100, rounded to float32, costs no accuracy. Its gradient, given g
 
 and, where rows were normalised, z = x / |x|:   dL/dx_i = (dL/dz_i - <dL/dz_i, z_i> z_i) / |x_i|.
 
-The log-sum-exp of one set of rows against another, for what is not symmetric (other ranks' rows, a queue), with
-S = scale x y^T and the column exclude[i] of row i left out:
+The other operations are log-sum-exps of the similarities of two sets of rows, S = scale x y^T, from which
+`fastssl.functional` makes every other softmax contrastive loss: the positives are cheap, O(B D), and are left to
+autograd. In row i the column exclude[i] is left out, most often the positive: with n_i the log-sum-exp of the
+negatives, InfoNCE is softplus(n_i - S_ip), which loses nothing where a confident model makes it small.
 
-    lse_i      = log sum_{j != exclude[i]} exp(S_ij) = shift_i + log(total_i)
-    weighted_i = sum_j E_ij y_j,    E_ij = exp(S_ij - shift_i)
+    similarity_logsumexp   of each row of S
+    pair_logsumexp         of each row and of each column of S (CLIP)
+    self_logsumexp         of each row of S = scale z z^T without the diagonal (SupCon)
 
-What is differentiated is total, with the shift held constant: shift + log(total) then has every derivative of the
-log-sum-exp. As flash attention does, the forward pass takes the weighted sum beside the total. Given g_i = dL/dtotal_i,
+Each gives the log-sum-exp as a pair again, total_i = sum_j E_ij, E_ij = exp(S_ij - shift_i); here shift_i is the row's
+largest S_ij, which metrics read, or 0 where every column is excluded (not in self_logsumexp: any number near). What is differentiated is
+total, with the shift held constant: shift + log(total) then has every derivative of the log-sum-exp. Given the
+gradients g_i of the rows' totals, h_j of the columns', and W their weights, W_ij = g_i E_ij + h_j exp(S_ij - shift'_j),
 
-    dL/dx_i  = scale g_i weighted_i,    dL/dscale = sum_i g_i <x_i, weighted_i>,    dL/dy = scale E^T (g x)
+    dL/dx = scale W y,    dL/dy = scale W^T x,    dL/dscale = <x, W y>,    dL/dz = scale (W + W^T) z
 
-so the backward pass recomputes S for y alone, and reads nothing of a y without gradient: a queue may move on
-between the two.
+Where only rows are summed, W y = g (E y): as flash attention does, the forward pass takes the weighted sum E y beside
+the total (`weigh`), so the backward pass recomputes S for y alone, and reads nothing of a y without gradient: a
+queue may move on between the two.
 """
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -41,10 +48,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastssl.ops._op import Op
-from fastssl.ops._precision import accumulate_dtype, round_operand
+from fastssl.ops._portable import row_blocks, second_derivative, similarity
+from fastssl.ops._precision import accumulate_dtype, round_operand, round_weights
 
 _EPS = 1e-12  # torch.nn.functional.normalize's
-_BLOCK_ELEMENTS = 1 << 22  # of S at a time: 16 MiB in float32
 
 
 def _cuda(name: str):
@@ -74,12 +81,6 @@ def _normalized_rows(z1: Tensor, z2: Tensor, normalize: bool) -> tuple[Tensor, T
     return (z / norms.clamp_min(_EPS)).to(z.dtype), norms.to(z.dtype)
 
 
-def _blocks(rows: int, columns: int) -> list[tuple[int, int]]:
-    """Consecutive (start, stop) that cut the rows of a matrix into pieces of bounded size."""
-    step = max(1, _BLOCK_ELEMENTS // max(columns, 1))
-    return [(start, min(start + step, rows)) for start in range(0, rows, step)]
-
-
 def _nt_xent_fake(z1: Tensor, z2: Tensor, scale: Tensor, normalize: bool, precision: str) -> tuple[Tensor, ...]:
     return tuple(z1.new_empty(2 * z1.shape[0], dtype=accumulate_dtype(z1.dtype)) for _ in range(3))
 
@@ -89,13 +90,13 @@ def _nt_xent_portable(z1: Tensor, z2: Tensor, scale: Tensor, normalize: bool, pr
     rows = z.shape[0]
     loss, shift, total = z.new_empty(rows), z.new_empty(rows), z.new_empty(rows)
     positive = torch.arange(rows, device=z.device).roll(rows // 2)
-    for start, stop in _blocks(rows, rows):
-        similarity = (z[start:stop] @ z.T).mul_(scale)
-        similarity.diagonal(start).fill_(float("-inf"))
-        aligned = similarity.gather(1, positive[start:stop, None]).squeeze(1)
-        shift[start:stop] = similarity.amax(1)
-        total[start:stop] = similarity.sub_(shift[start:stop, None]).exp_().sum(1)
-        loss[start:stop] = total[start:stop].log() + (shift[start:stop] - aligned)
+    for block in row_blocks(rows, rows):
+        S = (z[block] @ z.T).mul_(scale)
+        S.diagonal(block.start).fill_(float("-inf"))
+        aligned = S.gather(1, positive[block, None]).squeeze(1)
+        shift[block] = S.amax(1)
+        total[block] = S.sub_(shift[block, None]).exp_().sum(1)
+        loss[block] = total[block].log() + (shift[block] - aligned)
     return loss, shift, total
 
 
@@ -126,12 +127,12 @@ def _nt_xent_backward_portable(
     rounded = round_operand(z, precision)
     rows = z.shape[0]
     gradient, coefficient = torch.empty_like(z), grad_loss / total
-    for start, stop in _blocks(rows, rows):
-        similarity = (rounded[start:stop] @ rounded.T).mul_(scale)
-        weight = (similarity - shift[start:stop, None]).exp_().mul_(coefficient[start:stop, None])
-        weight += similarity.sub_(shift).exp_().mul_(coefficient)
-        weight.diagonal(start).zero_()
-        gradient[start:stop] = round_operand(weight, precision) @ rounded
+    for block in row_blocks(rows, rows):
+        S = (rounded[block] @ rounded.T).mul_(scale)
+        weight = (S - shift[block, None]).exp_().mul_(coefficient[block, None])
+        weight += S.sub_(shift).exp_().mul_(coefficient)
+        weight.diagonal(block.start).zero_()
+        gradient[block] = round_weights(weight, precision) @ rounded
     half = rows // 2
     gradient -= (grad_loss + grad_loss.roll(half))[:, None] * z.roll(half, 0)
     grad_scale = (z * gradient).sum(dtype=torch.float64).mul(0.5).to(scale.dtype)
@@ -160,32 +161,21 @@ def _nt_xent_backward_setup_context(ctx: Any, inputs: tuple, output: tuple) -> N
 
 
 def _nt_xent_double_backward(ctx: Any, _: None, *directions: Tensor) -> tuple:
-    """Second derivatives: the gradient of the loss's directional derivative, one block of rows at a time.
-
-    The first derivative's cotangents u are a direction in the space of (z1, z2, scale), and
-    <u, dL/d(z1, z2, scale)> is the derivative of L along u, a sum over rows of the loss.
-    """
     grad_loss, *point = ctx.saved_tensors
-    rows, dtype = grad_loss.shape[0], accumulate_dtype(point[0].dtype)
-    total = [torch.zeros_like(x, dtype=dtype) for x in (grad_loss, *point)]
-    for start, stop in _blocks(rows, rows):
+    rows = grad_loss.shape[0]
 
-        def loss(z1: Tensor, z2: Tensor, scale: Tensor, grad_loss: Tensor) -> Tensor:
-            z = torch.cat([z1, z2])
-            z = F.normalize(z, dim=1, eps=_EPS) if ctx.normalize else z
-            similarity = z[start:stop] @ z.T * scale
-            column = torch.arange(rows, device=z.device)
-            row = column[start:stop, None]
-            lse = similarity.masked_fill(column == row, float("-inf")).logsumexp(1)
-            return (grad_loss[start:stop] * (lse - similarity.gather(1, (row + rows // 2) % rows).squeeze(1))).sum()
+    def loss(block: slice, cotangents: Sequence[Tensor], point: Sequence[Tensor]) -> Tensor:
+        z1, z2, scale = point
+        z = torch.cat([z1, z2])
+        z = F.normalize(z, dim=1, eps=_EPS) if ctx.normalize else z
+        own = torch.arange(rows, device=z.device)
+        S = similarity(block, z, z, scale, own)
+        aligned = S.gather(1, own.roll(rows // 2)[block, None]).squeeze(1)
+        return (cotangents[0][block] * (S.logsumexp(1) - aligned)).sum()
 
-        def along(grad_loss: Tensor, *point: Tensor) -> Tensor:
-            return torch.func.jvp(lambda *p: loss(*p, grad_loss), point, tuple(u.to(dtype) for u in directions))[1]
-
-        inputs = (grad_loss, *(x.to(dtype).contiguous() for x in point))  # jvp refuses expanded tensors
-        total = [t + g for t, g in zip(total, torch.func.grad(along, argnums=(0, 1, 2, 3))(*inputs), strict=True)]
-    dg, dz1, dz2, dscale = (t.to(x.dtype) for t, x in zip(total, (grad_loss, *point), strict=True))
-    return dg, dz1, dz2, dscale, None, None, None, None
+    dtype = accumulate_dtype(point[0].dtype)
+    blocks = row_blocks(rows, rows)
+    return *second_derivative(loss, blocks, [grad_loss], point, directions, dtype), None, None, None, None
 
 
 _backward = Op(
@@ -210,39 +200,32 @@ nt_xent = Op(
 )
 
 
-def _row_blocks(x: Tensor, y: Tensor) -> list[slice]:
-    """The rows of x in blocks whose similarities with all of y are of bounded size."""
-    return [slice(*block) for block in _blocks(x.shape[0], y.shape[0])] if y.shape[0] else []
-
-
-def _similarity(rows: slice, x: Tensor, y: Tensor, scale: Tensor, exclude: Tensor | None) -> Tensor:
-    """S[rows], minus infinity where a column is excluded."""
-    similarity = x[rows] @ y.T * scale
-    if exclude is None:
-        return similarity
-    return similarity.masked_fill(torch.arange(y.shape[0], device=y.device) == exclude[rows, None], float("-inf"))
+def _sums_of_exponentials(S: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """(total, shift): the sum of exp(S - shift), 0 where there is none, and the shift, the maximum, broadcast."""
+    largest = S.amax(dim, keepdim=True)
+    shift = largest.where(largest != float("-inf"), 0)
+    return (S - shift).exp().sum(dim), shift.squeeze(dim)
 
 
 def _similarity_logsumexp_fake(
-    x: Tensor, y: Tensor, scale: Tensor, exclude: Tensor | None, precision: str
+    x: Tensor, y: Tensor, scale: Tensor, exclude: Tensor | None, weigh: bool, precision: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = accumulate_dtype(x.dtype)
-    row = x.new_empty(x.shape[0], dtype=dtype)
-    return row, torch.empty_like(row), x.new_empty(x.shape, dtype=dtype)
+    rows, dim = x.shape
+    return *(x.new_empty(rows, dtype=dtype) for _ in range(2)), x.new_empty((rows if weigh else 0, dim), dtype=dtype)
 
 
 def _similarity_logsumexp_portable(
-    x: Tensor, y: Tensor, scale: Tensor, exclude: Tensor | None, precision: str
+    x: Tensor, y: Tensor, scale: Tensor, exclude: Tensor | None, weigh: bool, precision: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     x, y = (round_operand(t.to(accumulate_dtype(t.dtype)), precision) for t in (x, y))
-    total, shift, weighted = x.new_zeros(x.shape[0]), x.new_zeros(x.shape[0]), x.new_zeros(x.shape)
-    for rows in _row_blocks(x, y):
-        similarity = _similarity(rows, x, y, scale, exclude)
-        largest = similarity.amax(1)
-        shift[rows] = largest.where(largest != float("-inf"), 0)  # where every column is excluded
-        weight = similarity.sub_(shift[rows, None]).exp_()
-        total[rows] = weight.sum(1)
-        weighted[rows] = round_operand(weight, precision) @ y
+    rows, dim = x.shape
+    total, shift, weighted = x.new_zeros(rows), x.new_zeros(rows), x.new_zeros(rows if weigh else 0, dim)
+    for block in row_blocks(rows, y.shape[0]):
+        S = similarity(block, x, y, scale, exclude)
+        total[block], shift[block] = _sums_of_exponentials(S, 1)
+        if weigh:
+            weighted[block] = round_weights(S.sub_(shift[block, None]).exp_(), precision) @ y
     return total, shift, weighted
 
 
@@ -276,16 +259,16 @@ def _similarity_logsumexp_backward_portable(
     dy = weighted.new_zeros((y.shape[0] if needs_y else 0, y.shape[1]))
     if needs_y:
         rounded_x, rounded_y = (round_operand(t.to(dy.dtype), precision) for t in (x, y))
-        for rows in _row_blocks(x, y):
-            similarity = _similarity(rows, rounded_x, rounded_y, scale, exclude)
-            weight = similarity.sub_(shift[rows, None]).exp_().mul_(grad_total[rows, None])
-            dy.addmm_(round_operand(weight, precision).T, rounded_x[rows])
+        for block in row_blocks(x.shape[0], y.shape[0]):
+            S = similarity(block, rounded_x, rounded_y, scale, exclude)
+            weight = S.sub_(shift[block, None]).exp_().mul_(grad_total[block, None])
+            dy.addmm_(round_weights(weight, precision).T, rounded_x[block])
         dy *= scale
     return dx.to(x.dtype), dy.to(y.dtype), dscale
 
 
 def _similarity_logsumexp_setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    x, ctx.y, scale, exclude, ctx.precision = inputs
+    x, ctx.y, scale, exclude, _, ctx.precision = inputs
     _, shift, weighted = output
     # save_for_backward would refuse to go on once y has been overwritten, which harms nothing if y needs no gradient.
     ctx.y_version = ctx.y._version
@@ -303,7 +286,7 @@ def _similarity_logsumexp_backward(ctx: Any, backward_op: Any, grad_total: Tenso
             f" it is at version {ctx.y._version}, expected {ctx.y_version}"
         )
     dx, dy, dscale = backward_op(grad_total, x, ctx.y, scale, exclude, shift, weighted, needs_y, ctx.precision)
-    return dx, dy if needs_y else None, dscale, None, None
+    return dx, dy if needs_y else None, dscale, None, None, None
 
 
 def _similarity_logsumexp_backward_setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -312,25 +295,16 @@ def _similarity_logsumexp_backward_setup_context(ctx: Any, inputs: tuple, output
 
 
 def _similarity_logsumexp_double_backward(ctx: Any, _: None, *directions: Tensor) -> tuple:
-    """Second derivatives, as NT-Xent's."""
-    grad_total, x, y, scale, exclude, shift = ctx.saved_tensors
-    inputs, dtype = (grad_total, x, y, scale), shift.dtype
-    direction_x, direction_y, direction_scale = (u.to(dtype) for u in directions)
-    directions = direction_x, direction_y if ctx.needs_y else torch.zeros_like(y, dtype=dtype), direction_scale
-    sums = [torch.zeros_like(t, dtype=dtype) for t in inputs]
+    grad_total, *point, exclude, shift = ctx.saved_tensors
+    if not ctx.needs_y:
+        directions = directions[0], torch.zeros_like(point[1]), directions[2]
 
-    def total(rows: slice, x: Tensor, y: Tensor, scale: Tensor, grad_total: Tensor) -> Tensor:
-        similarity = _similarity(rows, x, y, scale, exclude)
-        return (grad_total[rows] * (similarity - shift[rows, None]).exp().sum(1)).sum()
+    def total(block: slice, cotangents: Sequence[Tensor], point: Sequence[Tensor]) -> Tensor:
+        return (cotangents[0][block] * (similarity(block, *point, exclude) - shift[block, None]).exp().sum(1)).sum()
 
-    def along(rows: slice, grad_total: Tensor, *point: Tensor) -> Tensor:
-        return torch.func.jvp(lambda *p: total(rows, *p, grad_total), point, directions)[1]
-
-    for rows in _row_blocks(x, y):
-        gradient = torch.func.grad(partial(along, rows), argnums=(0, 1, 2, 3))
-        gradients = gradient(*(t.to(dtype).contiguous() for t in inputs))
-        sums = [s + g for s, g in zip(sums, gradients, strict=True)]
-    return *(s.to(t.dtype) for s, t in zip(sums, inputs, strict=True)), None, None, None, None, None
+    blocks = row_blocks(point[0].shape[0], point[1].shape[0])
+    gradients = second_derivative(total, blocks, [grad_total], point, directions, shift.dtype)
+    return *gradients, None, None, None, None, None
 
 
 _similarity_logsumexp_backward_op = Op(
@@ -343,11 +317,208 @@ _similarity_logsumexp_backward_op = Op(
 )
 
 similarity_logsumexp = Op(
-    "similarity_logsumexp(Tensor x, Tensor y, Tensor scale, Tensor? exclude, str precision)"
+    "similarity_logsumexp(Tensor x, Tensor y, Tensor scale, Tensor? exclude, bool weigh, str precision)"
     " -> (Tensor total, Tensor shift, Tensor weighted)",
     fake=_similarity_logsumexp_fake,
     portable=_similarity_logsumexp_portable,
     setup_context=_similarity_logsumexp_setup_context,
     backward=_similarity_logsumexp_backward,
     backward_op=_similarity_logsumexp_backward_op,
+)
+
+
+def _pair_logsumexp_fake(
+    x: Tensor, y: Tensor, scale: Tensor, exclude: Tensor | None, precision: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = accumulate_dtype(x.dtype)
+    return tuple(t.new_empty(t.shape[0], dtype=dtype) for t in (x, x, y, y))
+
+
+def _pair_logsumexp_portable(
+    x: Tensor, y: Tensor, scale: Tensor, exclude: Tensor | None, precision: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x, y = (round_operand(t.to(accumulate_dtype(t.dtype)), precision) for t in (x, y))
+    row_total, row_shift = (x.new_zeros(x.shape[0]) for _ in range(2))
+    column_total, largest = y.new_zeros(y.shape[0]), y.new_full((y.shape[0],), float("-inf"))
+    column_shift = torch.zeros_like(column_total)
+    for block in row_blocks(x.shape[0], y.shape[0]):
+        S = similarity(block, x, y, scale, exclude)
+        row_total[block], row_shift[block] = _sums_of_exponentials(S, 1)
+        largest = torch.maximum(largest, S.amax(0))
+        shift = largest.where(largest != float("-inf"), 0)
+        # The shift may fall where it was 0 because nothing had been seen: the total, 0, is then not to be moved.
+        moved = column_total * (column_shift - shift).exp()
+        column_total = moved.where(column_total != 0, 0) + S.sub_(shift).exp_().sum(0)
+        column_shift = shift
+    return row_total, row_shift, column_total, column_shift
+
+
+def _pair_logsumexp_backward_fake(
+    grad_row_total: Tensor,
+    grad_column_total: Tensor,
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    exclude: Tensor | None,
+    row_shift: Tensor,
+    column_shift: Tensor,
+    precision: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), y.new_empty(y.shape), scale.new_empty(())
+
+
+def _pair_logsumexp_backward_portable(
+    grad_row_total: Tensor,
+    grad_column_total: Tensor,
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    exclude: Tensor | None,
+    row_shift: Tensor,
+    column_shift: Tensor,
+    precision: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rounded_x, rounded_y = (round_operand(t.to(row_shift.dtype), precision) for t in (x, y))
+    dx, dy = torch.zeros_like(rounded_x), torch.zeros_like(rounded_y)
+    for block in row_blocks(x.shape[0], y.shape[0]):
+        S = similarity(block, rounded_x, rounded_y, scale, exclude)
+        weight = (S - row_shift[block, None]).exp_().mul_(grad_row_total[block, None])
+        weight += S.sub_(column_shift).exp_().mul_(grad_column_total)
+        weight = round_weights(weight, precision)
+        dx[block] = weight @ rounded_y
+        dy.addmm_(weight.T, rounded_x[block])
+    dscale = (dx * x).sum(dtype=torch.float64).to(scale.dtype)
+    return dx.mul_(scale).to(x.dtype), dy.mul_(scale).to(y.dtype), dscale
+
+
+def _pair_logsumexp_setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    x, y, scale, exclude, ctx.precision = inputs
+    _, row_shift, _, column_shift = output
+    ctx.save_for_backward(x, y, scale, exclude, row_shift, column_shift)
+    ctx.mark_non_differentiable(row_shift, column_shift)
+
+
+def _pair_logsumexp_backward(
+    ctx: Any, backward_op: Any, grad_row_total: Tensor, _: Tensor, grad_column_total: Tensor, __: Tensor
+) -> tuple:
+    return *backward_op(grad_row_total, grad_column_total, *ctx.saved_tensors, ctx.precision), None, None
+
+
+def _pair_logsumexp_backward_setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    ctx.save_for_backward(*inputs[:-1])
+
+
+def _pair_logsumexp_double_backward(ctx: Any, _: None, *directions: Tensor) -> tuple:
+    grad_row_total, grad_column_total, *point, exclude, row_shift, column_shift = ctx.saved_tensors
+
+    def total(block: slice, cotangents: Sequence[Tensor], point: Sequence[Tensor]) -> Tensor:
+        S = similarity(block, *point, exclude)
+        rows = cotangents[0][block] * (S - row_shift[block, None]).exp().sum(1)
+        return rows.sum() + (cotangents[1] * (S - column_shift).exp()).sum()
+
+    blocks = row_blocks(point[0].shape[0], point[1].shape[0])
+    cotangents = grad_row_total, grad_column_total
+    gradients = second_derivative(total, blocks, cotangents, point, directions, row_shift.dtype)
+    return *gradients, None, None, None, None
+
+
+_pair_logsumexp_backward_op = Op(
+    "pair_logsumexp_backward(Tensor grad_row_total, Tensor grad_column_total, Tensor x, Tensor y, Tensor scale,"
+    " Tensor? exclude, Tensor row_shift, Tensor column_shift, str precision) -> (Tensor, Tensor, Tensor)",
+    fake=_pair_logsumexp_backward_fake,
+    portable=_pair_logsumexp_backward_portable,
+    setup_context=_pair_logsumexp_backward_setup_context,
+    backward=_pair_logsumexp_double_backward,
+)
+
+pair_logsumexp = Op(
+    "pair_logsumexp(Tensor x, Tensor y, Tensor scale, Tensor? exclude, str precision)"
+    " -> (Tensor row_total, Tensor row_shift, Tensor column_total, Tensor column_shift)",
+    fake=_pair_logsumexp_fake,
+    portable=_pair_logsumexp_portable,
+    setup_context=_pair_logsumexp_setup_context,
+    backward=_pair_logsumexp_backward,
+    backward_op=_pair_logsumexp_backward_op,
+)
+
+
+def _self_logsumexp_fake(z: Tensor, scale: Tensor, precision: str) -> tuple[Tensor, Tensor]:
+    return tuple(z.new_empty(z.shape[0], dtype=accumulate_dtype(z.dtype)) for _ in range(2))
+
+
+def _self_logsumexp_portable(z: Tensor, scale: Tensor, precision: str) -> tuple[Tensor, Tensor]:
+    z = round_operand(z.to(accumulate_dtype(z.dtype)), precision)
+    rows = z.shape[0]
+    total, shift = z.new_zeros(rows), z.new_zeros(rows)
+    for block in row_blocks(rows, rows):
+        S = (z[block] @ z.T).mul_(scale)
+        S.diagonal(block.start).fill_(float("-inf"))
+        total[block], shift[block] = _sums_of_exponentials(S, 1)
+    return total, shift
+
+
+def _self_logsumexp_backward_fake(
+    grad_total: Tensor, z: Tensor, scale: Tensor, shift: Tensor, precision: str
+) -> tuple[Tensor, Tensor]:
+    return z.new_empty(z.shape), scale.new_empty(())
+
+
+def _self_logsumexp_backward_portable(
+    grad_total: Tensor, z: Tensor, scale: Tensor, shift: Tensor, precision: str
+) -> tuple[Tensor, Tensor]:
+    rounded = round_operand(z.to(shift.dtype), precision)
+    gradient = torch.zeros_like(rounded)
+    for block in row_blocks(z.shape[0], z.shape[0]):
+        S = (rounded[block] @ rounded.T).mul_(scale)
+        weight = (S - shift[block, None]).exp_().mul_(grad_total[block, None])
+        weight += S.sub_(shift).exp_().mul_(grad_total)
+        weight.diagonal(block.start).zero_()
+        gradient[block] = round_weights(weight, precision) @ rounded
+    dscale = (z * gradient).sum(dtype=torch.float64).mul(0.5).to(scale.dtype)
+    return gradient.mul_(scale).to(z.dtype), dscale
+
+
+def _self_logsumexp_setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    z, scale, ctx.precision = inputs
+    ctx.save_for_backward(z, scale, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _self_logsumexp_backward(ctx: Any, backward_op: Any, grad_total: Tensor, _: Tensor) -> tuple:
+    return *backward_op(grad_total, *ctx.saved_tensors, ctx.precision), None
+
+
+def _self_logsumexp_backward_setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    ctx.save_for_backward(*inputs[:-1])
+
+
+def _self_logsumexp_double_backward(ctx: Any, _: None, *directions: Tensor) -> tuple:
+    grad_total, *point, shift = ctx.saved_tensors
+    rows = shift.shape[0]
+
+    def total(block: slice, cotangents: Sequence[Tensor], point: Sequence[Tensor]) -> Tensor:
+        z, scale = point
+        S = similarity(block, z, z, scale, torch.arange(rows, device=z.device))
+        return (cotangents[0][block] * (S - shift[block, None]).exp().sum(1)).sum()
+
+    blocks = row_blocks(rows, rows)
+    return *second_derivative(total, blocks, [grad_total], point, directions, shift.dtype), None, None
+
+
+_self_logsumexp_backward_op = Op(
+    "self_logsumexp_backward(Tensor grad_total, Tensor z, Tensor scale, Tensor shift, str precision)"
+    " -> (Tensor, Tensor)",
+    fake=_self_logsumexp_backward_fake,
+    portable=_self_logsumexp_backward_portable,
+    setup_context=_self_logsumexp_backward_setup_context,
+    backward=_self_logsumexp_double_backward,
+)
+
+self_logsumexp = Op(
+    "self_logsumexp(Tensor z, Tensor scale, str precision) -> (Tensor total, Tensor shift)",
+    fake=_self_logsumexp_fake,
+    portable=_self_logsumexp_portable,
+    setup_context=_self_logsumexp_setup_context,
+    backward=_self_logsumexp_backward,
+    backward_op=_self_logsumexp_backward_op,
 )

@@ -175,7 +175,7 @@ def _similarity_logsumexp_op_args(sample: Sample) -> tuple:
     x, y = sample.args
     accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
     scale = torch.as_tensor(sample.kwargs.get("scale", 1.0), dtype=accumulate, device=x.device)
-    return x, y, scale, sample.kwargs.get("exclude"), str(x.dtype).removeprefix("torch.")
+    return x, y, scale, sample.kwargs.get("exclude"), True, str(x.dtype).removeprefix("torch.")
 
 
 def _largest_norm(*tensors: Tensor) -> float:
