@@ -1,453 +1,565 @@
-// Softmax contrastive losses on the CPU: NT-Xent (arXiv:2002.05709), forward and backward.
+// Softmax contrastive losses on the CPU: NT-Xent (arXiv:2002.05709), and the log-sum-exps that all others are made of.
 //
-// With z the N = 2B (normalised) rows of [z1; z2] and S = scale z z^T, diagonal excluded,
+// S = scale X Y^T is never stored: its tiles are computed (common/tiled.h), used, and forgotten. What varies is which
+// sums are kept, which entries are left out, and which side gets gradients.
 //
-//     loss_i = log sum_{j != i} exp(S_ij) - S_{i, pos(i)},              pos(i) = (i + B) mod N
-//     W_ij   = a_i exp(S_ij - shift_i) + a_j exp(S_ij - shift_j) - [j = pos(i)] (g_i + g_j),   a = g / total
-//     dL/dz  = scale W z.
+//     similarity_logsumexp   log sum_j exp(S_ij)                              of rows
+//     pair_logsumexp         the same, and log sum_i exp(S_ij)                of rows and columns
+//     self_logsumexp         log sum_{j != i} exp(S_ij), X = Y = Z            S is symmetric
+//     nt_xent                the same less S_{i, pos(i)}, pos(i) = (i + B) mod N, Z the N = 2B rows of [z1; z2]
 //
-// Algorithm. S is symmetric, and so is W: rows are cut into blocks, and only tiles (I, J) with I <= J are
-// visited. Forward, a tile's exponentials go into the sums of its rows and of its columns: half a product.
-// Backward, the tile is computed again, turned into weights, and multiplied twice,
+// Backward, given the gradients g of the rows' sums and h of the columns', of exponentials about shifts r and c,
 //
-//     G_I += W Z_J   and   G_J^T += Z_I^T W,
+//     W_ij = g_i exp(S_ij - r_i) + h_j exp(S_ij - c_j),     dL/dX = scale W Y,     dL/dY = scale W^T X.
 //
-// the second kept transposed so that W is a right operand as it lies: no tile is ever transposed. With
-// U = 2 N^2 D operations the forward costs U / 2 and the backward 3 U / 2: 2 U, where eager PyTorch takes 3 U and
-// keeps several N x N matrices. Memory is O(N D): packed operands, G and G^T, and one tile per thread.
+// Algorithms and costs, in units U = 2 M N D of floating-point operations (one product):
 //
-// Threads. Blocks are players of a round-robin tournament (the circle method): in one round every block meets
-// one other, so no two tiles of a round touch the same block, and rounds follow each other. Each block's sums
-// therefore grow in one order, whatever thread runs which tile: the bits are the same in every run, and depend
-// on the number of threads only where that changes the plan. To read memory less often, a player is a group
-// of up to kMaxGroup blocks.
+// Rows. A thread owns blocks of rows and goes through the columns. As flash attention does, it takes sum_j E_ij y_j
+// beside sum_j E_ij: dL/dX is then a scaling. 2 U, and nothing of Y is read again, which suits a queue. Y's own
+// gradient, where wanted, is another 2 U, by threads that own columns.
 //
-// Shifts. Tiles hold z z^T, unscaled, where a shift is an "origin": shift = scale origin. No entry is further
-// from 0 than M = max |z_i|^2, which is 1 for unit rows. If |scale| M <= kShared, the largest conceivable entry
-// serves all rows as the origin: every exponential lies between exp(-2 kShared) and 1, and one of them serves both
-// its row and its column. That covers unit rows at temperatures from 1/32 up. Else each row has its own maximum.
+// Rows and columns. Forward, a tile's exponentials go into the sums of its rows and of its columns: 1 U. Backward, the
+// tile is computed again, turned into weights, and multiplied twice, G_I += W Y_J and H_J^T += X_I^T W, the second
+// kept transposed so that W is a right operand as it lies: no tile is ever transposed. 4 U in all.
 //
-// Products run in oneDNN's micro-kernels (AMX, AVX-512) through ATen, else in common/gemm.h. bfloat16
-// products read rows rounded once after normalisation, and weights rounded once; the positive's weight, the one
-// that does not average out, is applied to unrounded rows. "tf32" and "float16" multiply in float32.
+// Symmetric. Only tiles (I, J) with I <= J are visited, each for its rows and for its columns: the forward pass costs
+// U / 2 and the backward pass 3 U / 2. 2 U in all, where eager PyTorch takes 3 U and keeps several N x N matrices.
+//
+// Memory is O((M + N) D): packed operands, gradients, and one tile per thread.
+//
+// Threads. Where tiles add to both their rows and their columns, no two tiles that share a block run at once, and a
+// block's tiles come in one order (`match`, `tournament`): the bits are the same in every run, and depend on the number
+// of threads only where that changes the cut.
+//
+// Shifts. Tiles hold X Y^T, unscaled, where a shift is an "origin": shift = scale origin. No entry is further from 0
+// than M = max |x_i| max |y_j|, which is 1 for unit rows. If |scale| M <= kShared, the largest conceivable entry serves
+// all as the origin: every exponential lies between exp(-2 kShared) and 1, and one of them serves both its row and its
+// column. That covers unit rows at temperatures from 1/32 up. Else each row has its own maximum.
+//
+// Rounding. The positive's weight, the one that does not average out, does not go through rounded products: NT-Xent
+// applies it to unrounded rows, the others leave the positive out (`exclude`) and to their callers.
 #include "contrastive.h"
 
-#include <ATen/ATen.h>
-#include <ATen/Context.h>
-#include <ATen/Parallel.h>
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/native/CPUBlas.h>
 #include <torch/library.h>
 
-#include <algorithm>
-#include <cmath>
-#include <limits>
-
-#include "common/isa.h"
+#include "common/tiled.h"
 #include "contrastive_tiles.h"
 
 namespace fastssl {
 namespace {
 
-using at::Tensor;
+constexpr float kShared = 32;  // float32 holds exp(-2 kShared) and, with room for gradients, its inverse
 
-constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
-constexpr float kShared = 32;       // float32 holds exp(-2 kShared) and, with room for grad_loss, its inverse
-constexpr int64_t kPadding = 32;    // of rows and features: what AMX, and transposes of pairs, want
-constexpr int64_t kMaxGroup = 4;
-constexpr int64_t kSerialWork = int64_t{1} << 22;  // N^2 D below which threads cost more than they bring
+// How exponentials of scale S are taken.
+struct Exponent {
+  float scale;
+  float c;         // 2^(c S) = exp(scale S)
+  double step;     // scale, as the exponentials have it
+  float excluded;  // S of what is left out
+  bool shared;     // all have one origin
+  float origin;    // that one
 
-int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
-int64_t cut(int64_t x, int64_t pieces) { return (x + pieces - 1) / pieces; }
-
-const ContrastiveTiles& tiles(Isa isa) {
-  switch (isa) {
-#if defined(FASTSSL_HAVE_AVX512_BF16)
-    case Isa::Amx:
-    case Isa::Avx512Bf16:
-      return avx512_bf16::contrastive_tiles;
-#endif
-#if defined(FASTSSL_HAVE_AVX512)
-    case Isa::Avx512:
-      return avx512::contrastive_tiles;
-#endif
-#if defined(FASTSSL_HAVE_AVX2)
-    case Isa::Avx2:
-      return avx2::contrastive_tiles;
-#endif
-    default:
-      return baseline::contrastive_tiles;
+  Exponent(const Tensor& scale_tensor, const Side& x, const Side& y)
+      : scale(scale_tensor.item<float>()),
+        c(exponent_factor(scale)),
+        step(c * kLn2),
+        excluded(-std::copysign(std::numeric_limits<float>::infinity(), c)) {
+    const float largest = std::abs(scale) * std::sqrt(x.largest_square) * std::sqrt(y.largest_square);
+    shared = largest <= kShared;
+    origin = scale ? largest / scale : 0;
   }
+};
+
+// Sums of exponentials, one for each row of a side (or of several, `splits`, to be added up), padded.
+struct Sums {
+  Tensor totals, extremes;
+  double* total;
+  float* extreme;  // the entry with the largest scale S_ij, infinite with c's sign reversed if there is none
+
+  Sums(int64_t count, const Exponent& e)
+      : totals(at::zeros({count}, at::kDouble)),
+        extremes(at::full({count}, e.excluded, at::kFloat)),
+        total(totals.mutable_data_ptr<double>()),
+        extreme(extremes.mutable_data_ptr<float>()) {}
+
+  // total[i], which is about the shared origin or about the extreme, as it is about scale `origin`.
+  double about(int64_t i, const Exponent& e, float origin) const {
+    return total[i] == 0 ? 0 : total[i] * std::exp(e.step * ((e.shared ? e.origin : extreme[i]) - origin));
+  }
+};
+
+// The shift of an extreme entry; and the origin that backward passes find again from the (rounded) shift.
+float shift_of(float extreme, const Exponent& e) { return extreme == e.excluded ? 0 : e.scale * extreme; }
+float origin_of(float shift, float scale) { return scale ? shift / scale : 0; }
+
+// (total, shift) from sums about any origin: the shift is the extreme's.
+std::tuple<Tensor, Tensor> finish_sums(const Sums& sums, int64_t count, const Exponent& e) {
+  const Tensor total = at::empty({count}, at::kFloat), shift = at::empty({count}, at::kFloat);
+  float* const out_total = total.mutable_data_ptr<float>();
+  float* const out_shift = shift.mutable_data_ptr<float>();
+  for (int64_t i = 0; i < count; ++i) {
+    out_shift[i] = shift_of(sums.extreme[i], e);
+    out_total[i] = static_cast<float>(sums.about(i, e, origin_of(out_shift[i], e.scale)));
+  }
+  return {total, shift};
 }
 
-// How this process multiplies: the instruction set's functions, oneDNN or not, and in what precision.
-struct Engine {
-  const ContrastiveTiles& tile;
-  bool onednn;
-  Operand operand;
+// What a backward pass needs for each row of a side, padded: W's coefficient a_i, and the origin of its exponentials.
+struct Coefficients {
+  Tensor coefficients, origins;
+  const float* a;
+  const float* origin;
 
-  explicit Engine(std::string_view precision)
-      : tile(tiles(current())), onednn(current() >= Isa::Avx512 && at::globalContext().userEnabledMkldnn()) {
-    const bool bfloat16 = precision == "bfloat16";
-    const bool pairs = onednn && current() >= Isa::Avx512Bf16;
-    operand = !bfloat16 ? Operand::Float32 : pairs ? Operand::BFloat16 : Operand::RoundedToBFloat16;
+  // a_i = gradient_i, moved to the shared origin if there is one.
+  Coefficients(const Tensor& gradient, const Tensor& shift, const Side& side, const Exponent& e)
+      : coefficients(at::zeros({side.padded_count()}, at::kFloat)), origins(at::zeros_like(coefficients)) {
+    const Tensor g = gradient.contiguous(), s = shift.contiguous();
+    const float* const from = g.const_data_ptr<float>();
+    const float* const shifts = s.const_data_ptr<float>();
+    float* const to = coefficients.mutable_data_ptr<float>();
+    float* const to_origin = origins.mutable_data_ptr<float>();
+    for (int64_t i = 0; i < side.count; ++i) {
+      to_origin[i] = origin_of(shifts[i], e.scale);
+      to[i] = e.shared ? static_cast<float>(from[i] * std::exp(e.step * (e.origin - to_origin[i]))) : from[i];
+    }
+    a = to;
+    origin = to_origin;
   }
+};
 
-  bool half() const { return operand == Operand::BFloat16; }
-  int64_t bytes() const { return half() ? 2 : 4; }
+// The weights of tiles, and their products: W Y into sums of x's rows, W^T X into transposed sums of y's.
+struct Weights {
+  const Similarities& S;
+  const Exponent& e;
+  const Coefficients* rows;     // null: no term of rows
+  const Coefficients* columns;  // null: no term of columns
+  const ContrastiveTiles& tile = FASTSSL_TABLE_IN_USE(contrastive_tiles);
+  Blocks tiles, narrow;
 
-  // C (M x N) = [C +] A (M x K) B (K x N); leading dimensions are K, N, N.
-  void multiply(int64_t M, int64_t N, int64_t K, bool add, const void* A, const void* B, float* C) const {
-    if (half()) {
-      at::native::cpublas::brgemm(M, N, K, K, N, N, add, static_cast<const at::BFloat16*>(A),
-                                  static_cast<const at::BFloat16*>(B), C);
-    } else if (onednn) {
-      at::native::cpublas::brgemm(M, N, K, K, N, N, add, static_cast<const float*>(A), static_cast<const float*>(B), C);
+  Weights(const Similarities& S, const Exponent& e, const Coefficients* rows, const Coefficients* columns)
+      : S(S),
+        e(e),
+        rows(rows),
+        columns(columns),
+        tiles(S.x.threads, S.x.cut.block * S.y.cut.block * 4),
+        narrow(S.x.threads, S.x.engine.half() ? 2 * S.x.cut.block * S.y.cut.block * 2 : 0) {}
+
+  // Tile (I, J) of S is `tile_of()`, excluded entries and all; it is overwritten.
+  float* tile_of() const { return tiles.floats(slot(S.x.threads)); }
+
+  void multiply(int64_t I, int64_t J, const Blocks* sums, const Blocks* transposed) const {
+    float* const s = tile_of();
+    const Engine& engine = S.x.engine;
+    const int64_t m = S.x.padded(I), n = S.y.padded(J), dim = S.x.dim;
+    auto* half = engine.half() ? static_cast<at::BFloat16*>(narrow[slot(S.x.threads)]) : nullptr;
+    auto* pairs = engine.half() ? half + m * n : nullptr;
+    const float* const a = rows->a + S.x.first(I);
+    const float* const b = columns ? columns->a + S.y.first(J) : nullptr;
+    if (e.shared) {
+      tile.weights(s, n, m, n, e.c, e.origin, a, b, half, pairs);
     } else {
-      tile.gemm(M, N, K, K, N, N, add, static_cast<const float*>(A), static_cast<const float*>(B), C);
+      tile.weights_online(s, n, m, n, e.c, a, rows->origin + S.x.first(I), b,
+                          columns ? columns->origin + S.y.first(J) : nullptr, half, pairs);
     }
-  }
-
-  // To be called by a thread that has multiplied: AMX's tile registers are a state of the thread.
-  void release() const {
-    if (onednn) at::native::cpublas::brgemm_release(half());
-  }
-};
-
-// `task(i)` for i in [0, count), on the plan's threads; `done()` by each thread when it has no more.
-template <typename Task, typename Done>
-void run(const TilePlan& plan, int64_t count, const Task& task, const Done& done) {
-  const auto tasks = [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) task(i);
-    done();
-  };
-  if (plan.threads == 1) {
-    if (count) tasks(0, count);
-  } else {
-    at::parallel_for(0, count, 1, tasks);
-  }
-}
-
-// The calling thread's number among the plan's threads.
-int slot(const TilePlan& plan) { return plan.threads == 1 ? 0 : at::get_thread_num(); }
-
-// Calls visit(I, J) for every pair of blocks I <= J. Two calls that share a block never run at once, and come in
-// the same order in every run.
-template <typename Visit, typename Done>
-void tournament(const TilePlan& plan, const Visit& visit, const Done& done) {
-  const int64_t players = cut(plan.blocks, plan.group);
-  const auto first = [&](int64_t player) { return player * plan.group; };
-  const auto last = [&](int64_t player) { return std::min((player + 1) * plan.group, plan.blocks); };
-  // Round 0: every player against itself.
-  run(plan, players, [&](int64_t p) {
-    for (int64_t i = first(p); i < last(p); ++i)
-      for (int64_t j = i; j < last(p); ++j) visit(i, j);
-  }, done);
-  // The circle method: the last player stays, the others turn; with an odd number one of them rests.
-  const int64_t seats = players + players % 2, turning = seats - 1;
-  for (int64_t round = 0; round < (players > 1 ? turning : 0); ++round) {
-    run(plan, seats / 2, [&](int64_t table) {
-      int64_t p = table == 0 ? turning : (round + table) % turning;
-      int64_t q = table == 0 ? round : (round - table + turning) % turning;
-      if (p > q) std::swap(p, q);
-      if (q >= players) return;
-      for (int64_t i = first(p); i < last(p); ++i)
-        for (int64_t j = first(q); j < last(q); ++j) visit(i, j);
-    }, done);
-  }
-}
-
-void nothing() {}
-
-// One array per block, all in one allocation, each block's part aligned to a cache line.
-struct Blocks {
-  Tensor memory;
-  int64_t bytes_per_block;
-
-  Blocks(int64_t blocks, int64_t bytes) : bytes_per_block(round_up(bytes, 64)) {
-    memory = at::empty({blocks * bytes_per_block + 64}, at::kByte);
-  }
-  void* operator[](int64_t block) const {
-    const auto base = round_up(reinterpret_cast<int64_t>(memory.mutable_data_ptr()), 64);
-    return reinterpret_cast<char*>(base) + block * bytes_per_block;
-  }
-  float* floats(int64_t block) const { return static_cast<float*>((*this)[block]); }
-};
-
-// The rows, normalised and packed block by block.
-struct Operands {
-  Tensor z1, z2;
-  Rows rows;
-  int64_t count;       // N
-  int64_t dim;         // padded
-  bool normalize;
-  const Engine& engine;
-  const TilePlan plan;
-  Blocks left, right, right_pairs, left_columns;
-  Tensor inverse_norm;
-  float largest_square = 0;  // max |z_i|^2, 1 where rows are normalised, NaN where one is
-
-  Operands(const Tensor& z1_, const Tensor& z2_, bool normalize, const Engine& engine, bool for_backward)
-      : z1(z1_.stride(1) == 1 ? z1_ : z1_.contiguous()),
-        z2(z2_.stride(1) == 1 ? z2_ : z2_.contiguous()),
-        rows{{z1.const_data_ptr(), z2.const_data_ptr()},
-             {z1.stride(0), z2.stride(0)},
-             z1.size(0),
-             z1.size(1),
-             z1.scalar_type() == at::kFloat      ? Element::Float32
-                 : z1.scalar_type() == at::kHalf ? Element::Float16
-                                                 : Element::BFloat16},
-        count(2 * z1.size(0)),
-        dim(round_up(z1.size(1), kPadding)),
-        normalize(normalize),
-        engine(engine),
-        plan(tile_plan(count, z1.size(1), at::get_num_threads())),
-        left(plan.blocks, block_bytes()),
-        right(plan.blocks, block_bytes()),
-        right_pairs(plan.blocks, engine.half() && for_backward ? block_bytes() : 0),
-        left_columns(plan.blocks, engine.half() && for_backward ? block_bytes() : 0),
-        inverse_norm(at::empty({count}, at::kFloat)) {
-    const Blocks scratch(plan.threads, plan.block * dim * 4);
-    const Tensor squares = at::zeros({plan.blocks}, at::kFloat);
-    float* square = squares.mutable_data_ptr<float>();
-    run(plan, plan.blocks, [&](int64_t b) {
-      const bool pairs = engine.half() && for_backward;
-      const Packed out{left[b], right[b], pairs ? right_pairs[b] : nullptr, pairs ? left_columns[b] : nullptr};
-      square[b] = engine.tile.pack(rows, first(b), size(b), padded(b), dim, normalize, engine.operand,
-                                   inverse_norm.mutable_data_ptr<float>() + first(b),
-                                   scratch.floats(slot(plan)), out);
-    }, nothing);
-    for (int64_t b = 0; b < plan.blocks; ++b)
-      largest_square = square[b] <= largest_square ? largest_square : square[b];  // keeps a NaN
-  }
-
-  int64_t block_bytes() const { return plan.block * dim * engine.bytes(); }
-  int64_t first(int64_t b) const { return b * plan.block; }
-  int64_t size(int64_t b) const { return std::min(plan.block, count - first(b)); }
-  int64_t padded(int64_t b) const { return round_up(size(b), kPadding); }
-  int64_t positive(int64_t i) const { return i < rows.batch ? i + rows.batch : i - rows.batch; }
-
-  // S of tile (I, J), unscaled, as (padded(I), padded(J)).
-  void similarities(int64_t I, int64_t J, float* S) const {
-    engine.multiply(padded(I), padded(J), dim, false, left[I], right[J], S);
-  }
-
-  // Makes 2^(c S) zero in the padding of tile (I, J) and, in a tile of the diagonal, for rows with themselves.
-  void exclude(int64_t I, int64_t J, float excluded, float* S) const {
-    const int64_t ld = padded(J);
-    if (I == J)
-      for (int64_t r = 0; r < size(I); ++r) S[r * ld + r] = excluded;
-    if (size(J) < ld)
-      for (int64_t r = 0; r < size(I); ++r) std::fill(S + r * ld + size(J), S + (r + 1) * ld, excluded);
-    std::fill(S + size(I) * ld, S + padded(I) * ld, excluded);
-  }
-
-  // f(r, c, i, j) for every positive pair in tile (I, J): its place (r, c) in the tile and its rows (i, j).
-  template <typename F>
-  void each_positive(int64_t I, int64_t J, const F& f) const {
-    // Row i of the first half meets column i + B, row i of the second column i - B: two diagonals of the matrix.
-    for (const int64_t offset : {rows.batch, -rows.batch}) {
-      const int64_t low = std::max(first(I), first(J) - offset);
-      const int64_t high = std::min(first(I) + size(I), first(J) + size(J) - offset);
-      for (int64_t i = low; i < high; ++i)
-        if (positive(i) == i + offset) f(i - first(I), i + offset - first(J), i, i + offset);
-    }
+    if (sums)
+      engine.multiply(m, dim, n, true, half ? static_cast<void*>(half) : s, S.y.weighed(J), sums->floats(I));
+    if (transposed)
+      engine.multiply(dim, n, m, true, S.x.weighing(I), half ? static_cast<void*>(pairs) : s, transposed->floats(J));
   }
 };
-
-// c with 2^(c S) = exp(scale S). Never 0, which would turn the -inf of an excluded entry into NaN.
-float exponent_factor(float scale) {
-  const float c = static_cast<float>(scale * kLog2E);
-  return c == 0 ? std::numeric_limits<float>::min() : c;
-}
 
 // fastssl.functional says this in better words; here it keeps a direct call from reading out of bounds.
-void check(const Tensor& z1, const Tensor& z2, const Tensor& scale, at::TensorList per_row) {
-  TORCH_CHECK_VALUE(z1.dim() == 2 && z1.size(1) > 0 && z1.sizes() == z2.sizes(),
-                    "z1 and z2 must have the same shape (B, D), D > 0, got ", z1.sizes(), " and ", z2.sizes());
-  const at::ScalarType dtype = z1.scalar_type();
-  TORCH_CHECK_VALUE(dtype == z2.scalar_type() && (dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf),
-                    "z1 and z2 must both be float32, bfloat16 or float16, got ", dtype, " and ", z2.scalar_type());
+void check(const char* names, const Tensor& x, const Tensor& y, const Tensor& scale) {
+  TORCH_CHECK_VALUE(x.dim() == 2 && y.dim() == 2 && x.size(1) > 0 && x.size(1) == y.size(1), names,
+                    " must have shapes (M, D) and (N, D), D > 0, got ", x.sizes(), " and ", y.sizes());
+  const at::ScalarType dtype = x.scalar_type();
+  TORCH_CHECK_VALUE(dtype == y.scalar_type() && (dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf),
+                    names, " must both be float32, bfloat16 or float16, got ", dtype, " and ", y.scalar_type());
   TORCH_CHECK_VALUE(scale.numel() == 1, "scale must have one element, got shape ", scale.sizes());
-  for (const Tensor& t : per_row)
-    TORCH_CHECK_VALUE(t.scalar_type() == at::kFloat && t.dim() == 1 && t.size(0) == 2 * z1.size(0),
-                      "grad_loss, shift and total must be float32 of shape (", 2 * z1.size(0), "), got ",
-                      t.scalar_type(), " of shape ", t.sizes());
 }
 
-std::tuple<Tensor, Tensor, Tensor> nt_xent(const Tensor& z1, const Tensor& z2, const Tensor& scale_tensor,
-                                           bool normalize, c10::string_view precision) {
-  if (z1.scalar_type() == at::kDouble) {
-    static const auto portable = c10::Dispatcher::singleton()
-        .findSchemaOrThrow("fastssl::nt_xent_portable", "")
-        .typed<decltype(nt_xent)>();
-    return portable.call(z1, z2, scale_tensor, normalize, precision);
-  }
-  check(z1, z2, scale_tensor, {});
-  const Engine engine(precision);
-  const Operands z(z1, z2, normalize, engine, false);
-  const TilePlan& plan = z.plan;
-  const float scale = scale_tensor.item<float>(), c = exponent_factor(scale);
-  const float excluded = -std::copysign(std::numeric_limits<float>::infinity(), c);
-  const bool shared = std::abs(scale) * z.largest_square <= kShared;
-  // As the backward pass will see it.
-  const float shared_shift = std::abs(scale) * z.largest_square, shared_origin = scale ? shared_shift / scale : 0;
+void check_vectors(const char* names, int64_t count, at::TensorList vectors) {
+  for (const Tensor& t : vectors)
+    TORCH_CHECK_VALUE(t.scalar_type() == at::kFloat && t.dim() == 1 && t.size(0) == count, names,
+                      " must be float32 of shape (", count, "), got ", t.scalar_type(), " of shape ", t.sizes());
+}
 
-  const Tensor loss = at::empty({z.count}, at::kFloat), total = at::empty({z.count}, at::kFloat);
-  const Tensor shift = at::empty({z.count}, at::kFloat);
-  // Padded, since tiles add to whole vectors.
-  const Tensor totals = at::zeros({plan.blocks * plan.block}, at::kDouble);
-  const Tensor origins = at::full({plan.blocks * plan.block}, excluded, at::kFloat);
-  const Tensor aligned = at::empty({z.count}, at::kFloat);  // <z_i, z_pos(i)>, from the very tile that is summed
-  const Blocks tile(plan.threads, plan.block * plan.block * 4);
-  double* const sum = totals.mutable_data_ptr<double>();
-  float* const origin = origins.mutable_data_ptr<float>();
-  float* const alignment = aligned.mutable_data_ptr<float>();
+Tensor checked_exclude(const std::optional<Tensor>& exclude, const Tensor& x) {
+  if (!exclude) return Tensor();
+  TORCH_CHECK_VALUE(exclude->scalar_type() == at::kLong && exclude->dim() == 1 && exclude->size(0) == x.size(0),
+                    "exclude must be int64 of shape (", x.size(0), "), got ", exclude->scalar_type(), " of shape ",
+                    exclude->sizes());
+  return exclude->contiguous();
+}
 
-  tournament(plan, [&](int64_t I, int64_t J) {
-    float* S = tile.floats(slot(plan));
+const int64_t* data_of(const Tensor& exclude) { return exclude.defined() ? exclude.const_data_ptr<int64_t>() : nullptr; }
+
+// What float64 calls: the portable variant of the operation `name`, whose kernel here is F.
+template <typename F, typename... Args>
+auto portable(F*, const char* name, Args&&... args) {
+  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name, "").template typed<F>();
+  return op.call(std::forward<Args>(args)...);
+}
+
+// Row and column sums of all tiles I <= J of a symmetric S, by `visit(I, J, tile)` before entries are left out.
+template <typename Visit>
+Sums sum_symmetric(const Similarities& S, const Exponent& e, const Visit& visit) {
+  const Side& z = S.x;
+  const Sums sums(z.padded_count(), e);
+  const Blocks tile(z.threads, z.cut.block * z.cut.block * 4);
+  const ContrastiveTiles& f = FASTSSL_TABLE_IN_USE(contrastive_tiles);
+  tournament(z.threads, z.cut, [&](int64_t I, int64_t J) {
+    float* s = tile.floats(slot(z.threads));
     const int64_t ld = z.padded(J);
-    z.similarities(I, J, S);
-    z.each_positive(I, J, [&](int64_t r, int64_t col, int64_t i, int64_t j) {
-      alignment[i] = alignment[j] = S[r * ld + col];
-    });
-    z.exclude(I, J, excluded, S);
-    double* const row_sum = sum + z.first(I);
-    double* const column_sum = I == J ? nullptr : sum + z.first(J);
-    if (shared) {
-      engine.tile.sum_exponentials(S, ld, z.size(I), ld, c, shared_origin, row_sum, column_sum);
+    S.compute(I, J, s);
+    visit(I, J, s);
+    S.exclude_from(I, J, s);
+    double* const row_total = sums.total + z.first(I);
+    double* const column_total = I == J ? nullptr : sums.total + z.first(J);
+    if (e.shared) {
+      f.sum_exponentials(s, ld, z.size(I), ld, e.c, e.origin, row_total, nullptr, column_total, nullptr);
     } else {
-      engine.tile.sum_exponentials_online(S, ld, z.size(I), ld, c, row_sum, origin + z.first(I), column_sum,
-                                          origin + z.first(J));
+      f.sum_exponentials_online(s, ld, z.size(I), ld, e.c, row_total, sums.extreme + z.first(I), column_total,
+                                sums.extreme + z.first(J));
     }
-  }, [&] { engine.release(); });
+  }, [&] { z.engine.release(); });
+  return sums;
+}
 
-  const double step = c * kLn2;  // scale, as the exponentials have it
+// f(r, c, i, j) for every positive pair in tile (I, J) of NT-Xent's S: its place (r, c) in the tile and its rows (i, j).
+template <typename F>
+void each_positive(const Side& z, int64_t I, int64_t J, const F& f) {
+  // Row i of the first half meets column i + B, row i of the second column i - B: two diagonals of the matrix.
+  const int64_t batch = z.rows.batch;
+  for (const int64_t offset : {batch, -batch}) {
+    const int64_t low = std::max({z.first(I), z.first(J) - offset, offset > 0 ? 0 : batch});
+    const int64_t high =
+        std::min({z.first(I) + z.size(I), z.first(J) + z.size(J) - offset, offset > 0 ? batch : 2 * batch});
+    for (int64_t i = low; i < high; ++i) f(i - z.first(I), i + offset - z.first(J), i, i + offset);
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor> nt_xent(const Tensor& z1, const Tensor& z2, const Tensor& scale, bool normalize,
+                                           c10::string_view precision) {
+  if (z1.scalar_type() == at::kDouble)
+    return portable(&nt_xent, "fastssl::nt_xent_portable", z1, z2, scale, normalize, precision);
+  check("z1 and z2", z1, z2, scale);
+  TORCH_CHECK_VALUE(z1.size(0) == z2.size(0), "z1 and z2 must have the same shape, got ", z1.sizes(), " and ",
+                    z2.sizes());
+  const int64_t count = 2 * z1.size(0);
+  const Engine engine(precision);
+  const Side z(z1, z2, normalize, kRows | kColumns, engine, threads_for(count, count, z1.size(1)));
+  const Exponent e(scale, z, z);
+  const Tensor aligned = at::empty({count}, at::kFloat);  // <z_i, z_pos(i)>, from the very tile that is summed
+  float* const alignment = aligned.mutable_data_ptr<float>();
+  const Sums sums = sum_symmetric({z, z, e.excluded, nullptr, true}, e, [&](int64_t I, int64_t J, float* s) {
+    each_positive(z, I, J, [&](int64_t r, int64_t c, int64_t i, int64_t j) {
+      alignment[i] = alignment[j] = s[r * z.padded(J) + c];
+    });
+  });
+
+  const Tensor loss = at::empty({count}, at::kFloat), total = at::empty({count}, at::kFloat);
+  const Tensor shift = at::empty({count}, at::kFloat);
   float* const out = loss.mutable_data_ptr<float>();
   float* const out_total = total.mutable_data_ptr<float>();
   float* const out_shift = shift.mutable_data_ptr<float>();
-  at::parallel_for(0, z.count, 4096, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, count, 4096, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const float from = shared ? shared_origin : origin[i];
-      const double value = std::log(sum[i]) + step * (from - alignment[i]);
+      const float origin = e.shared ? e.origin : sums.extreme[i];
+      const double value = std::log(sums.total[i]) + e.step * (origin - alignment[i]);
       // No loss is below 0, and a pair alone has none: what is left of it is rounding. Not 0, so that NaN stays NaN.
-      out[i] = static_cast<float>(value < 0 || z.count == 2 ? value - value : value);
-      out_shift[i] = shared ? shared_shift : scale * from;
+      out[i] = static_cast<float>(value < 0 || count == 2 ? value - value : value);
+      out_shift[i] = e.scale * origin;
       // The backward pass will find the origin from the rounded shift: the total moves there.
-      out_total[i] = static_cast<float>(shared ? sum[i] : sum[i] * std::exp(step * (from - out_shift[i] / scale)));
+      out_total[i] = static_cast<float>(sums.about(i, e, origin_of(out_shift[i], e.scale)));
     }
   });
   return {loss, shift, total};
 }
 
 std::tuple<Tensor, Tensor, Tensor> nt_xent_backward(const Tensor& grad_loss, const Tensor& z1, const Tensor& z2,
-                                                    const Tensor& scale_tensor, const Tensor& shift,
-                                                    const Tensor& total, bool normalize, c10::string_view precision) {
-  if (z1.scalar_type() == at::kDouble) {
-    static const auto portable = c10::Dispatcher::singleton()
-        .findSchemaOrThrow("fastssl::nt_xent_backward_portable", "")
-        .typed<decltype(nt_xent_backward)>();
-    return portable.call(grad_loss, z1, z2, scale_tensor, shift, total, normalize, precision);
-  }
-  check(z1, z2, scale_tensor, {grad_loss, shift, total});
+                                                    const Tensor& scale, const Tensor& shift, const Tensor& total,
+                                                    bool normalize, c10::string_view precision) {
+  if (z1.scalar_type() == at::kDouble)
+    return portable(&nt_xent_backward, "fastssl::nt_xent_backward_portable", grad_loss, z1, z2, scale, shift, total,
+                    normalize, precision);
+  check("z1 and z2", z1, z2, scale);
+  TORCH_CHECK_VALUE(z1.size(0) == z2.size(0), "z1 and z2 must have the same shape, got ", z1.sizes(), " and ",
+                    z2.sizes());
+  const int64_t count = 2 * z1.size(0);
+  check_vectors("grad_loss, shift and total", count, {grad_loss, shift, total});
   const Engine engine(precision);
-  const Operands z(z1, z2, normalize, engine, true);
-  const TilePlan& plan = z.plan;
-  const float scale = scale_tensor.item<float>(), c = exponent_factor(scale);
-  const float excluded = -std::copysign(std::numeric_limits<float>::infinity(), c);
-
-  // Padded, since tiles read whole vectors.
-  const int64_t padded_count = plan.blocks * plan.block;
-  const Tensor a = at::zeros({padded_count}, at::kFloat), o = at::zeros({padded_count}, at::kFloat);
-  const Tensor g = grad_loss.contiguous();
-  a.narrow(0, 0, z.count).copy_(g.div(total));
-  if (scale) o.narrow(0, 0, z.count).copy_(shift.div(scale));
-  const Tensor positive_weights = at::empty({z.count}, at::kFloat);
-  const float* const grad = g.const_data_ptr<float>();
-  const float* const coefficient = a.const_data_ptr<float>();
-  const float* const origin = o.const_data_ptr<float>();
-  const bool shared = std::all_of(origin, origin + z.count, [&](float x) { return x == origin[0]; });
+  const Side z(z1, z2, normalize, kRows | kColumns | kWeighed | kWeighing, engine,
+               threads_for(count, count, z1.size(1)));
+  const Exponent e(scale, z, z);
+  const Tensor gradient = grad_loss.contiguous();
+  const float* const g = gradient.const_data_ptr<float>();
+  const Coefficients p(gradient.div(total), shift, z, e);
+  const Tensor positive_weights = at::empty({count}, at::kFloat);
   float* const positive_weight = positive_weights.mutable_data_ptr<float>();
-
-  const int64_t dim = z.dim;
-  const Blocks tile(plan.threads, plan.block * std::max(plan.block, dim) * 4);
-  const Blocks half_tile(plan.threads, engine.half() ? 2 * plan.block * plan.block * 2 : 0);
-  const Blocks gradient(plan.blocks, plan.block * dim * 4), transposed(plan.blocks, plan.block * dim * 4);
-  run(plan, plan.blocks, [&](int64_t b) {  // first touched by the threads that will use it
-    std::fill_n(gradient.floats(b), z.padded(b) * dim, 0.f);
-    std::fill_n(transposed.floats(b), z.padded(b) * dim, 0.f);
-  }, nothing);
-
-  tournament(plan, [&](int64_t I, int64_t J) {
-    float* S = tile.floats(slot(plan));
-    const int64_t m = z.padded(I), n = z.padded(J);
-    z.similarities(I, J, S);
-    const float* a_row = coefficient + z.first(I);
-    const float* a_column = coefficient + z.first(J);
-    z.each_positive(I, J, [&](int64_t r, int64_t col, int64_t i, int64_t j) {
-      const auto p = [&](int64_t k) {
-        return coefficient[k] * std::exp2((S[r * n + col] - origin[k]) * c);
+  const Similarities S{z, z, e.excluded, nullptr, true};
+  const Weights weights(S, e, &p, &p);
+  const Blocks sums = z.zero_sums(), transposed = z.zero_sums();
+  tournament(z.threads, z.cut, [&](int64_t I, int64_t J) {
+    float* s = weights.tile_of();
+    S.compute(I, J, s);
+    each_positive(z, I, J, [&](int64_t r, int64_t c, int64_t i, int64_t j) {
+      float& entry = s[r * z.padded(J) + c];
+      const auto weight = [&](int64_t k) {
+        return p.a[k] * std::exp2((entry - (e.shared ? e.origin : p.origin[k])) * e.c);
       };
-      positive_weight[i] = positive_weight[j] = p(i) + p(j) - (grad[i] + grad[j]);
-      S[r * n + col] = excluded;
+      positive_weight[i] = positive_weight[j] = weight(i) + weight(j) - (g[i] + g[j]);
+      entry = e.excluded;
     });
-    z.exclude(I, J, excluded, S);
-    auto* half = engine.half() ? static_cast<at::BFloat16*>(half_tile[slot(plan)]) : nullptr;
-    auto* pairs = engine.half() ? half + m * n : nullptr;
-    if (shared) {
-      engine.tile.weights(S, n, m, n, c, origin[0], a_row, a_column, half, pairs);
-    } else {
-      engine.tile.weights_online(S, n, m, n, c, a_row, origin + z.first(I), a_column, origin + z.first(J), half, pairs);
-    }
-    engine.multiply(m, dim, n, true, half ? static_cast<void*>(half) : S, half ? z.right_pairs[J] : z.left[J],
-                    gradient.floats(I));
-    if (I != J)
-      engine.multiply(dim, n, m, true, half ? z.left_columns[I] : z.right[I], half ? static_cast<void*>(pairs) : S,
-                      transposed.floats(J));
+    S.exclude_from(I, J, s);
+    weights.multiply(I, J, &sums, I == J ? nullptr : &transposed);
   }, [&] { engine.release(); });
 
   const Tensor dz1 = at::empty(z1.sizes(), z1.options()), dz2 = at::empty(z2.sizes(), z2.options());
   const Rows out{{dz1.mutable_data_ptr(), dz2.mutable_data_ptr()}, {z.rows.dim, z.rows.dim}, z.rows.batch, z.rows.dim,
                  z.rows.element};
-  const Tensor alongs = at::zeros({plan.blocks}, at::kDouble);
+  const Tensor alongs = at::zeros({z.cut.blocks}, at::kDouble);
   double* const along = alongs.mutable_data_ptr<double>();
   const float* const inverse_norm = z.inverse_norm.const_data_ptr<float>();
-  run(plan, plan.blocks, [&](int64_t b) {
-    float* scratch = tile.floats(slot(plan));
-    float* sums = gradient.floats(b);
-    engine.tile.add_transposed(transposed.floats(b), z.padded(b), dim, sums, scratch);
+  const Blocks scratches(z.threads, z.cut.block * z.dim * 4);
+  run(z.threads, z.cut.blocks, [&](int64_t b) {
+    float* const scratch = scratches.floats(slot(z.threads));
+    float* const gathered = sums.floats(b);
+    engine.tile.add_transposed(transposed.floats(b), z.padded(b), z.dim, gathered, scratch);
     for (int64_t r = 0; r < z.size(b); ++r) {
-      const int64_t i = z.first(b) + r, p = z.positive(i);
-      along[b] += engine.tile.finish_row(z.rows[i], inverse_norm[i], z.rows[p], inverse_norm[p], positive_weight[i],
-                                         scale, normalize, z.rows.element, z.rows.dim, sums + r * dim, scratch,
-                                         const_cast<void*>(out[i]));
+      const int64_t i = z.first(b) + r, partner = i < z.rows.batch ? i + z.rows.batch : i - z.rows.batch;
+      along[b] += engine.tile.finish_normalized(z.rows[i], inverse_norm[i], z.rows[partner], inverse_norm[partner],
+                                                positive_weight[i], e.scale, normalize, z.rows.element, z.rows.dim,
+                                                gathered + r * z.dim, scratch, const_cast<void*>(out[i]));
     }
-  }, nothing);
+  });
   double dscale = 0;
-  for (int64_t b = 0; b < plan.blocks; ++b) dscale += along[b] / 2;  // in this order: deterministic
-  return {dz1, dz2, at::full({}, dscale, scale_tensor.options())};
+  for (int64_t b = 0; b < z.cut.blocks; ++b) dscale += along[b] / 2;  // in this order: deterministic
+  return {dz1, dz2, at::full({}, dscale, scale.options())};
+}
+
+std::tuple<Tensor, Tensor> self_logsumexp(const Tensor& z_, const Tensor& scale, c10::string_view precision) {
+  if (z_.scalar_type() == at::kDouble)
+    return portable(&self_logsumexp, "fastssl::self_logsumexp_portable", z_, scale, precision);
+  check("z and z", z_, z_, scale);
+  const Engine engine(precision);
+  const Side z(z_, kRows | kColumns, engine, threads_for(z_.size(0), z_.size(0), z_.size(1)));
+  const Exponent e(scale, z, z);
+  const Sums sums = sum_symmetric({z, z, e.excluded, nullptr, true}, e, [](int64_t, int64_t, float*) {});
+  if (e.shared) sums.extremes.fill_(e.origin);
+  return finish_sums(sums, z.count, e);
+}
+
+std::tuple<Tensor, Tensor> self_logsumexp_backward(const Tensor& grad_total, const Tensor& z_, const Tensor& scale,
+                                                   const Tensor& shift, c10::string_view precision) {
+  if (z_.scalar_type() == at::kDouble)
+    return portable(&self_logsumexp_backward, "fastssl::self_logsumexp_backward_portable", grad_total, z_, scale, shift,
+                    precision);
+  check("z and z", z_, z_, scale);
+  check_vectors("grad_total and shift", z_.size(0), {grad_total, shift});
+  const Engine engine(precision);
+  const Side z(z_, kRows | kColumns | kWeighed | kWeighing, engine, threads_for(z_.size(0), z_.size(0), z_.size(1)));
+  const Exponent e(scale, z, z);
+  const Coefficients p(grad_total, shift, z, e);
+  const Similarities S{z, z, e.excluded, nullptr, true};
+  const Weights weights(S, e, &p, &p);
+  const Blocks sums = z.zero_sums(), transposed = z.zero_sums();
+  tournament(z.threads, z.cut, [&](int64_t I, int64_t J) {
+    S(I, J, weights.tile_of());
+    weights.multiply(I, J, &sums, I == J ? nullptr : &transposed);
+  }, [&] { engine.release(); });
+  const Tensor dz = at::empty(z_.sizes(), z_.options());
+  const double along = finish_side(z, &sums, &transposed, e.scale, dz);
+  return {dz, at::full({}, along / 2, scale.options())};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> pair_logsumexp(const Tensor& x_, const Tensor& y_, const Tensor& scale,
+                                                          const std::optional<Tensor>& exclude_,
+                                                          c10::string_view precision) {
+  if (x_.scalar_type() == at::kDouble)
+    return portable(&pair_logsumexp, "fastssl::pair_logsumexp_portable", x_, y_, scale, exclude_, precision);
+  check("x and y", x_, y_, scale);
+  const Tensor exclude = checked_exclude(exclude_, x_);
+  const Engine engine(precision);
+  const int threads = threads_for(x_.size(0), y_.size(0), x_.size(1));
+  const Side x(x_, kRows, engine, threads), y(y_, kColumns, engine, threads);
+  const Exponent e(scale, x, y);
+  const Similarities S{x, y, e.excluded, data_of(exclude), false};
+  const Sums rows(x.padded_count(), e), columns(y.padded_count(), e);
+  const Blocks tile(threads, x.cut.block * y.cut.block * 4);
+  const ContrastiveTiles& f = FASTSSL_TABLE_IN_USE(contrastive_tiles);
+  match(threads, x.cut, y.cut, [&](int64_t I, int64_t J) {
+    float* s = tile.floats(slot(threads));
+    S(I, J, s);
+    const int64_t n = y.padded(J), i = x.first(I), j = y.first(J);
+    if (e.shared) {
+      f.sum_exponentials(s, n, x.size(I), n, e.c, e.origin, rows.total + i, rows.extreme + i, columns.total + j,
+                         columns.extreme + j);
+    } else {
+      f.sum_exponentials_online(s, n, x.size(I), n, e.c, rows.total + i, rows.extreme + i, columns.total + j,
+                                columns.extreme + j);
+    }
+  }, [&] { engine.release(); });
+  return std::tuple_cat(finish_sums(rows, x.count, e), finish_sums(columns, y.count, e));
+}
+
+std::tuple<Tensor, Tensor, Tensor> pair_logsumexp_backward(const Tensor& grad_row_total,
+                                                           const Tensor& grad_column_total, const Tensor& x_,
+                                                           const Tensor& y_, const Tensor& scale,
+                                                           const std::optional<Tensor>& exclude_,
+                                                           const Tensor& row_shift, const Tensor& column_shift,
+                                                           c10::string_view precision) {
+  if (x_.scalar_type() == at::kDouble)
+    return portable(&pair_logsumexp_backward, "fastssl::pair_logsumexp_backward_portable", grad_row_total,
+                    grad_column_total, x_, y_, scale, exclude_, row_shift, column_shift, precision);
+  check("x and y", x_, y_, scale);
+  check_vectors("grad_row_total and row_shift", x_.size(0), {grad_row_total, row_shift});
+  check_vectors("grad_column_total and column_shift", y_.size(0), {grad_column_total, column_shift});
+  const Tensor exclude = checked_exclude(exclude_, x_);
+  const Engine engine(precision);
+  const int threads = threads_for(x_.size(0), y_.size(0), x_.size(1));
+  const Side x(x_, kRows | kWeighing, engine, threads), y(y_, kColumns | kWeighed, engine, threads);
+  const Exponent e(scale, x, y);
+  const Coefficients rows(grad_row_total, row_shift, x, e), columns(grad_column_total, column_shift, y, e);
+  const Similarities S{x, y, e.excluded, data_of(exclude), false};
+  const Weights weights(S, e, &rows, &columns);
+  const Blocks sums = x.zero_sums(), transposed = y.zero_sums();
+  match(threads, x.cut, y.cut, [&](int64_t I, int64_t J) {
+    S(I, J, weights.tile_of());
+    weights.multiply(I, J, &sums, &transposed);
+  }, [&] { engine.release(); });
+  const Tensor dx = at::empty(x_.sizes(), x_.options()), dy = at::empty(y_.sizes(), y_.options());
+  const double dscale = finish_side(x, &sums, nullptr, e.scale, dx);
+  finish_side(y, nullptr, &transposed, e.scale, dy);
+  return {dx, dy, at::full({}, dscale, scale.options())};
+}
+
+std::tuple<Tensor, Tensor, Tensor> similarity_logsumexp(const Tensor& x_, const Tensor& y_, const Tensor& scale,
+                                                        const std::optional<Tensor>& exclude_, bool weigh,
+                                                        c10::string_view precision) {
+  if (x_.scalar_type() == at::kDouble)
+    return portable(&similarity_logsumexp, "fastssl::similarity_logsumexp_portable", x_, y_, scale, exclude_, weigh,
+                    precision);
+  check("x and y", x_, y_, scale);
+  const Tensor exclude = checked_exclude(exclude_, x_);
+  const Engine engine(precision);
+  const int threads = threads_for(x_.size(0), y_.size(0), x_.size(1));
+  const Side x(x_, kRows, engine, threads), y(y_, kColumns | (weigh ? kWeighed : 0), engine, threads);
+  const Exponent e(scale, x, y);
+  const Similarities S{x, y, e.excluded, data_of(exclude), false};
+  // Few rows: their columns are split between tasks, each with sums of its own.
+  const int64_t wanted = threads == 1 ? 1 : pieces(2 * threads, std::max<int64_t>(x.cut.blocks, 1));
+  const int64_t splits = std::max<int64_t>(std::min(wanted, y.cut.blocks), 1), padded = x.padded_count();
+  const Sums parts(splits * padded, e);
+  const Blocks tile(threads, x.cut.block * y.cut.block * 4);
+  const Blocks narrow(threads, weigh && engine.half() ? x.cut.block * y.cut.block * 2 : 0);
+  const Blocks weighted_parts(splits * x.cut.blocks, weigh ? x.cut.block * x.dim * 4 : 0);
+  const ContrastiveTiles& f = FASTSSL_TABLE_IN_USE(contrastive_tiles);
+  run(threads, splits * x.cut.blocks, [&](int64_t task) {
+    const int64_t split = task / x.cut.blocks, I = task % x.cut.blocks, m = x.padded(I);
+    float* const s = tile.floats(slot(threads));
+    void* const half = narrow[slot(threads)];
+    float* const weighted = weighted_parts.floats(task);
+    double* const total = parts.total + split * padded + x.first(I);
+    float* const extreme = parts.extreme + split * padded + x.first(I);
+    if (weigh) std::fill_n(weighted, m * x.dim, 0.f);
+    for (int64_t J = y.cut.blocks * split / splits; J < y.cut.blocks * (split + 1) / splits; ++J) {
+      const int64_t n = y.padded(J);
+      S(I, J, s);
+      f.exponentials(s, n, m, n, e.c, e.shared ? &e.origin : nullptr, total, extreme, weighted, weigh ? x.dim : 0, half);
+      if (weigh) engine.multiply(m, x.dim, n, true, half ? half : s, y.weighed(J), weighted);
+    }
+  }, [&] { engine.release(); });
+
+  // The splits' sums, moved to one origin and added up.
+  const Tensor total = at::zeros({x.count}, at::kFloat), shift = at::zeros({x.count}, at::kFloat);
+  const int64_t dim = x.rows.dim;
+  const Tensor weighted = at::zeros({weigh ? x.count : 0, dim}, at::kFloat);
+  float* const out_total = total.mutable_data_ptr<float>();
+  float* const out_shift = shift.mutable_data_ptr<float>();
+  float* const out_weighted = weighted.mutable_data_ptr<float>();
+  at::parallel_for(0, x.count, 256, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      float extreme = e.excluded;
+      for (int64_t split = 0; split < splits; ++split) {
+        const float found = parts.extreme[split * padded + i];
+        if (found * e.c > extreme * e.c) extreme = found;
+      }
+      out_shift[i] = shift_of(extreme, e);
+      const float origin = origin_of(out_shift[i], e.scale);
+      const int64_t I = i / x.cut.block, r = i % x.cut.block;
+      double sum = 0;
+      for (int64_t split = 0; split < splits; ++split) {
+        const int64_t at = split * padded + i;
+        const double moved = parts.about(at, e, origin);
+        sum += moved;
+        if (!weigh || parts.total[at] == 0) continue;
+        const float factor = static_cast<float>(moved / parts.total[at]);
+        const float* part = weighted_parts.floats(split * x.cut.blocks + I) + r * x.dim;
+        for (int64_t d = 0; d < dim; ++d) out_weighted[i * dim + d] += factor * part[d];
+      }
+      out_total[i] = static_cast<float>(sum);
+    }
+  });
+  return {total, shift, weighted};
+}
+
+std::tuple<Tensor, Tensor, Tensor> similarity_logsumexp_backward(
+    const Tensor& grad_total, const Tensor& x_, const Tensor& y_, const Tensor& scale,
+    const std::optional<Tensor>& exclude_, const Tensor& shift, const Tensor& weighted_, bool needs_y,
+    c10::string_view precision) {
+  if (x_.scalar_type() == at::kDouble)
+    return portable(&similarity_logsumexp_backward, "fastssl::similarity_logsumexp_backward_portable", grad_total, x_,
+                    y_, scale, exclude_, shift, weighted_, needs_y, precision);
+  check("x and y", x_, y_, scale);
+  check_vectors("grad_total and shift", x_.size(0), {grad_total, shift});
+  TORCH_CHECK_VALUE(weighted_.scalar_type() == at::kFloat && weighted_.sizes() == x_.sizes(),
+                    "weighted must be float32 of shape ", x_.sizes(), ", got ", weighted_.scalar_type(), " of shape ",
+                    weighted_.sizes());
+  const Tensor gradient = grad_total.contiguous(), weighted = weighted_.contiguous();
+  const Tensor dx = (gradient * scale).unsqueeze(1).mul(weighted).to(x_.scalar_type());
+  const Tensor along = at::linalg_vecdot(weighted, x_.to(at::kFloat)).to(at::kDouble);
+  const Tensor dscale = gradient.to(at::kDouble).dot(along).to(scale.scalar_type());
+  const Tensor dy = at::zeros({needs_y ? y_.size(0) : 0, y_.size(1)}, y_.options());
+  if (!needs_y || x_.size(0) == 0) return {dx, dy, dscale};
+
+  const Tensor exclude = checked_exclude(exclude_, x_);
+  const Engine engine(precision);
+  const int threads = threads_for(x_.size(0), y_.size(0), x_.size(1));
+  const Side x(x_, kRows | kWeighing, engine, threads), y(y_, kColumns, engine, threads);
+  const Exponent e(scale, x, y);
+  const Coefficients rows(gradient, shift, x, e);
+  const Similarities S{x, y, e.excluded, data_of(exclude), false};
+  const Weights weights(S, e, &rows, nullptr);
+  const Blocks transposed = y.zero_sums();
+  run(threads, y.cut.blocks, [&](int64_t J) {
+    for (int64_t I = 0; I < x.cut.blocks; ++I) {
+      S(I, J, weights.tile_of());
+      weights.multiply(I, J, nullptr, &transposed);
+    }
+  }, [&] { engine.release(); });
+  finish_side(y, nullptr, &transposed, e.scale, dy);
+  return {dx, dy, dscale};
 }
 
 TORCH_LIBRARY_IMPL(fastssl, CPU, m) {
   m.impl("nt_xent", &nt_xent);
   m.impl("nt_xent_backward", &nt_xent_backward);
+  m.impl("self_logsumexp", &self_logsumexp);
+  m.impl("self_logsumexp_backward", &self_logsumexp_backward);
+  m.impl("pair_logsumexp", &pair_logsumexp);
+  m.impl("pair_logsumexp_backward", &pair_logsumexp_backward);
+  m.impl("similarity_logsumexp", &similarity_logsumexp);
+  m.impl("similarity_logsumexp_backward", &similarity_logsumexp_backward);
 }
 
 }  // namespace
 
 TilePlan tile_plan(int64_t rows, int64_t dim, int threads) {
-  const int64_t padded = round_up(std::max<int64_t>(dim, 1), kPadding);
-  TilePlan plan;
-  plan.threads = rows * rows * dim < kSerialWork ? 1 : threads;
-  // A tile, its operands and its outputs share the second-level cache.
-  plan.block = padded <= 256 ? 256 : padded <= 768 ? 128 : 64;
-  // Every thread gets work in every round: two blocks per thread, and some more to even out.
-  while (plan.block > 64 && rows < 4 * plan.threads * plan.block) plan.block /= 2;
-  plan.block = std::min(plan.block, round_up(std::max<int64_t>(rows, 1), kPadding));
-  plan.blocks = cut(rows, plan.block);
-  plan.group = 1;
-  while (2 * plan.group <= kMaxGroup && plan.blocks >= 8 * plan.threads * plan.group) plan.group *= 2;
-  return plan;
+  threads = threads_for(rows, rows, dim, threads);
+  const Cut cut(rows, dim, threads);
+  return {threads, cut.block, cut.blocks, cut.group};
 }
 
 }  // namespace fastssl

@@ -14,7 +14,6 @@
 #include "contrastive_tiles.h"
 
 #include "common/convert.h"
-#include "common/gemm.h"
 #include "common/simd.h"
 
 #ifdef __AVX512BF16__
@@ -24,103 +23,72 @@
 namespace fastssl::FASTSSL_ISA {
 namespace {
 
-constexpr float kNormFloor = 1e-12f;  // torch.nn.functional.normalize's eps
 constexpr int64_t kMaxColumns = 256;  // of a tile
 
-// x as float32, times `factor`, into `out`; zeros up to the padded length.
-void load_row(const void* x, Element element, int64_t dim, float factor, float* out) {
-  if (element == Element::Float32) {
-    for (int64_t d = 0; d < dim; ++d) out[d] = static_cast<const float*>(x)[d] * factor;
-  } else if (element == Element::BFloat16) {
-    for (int64_t d = 0; d < dim; ++d) out[d] = bfloat16_to_float(static_cast<const uint16_t*>(x)[d]) * factor;
-  } else {
-    for (int64_t d = 0; d < dim; ++d) out[d] = half_to_float(static_cast<const uint16_t*>(x)[d]) * factor;
-  }
-  for (int64_t d = dim; d % 32; ++d) out[d] = 0;
-}
-
-// In double, so that rows of 1e30 or 1e-30 have a norm; `dim` is padded.
-double dot(const float* a, const float* b, int64_t dim) {
-  double partial[kLanes] = {};
-  for (int64_t d = 0; d < dim; d += kLanes)
-    for (int i = 0; i < kLanes; ++i) partial[i] += static_cast<double>(a[d + i]) * b[d + i];
-  double total = 0;
-  for (int i = 0; i < kLanes; ++i) total += partial[i];
-  return total;
-}
-
-float pack(const Rows& rows, int64_t first, int64_t count, int64_t padded_rows, int64_t padded_dim, bool normalize,
-           Operand operand, float* inverse_norm, float* scratch, const Packed& out) {
-  float* z = operand == Operand::BFloat16 ? scratch : static_cast<float*>(out.left);
-  double largest = 0;
-  for (int64_t r = 0; r < count; ++r) {
-    float* row = z + r * padded_dim;
-    load_row(rows[first + r], rows.element, rows.dim, 1, row);
-    const double square = dot(row, row, padded_dim);
-    inverse_norm[r] = 1;
-    if (normalize) {
-      const double norm = __builtin_sqrt(square);
-      const double inverse = 1 / (norm > kNormFloor || norm != norm ? norm : kNormFloor);
-      for (int64_t d = 0; d < padded_dim; ++d) row[d] = static_cast<float>(row[d] * inverse);
-      inverse_norm[r] = static_cast<float>(norm > kNormFloor || norm != norm ? inverse : -inverse);
-    } else {
-      largest = square <= largest ? largest : square;
-    }
-    if (operand == Operand::RoundedToBFloat16)
-      for (int64_t d = 0; d < padded_dim; ++d) row[d] = bfloat16_to_float(float_to_bfloat16(row[d]));
-  }
-  for (int64_t i = count * padded_dim; i < padded_rows * padded_dim; ++i) z[i] = 0;
-
-  if (operand != Operand::BFloat16) {
-    transpose(static_cast<int32_t*>(out.left), padded_dim, padded_rows, padded_dim, static_cast<int32_t*>(out.right),
-              padded_rows);
-  } else {
-    // A pair of bfloat16 is a 32-bit element: (rows, dim / 2) pairs along d transpose into `right`,
-    // (rows / 2, dim) pairs along the rows transpose into `left_columns`.
-    uint16_t* left = static_cast<uint16_t*>(out.left);
-    for (int64_t i = 0; i < padded_rows * padded_dim; ++i) left[i] = float_to_bfloat16(z[i]);
-    transpose(static_cast<int32_t*>(out.left), padded_dim / 2, padded_rows, padded_dim / 2,
-              static_cast<int32_t*>(out.right), padded_rows);
-    if (out.right_pairs) {
-      uint16_t* pairs = static_cast<uint16_t*>(out.right_pairs);
-      for (int64_t r = 0; r < padded_rows; r += 2)
-        for (int64_t d = 0; d < padded_dim; ++d) {
-          pairs[r * padded_dim + 2 * d] = left[r * padded_dim + d];
-          pairs[r * padded_dim + 2 * d + 1] = left[(r + 1) * padded_dim + d];
-        }
-      transpose(static_cast<int32_t*>(out.right_pairs), padded_dim, padded_rows / 2, padded_dim,
-                static_cast<int32_t*>(out.left_columns), padded_rows / 2);
-    }
-  }
-  return normalize ? 1.f : static_cast<float>(largest);
-}
-
 // Four rows at a time, so that a column's running sum is loaded and stored once for four exponentials.
-template <int group>
-void sum_exponentials_of(const float* S, int64_t ld, int64_t columns, float c, float origin, double* row_total,
-                         float* column_sum) {
-  Vec row_sum[group] = {};
+template <int group, bool extremes>
+void sum_exponentials_of(const float* S, int64_t ld, int64_t columns, float c, float origin, float sign,
+                         double* row_total, float* row_extreme, float* column_sum, float* column_extreme) {
+  Vec row_sum[group] = {}, row_top[group];
+  for (int r = 0; r < group; ++r) row_top[r] = broadcast(-__builtin_inff());
   for (int64_t j = 0; j < columns; j += kLanes) {
-    Vec column = load(column_sum + j);
+    Vec column = load(column_sum + j), column_top = extremes ? load(column_extreme + j) : Vec{};
 #pragma GCC unroll 4
     for (int r = 0; r < group; ++r) {
-      const Vec e = exp2((load(S + r * ld + j) - origin) * c);
+      const Vec s = load(S + r * ld + j);
+      const Vec e = exp2((s - origin) * c);
       row_sum[r] += e;
       column += e;
+      if (extremes) {
+        row_top[r] = max(row_top[r], s * sign);
+        column_top = max(column_top, s * sign);
+      }
     }
     store(column_sum + j, column);
+    if (extremes) store(column_extreme + j, column_top);
   }
-  for (int r = 0; r < group; ++r) row_total[r] += sum(row_sum[r]);
+  for (int r = 0; r < group; ++r) {
+    row_total[r] += sum(row_sum[r]);
+    if (extremes) row_extreme[r] = sign * max_of(sign * row_extreme[r], max(row_top[r]));
+  }
+}
+
+template <bool extremes>
+void sum_exponentials_of_tile(const float* S, int64_t ld, int64_t rows, int64_t columns, float c, float origin,
+                              double* row_total, float* row_extreme, double* column_total, float* column_extreme) {
+  const float sign = c < 0 ? -1 : 1;
+  alignas(64) float column_sum[kMaxColumns] = {}, column_top[kMaxColumns];
+  for (int64_t j = 0; j < columns; ++j) column_top[j] = -__builtin_inff();
+  const auto take = [&]<int group>(int64_t r) {
+    sum_exponentials_of<group, extremes>(S + r * ld, ld, columns, c, origin, sign, row_total + r,
+                                         extremes ? row_extreme + r : nullptr, column_sum, column_top);
+  };
+  int64_t r = 0;
+  for (; r + 4 <= rows; r += 4) take.template operator()<4>(r);
+  for (; r < rows; ++r) take.template operator()<1>(r);
+  if (!column_total) return;
+  for (int64_t j = 0; j < columns; ++j) {
+    column_total[j] += column_sum[j];
+    if (extremes) column_extreme[j] = sign * max_of(sign * column_extreme[j], column_top[j]);
+  }
 }
 
 void sum_exponentials(const float* S, int64_t ld, int64_t rows, int64_t columns, float c, float origin,
-                      double* row_total, double* column_total) {
-  alignas(64) float column_sum[kMaxColumns] = {};
-  int64_t r = 0;
-  for (; r + 4 <= rows; r += 4) sum_exponentials_of<4>(S + r * ld, ld, columns, c, origin, row_total + r, column_sum);
-  for (; r < rows; ++r) sum_exponentials_of<1>(S + r * ld, ld, columns, c, origin, row_total + r, column_sum);
-  if (column_total)
-    for (int64_t j = 0; j < columns; ++j) column_total[j] += column_sum[j];
+                      double* row_total, float* row_extreme, double* column_total, float* column_extreme) {
+  const auto f = row_extreme ? sum_exponentials_of_tile<true> : sum_exponentials_of_tile<false>;
+  f(S, ld, rows, columns, c, origin, row_total, row_extreme, column_total, column_extreme);
+}
+
+// 2 kLanes numbers as bfloat16.
+void store_bfloat16(Vec low, Vec high, uint16_t* out) {
+#ifdef __AVX512BF16__
+  _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
+#else
+  for (int i = 0; i < kLanes; ++i) {
+    out[i] = float_to_bfloat16(low[i]);
+    out[kLanes + i] = float_to_bfloat16(high[i]);
+  }
+#endif
 }
 
 // Moves a row's origin, and the sum about it, to `extreme` if that lies further along `sign`. False if there is
@@ -154,6 +122,44 @@ void sum_exponentials_online(const float* S, int64_t ld, int64_t rows, int64_t c
       if (move_origin(extreme[i], sign, c, column_origin[j + i], column_total[j + i])) origin[i] = column_origin[j + i];
     for (int64_t r = 0; r < rows; ++r) e += exp2((load(S + r * ld + j) - origin) * c);
     for (int i = 0; i < kLanes; ++i) column_total[j + i] += e[i];
+  }
+}
+
+// E's rows about an origin each, or a shared one.
+void exponentials(float* S, int64_t ld, int64_t rows, int64_t columns, float c, const float* shared_origin,
+                  double* row_total, float* row_extreme, float* sums, int64_t dim, void* half) {
+  const float sign = c < 0 ? -1 : 1;
+  for (int64_t r = 0; r < rows; ++r) {
+    float* const row = S + r * ld;
+    uint16_t* const narrow = half ? static_cast<uint16_t*>(half) + r * columns : nullptr;
+    Vec top = broadcast(-__builtin_inff());
+    float origin = 0;
+    if (shared_origin) {
+      origin = *shared_origin;
+    } else {
+      for (int64_t j = 0; j < columns; j += kLanes) top = max(top, load(row + j) * sign);
+      const float before = row_extreme[r];
+      if (move_origin(max(top), sign, c, row_extreme[r], row_total[r])) origin = row_extreme[r];
+      if (row_extreme[r] != before && before != -sign * __builtin_inff()) {
+        const Vec factor = exp2(broadcast((before - row_extreme[r]) * c));
+        for (int64_t d = 0; d < dim; d += kLanes) store(sums + r * dim + d, load(sums + r * dim + d) * factor);
+      }
+    }
+    Vec total = {};
+    for (int64_t j = 0; j < columns; j += 2 * kLanes) {
+      const Vec s0 = load(row + j), s1 = load(row + j + kLanes);
+      if (shared_origin) top = max(top, max(s0 * sign, s1 * sign));
+      const Vec e0 = exp2((s0 - origin) * c), e1 = exp2((s1 - origin) * c);
+      total += e0 + e1;
+      if (narrow) {
+        store_bfloat16(e0, e1, narrow + j);
+      } else {
+        store(row + j, e0);
+        store(row + j + kLanes, e1);
+      }
+    }
+    row_total[r] += sum(total);
+    if (shared_origin) row_extreme[r] = sign * max_of(sign * row_extreme[r], max(top));
   }
 }
 
@@ -196,48 +202,29 @@ void each_weight(float* S, int64_t ld, int64_t rows, int64_t columns, uint16_t* 
 void weights(float* S, int64_t ld, int64_t rows, int64_t columns, float c, float origin, const float* a,
              const float* b, void* half, void* pairs) {
   each_weight(S, ld, rows, columns, static_cast<uint16_t*>(half), static_cast<uint16_t*>(pairs),
-              [=](int64_t r, int64_t j, Vec s) { return exp2((s - origin) * c) * (a[r] + load(b + j)); });
+              [=](int64_t r, int64_t j, Vec s) {
+                return exp2((s - origin) * c) * (b ? a[r] + load(b + j) : broadcast(a[r]));
+              });
 }
 
 void weights_online(float* S, int64_t ld, int64_t rows, int64_t columns, float c, const float* a,
                     const float* row_origin, const float* b, const float* column_origin, void* half, void* pairs) {
+  if (!b) {
+    each_weight(S, ld, rows, columns, static_cast<uint16_t*>(half), static_cast<uint16_t*>(pairs),
+                [=](int64_t r, int64_t, Vec s) { return exp2((s - row_origin[r]) * c) * a[r]; });
+    return;
+  }
   each_weight(S, ld, rows, columns, static_cast<uint16_t*>(half), static_cast<uint16_t*>(pairs),
               [=](int64_t r, int64_t j, Vec s) {
                 return exp2((s - row_origin[r]) * c) * a[r] + exp2((s - load(column_origin + j)) * c) * load(b + j);
               });
 }
 
-void add_transposed(const float* transposed, int64_t rows, int64_t dim, float* gradient, float* scratch) {
-  transpose(reinterpret_cast<const int32_t*>(transposed), rows, dim, rows, reinterpret_cast<int32_t*>(scratch), dim);
-  for (int64_t i = 0; i < rows * dim; i += kLanes) store(gradient + i, load(gradient + i) + load(scratch + i));
-}
-
-double finish_row(const void* x, float inverse_norm, const void* positive, float positive_inverse_norm,
-                  float positive_weight, float scale, bool normalize, Element element, int64_t dim, float* sums,
-                  float* scratch, void* out) {
-  const int64_t padded = (dim + 31) / 32 * 32;
-  const float inverse = __builtin_fabsf(inverse_norm);
-  load_row(positive, element, dim, __builtin_fabsf(positive_inverse_norm), scratch);
-  for (int64_t d = 0; d < padded; ++d) sums[d] += positive_weight * scratch[d];
-  load_row(x, element, dim, inverse, scratch);
-  const double along = dot(sums, scratch, padded);
-  const float projection = normalize && inverse_norm > 0 ? static_cast<float>(along) : 0;
-  for (int64_t d = 0; d < padded; ++d) sums[d] = (sums[d] - projection * scratch[d]) * scale * inverse;
-  if (element == Element::Float32) {
-    for (int64_t d = 0; d < dim; ++d) static_cast<float*>(out)[d] = sums[d];
-  } else if (element == Element::BFloat16) {
-    for (int64_t d = 0; d < dim; ++d) static_cast<uint16_t*>(out)[d] = float_to_bfloat16(sums[d]);
-  } else {
-    for (int64_t d = 0; d < dim; ++d) static_cast<uint16_t*>(out)[d] = float_to_half(sums[d]);
-  }
-  return along;
-}
-
 }  // namespace
 
 extern const ContrastiveTiles contrastive_tiles;
 const ContrastiveTiles contrastive_tiles = {
-    pack, sum_exponentials, sum_exponentials_online, weights, weights_online, add_transposed, finish_row, gemm,
+    sum_exponentials, sum_exponentials_online, exponentials, weights, weights_online,
 };
 
 }  // namespace fastssl::FASTSSL_ISA

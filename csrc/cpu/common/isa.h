@@ -20,4 +20,33 @@ std::vector<Isa> available();  // of those built, what this CPU can run
 Isa current();
 void set_current(Isa isa);
 
+// `name` of the instruction set in use, a table declared with FASTSSL_TABLE.
+#define FASTSSL_TABLE_IN_USE(name) \
+  table_in_use(&baseline::name, FASTSSL_AVX2(name), FASTSSL_AVX512(name), FASTSSL_AVX512_BF16(name))
+
+#if defined(FASTSSL_HAVE_AVX2)
+#define FASTSSL_AVX2(name) &avx2::name
+#else
+#define FASTSSL_AVX2(name) nullptr
+#endif
+#if defined(FASTSSL_HAVE_AVX512)
+#define FASTSSL_AVX512(name) &avx512::name
+#else
+#define FASTSSL_AVX512(name) nullptr
+#endif
+#if defined(FASTSSL_HAVE_AVX512_BF16)
+#define FASTSSL_AVX512_BF16(name) &avx512_bf16::name
+#else
+#define FASTSSL_AVX512_BF16(name) nullptr
+#endif
+
+template <typename Table>
+const Table& table_in_use(const Table* baseline, const Table* avx2, const Table* avx512, const Table* avx512_bf16) {
+  const Isa isa = current();
+  if (isa >= Isa::Avx512Bf16) return *avx512_bf16;
+  if (isa == Isa::Avx512) return *avx512;
+  if (isa == Isa::Avx2) return *avx2;
+  return *baseline;
+}
+
 }  // namespace fastssl

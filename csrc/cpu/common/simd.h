@@ -49,6 +49,7 @@ inline float max(Vec v) {
 }
 
 inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
+inline float max_of(float a, float b) { return a > b ? a : b; }
 
 // 2^t for t <= 127, to 1e-7 relative; 0 below -126 and at -inf; NaN for NaN.
 // t = n + f with n the nearest integer: the float 1.5 2^23 + t holds n in its low bits, so one addition rounds,

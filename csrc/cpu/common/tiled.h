@@ -1,0 +1,316 @@
+// Tiled products on the CPU: how to multiply, what to multiply, and which thread takes which tile.
+//
+// A matrix S = X Y^T of similarities is cut into blocks of rows and of columns; their tiles are computed one at a time,
+// in float32 and small enough for the second-level cache, used, and forgotten. Products run in oneDNN's micro-kernels
+// (AMX, AVX-512) through ATen, else in common/gemm.h. bfloat16 products read operands rounded once, and weights rounded
+// once; "tf32" and "float16" multiply in float32.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <ATen/Context.h>
+#include <ATen/Parallel.h>
+#include <ATen/native/CPUBlas.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "common/isa.h"
+#include "product_tiles.h"
+
+namespace fastssl {
+
+using at::Tensor;
+
+constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
+constexpr int64_t kPadding = 32;  // of rows and features: what AMX, and transposes of pairs, want
+
+inline int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
+inline int64_t pieces(int64_t x, int64_t size) { return (x + size - 1) / size; }
+
+// How this process multiplies: the instruction set's functions, oneDNN or not, and in what precision.
+struct Engine {
+  const ProductTiles& tile;
+  bool onednn;
+  Operand operand;
+
+  explicit Engine(std::string_view precision)
+      : tile(FASTSSL_TABLE_IN_USE(product_tiles)),
+        onednn(current() >= Isa::Avx512 && at::globalContext().userEnabledMkldnn()) {
+    const bool bfloat16 = precision == "bfloat16";
+    const bool pairs = onednn && current() >= Isa::Avx512Bf16;
+    operand = !bfloat16 ? Operand::Float32 : pairs ? Operand::BFloat16 : Operand::RoundedToBFloat16;
+  }
+
+  bool half() const { return operand == Operand::BFloat16; }
+  int64_t bytes() const { return half() ? 2 : 4; }
+
+  // C (M x N) = [C +] A (M x K) B (K x N); leading dimensions are K, N, N.
+  void multiply(int64_t M, int64_t N, int64_t K, bool add, const void* A, const void* B, float* C) const {
+    if (half()) {
+      at::native::cpublas::brgemm(M, N, K, K, N, N, add, static_cast<const at::BFloat16*>(A),
+                                  static_cast<const at::BFloat16*>(B), C);
+    } else if (onednn) {
+      at::native::cpublas::brgemm(M, N, K, K, N, N, add, static_cast<const float*>(A), static_cast<const float*>(B), C);
+    } else {
+      tile.gemm(M, N, K, K, N, N, add, static_cast<const float*>(A), static_cast<const float*>(B), C);
+    }
+  }
+
+  // To be called by a thread that has multiplied: AMX's tile registers are a state of the thread.
+  void release() const {
+    if (onednn) at::native::cpublas::brgemm_release(half());
+  }
+};
+
+// How many threads share M x N similarities of D features: one where more cost more than they bring.
+inline int threads_for(int64_t M, int64_t N, int64_t D, int threads = at::get_num_threads()) {
+  return double(M) * double(N) * double(D) < double(1 << 22) ? 1 : threads;
+}
+
+// `task(i)` for i in [0, count), on that many threads; `done()` by each thread when it has no more.
+template <typename Task, typename Done>
+void run(int threads, int64_t count, const Task& task, const Done& done) {
+  const auto tasks = [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) task(i);
+    done();
+  };
+  if (threads == 1) {
+    if (count) tasks(0, count);
+  } else {
+    at::parallel_for(0, count, 1, tasks);
+  }
+}
+
+template <typename Task>
+void run(int threads, int64_t count, const Task& task) {
+  run(threads, count, task, [] {});
+}
+
+// The calling thread's number among that many.
+inline int slot(int threads) { return threads == 1 ? 0 : at::get_thread_num(); }
+
+// How rows are cut: into `blocks` of `block` rows, `group` of which one task takes together, to read memory less often.
+struct Cut {
+  int64_t block, blocks, group;
+
+  Cut(int64_t rows, int64_t dim, int threads) {
+    const int64_t padded = round_up(std::max<int64_t>(dim, 1), kPadding);
+    // A tile, its operands and its outputs share the second-level cache.
+    block = padded <= 256 ? 256 : padded <= 768 ? 128 : 64;
+    // Every thread gets work in every round: two blocks per thread, and some more to even out.
+    while (block > 64 && rows < 4 * threads * block) block /= 2;
+    block = std::min(block, round_up(std::max<int64_t>(rows, 1), kPadding));
+    blocks = pieces(rows, block);
+    group = 1;
+    while (group < 4 && blocks >= 8 * threads * group) group *= 2;
+  }
+
+  int64_t groups() const { return pieces(blocks, group); }
+
+  template <typename F>
+  void each(int64_t g, const F& f) const {
+    for (int64_t b = g * group; b < std::min((g + 1) * group, blocks); ++b) f(b);
+  }
+};
+
+// Calls visit(I, J) for every pair of blocks I <= J. Two calls that share a block never run at once, and come in
+// the same order in every run: what a block gathers has the same bits, whatever thread runs which tile. Groups of
+// blocks are players of a round-robin tournament (the circle method).
+template <typename Visit, typename Done>
+void tournament(int threads, const Cut& cut, const Visit& visit, const Done& done) {
+  const int64_t players = cut.groups();
+  // Round 0: every player against itself.
+  run(threads, players, [&](int64_t p) {
+    cut.each(p, [&](int64_t i) {
+      cut.each(p, [&](int64_t j) {
+        if (i <= j) visit(i, j);
+      });
+    });
+  }, done);
+  // The last player stays, the others turn; with an odd number one of them rests.
+  const int64_t seats = players + players % 2, turning = seats - 1;
+  for (int64_t round = 0; round < (players > 1 ? turning : 0); ++round) {
+    run(threads, seats / 2, [&](int64_t table) {
+      int64_t p = table == 0 ? turning : (round + table) % turning;
+      int64_t q = table == 0 ? round : (round - table + turning) % turning;
+      if (p > q) std::swap(p, q);
+      if (q >= players) return;
+      cut.each(p, [&](int64_t i) { cut.each(q, [&](int64_t j) { visit(i, j); }); });
+    }, done);
+  }
+}
+
+// The same for every pair of a block of rows I and a block of columns J: in round k row group p meets column group
+// p + k, modulo the larger number of groups.
+template <typename Visit, typename Done>
+void match(int threads, const Cut& rows, const Cut& columns, const Visit& visit, const Done& done) {
+  const int64_t P = rows.groups(), Q = columns.groups(), rounds = std::max(P, Q);
+  for (int64_t round = 0; round < rounds; ++round) {
+    run(threads, std::min(P, Q), [&](int64_t table) {
+      const int64_t p = P <= Q ? table : (table + round) % rounds, q = P <= Q ? (table + round) % rounds : table;
+      rows.each(p, [&](int64_t i) { columns.each(q, [&](int64_t j) { visit(i, j); }); });
+    }, done);
+  }
+}
+
+// One array per block, all in one allocation, each block's part aligned to a cache line.
+struct Blocks {
+  Tensor memory;
+  int64_t bytes_per_block;
+
+  Blocks(int64_t blocks, int64_t bytes) : bytes_per_block(round_up(bytes, 64)) {
+    memory = at::empty({blocks * bytes_per_block + 64}, at::kByte);
+  }
+  void* operator[](int64_t block) const {
+    if (bytes_per_block == 0) return nullptr;
+    const auto base = round_up(reinterpret_cast<int64_t>(memory.mutable_data_ptr()), 64);
+    return reinterpret_cast<char*>(base) + block * bytes_per_block;
+  }
+  float* floats(int64_t block) const { return static_cast<float*>((*this)[block]); }
+};
+
+// What a block of rows Z is multiplied as.
+enum Role : int {
+  kRows = 1,      // Z in S = Z Y^T
+  kColumns = 2,   // Z in S = X Z^T
+  kWeighed = 4,   // Z in W Z
+  kWeighing = 8,  // Z in Z^T W
+};
+
+// One side of S: the rows of a tensor, or of two on top of each other, (normalised and) packed block by block.
+struct Side {
+  Tensor first_part, second_part;
+  Rows rows;
+  int64_t count;
+  int64_t dim;  // padded
+  const Engine& engine;
+  int threads;
+  Cut cut;
+  Blocks left, right, right_pairs, left_columns;
+  Tensor inverse_norm;
+  float largest_square = 0;  // max |z_i|^2, 1 where rows are normalised, NaN where one is
+
+  Side(const Tensor& x, int roles, const Engine& engine, int threads)
+      : Side(x, x.narrow(0, 0, 0), false, roles, engine, threads) {}
+
+  Side(const Tensor& x1, const Tensor& x2, bool normalize, int roles, const Engine& engine, int threads)
+      : first_part(x1.stride(1) == 1 ? x1 : x1.contiguous()),
+        second_part(x2.stride(1) == 1 ? x2 : x2.contiguous()),
+        rows{{first_part.const_data_ptr(), second_part.const_data_ptr()},
+             {first_part.stride(0), second_part.stride(0)},
+             x1.size(0),
+             x1.size(1),
+             element_of(x1)},
+        count(x1.size(0) + x2.size(0)),
+        dim(round_up(x1.size(1), kPadding)),
+        engine(engine),
+        threads(threads),
+        cut(count, x1.size(1), threads),
+        left(cut.blocks, roles & (kRows | (engine.half() ? 0 : kWeighed)) ? block_bytes() : 0),
+        right(cut.blocks, roles & (kColumns | (engine.half() ? 0 : kWeighing)) ? block_bytes() : 0),
+        right_pairs(cut.blocks, engine.half() && (roles & kWeighed) ? block_bytes() : 0),
+        left_columns(cut.blocks, engine.half() && (roles & kWeighing) ? block_bytes() : 0),
+        inverse_norm(at::empty({count}, at::kFloat)) {
+    const Blocks scratch(threads, 2 * cut.block * dim * 4);
+    const Tensor squares = at::zeros({cut.blocks}, at::kFloat);
+    float* square = squares.mutable_data_ptr<float>();
+    run(threads, cut.blocks, [&](int64_t b) {
+      const Packed out{left[b], right[b], right_pairs[b], left_columns[b]};
+      square[b] = engine.tile.pack(rows, first(b), size(b), padded(b), dim, normalize, engine.operand,
+                                   inverse_norm.mutable_data_ptr<float>() + first(b),
+                                   scratch.floats(slot(threads)), out);
+    });
+    for (int64_t b = 0; b < cut.blocks; ++b)
+      largest_square = square[b] <= largest_square ? largest_square : square[b];  // keeps a NaN
+  }
+
+  static Element element_of(const Tensor& x) {
+    return x.scalar_type() == at::kFloat ? Element::Float32 : x.scalar_type() == at::kHalf ? Element::Float16
+                                                                                          : Element::BFloat16;
+  }
+  int64_t block_bytes() const { return cut.block * dim * engine.bytes(); }
+  int64_t first(int64_t b) const { return b * cut.block; }
+  int64_t size(int64_t b) const { return std::min(cut.block, count - first(b)); }
+  int64_t padded(int64_t b) const { return round_up(size(b), kPadding); }
+  int64_t padded_count() const { return cut.blocks * cut.block; }
+
+  // Operands of W Z and of Z^T W.
+  const void* weighed(int64_t b) const { return engine.half() ? right_pairs[b] : left[b]; }
+  const void* weighing(int64_t b) const { return engine.half() ? left_columns[b] : right[b]; }
+
+  // Sums of dim floats per row, zero; or with `transposed` per block (dim, rows).
+  Blocks zero_sums() const {
+    Blocks sums(cut.blocks, cut.block * dim * 4);
+    run(threads, cut.blocks, [&](int64_t b) {  // first touched by the threads that will use it
+      std::fill_n(sums.floats(b), padded(b) * dim, 0.f);
+    });
+    return sums;
+  }
+};
+
+// c with 2^(c S) = exp(scale S). Never 0, which would turn the -inf of an excluded entry into NaN.
+inline float exponent_factor(float scale) {
+  const float c = static_cast<float>(scale * kLog2E);
+  return c == 0 ? std::numeric_limits<float>::min() : c;
+}
+
+// Tiles of S = X Y^T, unscaled, and what is left out of it.
+struct Similarities {
+  const Side& x;
+  const Side& y;
+  float excluded;          // what stands for an entry that is left out, and for padding
+  const int64_t* exclude;  // the column to leave out of each row, or null
+  bool diagonal;           // leave out the diagonal, where x and y are one side
+
+  void compute(int64_t I, int64_t J, float* S) const {
+    x.engine.multiply(x.padded(I), y.padded(J), x.dim, false, x.left[I], y.right[J], S);
+  }
+
+  void exclude_from(int64_t I, int64_t J, float* S) const {
+    const int64_t rows = x.size(I), columns = y.size(J), ld = y.padded(J);
+    if (diagonal && I == J)
+      for (int64_t r = 0; r < rows; ++r) S[r * ld + r] = excluded;
+    if (exclude)
+      for (int64_t r = 0; r < rows; ++r) {
+        const int64_t column = exclude[x.first(I) + r] - y.first(J);
+        if (column >= 0 && column < columns) S[r * ld + column] = excluded;
+      }
+    if (columns < ld)
+      for (int64_t r = 0; r < rows; ++r) std::fill(S + r * ld + columns, S + (r + 1) * ld, excluded);
+    std::fill(S + rows * ld, S + x.padded(I) * ld, excluded);
+  }
+
+  void operator()(int64_t I, int64_t J, float* S) const {
+    compute(I, J, S);
+    exclude_from(I, J, S);
+  }
+};
+
+// A side's gradient from what its blocks have gathered, as it lies (`sums`), transposed, or both: dx = scale sums,
+// in dx's dtype. Returns sum_i <sums_i, x_i>.
+inline double finish_side(const Side& side, const Blocks* sums, const Blocks* transposed, float scale, const Tensor& dx) {
+  const Tensor alongs = at::zeros({side.cut.blocks}, at::kDouble);
+  double* const along = alongs.mutable_data_ptr<double>();
+  const int64_t block = side.cut.block * side.dim;
+  const Blocks scratch(side.threads, (side.dim + (transposed ? block : 0) + (sums ? 0 : block)) * 4);
+  char* const out = static_cast<char*>(dx.mutable_data_ptr());
+  const int64_t row_bytes = side.rows.dim * dx.element_size();
+  run(side.threads, side.cut.blocks, [&](int64_t b) {
+    float* const row = scratch.floats(slot(side.threads));
+    float* const spare = row + side.dim;
+    float* const gathered = sums ? sums->floats(b) : spare + block;
+    if (!sums) std::fill_n(gathered, side.padded(b) * side.dim, 0.f);
+    if (transposed) side.engine.tile.add_transposed(transposed->floats(b), side.padded(b), side.dim, gathered, spare);
+    for (int64_t r = 0; r < side.size(b); ++r) {
+      const int64_t i = side.first(b) + r;
+      along[b] += side.engine.tile.finish(side.rows[i], side.rows.element, side.rows.dim, gathered + r * side.dim, scale,
+                                          row, Side::element_of(dx), out + i * row_bytes);
+    }
+  });
+  double total = 0;
+  for (int64_t b = 0; b < side.cut.blocks; ++b) total += along[b];  // in this order: deterministic
+  return total;
+}
+
+}  // namespace fastssl

@@ -1,0 +1,69 @@
+// Operands of tiled products and what becomes of their results: a table of plain functions, one per instruction set.
+#pragma once
+
+#include <cstdint>
+
+#include "common/table.h"
+
+namespace fastssl {
+
+enum class Element : int { Float32, BFloat16, Float16 };
+
+// What the operands of products are: float32; float32 holding values rounded to bfloat16, where the
+// instruction set multiplies nothing narrower; or bfloat16.
+enum class Operand : int { Float32, RoundedToBFloat16, BFloat16 };
+
+// The rows of one tensor, or of two on top of each other: unit stride within a row, any stride between rows.
+struct Rows {
+  const void* data[2];
+  int64_t stride[2];
+  int64_t batch;  // rows of the first
+  int64_t dim;
+  Element element;
+
+  const void* operator[](int64_t i) const {
+    const int side = i >= batch;
+    const int64_t offset = (i - side * batch) * stride[side];
+    return static_cast<const char*>(data[side]) + offset * (element == Element::Float32 ? 4 : 2);
+  }
+};
+
+// The (normalised) rows Z of one block as the operands of products, padded with zeros to rows x dim, both
+// multiples of 32. "In pairs": two consecutive rows of the matrix interleaved, [k/2][n][2], as instructions
+// that multiply pairs of bfloat16 want their right operand. What nobody needs is null.
+struct Packed {
+  void* left;         // (rows, dim): left operand of Z Y^T; in float32 also right operand of W Z
+  void* right;        // (dim, rows), in pairs if bfloat16: right operand of X Z^T; in float32 also left of Z^T W
+  void* right_pairs;  // bfloat16 only: (rows, dim) in pairs: right operand of W Z
+  void* left_columns; // bfloat16 only: (dim, rows): left operand of Z^T W
+};
+
+struct ProductTiles {
+  // Packs rows [first, first + count), each divided by max(norm, 1e-12) if `normalize`. inverse_norm gets what
+  // each was multiplied by, negated where 1e-12 was the larger. Returns the largest |z|^2.
+  // `scratch`: 2 padded_rows x padded_dim floats.
+  float (*pack)(const Rows& rows, int64_t first, int64_t count, int64_t padded_rows, int64_t padded_dim, bool normalize,
+                Operand operand, float* inverse_norm, float* scratch, const Packed& out);
+
+  // sums (rows, dim) += transposed (dim, rows)^T, all padded. `scratch`: rows x dim floats.
+  void (*add_transposed)(const float* transposed, int64_t rows, int64_t dim, float* sums, float* scratch);
+
+  // out = scale sums, dim elements, and returns <sums, x>. `scratch`: padded dim floats.
+  double (*finish)(const void* x, Element element, int64_t dim, const float* sums, float scale, float* scratch,
+                   Element out_element, void* out);
+
+  // As `finish`, for NT-Xent: with G = sums + positive_weight z_positive,
+  // out = scale (G - <G, z> z) inverse_norm, without the projection if not `normalize` or inverse_norm is negative.
+  // Returns <G, z>. `sums` is overwritten.
+  double (*finish_normalized)(const void* x, float inverse_norm, const void* positive, float positive_inverse_norm,
+                              float positive_weight, float scale, bool normalize, Element element, int64_t dim,
+                              float* sums, float* scratch, void* out);
+
+  // C = [C +] A B, as common/gemm.h.
+  void (*gemm)(int64_t M, int64_t N, int64_t K, int64_t lda, int64_t ldb, int64_t ldc, bool add, const float* A,
+               const float* B, float* C);
+};
+
+FASTSSL_TABLE(ProductTiles, product_tiles)
+
+}  // namespace fastssl
