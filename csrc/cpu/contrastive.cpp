@@ -40,7 +40,6 @@
 // applies it to unrounded rows, the others leave the positive out (`exclude`) and to their callers.
 #include "contrastive.h"
 
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
 #include "common/tiled.h"
@@ -169,37 +168,11 @@ struct Weights {
   }
 };
 
-// fastssl.functional says this in better words; here it keeps a direct call from reading out of bounds.
-void check(const char* names, const Tensor& x, const Tensor& y, const Tensor& scale) {
-  TORCH_CHECK_VALUE(x.dim() == 2 && y.dim() == 2 && x.size(1) > 0 && x.size(1) == y.size(1), names,
-                    " must have shapes (M, D) and (N, D), D > 0, got ", x.sizes(), " and ", y.sizes());
-  const at::ScalarType dtype = x.scalar_type();
-  TORCH_CHECK_VALUE(dtype == y.scalar_type() && (dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf),
-                    names, " must both be float32, bfloat16 or float16, got ", dtype, " and ", y.scalar_type());
-  TORCH_CHECK_VALUE(scale.numel() == 1, "scale must have one element, got shape ", scale.sizes());
-}
-
+// As `check_sides`.
 void check_vectors(const char* names, int64_t count, at::TensorList vectors) {
   for (const Tensor& t : vectors)
     TORCH_CHECK_VALUE(t.scalar_type() == at::kFloat && t.dim() == 1 && t.size(0) == count, names,
                       " must be float32 of shape (", count, "), got ", t.scalar_type(), " of shape ", t.sizes());
-}
-
-Tensor checked_exclude(const std::optional<Tensor>& exclude, const Tensor& x) {
-  if (!exclude) return Tensor();
-  TORCH_CHECK_VALUE(exclude->scalar_type() == at::kLong && exclude->dim() == 1 && exclude->size(0) == x.size(0),
-                    "exclude must be int64 of shape (", x.size(0), "), got ", exclude->scalar_type(), " of shape ",
-                    exclude->sizes());
-  return exclude->contiguous();
-}
-
-const int64_t* data_of(const Tensor& exclude) { return exclude.defined() ? exclude.const_data_ptr<int64_t>() : nullptr; }
-
-// What float64 calls: the portable variant of the operation `name`, whose kernel here is F.
-template <typename F, typename... Args>
-auto portable(F*, const char* name, Args&&... args) {
-  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name, "").template typed<F>();
-  return op.call(std::forward<Args>(args)...);
 }
 
 // Row and column sums of all tiles I <= J of a symmetric S, by `visit(I, J, tile)` before entries are left out.
@@ -243,8 +216,8 @@ void each_positive(const Side& z, int64_t I, int64_t J, const F& f) {
 std::tuple<Tensor, Tensor, Tensor> nt_xent(const Tensor& z1, const Tensor& z2, const Tensor& scale, bool normalize,
                                            c10::string_view precision) {
   if (z1.scalar_type() == at::kDouble)
-    return portable(&nt_xent, "fastssl::nt_xent_portable", z1, z2, scale, normalize, precision);
-  check("z1 and z2", z1, z2, scale);
+    return portable<&nt_xent>("fastssl::nt_xent_portable", z1, z2, scale, normalize, precision);
+  check_sides("z1 and z2", z1, z2, scale);
   TORCH_CHECK_VALUE(z1.size(0) == z2.size(0), "z1 and z2 must have the same shape, got ", z1.sizes(), " and ",
                     z2.sizes());
   const int64_t count = 2 * z1.size(0);
@@ -282,9 +255,9 @@ std::tuple<Tensor, Tensor, Tensor> nt_xent_backward(const Tensor& grad_loss, con
                                                     const Tensor& scale, const Tensor& shift, const Tensor& total,
                                                     bool normalize, c10::string_view precision) {
   if (z1.scalar_type() == at::kDouble)
-    return portable(&nt_xent_backward, "fastssl::nt_xent_backward_portable", grad_loss, z1, z2, scale, shift, total,
+    return portable<&nt_xent_backward>("fastssl::nt_xent_backward_portable", grad_loss, z1, z2, scale, shift, total,
                     normalize, precision);
-  check("z1 and z2", z1, z2, scale);
+  check_sides("z1 and z2", z1, z2, scale);
   TORCH_CHECK_VALUE(z1.size(0) == z2.size(0), "z1 and z2 must have the same shape, got ", z1.sizes(), " and ",
                     z2.sizes());
   const int64_t count = 2 * z1.size(0);
@@ -341,8 +314,8 @@ std::tuple<Tensor, Tensor, Tensor> nt_xent_backward(const Tensor& grad_loss, con
 
 std::tuple<Tensor, Tensor> self_logsumexp(const Tensor& z_, const Tensor& scale, c10::string_view precision) {
   if (z_.scalar_type() == at::kDouble)
-    return portable(&self_logsumexp, "fastssl::self_logsumexp_portable", z_, scale, precision);
-  check("z and z", z_, z_, scale);
+    return portable<&self_logsumexp>("fastssl::self_logsumexp_portable", z_, scale, precision);
+  check_sides("z and z", z_, z_, scale);
   const Engine engine(precision);
   const Side z(z_, kRows | kColumns, engine, threads_for(z_.size(0), z_.size(0), z_.size(1)));
   const Exponent e(scale, z, z);
@@ -354,9 +327,9 @@ std::tuple<Tensor, Tensor> self_logsumexp(const Tensor& z_, const Tensor& scale,
 std::tuple<Tensor, Tensor> self_logsumexp_backward(const Tensor& grad_total, const Tensor& z_, const Tensor& scale,
                                                    const Tensor& shift, c10::string_view precision) {
   if (z_.scalar_type() == at::kDouble)
-    return portable(&self_logsumexp_backward, "fastssl::self_logsumexp_backward_portable", grad_total, z_, scale, shift,
+    return portable<&self_logsumexp_backward>("fastssl::self_logsumexp_backward_portable", grad_total, z_, scale, shift,
                     precision);
-  check("z and z", z_, z_, scale);
+  check_sides("z and z", z_, z_, scale);
   check_vectors("grad_total and shift", z_.size(0), {grad_total, shift});
   const Engine engine(precision);
   const Side z(z_, kRows | kColumns | kWeighed | kWeighing, engine, threads_for(z_.size(0), z_.size(0), z_.size(1)));
@@ -378,8 +351,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pair_logsumexp(const Tensor& x_, cons
                                                           const std::optional<Tensor>& exclude_,
                                                           c10::string_view precision) {
   if (x_.scalar_type() == at::kDouble)
-    return portable(&pair_logsumexp, "fastssl::pair_logsumexp_portable", x_, y_, scale, exclude_, precision);
-  check("x and y", x_, y_, scale);
+    return portable<&pair_logsumexp>("fastssl::pair_logsumexp_portable", x_, y_, scale, exclude_, precision);
+  check_sides("x and y", x_, y_, scale);
   const Tensor exclude = checked_exclude(exclude_, x_);
   const Engine engine(precision);
   const int threads = threads_for(x_.size(0), y_.size(0), x_.size(1));
@@ -411,9 +384,9 @@ std::tuple<Tensor, Tensor, Tensor> pair_logsumexp_backward(const Tensor& grad_ro
                                                            const Tensor& row_shift, const Tensor& column_shift,
                                                            c10::string_view precision) {
   if (x_.scalar_type() == at::kDouble)
-    return portable(&pair_logsumexp_backward, "fastssl::pair_logsumexp_backward_portable", grad_row_total,
+    return portable<&pair_logsumexp_backward>("fastssl::pair_logsumexp_backward_portable", grad_row_total,
                     grad_column_total, x_, y_, scale, exclude_, row_shift, column_shift, precision);
-  check("x and y", x_, y_, scale);
+  check_sides("x and y", x_, y_, scale);
   check_vectors("grad_row_total and row_shift", x_.size(0), {grad_row_total, row_shift});
   check_vectors("grad_column_total and column_shift", y_.size(0), {grad_column_total, column_shift});
   const Tensor exclude = checked_exclude(exclude_, x_);
@@ -439,9 +412,9 @@ std::tuple<Tensor, Tensor, Tensor> similarity_logsumexp(const Tensor& x_, const 
                                                         const std::optional<Tensor>& exclude_, bool weigh,
                                                         c10::string_view precision) {
   if (x_.scalar_type() == at::kDouble)
-    return portable(&similarity_logsumexp, "fastssl::similarity_logsumexp_portable", x_, y_, scale, exclude_, weigh,
+    return portable<&similarity_logsumexp>("fastssl::similarity_logsumexp_portable", x_, y_, scale, exclude_, weigh,
                     precision);
-  check("x and y", x_, y_, scale);
+  check_sides("x and y", x_, y_, scale);
   const Tensor exclude = checked_exclude(exclude_, x_);
   const Engine engine(precision);
   const int threads = threads_for(x_.size(0), y_.size(0), x_.size(1));
@@ -510,9 +483,9 @@ std::tuple<Tensor, Tensor, Tensor> similarity_logsumexp_backward(
     const std::optional<Tensor>& exclude_, const Tensor& shift, const Tensor& weighted_, bool needs_y,
     c10::string_view precision) {
   if (x_.scalar_type() == at::kDouble)
-    return portable(&similarity_logsumexp_backward, "fastssl::similarity_logsumexp_backward_portable", grad_total, x_,
+    return portable<&similarity_logsumexp_backward>("fastssl::similarity_logsumexp_backward_portable", grad_total, x_,
                     y_, scale, exclude_, shift, weighted_, needs_y, precision);
-  check("x and y", x_, y_, scale);
+  check_sides("x and y", x_, y_, scale);
   check_vectors("grad_total and shift", x_.size(0), {grad_total, shift});
   TORCH_CHECK_VALUE(weighted_.scalar_type() == at::kFloat && weighted_.sizes() == x_.sizes(),
                     "weighted must be float32 of shape ", x_.sizes(), ", got ", weighted_.scalar_type(), " of shape ",

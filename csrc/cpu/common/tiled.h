@@ -9,6 +9,7 @@
 #include <ATen/ATen.h>
 #include <ATen/Context.h>
 #include <ATen/Parallel.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/native/CPUBlas.h>
 
 #include <algorithm>
@@ -286,6 +287,35 @@ struct Similarities {
     exclude_from(I, J, S);
   }
 };
+
+// fastssl.functional says this in better words; here it keeps a direct call from reading out of bounds.
+inline void check_sides(const char* names, const Tensor& x, const Tensor& y, const Tensor& scale) {
+  TORCH_CHECK_VALUE(x.dim() == 2 && y.dim() == 2 && x.size(1) > 0 && x.size(1) == y.size(1), names,
+                    " must have shapes (M, D) and (N, D), D > 0, got ", x.sizes(), " and ", y.sizes());
+  const at::ScalarType dtype = x.scalar_type();
+  TORCH_CHECK_VALUE(dtype == y.scalar_type() && (dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf),
+                    names, " must both be float32, bfloat16 or float16, got ", dtype, " and ", y.scalar_type());
+  TORCH_CHECK_VALUE(scale.numel() == 1, "scale must have one element, got shape ", scale.sizes());
+}
+
+inline Tensor checked_exclude(const std::optional<Tensor>& exclude, const Tensor& x) {
+  if (!exclude) return Tensor();
+  TORCH_CHECK_VALUE(exclude->scalar_type() == at::kLong && exclude->dim() == 1 && exclude->size(0) == x.size(0),
+                    "exclude must be int64 of shape (", x.size(0), "), got ", exclude->scalar_type(), " of shape ",
+                    exclude->sizes());
+  return exclude->contiguous();
+}
+
+inline const int64_t* data_of(const Tensor& exclude) { return exclude.defined() ? exclude.const_data_ptr<int64_t>() : nullptr; }
+
+// What float64 calls: the portable variant `name` of the operation whose kernel here is F.
+template <auto F, typename... Args>
+auto portable(const char* name, Args&&... args) {
+  static const auto op = c10::Dispatcher::singleton()
+      .findSchemaOrThrow(name, "")
+      .template typed<std::remove_pointer_t<decltype(F)>>();
+  return op.call(std::forward<Args>(args)...);
+}
 
 // A side's gradient from what its blocks have gathered, as it lies (`sums`), transposed, or both: dx = scale sums,
 // in dx's dtype. Returns sum_i <sums_i, x_i>.

@@ -1,0 +1,61 @@
+// Writing a tile of weights as the products that follow want it: in place, or rounded to bfloat16.
+#pragma once
+
+#include "common/convert.h"
+#include "common/simd.h"
+
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
+namespace fastssl::FASTSSL_ISA {
+
+// 2 kLanes numbers as bfloat16.
+inline void store_bfloat16(Vec low, Vec high, uint16_t* out) {
+#ifdef __AVX512BF16__
+  _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
+#else
+  for (int i = 0; i < kLanes; ++i) {
+    out[i] = float_to_bfloat16(low[i]);
+    out[kLanes + i] = float_to_bfloat16(high[i]);
+  }
+#endif
+}
+
+// The weights of rows r and r + 1 as bfloat16, in both layouts.
+inline void store_pair(Vec w0, Vec w1, uint16_t* half, int64_t ld, uint16_t* pairs) {
+#ifdef __AVX512BF16__
+  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)w1, (__m512)w0);  // 16 of w0, then 16 of w1
+  _mm512_mask_storeu_epi64(half, 0x0f, both);
+  _mm512_mask_storeu_epi64(half + ld - 16, 0xf0, both);
+  const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
+                                              6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  _mm512_storeu_si512(pairs, _mm512_permutexvar_epi16(interleave, both));
+#else
+  for (int i = 0; i < kLanes; ++i) {
+    pairs[2 * i] = half[i] = float_to_bfloat16(w0[i]);
+    pairs[2 * i + 1] = half[ld + i] = float_to_bfloat16(w1[i]);
+  }
+#endif
+}
+
+// weight(r, j, s) for every entry of the tile, two rows at a time.
+template <typename Weight>
+inline void each_weight(float* S, int64_t ld, int64_t rows, int64_t columns, uint16_t* half, uint16_t* pairs,
+                 const Weight& weight) {
+  for (int64_t r = 0; r < rows; r += 2) {
+    float* s0 = S + r * ld;
+    float* s1 = s0 + ld;
+    for (int64_t j = 0; j < columns; j += kLanes) {
+      const Vec w0 = weight(r, j, load(s0 + j)), w1 = weight(r + 1, j, load(s1 + j));
+      if (half) {
+        store_pair(w0, w1, half + r * columns + j, columns, pairs + r * columns + 2 * j);
+      } else {
+        store(s0 + j, w0);
+        store(s1 + j, w1);
+      }
+    }
+  }
+}
+
+}  // namespace fastssl::FASTSSL_ISA

@@ -1,0 +1,82 @@
+// The sigmoid contrastive loss on the CPU (SigLIP, arXiv:2303.15343).
+//
+//     S = scale X Y^T + bias,     total = sum_ij softplus(S_ij),     W_ij = sigmoid(S_ij)
+//     dX = scale W Y,   dY = scale W^T X,   dscale = <X, W Y>,   dbias = sum_ij W_ij
+//
+// The entries of `exclude`, the positives, are left out, and to the caller.
+//
+// Algorithm. There is no normaliser: a tile's weights are known as soon as it is. Each tile of S is computed once,
+// turned into weights, and multiplied twice, into its rows of dX and, transposed, into its columns of dY, as in
+// contrastive.cpp. With U = 2 M N D operations that is 3 U in all and no second pass, in O((M + N) D) memory, where
+// eager PyTorch takes 3 U and keeps several M x N matrices. Without gradients it is 1 U.
+#include <torch/library.h>
+
+#include "common/tiled.h"
+#include "sigmoid_tiles.h"
+
+namespace fastssl {
+namespace {
+
+using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Results similarity_softplus(const Tensor& x_, const Tensor& y_, const Tensor& scale_, const Tensor& bias_,
+                            const std::optional<Tensor>& exclude_, bool derive, c10::string_view precision) {
+  if (x_.scalar_type() == at::kDouble)
+    return portable<&similarity_softplus>("fastssl::similarity_softplus_portable", x_, y_, scale_, bias_, exclude_,
+                    derive, precision);
+  check_sides("x and y", x_, y_, scale_);
+  TORCH_CHECK_VALUE(bias_.numel() == 1, "bias must have one element, got shape ", bias_.sizes());
+  const Tensor exclude = checked_exclude(exclude_, x_);
+  const float scale = scale_.item<float>(), bias = bias_.item<float>();
+  const float factor = scale ? scale : std::numeric_limits<float>::min();  // 0 times what is excluded would be NaN
+  const Engine engine(precision);
+  const int threads = threads_for(x_.size(0), y_.size(0), x_.size(1));
+  const Side x(x_, kRows | (derive ? kWeighing : 0), engine, threads);
+  const Side y(y_, kColumns | (derive ? kWeighed : 0), engine, threads);
+  const Similarities S{x, y, -std::copysign(std::numeric_limits<float>::infinity(), factor), data_of(exclude), false};
+  const SigmoidTiles& f = FASTSSL_TABLE_IN_USE(sigmoid_tiles);
+  const Tensor totals = at::zeros({2, x.cut.blocks}, at::kDouble);  // of each block of rows, and their weights'
+  double* const total = totals.mutable_data_ptr<double>();
+  double* const weight = total + x.cut.blocks;
+  const Blocks tile(threads, x.cut.block * y.cut.block * 4);
+  const Blocks narrow(threads, derive && engine.half() ? 2 * x.cut.block * y.cut.block * 2 : 0);
+  const int64_t dim = x.rows.dim;
+  const Tensor dx = at::empty({derive ? x.count : 0, dim}, at::kFloat), dy = at::empty({derive ? y.count : 0, dim}, at::kFloat);
+  double dscale = 0;
+  const auto sum_up = [&](const Blocks* sums, const Blocks* transposed) {
+    match(threads, x.cut, y.cut, [&](int64_t I, int64_t J) {
+      float* const s = tile.floats(slot(threads));
+      const int64_t m = x.padded(I), n = y.padded(J);
+      S(I, J, s);
+      if (!derive) {
+        total[I] += f.softplus(s, n, m, n, factor, bias);
+        return;
+      }
+      auto* half = static_cast<at::BFloat16*>(narrow[slot(threads)]);
+      auto* pairs = half ? half + m * n : nullptr;
+      total[I] += f.softplus_and_weights(s, n, m, n, factor, bias, weight + I, half, pairs);
+      engine.multiply(m, x.dim, n, true, half ? static_cast<void*>(half) : s, y.weighed(J), sums->floats(I));
+      engine.multiply(x.dim, n, m, true, x.weighing(I), half ? static_cast<void*>(pairs) : s, transposed->floats(J));
+    }, [&] { engine.release(); });
+  };
+  if (derive) {
+    const Blocks sums = x.zero_sums(), transposed = y.zero_sums();
+    sum_up(&sums, &transposed);
+    dscale = finish_side(x, &sums, nullptr, scale, dx);
+    finish_side(y, nullptr, &transposed, scale, dy);
+  } else {
+    sum_up(nullptr, nullptr);
+  }
+  double all = 0, dbias = 0;
+  for (int64_t b = 0; b < x.cut.blocks; ++b) {
+    all += total[b];
+    dbias += weight[b];
+  }
+  return {at::full({}, all, at::kFloat), dx, dy, at::full({}, dscale, scale_.options()),
+          at::full({}, dbias, bias_.options())};
+}
+
+TORCH_LIBRARY_IMPL(fastssl, CPU, m) { m.impl("similarity_softplus", &similarity_softplus); }
+
+}  // namespace
+}  // namespace fastssl
