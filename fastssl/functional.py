@@ -6,6 +6,7 @@ and autocast for the precision of its products, and sums in float32.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -19,6 +20,7 @@ from fastssl.ops._precision import accumulate_dtype, autocast_enabled, product_p
 
 __all__ = ["clip_loss", "dcl", "info_nce", "nt_xent", "siglip_loss", "similarity_logsumexp", "sup_con"]
 
+Sums = tuple[Tensor, Tensor]  # (total, shift) of the exponentials of similarities: log-sum-exp = log(total) + shift
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -55,9 +57,7 @@ def nt_xent(
     _check_temperature(temperature)
     _check_reduction(reduction)
     if current_backend() == "reference":
-        return reference.contrastive.nt_xent(
-            z1, z2, temperature=temperature, normalize=normalize, reduction=reduction
-        )
+        return reference.contrastive.nt_xent(z1, z2, temperature=temperature, normalize=normalize, reduction=reduction)
     loss, _, _ = contrastive.nt_xent(z1, z2, _inverse(temperature, z1), normalize, product_precision(z1))
     return _finish(loss, reduction, z1)
 
@@ -110,7 +110,7 @@ def similarity_logsumexp(
         _check_vector("offset", offset, x)
     if current_backend() == "reference":
         return reference.contrastive.similarity_logsumexp(x, y, scale=scale, exclude=exclude, offset=offset)
-    lse = _row_logsumexp(x, y, _scalar(scale, x), exclude, product_precision(x))
+    lse = _logsumexp(*_row_sums(x, y, _scalar(scale, x), exclude, product_precision(x)))
     return lse if offset is None else lse - offset
 
 
@@ -126,7 +126,8 @@ def info_nce(
     normalize: bool = True,
     label_smoothing: float = 0.0,
     reduction: str = "mean",
-) -> Tensor:
+    return_metrics: bool = False,
+) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     r"""InfoNCE (CPC, arXiv:1807.03748): each query must find its positive key among negative keys.
 
         loss_i = -log( exp(<q_i, k_i> / temperature) / sum_k exp(<q_i, k> / temperature) )
@@ -152,10 +153,14 @@ def info_nce(
         label_smoothing: the share of the target that is spread over all of a query's keys, as in
             `torch.nn.functional.cross_entropy`; only where other rows of the batch are the only negatives.
         reduction: "mean" over the B queries, "sum", or "none".
+        return_metrics: also return what people log, at no further product.
 
     Returns:
         0-d loss, or with "none" (B,) losses, in query's dtype, float32 under autocast. The mean over an empty batch
-        is NaN. A query without negatives has loss 0.
+        is NaN. A query without negatives has loss 0. With return_metrics (loss, metrics), detached 0-d float32
+        tensors: "accuracy", the share of queries that are more similar to their positive key than to any negative
+        (where symmetric, of both directions); "positive_similarity", the mean <q_i, k_i>; "alignment", the mean
+        |q_i - k_i|^2 (arXiv:2005.10242).
 
     Raises:
         TypeError: if query, positive_key or negative_keys is no tensor, or temperature neither number nor tensor.
@@ -163,45 +168,45 @@ def info_nce(
             finite (as a tensor: NaN comes out).
     """
     _check_pair(query, positive_key, "query", "positive_key")
+    _check_negatives(query, negative_keys, negative_mode)
     if in_batch_negatives is None:
         in_batch_negatives = negative_keys is None
-    _check_negatives(query, negative_keys, negative_mode)
-    for name, chosen in (("symmetric", symmetric), ("label_smoothing", label_smoothing)):
-        if chosen and (negative_keys is not None or not in_batch_negatives):
-            raise ValueError(f"{name} must be {type(chosen)()} where there are other negatives than the batch's")
     _check_share("label_smoothing", label_smoothing)
+    for name, value in (("symmetric", symmetric), ("label_smoothing", label_smoothing)):
+        if value and (negative_keys is not None or not in_batch_negatives):
+            raise ValueError(f"{name} must be {type(value)(0)} unless all negatives are from the batch, got {value}")
     _check_temperature(temperature)
     _check_reduction(reduction)
     if current_backend() == "reference":
         return reference.contrastive.info_nce(
             query, positive_key, negative_keys, temperature=temperature, negative_mode=negative_mode,
             in_batch_negatives=in_batch_negatives, symmetric=symmetric, normalize=normalize,
-            label_smoothing=label_smoothing, reduction=reduction,
+            label_smoothing=label_smoothing, reduction=reduction, return_metrics=return_metrics,
         )  # fmt: skip
-    precision = product_precision(query)
-    scale = _inverse(temperature, query)
-    q, k, negatives = (
-        _unit(x) if normalize and x is not None else x for x in (query, positive_key, negative_keys)
-    )
+    precision, scale = product_precision(query), _inverse(temperature, query)
+    q, k, others = (_unit(x) if normalize and x is not None else x for x in (query, positive_key, negative_keys))
     if symmetric:
-        loss = _pair_loss(q, k, scale, label_smoothing, precision)
+        loss, largest = _pair_loss(q, k, scale, None, label_smoothing, precision)
     else:
-        positive = _dot(q, k) * scale
-        lse = None
-        if negatives is not None and negative_mode == "paired":
-            paired = torch.einsum("bd,bkd->bk", q, negatives.to(q.dtype))
-            lse = (paired.to(accumulate_dtype(query.dtype)) * scale).logsumexp(1)
-            negatives = None
-        if in_batch_negatives:
-            keys = k if negatives is None else torch.cat([k, negatives.to(k.dtype)])
-            batch = _row_logsumexp(q, keys, scale, torch.arange(q.shape[0], device=q.device), precision)
-            lse = batch if lse is None else torch.logaddexp(lse, batch)
-        elif negatives is not None:
-            lse = _row_logsumexp(q, negatives, scale, None, precision)
-        loss = torch.zeros_like(positive) if lse is None else _cross_entropy(lse, positive)
+        sums, shared = [], [k] if in_batch_negatives else []
+        if negative_mode == "unpaired" and others is not None:
+            shared.append(others)
+        elif others is not None:
+            sums.append(_sum_exponentials(_dot(q[:, None], others) * scale))
+        if shared:
+            own = torch.arange(q.shape[0], device=q.device) if in_batch_negatives else None
+            sums.append(_row_sums(q, torch.cat(shared), scale, own, precision))
+        similarity = _dot(q, k)
+        negatives = [_logsumexp(*pair) for pair in sums] or [torch.full_like(similarity, float("-inf"))]
+        loss = _cross_entropy(functools.reduce(torch.logaddexp, negatives), similarity * scale)
         if label_smoothing:
-            loss = loss + label_smoothing * (positive - scale * _dot(q, _mean(k)))
-    return _finish(loss, reduction, query)
+            loss = loss + label_smoothing * scale * (similarity - _dot(q, _mean(k)))
+        largest = [_largest(*sums)]
+    loss = _finish(loss, reduction, query)
+    if not return_metrics:
+        return loss
+    accuracy, metrics = _metrics(q, k, scale, largest)
+    return loss, {"accuracy": torch.stack(accuracy).mean(), **metrics}
 
 
 def clip_loss(
@@ -212,7 +217,8 @@ def clip_loss(
     labels: Tensor | None = None,
     label_smoothing: float = 0.0,
     reduction: str = "mean",
-) -> Tensor:
+    return_metrics: bool = False,
+) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     r"""The symmetric softmax loss of CLIP (arXiv:2103.00020), with labels that of UniCL (arXiv:2204.03610).
 
     With S = logit_scale image_features text_features^T, each image must find its text among all texts, and each text
@@ -232,10 +238,14 @@ def clip_loss(
         label_smoothing: the share of the target that is spread over all columns, as in
             `torch.nn.functional.cross_entropy`.
         reduction: "mean" over the B pairs, "sum", or "none".
+        return_metrics: also return what people log, at no further product.
 
     Returns:
         0-d loss, or with "none" (B,) losses, in image_features' dtype, float32 under autocast. The mean over an
-        empty batch is NaN.
+        empty batch is NaN. With return_metrics (loss, metrics), detached 0-d float32 tensors: "image_accuracy" and
+        "text_accuracy", the shares of images and of texts whose own partner is more similar than any other (not with
+        labels); "positive_similarity", the mean <image_i, text_i>; "alignment", the mean |image_i - text_i|^2
+        (arXiv:2005.10242).
 
     Raises:
         TypeError: if features or labels are no tensors, or logit_scale neither number nor tensor.
@@ -250,14 +260,15 @@ def clip_loss(
     if current_backend() == "reference":
         return reference.contrastive.clip_loss(
             image_features, text_features, logit_scale, labels=labels, label_smoothing=label_smoothing,
-            reduction=reduction,
+            reduction=reduction, return_metrics=return_metrics,
         )  # fmt: skip
     scale, precision = _scalar(logit_scale, image_features), product_precision(image_features)
-    if labels is None:
-        loss = _pair_loss(image_features, text_features, scale, label_smoothing, precision)
-    else:
-        loss = _labelled_pair_loss(image_features, text_features, scale, labels, label_smoothing, precision)
-    return _finish(loss, reduction, image_features)
+    loss, largest = _pair_loss(image_features, text_features, scale, labels, label_smoothing, precision)
+    loss = _finish(loss, reduction, image_features)
+    if not return_metrics:
+        return loss
+    accuracies, metrics = _metrics(image_features, text_features, scale, [] if labels is not None else largest)
+    return loss, {**dict(zip(("image_accuracy", "text_accuracy"), accuracies, strict=False)), **metrics}
 
 
 def sup_con(
@@ -290,15 +301,8 @@ def sup_con(
         ValueError: if shapes, dtypes or devices do not fit, temperature is a number that is zero or not finite (as a
             tensor: NaN comes out), or reduction is unknown.
     """
-    if isinstance(features, Tensor) and features.dim() == 3:
-        _check_labels(labels, features, "features")
-        views = features.shape[1]
-        loss = sup_con(
-            features.flatten(0, 1), labels.repeat_interleave(views), temperature=temperature, normalize=normalize,
-            reduction=reduction,
-        )  # fmt: skip
-        return loss.unflatten(0, (-1, views)) if reduction == "none" else loss
-    _check_rows("features", features, "(N, D) or (B, V, D)")
+    views = isinstance(features, Tensor) and features.dim() == 3
+    _check_rows("features", features, "(N, D) or (B, V, D)", 3 if views else 2)
     _check_labels(labels, features, "features")
     _check_temperature(temperature)
     _check_reduction(reduction)
@@ -308,12 +312,13 @@ def sup_con(
         )
     scale, precision = _inverse(temperature, features), product_precision(features)
     z = _unit(features) if normalize else features
+    if views:
+        z, labels = z.flatten(0, 1), labels.repeat_interleave(z.shape[1])
     lse = _logsumexp(*contrastive.self_logsumexp(z, scale, precision))
-    sums, count, index = _class_sums(z, labels)
-    own = _dot(z, z)
-    aligned = (_dot(z, sums.index_select(0, index)) - own) / (count - 1).clamp_min(1)
+    sums, count = _class_sums(z, labels)
+    aligned = (_dot(z, sums) - _dot(z, z)) / (count - 1).clamp_min(1)
     loss = (lse - aligned * scale).where(count > 1, 0)
-    return _finish(loss, reduction, features)
+    return _finish(loss.view(features.shape[:-1]), reduction, features)
 
 
 def dcl(
@@ -325,18 +330,18 @@ def dcl(
     normalize: bool = True,
     reduction: str = "mean",
 ) -> Tensor:
-    r"""The decoupled contrastive loss (DCL, arXiv:2110.06848) as lightly has it: no positive in the denominators.
+    r"""The decoupled contrastive loss (DCL, arXiv:2110.06848): NT-Xent without the positive in the denominator.
 
-        loss_i = -w_i <z1_i, z2_i> / T + log sum_{j != i} exp(<z1_i, z1_j> / T) + log sum_{j != i} exp(<z1_i, z2_j> / T)
+        loss_i = -w_i <z1_i, z2_i> / T + log sum_{j != i} (exp(<z1_i, z1_j> / T) + exp(<z1_i, z2_j> / T))
 
-    and likewise for the rows of z2. Memory is O(B D).
+    and likewise for the rows of z2, T being the temperature. Memory is O(B D).
 
     Args:
         z1: (B, D) embeddings of the first views; float32, bfloat16, float16 or float64.
         z2: (B, D) embeddings of the second views, of z1's dtype and device.
         temperature: T, a number, or a 0-d tensor, which gets its exact gradient.
-        weight_fn: (rows, partners) -> (B,) weights w of the positives, from the (normalised) rows of either side and
-            the detached ones of the other; None: 1.
+        weight_fn: (rows, partners) -> (B,) weights w of the positives, called for either side with its (normalised)
+            rows and those of the other; None: 1.
         normalize: divide each row by its Euclidean norm, as `torch.nn.functional.normalize` does.
         reduction: "mean" over the 2B rows, "sum", or "none".
 
@@ -359,12 +364,13 @@ def dcl(
     scale, precision = _inverse(temperature, z1), product_precision(z1)
     x, y = (_unit(z) if normalize else z for z in (z1, z2))
     positive = _dot(x, y) * scale
-    across = _pair_logsumexp(x, y, scale, precision)
+    own = torch.arange(x.shape[0], device=x.device)
+    across = [_logsumexp(*pair) for pair in _pair_sums(x, y, scale, own, precision)]
     losses = []
     for rows, partners, lse in ((x, y, across[0]), (y, x, across[1])):
         within = _logsumexp(*contrastive.self_logsumexp(rows, scale, precision))
-        aligned = positive if weight_fn is None else positive * weight_fn(rows, partners.detach())
-        losses.append(within + lse - aligned)
+        aligned = positive if weight_fn is None else positive * weight_fn(rows, partners)
+        losses.append(torch.logaddexp(within, lse) - aligned)
     return _finish(torch.cat(losses), reduction, z1)
 
 
@@ -415,7 +421,7 @@ def siglip_loss(
     inputs = image_features, text_features, scale, bias, own
     negatives, *_ = sigmoid.similarity_softplus(*inputs, derive, product_precision(image_features))
     positive = _dot(image_features, text_features) * scale + bias
-    loss = negatives + F.softplus(-positive).sum()
+    loss = negatives - F.logsigmoid(positive).sum()
     return _finish(loss / batch if reduction == "mean" else loss, "sum", image_features)
 
 
@@ -439,9 +445,9 @@ def _unit(x: Tensor) -> Tensor:
 
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:
-    """Products of rows with rows, in the dtype of sums."""
+    """Products of rows with rows, in the dtype of sums, under autocast too, where vecdot would not be."""
     dtype = accumulate_dtype(x.dtype)
-    return torch.linalg.vecdot(x.to(dtype), y.to(dtype))
+    return (x.to(dtype) * y.to(dtype)).sum(-1)
 
 
 def _mean(x: Tensor) -> Tensor:
@@ -453,66 +459,85 @@ def _needs_gradient(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
+def _sum_exponentials(S: Tensor) -> Sums:
+    """(total, shift) of the rows of a matrix that is stored, as the operations give them."""
+    shift = F.pad(S.detach(), (0, 1), value=float("-inf")).amax(1)
+    shift = shift.where(shift != float("-inf"), 0)
+    return (S - shift[:, None]).exp().sum(1), shift
+
+
+def _row_sums(x: Tensor, y: Tensor, scale: Tensor, exclude: Tensor | None, precision: str) -> Sums:
+    weigh = _needs_gradient(x, y, scale)
+    return contrastive.similarity_logsumexp(x, y, scale, exclude, weigh, precision)[:2]
+
+
+def _pair_sums(x: Tensor, y: Tensor, scale: Tensor, exclude: Tensor | None, precision: str) -> tuple[Sums, Sums]:
+    """Those of the rows, and those of the columns."""
+    sums = contrastive.pair_logsumexp(x, y, scale, exclude, precision)
+    return sums[:2], sums[2:]
+
+
 def _logsumexp(total: Tensor, shift: Tensor) -> Tensor:
     some = total != 0  # the gradient of log(0) is NaN
     return total.where(some, 1).log().where(some, float("-inf")) + shift
 
 
-def _row_logsumexp(x: Tensor, y: Tensor, scale: Tensor, exclude: Tensor | None, precision: str) -> Tensor:
-    total, shift, _ = contrastive.similarity_logsumexp(x, y, scale, exclude, _needs_gradient(x, y, scale), precision)
-    return _logsumexp(total, shift)
-
-
-def _pair_logsumexp(x: Tensor, y: Tensor, scale: Tensor, precision: str) -> tuple[Tensor, Tensor]:
-    """Of the rows and the columns of scale x y^T, without its diagonal."""
-    own = torch.arange(x.shape[0], device=x.device)
-    row_total, row_shift, column_total, column_shift = contrastive.pair_logsumexp(x, y, scale, own, precision)
-    return _logsumexp(row_total, row_shift), _logsumexp(column_total, column_shift)
+def _largest(*sums: Sums) -> Tensor | float:
+    """The largest similarity that any of the sums has in each row, minus infinity where there is none."""
+    shifts = [shift.where(total != 0, float("-inf")) for total, shift in sums]
+    return torch.stack(shifts).amax(0) if shifts else float("-inf")
 
 
 def _cross_entropy(negatives: Tensor, positive: Tensor) -> Tensor:
     """log(exp(positive) + exp(negatives)) - positive, without cancellation."""
-    difference = negatives - positive
-    return -F.logsigmoid(-difference)
+    return -F.logsigmoid(positive - negatives) * (1 + 0 * positive.detach())  # NaN, not 0, where positive is infinite
 
 
-def _pair_loss(x: Tensor, y: Tensor, scale: Tensor, label_smoothing: float, precision: str) -> Tensor:
-    """The cross-entropy of rows and columns of scale x y^T with the diagonal, their mean."""
-    positive = _dot(x, y) * scale
-    rows, columns = (_cross_entropy(lse, positive) for lse in _pair_logsumexp(x, y, scale, precision))
-    loss = (rows + columns) / 2
-    if label_smoothing:
-        means = scale * (_dot(x, _mean(y)) + _dot(y, _mean(x))) / 2
-        loss = loss + label_smoothing * (positive - means)
-    return loss
+def _pair_loss(
+    x: Tensor, y: Tensor, scale: Tensor, labels: Tensor | None, label_smoothing: float, precision: str
+) -> tuple[Tensor, list[Tensor]]:
+    """The mean of the cross-entropies of row i and of column i of scale x y^T, and the largest negatives of both.
 
-
-def _labelled_pair_loss(
-    x: Tensor, y: Tensor, scale: Tensor, labels: Tensor, label_smoothing: float, precision: str
-) -> Tensor:
-    """As `_pair_loss`, all columns and rows of the same label being positives alike."""
-    row_total, row_shift, column_total, column_shift = contrastive.pair_logsumexp(x, y, scale, None, precision)
-    lse = (_logsumexp(row_total, row_shift) + _logsumexp(column_total, column_shift)) / 2
-    means = []
-    for rows, others in ((x, y), (y, x)):
-        sums, count, index = _class_sums(others, labels)
-        mean = _dot(rows, sums.index_select(0, index)) / count
-        if label_smoothing:
-            mean = mean + label_smoothing * (_dot(rows, _mean(others)) - mean)
-        means.append(mean)
-    return lse - scale * (means[0] + means[1]) / 2
-
-
-def _class_sums(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(sums, count, index): sums of x's rows of one label; for each row, how many have its label, and which is their sum.
-
-    There are as many sums as rows, most of them empty, so that nobody need wait for the number of labels.
+    The positive is the diagonal, or with labels all rows and columns of the same label alike, and then the largest
+    are those of all.
     """
-    order = labels.sort(stable=True)
-    first = torch.searchsorted(order.values, labels)
-    count = torch.searchsorted(order.values, labels, right=True) - first
-    sums = torch.zeros_like(x, dtype=accumulate_dtype(x.dtype)).index_add(0, first, x.to(accumulate_dtype(x.dtype)))
-    return sums, count, first
+    own = torch.arange(x.shape[0], device=x.device) if labels is None else None
+    sums = _pair_sums(x, y, scale, own, precision)
+    rows, columns = (_logsumexp(*pair) for pair in sums)
+    if labels is None:
+        aligned = _dot(x, y)
+        loss = (_cross_entropy(rows, aligned * scale) + _cross_entropy(columns, aligned * scale)) / 2
+    else:
+        (of_y, count), (of_x, _) = _class_sums(y, labels), _class_sums(x, labels)
+        aligned = (_dot(x, of_y) + _dot(y, of_x)) / (2 * count)
+        loss = (rows + columns) / 2 - aligned * scale
+    if label_smoothing:
+        loss = loss + label_smoothing * scale * (aligned - (_dot(x, _mean(y)) + _dot(y, _mean(x))) / 2)
+    return loss, [_largest(pair) for pair in sums]
+
+
+def _class_sums(x: Tensor, labels: Tensor) -> Sums:
+    """For each row of x the sum of the rows of its label, and their number."""
+    labels = labels.contiguous()
+    order = labels.sort().values
+    first = torch.searchsorted(order, labels)
+    count = torch.searchsorted(order, labels, right=True) - first
+    x = x.to(accumulate_dtype(x.dtype))
+    # As many sums as rows, most of them empty, so that nobody need wait for the number of labels.
+    return torch.zeros_like(x).index_add(0, first, x).index_select(0, first), count
+
+
+@torch.no_grad()
+def _metrics(
+    x: Tensor, y: Tensor, scale: Tensor, largest: list[Tensor | float]
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """The shares of rows whose positive is above the largest negative, for each of `largest`; and what pairs give."""
+    x, y = (t.detach().to(accumulate_dtype(t.dtype)) for t in (x, y))
+    similarity = _dot(x, y)
+    distance = (x - y).square().sum(1)
+    metrics = {"positive_similarity": similarity.mean(), "alignment": distance.mean()}
+    accuracies = [(similarity * scale > other).float().mean() for other in largest]
+    return accuracies, {name: value.float() for name, value in metrics.items()}
 
 
 def _finish(loss: Tensor, reduction: str, x: Tensor) -> Tensor:
@@ -549,7 +574,7 @@ def _check_labels(labels: Tensor, x: Tensor, name: str) -> None:
     if labels.dtype != torch.int64:
         raise ValueError(f"labels must have dtype torch.int64, got {labels.dtype}")
     if labels.shape != x.shape[:1]:
-        raise ValueError(f"labels must have shape ({x.shape[0]},), one for each row of {name}, got {tuple(labels.shape)}")
+        raise ValueError(f"labels must have shape ({x.shape[0]},), as {name} has rows, got {tuple(labels.shape)}")
     if labels.device != x.device:
         raise ValueError(f"labels and {name} must be on the same device, got {labels.device} and {x.device}")
 

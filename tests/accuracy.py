@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -31,13 +30,18 @@ def as_double(sample: Sample) -> Sample:
 
 
 def unreduced(spec: OpSpec, sample: Sample) -> Sample:
-    if "reduction" not in inspect.signature(spec.reference).parameters:
+    """`sample`, reduced as little as the operation can."""
+    if not spec.reductions:
         return sample
-    return Sample(sample.label, sample.args, {**sample.kwargs, "reduction": "none"})
+    return Sample(sample.label, sample.args, {**sample.kwargs, "reduction": spec.reductions[0]})
+
+
+def tensors_of(sample: Sample) -> list[Tensor]:
+    return [x for x in (*sample.args, *sample.kwargs.values()) if isinstance(x, Tensor)]
 
 
 def leaves_of(sample: Sample) -> list[Tensor]:
-    return [x for x in (*sample.args, *sample.kwargs.values()) if isinstance(x, Tensor) and x.requires_grad]
+    return [x for x in tensors_of(sample) if x.requires_grad]
 
 
 def cotangent_for(output: Tensor) -> Tensor:
@@ -60,10 +64,11 @@ def natural_sizes(spec: OpSpec, sample: Sample, truth: Results) -> list[tuple[Te
     for cancellation. The gradient of a row is inverse to its length."""
     magnitude, cotangent = spec.magnitude(sample), cotangent_for(truth[0])
     sizes: list[tuple[Tensor | float, float]] = [(1.0, magnitude * truth[0].numel() ** 0.5 + truth[0].norm().item())]
-    for leaf in leaves_of(sample):
+    for leaf, gradient in zip(leaves_of(sample), truth[1:], strict=True):
         x = leaf.detach().double()
-        weight = x.norm(dim=-1, keepdim=True).clamp_min(1e-12) if x.dim() == 2 else x.abs()
-        sizes.append((weight, magnitude * cotangent.norm().item()))
+        weight = x.norm(dim=-1, keepdim=True).clamp_min(1e-12) if x.dim() >= 2 else x.abs()
+        size = torch.where(gradient.isfinite(), gradient * weight, 0).norm()
+        sizes.append((weight, magnitude * cotangent.norm().item() + size.item()))
     return sizes
 
 
@@ -79,8 +84,8 @@ def assert_as_accurate_as_eager(
     dtype = sample.args[0].dtype
     truth, eager = yardstick or truth_and_eager(spec, sample)
     # In float64 the truth is as rough as the rest: a similarity's rounding error is an exponential's relative error.
-    units = max(4, max(len(x) for x in sample.args) ** 0.5) * torch.finfo(dtype).eps
-    units *= (1 + spec.magnitude(sample) if dtype == torch.float64 else 1)
+    units = max(4, max(len(x) for x in tensors_of(sample) if x.dim()) ** 0.5) * torch.finfo(dtype).eps
+    units *= 1 + spec.magnitude(sample) if dtype == torch.float64 else 1
     names = ["value", *(f"gradient {i}" for i in range(len(truth) - 1))]
     sizes = natural_sizes(spec, sample, truth)
     for name, result, true, rough, (weight, size) in zip(names, results, truth, eager, sizes, strict=True):

@@ -29,7 +29,9 @@ def pytest_collection_modifyitems(config, items):
         params = getattr(item, "callspec", None) and item.callspec.params or {}
         name = params["spec"].name if "spec" in params else params.get("name")
         native = torch._C._dispatch_has_kernel_for_dispatch_key
-        return params.get("kernels") in INSTRUCTION_SETS and name in OPS and not native(f"fastssl::{name}", "CPU")
+        if params.get("kernels") not in INSTRUCTION_SETS or name not in OPS:
+            return False
+        return not native(f"fastssl::{OPS[name].op}", "CPU")
 
     config.hook.pytest_deselected(items=[item for item in items if repeats(item)])
     items[:] = [item for item in items if not repeats(item)]

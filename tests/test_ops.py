@@ -18,6 +18,7 @@ from accuracy import (
     map_tensors,
     natural_sizes,
     public,
+    tensors_of,
     truth_and_eager,
     unreduced,
     weighted_error,
@@ -28,8 +29,10 @@ import fastssl
 from fastssl.ops._op import Op
 from fastssl.reference import OPS, Sample
 
+POISONED = ("5x64", "not normalized", "5x7x64", "scale=14.0", "labels", "queue", "paired and batch", "views")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 KINDS = ("1x1", "1x9", "2x3", "transposed", "sliced", "expanded", "empty", "learnable")  # that differ to a tracer
+OPTIONS = ("queue and batch", "paired and batch", "labels, smoothed", "views", "weighted")  # and so do these
 
 
 @functools.cache
@@ -53,11 +56,11 @@ def _cases(*dtypes: torch.dtype, where: Callable[[Sample], bool] = lambda sample
 
 
 def _is_kind(sample: Sample) -> bool:
-    return sample.label.startswith(KINDS)
+    return sample.label.startswith(KINDS) or sample.label in OPTIONS
 
 
 def _is_small(sample: Sample) -> bool:
-    return sum(x.numel() for x in sample.args) <= 100
+    return sum(x.numel() for x in tensors_of(sample)) <= 100
 
 
 @functools.cache
@@ -144,7 +147,7 @@ def test_derivatives_are_numerically_right(spec, sample):
 @_cases(torch.float32, where=_is_kind)
 def test_torch_func(spec, sample, backend):
     """torch.func.grad, and nested: a product with the Hessian, against the reference's."""
-    argnums = tuple(i for i, x in enumerate(sample.args) if x.requires_grad)
+    argnums = tuple(i for i, x in enumerate(sample.args) if isinstance(x, Tensor) and x.requires_grad)
     sample = map_tensors(sample, torch.Tensor.detach)
 
     def gradient(function: Callable[..., Tensor], *args: Tensor) -> tuple[Tensor, ...]:
@@ -171,14 +174,14 @@ def _with_kwargs_of(function: Callable[..., Tensor], sample: Sample, *args: Tens
     return function(*args, **sample.kwargs)
 
 
-@_cases(torch.float32, torch.float64)
+@_cases(torch.float32, torch.float64, where=lambda s: _is_kind(s) or s.label.startswith(("scale", "zero", "excludes")))
 def test_opcheck(spec, sample):
-    torch.library.opcheck(getattr(torch.ops.fastssl, spec.name).default, spec.op_args(sample))
+    torch.library.opcheck(getattr(torch.ops.fastssl, spec.op).default, spec.op_args(sample))
 
 
 @_cases(torch.bfloat16, where=_is_kind)
 def test_opcheck_portable(spec, sample):
-    torch.library.opcheck(getattr(torch.ops.fastssl, f"{spec.name}_portable").default, spec.op_args(sample))
+    torch.library.opcheck(getattr(torch.ops.fastssl, f"{spec.op}_portable").default, spec.op_args(sample))
 
 
 def _assert_compiles(spec: Any, sample: Sample, exact: bool = True, **options: Any) -> None:
@@ -225,18 +228,21 @@ def test_compile_follows_the_precision(spec):
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("argument", [0, 1])
-@_cases(torch.float32, where=lambda s: s.label in ("5x64", "not normalized", "5x7x64", "scale=14.0"))
+@pytest.mark.parametrize("argument", [0, 1, 2])
+@_cases(torch.float32, where=lambda s: s.label in POISONED)
 def test_nan_and_inf(spec, sample, argument, poison, backend):
     """NaN wherever the reference has NaN, and a finite value wherever the reference has one."""
     sample = unreduced(spec, map_tensors(sample, lambda x: x.detach().clone()))
-    sample.args[argument][3, 2] = poison
+    rows = [x for x in sample.args if isinstance(x, Tensor) and x.is_floating_point()]
+    if argument >= len(rows):
+        pytest.skip("has fewer arguments")
+    rows[argument][3, ..., 2] = poison
     sample = map_tensors(sample, lambda x: x.requires_grad_())
     results, expected = evaluate(public(spec), sample), evaluate(spec.reference, sample)
     for result, right in zip(results, expected, strict=True):
         assert result[right.isnan()].isnan().all()
     assert results[0][expected[0].isfinite()].isfinite().all()
-    assert results[0].isnan().any()
+    assert not results[0].isfinite().all()
 
 
 @_cases(torch.float32, torch.bfloat16)
@@ -298,7 +304,9 @@ def test_strided_grad_output(spec, sample, backend):
     leaves = leaves_of(sample)
     expanded = torch.autograd.grad(output.sum(), leaves, retain_graph=True)
     contiguous = torch.autograd.grad(output, leaves, torch.ones_like(output), retain_graph=True)
-    sliced = torch.autograd.grad(output, leaves, torch.ones(2 * output.numel(), dtype=output.dtype)[::2])
+    sliced = torch.autograd.grad(
+        output, leaves, torch.ones(2 * output.numel(), dtype=output.dtype)[::2].view(output.shape)
+    )
     for a, b, c in zip(expanded, contiguous, sliced, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
         torch.testing.assert_close(c, b, rtol=0, atol=0)

@@ -4,7 +4,7 @@ Nothing here is fast, and nothing here imports anything but torch. Tests and ben
 operations through `OPS`; an operation is registered by the module of its family.
 """
 
+from fastssl.reference import contrastive, sigmoid
 from fastssl.reference._spec import OPS, BadInput, OpSpec, Sample
-from fastssl.reference import contrastive
 
-__all__ = ["OPS", "BadInput", "OpSpec", "Sample", "contrastive"]
+__all__ = ["OPS", "BadInput", "OpSpec", "Sample", "contrastive", "sigmoid"]

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-OPS: dict[str, "OpSpec"] = {}
+OPS: dict[str, OpSpec] = {}
 
 
 @dataclass
@@ -41,10 +41,12 @@ class OpSpec:
         reference: naive implementation with the signature of `fastssl.functional.<name>`.
         samples: (dtype, device) -> valid calls: ragged, strided, scaled, and degenerate inputs.
         bad_inputs: () -> calls that must raise.
-        op_args: (sample) -> arguments of `torch.ops.fastssl.<name>` for that sample.
+        op_args: (sample) -> arguments of `torch.ops.fastssl.<op>` for that sample.
         magnitude: (sample) -> how large the terms are that its values and gradients sum up: what rounding errors are
             relative to, where the result itself cancels.
         dtypes: floating dtypes that the inputs may have.
+        reductions: values of its argument `reduction`, that which sums up the least first.
+        op: the operation of `torch.ops.fastssl` that does its tiles; None: the one of its name.
     """
 
     name: str
@@ -55,6 +57,9 @@ class OpSpec:
     op_args: Callable[[Sample], tuple[Any, ...]]
     magnitude: Callable[[Sample], float]
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    reductions: tuple[str, ...] = ("none", "mean", "sum")
+    op: str | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "op", self.op or self.name)
         OPS[self.name] = self
