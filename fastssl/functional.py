@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastssl import reference
+from fastssl.distributed import ProcessGroup, Ring, check_group, mean_over_processes
 from fastssl.ops import contrastive, current_backend, sigmoid
 from fastssl.ops._precision import accumulate_dtype, autocast_enabled, product_precision
 
@@ -127,6 +128,7 @@ def info_nce(
     label_smoothing: float = 0.0,
     reduction: str = "mean",
     return_metrics: bool = False,
+    group: ProcessGroup | None = None,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     r"""InfoNCE (CPC, arXiv:1807.03748): each query must find its positive key among negative keys.
 
@@ -154,6 +156,8 @@ def info_nce(
             `torch.nn.functional.cross_entropy`; only where other rows of the batch are the only negatives.
         reduction: "mean" over the B queries, "sum", or "none".
         return_metrics: also return what people log, at no further product.
+        group: processes that hold a part of the batch each, see `clip_loss`; where in_batch_negatives are, the positive
+            keys of all of them are a query's negatives. negative_keys stay where they are.
 
     Returns:
         0-d loss, or with "none" (B,) losses, in query's dtype, float32 under autocast. The mean over an empty batch
@@ -165,7 +169,8 @@ def info_nce(
     Raises:
         TypeError: if query, positive_key or negative_keys is no tensor, or temperature neither number nor tensor.
         ValueError: if shapes, dtypes, devices or options do not fit, or temperature is a number that is zero or not
-            finite (as a tensor: NaN comes out).
+            finite (as a tensor: NaN comes out), or on every process, if those of group differ in shapes, dtypes or
+            requires_grad.
     """
     _check_pair(query, positive_key, "query", "positive_key")
     _check_negatives(query, negative_keys, negative_mode)
@@ -177,6 +182,7 @@ def info_nce(
             raise ValueError(f"{name} must be {type(value)(0)} unless all negatives are from the batch, got {value}")
     _check_temperature(temperature)
     _check_reduction(reduction)
+    _check_group(group)
     if current_backend() == "reference":
         return reference.contrastive.info_nce(
             query, positive_key, negative_keys, temperature=temperature, negative_mode=negative_mode,
@@ -185,22 +191,28 @@ def info_nce(
         )  # fmt: skip
     precision, scale = product_precision(query), _inverse(temperature, query)
     q, k, others = (_unit(x) if normalize and x is not None else x for x in (query, positive_key, negative_keys))
+    ring = None
+    if group is not None and in_batch_negatives:
+        ring = Ring(group, query=q, positive_key=k, temperature=scale)
     if symmetric:
-        loss, largest = _pair_loss(q, k, scale, None, label_smoothing, precision)
+        loss, largest = _pair_loss(q, k, scale, None, label_smoothing, precision, ring)
     else:
-        sums, shared = [], [k] if in_batch_negatives else []
+        sums, shared = [], [k] if in_batch_negatives and ring is None else []
         if negative_mode == "unpaired" and others is not None:
             shared.append(others)
         elif others is not None:
             sums.append(_sum_exponentials(_dot(q[:, None], others) * scale))
+        own = torch.arange(q.shape[0], device=q.device) if in_batch_negatives else None
+        if ring is not None:
+            sums.append(_row_sums(q, k, scale, own, precision, ring))
         if shared:
-            own = torch.arange(q.shape[0], device=q.device) if in_batch_negatives else None
-            sums.append(_row_sums(q, torch.cat(shared), scale, own, precision))
+            keys = torch.cat(shared) if len(shared) > 1 else shared[0]  # a queue is not to be copied
+            sums.append(_row_sums(q, keys, scale, own if ring is None else None, precision))
         similarity = _dot(q, k)
         negatives = [_logsumexp(*pair) for pair in sums] or [torch.full_like(similarity, float("-inf"))]
         loss = _cross_entropy(functools.reduce(torch.logaddexp, negatives), similarity * scale)
         if label_smoothing:
-            loss = loss + label_smoothing * scale * (similarity - _dot(q, _mean(k)))
+            loss = loss + label_smoothing * scale * (similarity - _dot(q, _mean(k, ring)))
         largest = [_largest(*sums)]
     loss = _finish(loss, reduction, query)
     if not return_metrics:
@@ -218,6 +230,7 @@ def clip_loss(
     label_smoothing: float = 0.0,
     reduction: str = "mean",
     return_metrics: bool = False,
+    group: ProcessGroup | None = None,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     r"""The symmetric softmax loss of CLIP (arXiv:2103.00020), with labels that of UniCL (arXiv:2204.03610).
 
@@ -239,6 +252,10 @@ def clip_loss(
             `torch.nn.functional.cross_entropy`.
         reduction: "mean" over the B pairs, "sum", or "none".
         return_metrics: also return what people log, at no further product.
+        group: processes that hold B pairs each of one batch: the images and texts of all of them are a pair's
+            negatives. None: this process alone. All must call this, and the backward pass, with the same arguments
+            but for the features. The texts travel from one to the next (`fastssl.distributed`): nobody holds the
+            whole batch. Without labels only.
 
     Returns:
         0-d loss, or with "none" (B,) losses, in image_features' dtype, float32 under autocast. The mean over an
@@ -247,9 +264,15 @@ def clip_loss(
         labels); "positive_similarity", the mean <image_i, text_i>; "alignment", the mean |image_i - text_i|^2
         (arXiv:2005.10242).
 
+        With a group, the loss (and metrics) of this process's pairs. The mean over the processes of their mean losses
+        is that of one process on the whole batch. Gradients of features are those of the sum of the processes' losses,
+        and of logit_scale each process gets a share of that: averaged over the processes, as DistributedDataParallel
+        does, gradients of parameters are those of one process on the whole batch. There are no second derivatives.
+
     Raises:
         TypeError: if features or labels are no tensors, or logit_scale neither number nor tensor.
-        ValueError: if shapes, dtypes or devices do not fit, or logit_scale is a number that is not finite.
+        ValueError: if shapes, dtypes or devices do not fit, or logit_scale is a number that is not finite, or on every
+            process, if those of group differ in shapes, dtypes or requires_grad.
     """
     _check_pair(image_features, text_features, "image_features", "text_features")
     _check_scalar("logit_scale", logit_scale)
@@ -257,13 +280,19 @@ def clip_loss(
     _check_reduction(reduction)
     if labels is not None:
         _check_labels(labels, image_features, "image_features")
+        if group is not None:
+            raise ValueError(f"labels must be None where there is a group, got shape {tuple(labels.shape)}")
+    _check_group(group)
     if current_backend() == "reference":
         return reference.contrastive.clip_loss(
             image_features, text_features, logit_scale, labels=labels, label_smoothing=label_smoothing,
             reduction=reduction, return_metrics=return_metrics,
         )  # fmt: skip
     scale, precision = _scalar(logit_scale, image_features), product_precision(image_features)
-    loss, largest = _pair_loss(image_features, text_features, scale, labels, label_smoothing, precision)
+    ring = None
+    if group is not None:
+        ring = Ring(group, image_features=image_features, text_features=text_features, logit_scale=scale)
+    loss, largest = _pair_loss(image_features, text_features, scale, labels, label_smoothing, precision, ring)
     loss = _finish(loss, reduction, image_features)
     if not return_metrics:
         return loss
@@ -381,6 +410,7 @@ def siglip_loss(
     logit_bias: float | Tensor = 0.0,
     *,
     reduction: str = "mean",
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     r"""The sigmoid loss of SigLIP (arXiv:2303.15343): every pair of an image and a text is a decision of its own.
 
@@ -396,6 +426,8 @@ def siglip_loss(
             gets its exact gradient.
         logit_bias: added to the similarities: a number, or a 0-d tensor, which gets its exact gradient.
         reduction: "mean" over the B images, or "sum".
+        group: processes that hold B pairs each of one batch: an image's decisions are on the texts of all of them.
+            What is returned, and what it is to be differentiated, is as in `clip_loss`.
 
     Returns:
         0-d loss in image_features' dtype, float32 under autocast. The mean over an empty batch is NaN.
@@ -403,13 +435,14 @@ def siglip_loss(
     Raises:
         TypeError: if features are no tensors, or logit_scale or logit_bias neither number nor tensor.
         ValueError: if shapes, dtypes or devices do not fit, logit_scale or logit_bias is a number that is not finite,
-            or reduction is unknown.
+            or reduction is unknown, or on every process, if those of group differ in shapes, dtypes or requires_grad.
     """
     _check_pair(image_features, text_features, "image_features", "text_features")
     _check_scalar("logit_scale", logit_scale)
     _check_scalar("logit_bias", logit_bias)
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
+    _check_group(group)
     if current_backend() == "reference":
         return reference.sigmoid.siglip_loss(
             image_features, text_features, logit_scale, logit_bias, reduction=reduction
@@ -417,9 +450,13 @@ def siglip_loss(
     scale, bias = _scalar(logit_scale, image_features), _scalar(logit_bias, image_features)
     batch = image_features.shape[0]
     own = torch.arange(batch, device=image_features.device)
-    derive = _needs_gradient(image_features, text_features, scale, bias)
-    inputs = image_features, text_features, scale, bias, own
-    negatives, *_ = sigmoid.similarity_softplus(*inputs, derive, product_precision(image_features))
+    inputs, precision = (image_features, text_features, scale, bias), product_precision(image_features)
+    if group is None:
+        negatives, *_ = sigmoid.similarity_softplus(*inputs, own, _needs_gradient(*inputs), precision)
+    else:
+        names = "image_features", "text_features", "logit_scale", "logit_bias"
+        ring = Ring(group, **dict(zip(names, inputs, strict=True)))
+        negatives = ring.similarity_softplus(*inputs, own, precision)
     positive = _dot(image_features, text_features) * scale + bias
     loss = negatives - F.logsigmoid(positive).sum()
     return _finish(loss / batch if reduction == "mean" else loss, "sum", image_features)
@@ -450,9 +487,10 @@ def _dot(x: Tensor, y: Tensor) -> Tensor:
     return (x.to(dtype) * y.to(dtype)).sum(-1)
 
 
-def _mean(x: Tensor) -> Tensor:
-    """The mean row, in the dtype of sums."""
-    return x.mean(0, dtype=accumulate_dtype(x.dtype))
+def _mean(x: Tensor, ring: Ring | None = None) -> Tensor:
+    """The mean row, of all processes in a ring, in the dtype of sums."""
+    mean = x.mean(0, dtype=accumulate_dtype(x.dtype))
+    return mean if ring is None else mean_over_processes(mean, ring.group)
 
 
 def _needs_gradient(*tensors: Tensor) -> bool:
@@ -466,14 +504,21 @@ def _sum_exponentials(S: Tensor) -> Sums:
     return (S - shift[:, None]).exp().sum(1), shift
 
 
-def _row_sums(x: Tensor, y: Tensor, scale: Tensor, exclude: Tensor | None, precision: str) -> Sums:
+def _row_sums(
+    x: Tensor, y: Tensor, scale: Tensor, exclude: Tensor | None, precision: str, ring: Ring | None = None
+) -> Sums:
+    if ring is not None:
+        return ring.similarity_logsumexp(x, y, scale, exclude, precision)
     weigh = _needs_gradient(x, y, scale)
     return contrastive.similarity_logsumexp(x, y, scale, exclude, weigh, precision)[:2]
 
 
-def _pair_sums(x: Tensor, y: Tensor, scale: Tensor, exclude: Tensor | None, precision: str) -> tuple[Sums, Sums]:
+def _pair_sums(
+    x: Tensor, y: Tensor, scale: Tensor, exclude: Tensor | None, precision: str, ring: Ring | None = None
+) -> tuple[Sums, Sums]:
     """Those of the rows, and those of the columns."""
-    sums = contrastive.pair_logsumexp(x, y, scale, exclude, precision)
+    pair_logsumexp = contrastive.pair_logsumexp if ring is None else ring.pair_logsumexp
+    sums = pair_logsumexp(x, y, scale, exclude, precision)
     return sums[:2], sums[2:]
 
 
@@ -494,7 +539,13 @@ def _cross_entropy(negatives: Tensor, positive: Tensor) -> Tensor:
 
 
 def _pair_loss(
-    x: Tensor, y: Tensor, scale: Tensor, labels: Tensor | None, label_smoothing: float, precision: str
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    labels: Tensor | None,
+    label_smoothing: float,
+    precision: str,
+    ring: Ring | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """The mean of the cross-entropies of row i and of column i of scale x y^T, and the largest negatives of both.
 
@@ -502,7 +553,7 @@ def _pair_loss(
     are those of all.
     """
     own = torch.arange(x.shape[0], device=x.device) if labels is None else None
-    sums = _pair_sums(x, y, scale, own, precision)
+    sums = _pair_sums(x, y, scale, own, precision, ring)
     rows, columns = (_logsumexp(*pair) for pair in sums)
     if labels is None:
         aligned = _dot(x, y)
@@ -512,7 +563,7 @@ def _pair_loss(
         aligned = (_dot(x, of_y) + _dot(y, of_x)) / (2 * count)
         loss = (rows + columns) / 2 - aligned * scale
     if label_smoothing:
-        loss = loss + label_smoothing * scale * (aligned - (_dot(x, _mean(y)) + _dot(y, _mean(x))) / 2)
+        loss = loss + label_smoothing * scale * (aligned - (_dot(x, _mean(y, ring)) + _dot(y, _mean(x, ring))) / 2)
     return loss, [_largest(pair) for pair in sums]
 
 
@@ -543,6 +594,13 @@ def _metrics(
 def _finish(loss: Tensor, reduction: str, x: Tensor) -> Tensor:
     loss = reference.contrastive.reduce(loss, reduction)
     return loss if autocast_enabled(x) else loss.to(x.dtype)
+
+
+def _check_group(group: ProcessGroup | None) -> None:
+    if group is not None:
+        check_group(group)
+        if current_backend() == "reference":
+            raise ValueError(f"group must be None with the backend 'reference', got {group!r}")
 
 
 def _check_pair(z1: Tensor, z2: Tensor, name1: str = "z1", name2: str = "z2") -> None:

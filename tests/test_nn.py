@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastssl.nn import MemoryBank, NTXentLoss
+from fastssl.nn import NTXentLoss
 
 
 def _views(batch: int, dim: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -232,5 +232,5 @@ def test_learnable_temperature():
 
 
 def test_memory_bank_without_rows():
-    assert MemoryBank().bank.shape == (0,)
-    assert not list(MemoryBank((0, 8)).bank)
+    assert NTXentLoss().memory_bank.bank.shape == (0,)
+    assert not list(NTXentLoss(memory_bank_size=(0, 8)).memory_bank.bank)

@@ -1,6 +1,19 @@
 """Drop-in modules, thin over `fastssl.functional`."""
 
+from fastssl.nn.clip import ClipLoss, SigLipLoss
+from fastssl.nn.dcl import DCLLoss, DCLWLoss
+from fastssl.nn.info_nce import InfoNCELoss
 from fastssl.nn.memory_bank import MemoryBank
 from fastssl.nn.ntxent import NTXentLoss
+from fastssl.nn.supcon import SupConLoss
 
-__all__ = ["MemoryBank", "NTXentLoss"]
+__all__ = [
+    "ClipLoss",
+    "DCLLoss",
+    "DCLWLoss",
+    "InfoNCELoss",
+    "MemoryBank",
+    "NTXentLoss",
+    "SigLipLoss",
+    "SupConLoss",
+]

@@ -1,8 +1,6 @@
-"""A queue of past embeddings."""
+"""A queue of past keys."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -12,47 +10,85 @@ from fastssl.distributed import gather_rows, world_size
 
 
 class MemoryBank(nn.Module):
-    """A first-in, first-out queue of embeddings that serve as negatives (MoCo, arXiv:1911.05722).
+    """A first-in, first-out queue of keys that serve as negatives (MoCo, arXiv:1911.05722).
+
+    An update overwrites the oldest keys in place: nothing is copied but the new keys, and nobody waits for the device.
+    The queue that a loss has seen may be updated before the loss's backward pass, as keys need no gradient. It is
+    saved in the state dict.
+
+    A wrapping DistributedDataParallel would send the queue of process 0 to all others at every step, as it does with
+    buffers: leave the queue outside of it, or give it broadcast_buffers=False.
 
     Attributes:
-        bank: float32 buffer of shape `size`, random unit rows at first; not part of the state dict.
-        bank_ptr: (1,) int64 buffer, the row that the next update writes first; not part of the state dict.
+        keys: (size, dim) buffer, random unit rows at first.
+        position: 0-d int64 buffer, the row that the next update writes first.
 
     Args:
-        size: (rows, features), or 0 for no bank.
-        gather_distributed: enter the rows of all processes, so that every process holds the same queue.
+        size: the number of keys.
+        dim: the number of their features.
+        gather_distributed: enter the keys of all processes, in the order of their ranks, so that every process holds
+            the same queue if all were made from the same seed. All must then update with the same number of keys.
+        dtype: of the keys; None: the default dtype.
+        device: of the keys; None: the default device.
 
     Raises:
-        ValueError: if size has a negative entry, or is neither 0 nor a pair.
+        TypeError: if size or dim is no int.
+        ValueError: if size or dim is less than 1.
+
+    Example:
+        >>> bank = MemoryBank(65536, 128)
+        >>> query = F.normalize(model(view0), dim=1)
+        >>> with torch.no_grad():
+        ...     key = F.normalize(momentum_model(view1), dim=1)
+        >>> loss = info_nce(query, key, negative_keys=bank.keys, temperature=0.2, normalize=False)
+        >>> bank.update(key)
+        >>> loss.backward()
     """
 
-    def __init__(self, size: int | Sequence[int] = 0, gather_distributed: bool = False) -> None:
+    keys: Tensor
+    position: Tensor
+
+    def __init__(
+        self,
+        size: int,
+        dim: int,
+        gather_distributed: bool = False,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
         super().__init__()
-        self.size = (size,) if isinstance(size, int) else tuple(size)
-        if any(n < 0 for n in self.size):
-            raise ValueError(f"memory_bank_size must not be negative, got {size}")
-        if self.size != (0,) and len(self.size) != 2:
-            raise ValueError(f"memory_bank_size must be a (rows, features) pair, or 0 for no bank, got {size}")
+        for name, count in (("size", size), ("dim", dim)):
+            if not isinstance(count, int):
+                raise TypeError(f"{name} must be an int, got {type(count).__name__}")
+            if count < 1:
+                raise ValueError(f"{name} must be at least 1, got {count}")
         self.gather_distributed = gather_distributed
-        bank = F.normalize(torch.randn(self.size), dim=-1) if len(self.size) == 2 else torch.empty(0)
-        self.register_buffer("bank", bank, persistent=False)
-        self.register_buffer("bank_ptr", torch.zeros(1, dtype=torch.long), persistent=False)
+        keys = F.normalize(torch.randn(size, dim, device=device), dim=1).to(dtype or torch.get_default_dtype())
+        self.register_buffer("keys", keys)
+        self.register_buffer("position", torch.zeros((), dtype=torch.int64, device=device))
 
     @torch.no_grad()
-    def update(self, rows: Tensor) -> None:
-        """Overwrite the oldest rows of the bank, in place.
-
-        At the end of the bank the rows that do not fit are dropped, and the next update begins at its first row.
+    def update(self, keys: Tensor) -> None:
+        """Overwrite the oldest keys, in place; beyond the end go on at the beginning.
 
         Args:
-            rows: (B, features), of any floating dtype.
+            keys: (B, dim) of any floating dtype, entered as they are, the last ones if there are more than the queue
+                holds.
+
+        Raises:
+            ValueError: if keys is not of shape (B, dim).
         """
+        size, dim = self.keys.shape
+        if keys.dim() != 2 or keys.shape[1] != dim:
+            raise ValueError(f"keys must have shape (B, {dim}), got {tuple(keys.shape)}")
         if self.gather_distributed and world_size() > 1:
-            rows = gather_rows(rows)
-        rows = rows.to(self.bank)
-        count = rows.shape[0]
-        # What is dropped becomes a copy of the last row that fits: no branch, and no wait for the device.
-        source = torch.arange(count, device=rows.device).clamp(max=self.size[0] - 1 - self.bank_ptr)
-        self.bank.index_copy_(0, self.bank_ptr + source, rows[source])
-        end = self.bank_ptr + count
-        self.bank_ptr.copy_(end.where(end < self.size[0], 0))
+            keys = gather_rows(keys)
+        count = keys.shape[0]
+        first = max(count - size, 0)
+        places = (self.position + torch.arange(first, count, device=self.keys.device)) % size
+        self.keys.index_copy_(0, places, keys[first:].to(self.keys))
+        self.position.add_(count).remainder_(size)
+
+    def extra_repr(self) -> str:
+        return f"{self.keys.shape[0]}, {self.keys.shape[1]}, gather_distributed={self.gather_distributed}"

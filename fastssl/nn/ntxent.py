@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from fastssl.distributed import gather_rows, rank, world_size
 from fastssl.functional import _check_pair, nt_xent, similarity_logsumexp
-from fastssl.nn.memory_bank import MemoryBank
 from fastssl.ops._precision import accumulate_dtype, autocast_enabled
 
 
@@ -20,7 +19,8 @@ class NTXentLoss(nn.Module):
     It takes the place of lightly's class of this name, without a change elsewhere.
 
     Attributes:
-        memory_bank: the queue, with the buffers `bank` and `bank_ptr`.
+        memory_bank: the queue, with the buffers `bank` and `bank_ptr`. They are not saved in the state dict, and what
+            an update has beyond the end of the bank is dropped; `fastssl.nn.MemoryBank` does better.
         temperature, gather_distributed: as given.
 
     Args:
@@ -41,7 +41,7 @@ class NTXentLoss(nn.Module):
         self, temperature: float = 0.5, memory_bank_size: int | Sequence[int] = 0, gather_distributed: bool = False
     ) -> None:
         super().__init__()
-        self.memory_bank = MemoryBank(memory_bank_size, gather_distributed)
+        self.memory_bank = _Bank(memory_bank_size, gather_distributed)
         self.temperature = temperature
         self.gather_distributed = gather_distributed
         if abs(temperature) < 1e-8:
@@ -92,6 +92,35 @@ class NTXentLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return f"temperature={self.temperature}, gather_distributed={self.gather_distributed}"
+
+
+class _Bank(nn.Module):
+    """lightly's queue. `size` is (rows, features), or (0,) for none."""
+
+    def __init__(self, size: int | Sequence[int], gather_distributed: bool) -> None:
+        super().__init__()
+        self.size = (size,) if isinstance(size, int) else tuple(size)
+        if any(n < 0 for n in self.size):
+            raise ValueError(f"memory_bank_size must not be negative, got {size}")
+        if self.size != (0,) and len(self.size) != 2:
+            raise ValueError(f"memory_bank_size must be a (rows, features) pair, or 0 for no bank, got {size}")
+        self.gather_distributed = gather_distributed
+        bank = F.normalize(torch.randn(self.size), dim=-1) if len(self.size) == 2 else torch.empty(0)
+        self.register_buffer("bank", bank, persistent=False)
+        self.register_buffer("bank_ptr", torch.zeros(1, dtype=torch.long), persistent=False)
+
+    @torch.no_grad()
+    def update(self, rows: Tensor) -> None:
+        """At the end of the bank the rows that do not fit are dropped, and the next update begins at its first row."""
+        if self.gather_distributed and world_size() > 1:
+            rows = gather_rows(rows)
+        rows = rows.to(self.bank)
+        count = rows.shape[0]
+        # What is dropped becomes a copy of the last row that fits: no branch, and no wait for the device.
+        source = torch.arange(count, device=rows.device).clamp(max=self.size[0] - 1 - self.bank_ptr)
+        self.bank.index_copy_(0, self.bank_ptr + source, rows[source])
+        end = self.bank_ptr + count
+        self.bank_ptr.copy_(end.where(end < self.size[0], 0))
 
 
 def _normalize(x: Tensor) -> Tensor:

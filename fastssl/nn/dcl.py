@@ -1,0 +1,99 @@
+"""The decoupled contrastive losses as modules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from fastssl.distributed import Ring, default_group, rank, world_size
+from fastssl.functional import _check_pair, _check_temperature, _dot, _finish, _inverse, _logsumexp, _unit, dcl
+from fastssl.ops._precision import product_precision
+
+
+class DCLLoss(nn.Module):
+    """The decoupled contrastive loss (DCL, arXiv:2110.06848). It takes the place of lightly's class of this name.
+
+    Attributes: as the arguments.
+
+    Args:
+        temperature: divides the similarities: a number, or a 0-d tensor, which gets its exact gradient.
+        weight_fn: (out0, out1) -> (B,) weights of the positives of out0, from normalised rows; None: 1.
+        gather_distributed: take the rows of all processes as negatives, with their gradients. All processes must hold
+            the same number of rows. The mean of the processes' losses, and so the gradients that
+            DistributedDataParallel averages, are those of one process on the whole batch, but that weight_fn sees the
+            rows of its own process only.
+
+    Raises:
+        ValueError: if gather_distributed is True and torch.distributed is not available.
+    """
+
+    def __init__(
+        self,
+        temperature: float | Tensor = 0.1,
+        weight_fn: Callable[[Tensor, Tensor], Tensor] | None = None,
+        gather_distributed: bool = False,
+    ) -> None:
+        super().__init__()
+        self.temperature = temperature
+        self.weight_fn = weight_fn
+        self.gather_distributed = gather_distributed
+        if gather_distributed and not torch.distributed.is_available():
+            raise ValueError("gather_distributed must be False where torch.distributed is not available, got True")
+
+    def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
+        """The mean loss.
+
+        Args:
+            out0: (B, D) embeddings of the first views, of any length.
+            out1: (B, D) embeddings of the second views.
+
+        Returns:
+            0-d loss, in the dtype that `fastssl.functional.dcl` returns.
+
+        Raises:
+            TypeError, ValueError: as `fastssl.functional.dcl`.
+        """
+        if not (self.gather_distributed and world_size() > 1):
+            return dcl(out0, out1, temperature=self.temperature, weight_fn=self.weight_fn)
+        _check_pair(out0, out1, "out0", "out1")
+        _check_temperature(self.temperature)
+        scale, precision = _inverse(self.temperature, out0), product_precision(out0)
+        views = [_unit(out) for out in (out0, out1)]
+        ring = Ring(default_group(rank(), world_size()), out0=views[0], out1=views[1], temperature=scale)
+        rows, own = torch.cat(views), torch.arange(out0.shape[0], device=out0.device).repeat(2)
+        negatives = [_logsumexp(*ring.similarity_logsumexp(rows, y, scale, own, precision)) for y in views]
+        positive = _dot(rows, torch.cat(views[::-1])) * scale
+        if self.weight_fn is not None:
+            positive = positive * torch.cat([self.weight_fn(*views), self.weight_fn(*views[::-1])])
+        return _finish(torch.logaddexp(*negatives) - positive, "mean", out0)
+
+    def extra_repr(self) -> str:
+        return f"temperature={self.temperature}, gather_distributed={self.gather_distributed}"
+
+
+class DCLWLoss(DCLLoss):
+    """DCL with the weights of von Mises and Fisher (arXiv:2110.06848). It takes the place of lightly's class.
+
+        w_i = 2 - B softmax_i(<out0_i, out1_i> / sigma),
+
+    which are constants to the gradient.
+
+    Args:
+        temperature: divides the similarities.
+        sigma: divides the similarities in the weights.
+        gather_distributed: as `DCLLoss`.
+
+    Raises:
+        ValueError: as `DCLLoss`.
+    """
+
+    def __init__(self, temperature: float | Tensor = 0.1, sigma: float = 0.5, gather_distributed: bool = False) -> None:
+        super().__init__(temperature, partial(_von_mises_fisher, sigma=sigma), gather_distributed)
+
+
+@torch.no_grad()
+def _von_mises_fisher(out0: Tensor, out1: Tensor, sigma: float) -> Tensor:
+    return 2 - out0.shape[0] * (_dot(out0, out1) / sigma).softmax(0)

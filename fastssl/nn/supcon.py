@@ -1,0 +1,80 @@
+"""SupCon as a module."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fastssl.functional import _check_labels, _check_rows, _class_sums, _dot, _finish, similarity_logsumexp, sup_con
+
+
+class SupConLoss(nn.Module):
+    """Supervised contrastive learning (SupCon, arXiv:2004.11362), or SimCLR (arXiv:2002.05709) without labels.
+
+    It takes the place of the class of this name that the paper's authors published. As that does, it expects
+    normalised features, and does not normalise them.
+
+    Attributes: as the arguments.
+
+    Args:
+        temperature: divides the similarities.
+        contrast_mode: "all", every view has a loss, or "one", the first view of each sample has.
+        base_temperature: the loss is multiplied by temperature / base_temperature.
+
+    Raises:
+        ValueError: if contrast_mode is unknown.
+    """
+
+    def __init__(self, temperature: float = 0.07, contrast_mode: str = "all", base_temperature: float = 0.07) -> None:
+        super().__init__()
+        if contrast_mode not in ("all", "one"):
+            raise ValueError(f"contrast_mode must be 'all' or 'one', got {contrast_mode!r}")
+        self.temperature = temperature
+        self.contrast_mode = contrast_mode
+        self.base_temperature = base_temperature
+
+    def forward(self, features: Tensor, labels: Tensor | None = None, mask: None = None) -> Tensor:
+        """The mean loss. A view without positives has loss 0.
+
+        Args:
+            features: (B, V, ...) rows, V views of each sample, what follows being flattened; float32, bfloat16,
+                float16 or float64.
+            labels: (B,) integers, the label of each sample; None: each has its own.
+            mask: must be None.
+
+        Returns:
+            0-d loss in features' dtype, float32 under autocast.
+
+        Raises:
+            TypeError: if features or labels is no tensor.
+            ValueError: if shapes, dtypes or devices do not fit, or there is a mask.
+        """
+        if mask is not None:
+            raise ValueError(f"mask must be None, positives are chosen by labels, got {type(mask).__name__}")
+        if isinstance(features, Tensor) and features.dim() > 3:
+            features = features.flatten(2)
+        _check_rows("features", features, "(B, V, ...)", 3)
+        batch, views = features.shape[:2]
+        if labels is None:
+            labels = torch.arange(batch, device=features.device)
+        elif isinstance(labels, Tensor) and not labels.is_floating_point():
+            labels = labels.reshape(-1).long()
+        _check_labels(labels, features, "features")
+        if self.contrast_mode == "all":
+            loss = sup_con(features, labels, temperature=self.temperature, normalize=False)
+        else:
+            loss = self._of_first_views(features.transpose(0, 1).flatten(0, 1), labels.repeat(views), batch)
+        return loss * (self.temperature / self.base_temperature)
+
+    def _of_first_views(self, rows: Tensor, labels: Tensor, batch: int) -> Tensor:
+        anchors, scale = rows[:batch], 1 / self.temperature
+        lse = similarity_logsumexp(anchors, rows, scale=scale, exclude=torch.arange(batch, device=rows.device))
+        sums, count = (t[:batch] for t in _class_sums(rows, labels))
+        aligned = (_dot(anchors, sums) - _dot(anchors, anchors)) / (count - 1).clamp_min(1)
+        return _finish((lse - aligned * scale).where(count > 1, 0), "mean", rows)
+
+    def extra_repr(self) -> str:
+        return (
+            f"temperature={self.temperature}, contrast_mode={self.contrast_mode!r},"
+            f" base_temperature={self.base_temperature}"
+        )
