@@ -7,79 +7,199 @@ import math
 import peers
 import torch
 import torch.nn.functional as F
-from registry import Benchmark, Size
+from registry import Benchmark, Loss, Size, blockwise, unit_pairs
 from torch import Tensor
 
 TEMPERATURE = 0.5  # the default of fastssl, of the reference and of lightly
-_FLOAT64_ROWS = 16384  # above, the oracle works in float32
-_BLOCK_ELEMENTS = 1 << 22
+QUEUE_TEMPERATURE = 0.07  # MoCo's
+LABEL_TEMPERATURE = 0.1  # SupCon's, and DCL's
+LOGIT_SCALE = 1 / 0.07  # CLIP's, before training
+CLASSES = 100
 
 
-def _nt_xent_inputs(size: Size, dtype: torch.dtype) -> tuple[Tensor, ...]:
+def _rows(*shapes: tuple[int, int], seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(*shape, generator=generator) for shape in shapes]
+
+
+def _views(size: Size, dtype: torch.dtype) -> tuple[Tensor, ...]:
     rows, dim = size
     if rows < 2 or rows % 2:
         raise ValueError(f"sizes must have an even number of rows, two views of each sample, got {rows}")
-    generator = torch.Generator().manual_seed(0)
-    return tuple(torch.randn(rows // 2, dim, generator=generator).to(dtype).requires_grad_() for _ in range(2))
+    return tuple(z.to(dtype).requires_grad_() for z in _rows((rows // 2, dim), (rows // 2, dim)))
 
 
-def _nt_xent_oracle(z1: Tensor, z2: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """NT-Xent and its gradients by autograd, one block of rows at a time."""
-    rows = 2 * z1.shape[0]
-    dtype = torch.float64 if rows <= _FLOAT64_ROWS else torch.float32
-    x = torch.cat([z1, z2]).detach().to(dtype).requires_grad_()
-    normalized = F.normalize(x, dim=1)
-    z = normalized.detach().requires_grad_()
-    column = torch.arange(rows)
-    loss, gradient = torch.zeros((), dtype=torch.float64), torch.zeros(z.shape, dtype=torch.float64)
-    for row in column.split(max(1, _BLOCK_ELEMENTS // rows)):
-        similarity = z[row] @ z.T / TEMPERATURE
-        lse = similarity.masked_fill(column == row[:, None], float("-inf")).logsumexp(1)
-        part = (lse - similarity.gather(1, ((row + rows // 2) % rows)[:, None]).squeeze(1)).sum() / rows
-        loss += part.detach()
-        gradient += torch.autograd.grad(part, z)[0]
-    return loss, torch.autograd.grad(normalized, x, gradient.to(dtype))[0].chunk(2)
+def _without(S: Tensor, row: Tensor) -> Tensor:
+    """The similarities of some rows, but those with themselves."""
+    return S.masked_fill(torch.arange(S.shape[1]) == row[:, None], float("-inf"))
+
+
+@blockwise
+def _nt_xent_oracle(row: Tensor, z1: Tensor, z2: Tensor) -> Tensor:
+    z, rows = F.normalize(torch.cat([z1, z2]), dim=1), 2 * len(z1)
+    row = torch.cat([row, row + len(z1)])
+    S = _without(z[row] @ z.T / TEMPERATURE, row)
+    return F.cross_entropy(S, (row + len(z1)) % rows, reduction="sum") / rows
+
+
+def _matrices(**count: float):
+    """By the number of rows x rows matrices alive at once."""
+    return lambda size, itemsize: {name: n * size[0] ** 2 * itemsize for name, n in count.items()}
 
 
 def _nt_xent_needs(size: Size, itemsize: int) -> dict[str, float]:
-    """By the number of rows x rows matrices alive at once: measured as 3.3 to 3.6, 1.1 to 1.2, and 4.2 to 5.8."""
-    matrix = size[0] ** 2 * itemsize
-    return {"naive": 4 * matrix, "compile": 2 * matrix, "lightly": 6 * matrix}
+    """Measured as 3.3 to 3.6, 1.1 to 1.2, and 4.2 to 5.8 matrices. metric_learning: rows for each negative pair."""
+    needs = _matrices(naive=4, compile=2, lightly=6)(size, itemsize)
+    return {**needs, "metric_learning": 4 * size[0] ** 3 * itemsize}
+
+
+def _square_flops(units: float):
+    """units U, U being the operations of one product of all rows with all rows."""
+    return lambda size: units * 2 * size[0] ** 2 * size[1]
+
+
+def _views_traffic(size: Size, itemsize: int) -> float:
+    """Both passes read the rows, the backward pass writes their gradients; per row loss, shift and total are written,
+    then read."""
+    return 3 * size[0] * size[1] * itemsize + 6 * size[0] * 4
 
 
 Benchmark(
     "nt_xent",
     sizes=((64, 128), (128, 128), (256, 128), (512, 128), (2048, 128), (8192, 128), (8192, 512)),
     memory_sizes=((32768, 128), (131072, 128)),
-    inputs=_nt_xent_inputs,
+    inputs=_views,
     # S is symmetric: half of its tiles forward; backward that half again, and two products with it.
-    flops=lambda size: 2 * (2 * size[0] ** 2 * size[1]),
-    # Both passes read the rows, the backward pass writes their gradients; loss, shift and total are written, then read.
-    traffic=lambda size, itemsize: 3 * size[0] * size[1] * itemsize + 6 * size[0] * 4,
+    flops=_square_flops(2),
+    traffic=_views_traffic,
     needs=_nt_xent_needs,
     arguments={"temperature": TEMPERATURE},
-    peers={"lightly": lambda: peers.lightly_nt_xent_loss()(temperature=TEMPERATURE)},
+    peers={
+        "lightly": lambda: peers.lightly().NTXentLoss(TEMPERATURE),
+        "metric_learning": lambda: peers.MetricLearningNTXent(TEMPERATURE),
+    },
     oracle=_nt_xent_oracle,
 )
 
 
-def _similarity_logsumexp_inputs(size: Size, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Queries that require gradients, and a queue of keys that does not, of unit length."""
+def _queue_inputs(size: Size, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Queries that require gradients; their keys and a queue, of unit length, that do not."""
     keys, queries, dim = size
-    generator = torch.Generator().manual_seed(0)
-    x, y = (F.normalize(torch.randn(n, dim, generator=generator), dim=1).to(dtype) for n in (queries, keys))
-    return x.requires_grad_(), y
+    q, k, queue = _rows((queries, dim), (queries, dim), (keys, dim))
+    return q.to(dtype).requires_grad_(), k.to(dtype), F.normalize(queue, dim=1).to(dtype)
+
+
+def _normalized_queue(loss: Loss, queries: Tensor, keys: Tensor, queue: Tensor) -> Tensor:
+    """As MoCo has it: its queue keeps normalised keys."""
+    return loss(F.normalize(queries, dim=1), F.normalize(keys, dim=1), queue)
+
+
+@blockwise
+def _queue_oracle(row: Tensor, queries: Tensor, keys: Tensor, queue: Tensor) -> Tensor:
+    q, k = F.normalize(queries[row], dim=1), F.normalize(keys[row], dim=1)
+    logits = torch.cat([(q * k).sum(1, keepdim=True), q @ queue.T], 1) / QUEUE_TEMPERATURE
+    return F.cross_entropy(logits, torch.zeros_like(row), reduction="sum") / len(queries)
 
 
 Benchmark(
-    "similarity_logsumexp",
-    sizes=((4096, 256, 128), (65536, 256, 128)),  # keys x queries x features: MoCo's queue
+    "info_nce",
+    sizes=((4096, 64, 128), (65536, 256, 128), (65536, 1024, 128)),  # keys x queries x features: MoCo's queue
     memory_sizes=(),
-    inputs=_similarity_logsumexp_inputs,
+    inputs=_queue_inputs,
     # The keys are constant: the product with the weights accumulates beside the log-sum-exp, and backward only scales.
     flops=lambda size: 2 * (2 * math.prod(size)),
-    # Keys and queries are read once; the weighted sum of keys is written and read in float32, the gradient written.
-    traffic=lambda size, itemsize: (size[0] + 2 * size[1]) * size[2] * itemsize + 2 * size[1] * size[2] * 4,
-    needs=lambda size, itemsize: {name: 4 * size[0] * size[1] * itemsize for name in ("naive", "compile")},
-    arguments={"scale": 5.0},
+    # The queue is read once; queries and their keys by both passes; the weighted sum of keys is written and read in
+    # float32, the gradient written.
+    traffic=lambda size, itemsize: (size[0] + 5 * size[1]) * size[2] * itemsize + 2 * size[1] * size[2] * 4,
+    needs=lambda size, itemsize: {
+        "naive": 5 * size[0] * size[1] * itemsize,
+        "compile": 4 * size[0] * size[1] * itemsize,
+        "lightly": (5 * size[1] + 2 * size[2]) * size[0] * itemsize,
+    },
+    arguments={"temperature": QUEUE_TEMPERATURE, "normalize": False},
+    call=_normalized_queue,
+    peers={"lightly": lambda: peers.LightlyQueue(QUEUE_TEMPERATURE)},
+    oracle=_queue_oracle,
+)
+
+
+def _clip_inputs(size: Size, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Images and texts of unit length, and the logit scale, all of which require gradients."""
+    return *unit_pairs(size, dtype), torch.tensor(LOGIT_SCALE, requires_grad=True)
+
+
+@blockwise
+def _clip_oracle(row: Tensor, images: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
+    losses = (
+        F.cross_entropy(scale * x[row] @ y.T, row, reduction="sum") for x, y in ((images, texts), (texts, images))
+    )
+    return sum(losses) / (2 * len(images))
+
+
+Benchmark(
+    "clip_loss",
+    sizes=((64, 512), (256, 512), (512, 512), (2048, 512), (8192, 512)),
+    memory_sizes=((65536, 512),),
+    inputs=_clip_inputs,
+    # S forward, S again backward, and a product with it for either side.
+    flops=_square_flops(4),
+    # Both sides, twice read and their gradients written; totals and shifts of rows and columns written and read.
+    traffic=lambda size, itemsize: 6 * size[0] * size[1] * itemsize + 8 * size[0] * 4,
+    needs=_matrices(naive=6, compile=4, open_clip=6),
+    peers={"open_clip": lambda: peers.open_clip().ClipLoss()},
+    oracle=_clip_oracle,
+)
+
+
+def _labelled(size: Size, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    labels = torch.randint(CLASSES, size[:1], generator=torch.Generator().manual_seed(1))
+    return _rows(size)[0].to(dtype).requires_grad_(), labels
+
+
+@blockwise
+def _sup_con_oracle(row: Tensor, features: Tensor, labels: Tensor) -> Tensor:
+    z = F.normalize(features, dim=1)
+    S = z[row] @ z.T / LABEL_TEMPERATURE
+    positive = (labels[row, None] == labels) & (torch.arange(len(z)) != row[:, None])
+    count = positive.sum(1)
+    loss = _without(S, row).logsumexp(1) - S.where(positive, 0).sum(1) / count.clamp_min(1)
+    return loss.where(count > 0, 0).sum() / len(z)
+
+
+Benchmark(
+    "sup_con",
+    sizes=((64, 128), (256, 128), (512, 128), (2048, 128), (8192, 128)),
+    memory_sizes=((65536, 512),),
+    inputs=_labelled,
+    flops=_square_flops(2),  # as NT-Xent
+    # As NT-Xent; the sums of each label are a read and a write more, forward and backward.
+    traffic=lambda size, itemsize: _views_traffic(size, itemsize) + 4 * size[0] * size[1] * itemsize,
+    needs=_matrices(naive=6, compile=4, metric_learning=12),
+    arguments={"temperature": LABEL_TEMPERATURE},
+    peers={"metric_learning": lambda: peers.metric_learning_sup_con(LABEL_TEMPERATURE)},
+    oracle=_sup_con_oracle,
+)
+
+
+@blockwise
+def _dcl_oracle(row: Tensor, z1: Tensor, z2: Tensor) -> Tensor:
+    z1, z2 = F.normalize(z1, dim=1), F.normalize(z2, dim=1)
+    loss = 0
+    for x, y in ((z1, z2), (z2, z1)):
+        S = torch.cat([_without(x[row] @ z.T / LABEL_TEMPERATURE, row) for z in (x, y)], 1)
+        loss = loss + (S.logsumexp(1) - (x[row] * y[row]).sum(1) / LABEL_TEMPERATURE).sum()
+    return loss / (2 * len(z1))
+
+
+Benchmark(
+    "dcl",
+    sizes=((512, 128), (8192, 128)),
+    memory_sizes=(),
+    inputs=_views,
+    flops=_square_flops(2),  # as NT-Xent
+    traffic=_views_traffic,
+    needs=_matrices(naive=4, compile=2, lightly=6),
+    arguments={"temperature": LABEL_TEMPERATURE},
+    peers={"lightly": lambda: peers.lightly().DCLLoss(LABEL_TEMPERATURE)},
+    oracle=_dcl_oracle,
 )

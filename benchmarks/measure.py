@@ -152,7 +152,7 @@ def add_memory(result: Measurement, size: Size) -> None:
 @functools.cache
 def kernel_of(op: str) -> str:
     """What computes fastssl's side on this machine's CPU."""
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"fastssl::{op}", "CPU"):
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"fastssl::{registry.OPS[op].op}", "CPU"):
         return "in portable PyTorch"
     from fastssl import _C
 

@@ -2,8 +2,37 @@
 
 from __future__ import annotations
 
-from torch import nn
+import functools
+import importlib
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
 from torch.library import Library
+
+
+@functools.cache
+def lightly() -> ModuleType:
+    """lightly.loss.
+
+    Raises:
+        ImportError: if lightly is not installed.
+    """
+    try:
+        return importlib.import_module("lightly.loss")
+    except RuntimeError as error:
+        # lightly imports torchvision for other losses, and torchvision refuses to be imported where its binary
+        # operators were built for another PyTorch: the two that it asks for by name get a schema, and no kernel.
+        if "torchvision::" not in str(error):
+            raise
+    torchvision = Library("torchvision", "FRAGMENT")
+    for name in ("nms", "qnms"):
+        torchvision.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    module = importlib.import_module("lightly.loss")
+    module._torchvision = torchvision  # the schemas live as long as the Library that defined them
+    return module
 
 
 def lightly_nt_xent_loss() -> type[nn.Module]:
@@ -12,17 +41,64 @@ def lightly_nt_xent_loss() -> type[nn.Module]:
     Raises:
         ImportError: if lightly is not installed.
     """
-    try:
-        from lightly.loss import NTXentLoss
-    except RuntimeError as error:
-        # lightly imports torchvision for other losses, and torchvision refuses to be imported where its binary
-        # operators were built for another PyTorch: the two that it asks for by name get a schema, and no kernel.
-        if "torchvision::" not in str(error):
-            raise
-        torchvision = Library("torchvision", "FRAGMENT")
-        for name in ("nms", "qnms"):
-            torchvision.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        from lightly.loss import NTXentLoss
+    return lightly().NTXentLoss
 
-        NTXentLoss._torchvision = torchvision  # the schemas live as long as the Library that defined them
-    return NTXentLoss
+
+class LightlyQueue(nn.Module):
+    """lightly's NTXentLoss on queries, keys and a queue, which it copies into its memory bank at the first call.
+
+    Like lightly's, every call copies the bank, and then writes the keys into it.
+    """
+
+    def __init__(self, temperature: float) -> None:
+        super().__init__()
+        self.temperature, self.criterion = temperature, None
+
+    def forward(self, queries: Tensor, keys: Tensor, queue: Tensor) -> Tensor:
+        if self.criterion is None:
+            self.criterion = lightly().NTXentLoss(self.temperature, tuple(queue.shape))
+            self.criterion.memory_bank.bank = queue.clone()
+        return self.criterion(queries, keys)
+
+
+@functools.cache
+def open_clip() -> ModuleType:
+    """open_clip.loss, read from its file: the package would import models, and torchvision with them.
+
+    Raises:
+        ImportError: if open_clip is not installed.
+    """
+    if (package := find_spec("open_clip")) is None:
+        raise ImportError("No module named 'open_clip'")
+    spec = spec_from_file_location("open_clip_loss", Path(package.submodule_search_locations[0]) / "loss.py")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def metric_learning_sup_con(temperature: float) -> nn.Module:
+    """pytorch-metric-learning's SupConLoss, averaged as the paper does, not over the losses above 0 alone.
+
+    Raises:
+        ImportError: if pytorch-metric-learning is not installed.
+    """
+    from pytorch_metric_learning import losses, reducers
+
+    return losses.SupConLoss(temperature, reducer=reducers.MeanReducer())
+
+
+class MetricLearningNTXent(nn.Module):
+    """pytorch-metric-learning's NTXentLoss of two views. It stores a row of similarities for each of all negatives.
+
+    Raises:
+        ImportError: if pytorch-metric-learning is not installed.
+    """
+
+    def __init__(self, temperature: float) -> None:
+        super().__init__()
+        from pytorch_metric_learning.losses import NTXentLoss
+
+        self.criterion = NTXentLoss(temperature)
+
+    def forward(self, z1: Tensor, z2: Tensor) -> Tensor:
+        return self.criterion(torch.cat([z1, z2]), torch.arange(len(z1), device=z1.device).repeat(2))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastssl import functional
@@ -22,8 +23,11 @@ Size = tuple[int, ...]
 Loss = Callable[..., Tensor]
 LossAndGradients = tuple[Tensor, tuple[Tensor, ...]]
 
+_FLOAT64_ELEMENTS = 1 << 28  # above, an oracle works in float32
+_BLOCK_ELEMENTS = 1 << 22
+
 BENCHMARKS: dict[str, Benchmark] = {}
-BASELINES = ("naive", "compile", "lightly")
+BASELINES = ("naive", "compile", "lightly", "open_clip", "metric_learning")
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,7 @@ class Benchmark:
         traffic: (size, bytes per element) -> bytes that forward + backward must read and write.
         needs: (size, bytes per element) -> estimate of each baseline's peak extra memory.
         arguments: keyword arguments of fastssl's function and of the reference.
+        call: (loss, *inputs) -> the loss with what people compute in front of it; peers that do so themselves lack it.
         peers: baseline -> its loss, from another library.
         oracle: (*inputs) -> mean loss and gradients, exact to float32 or better; None: the reference in float64.
     """
@@ -82,6 +87,7 @@ class Benchmark:
     traffic: Callable[[Size, int], float]
     needs: Callable[[Size, int], dict[str, float]]
     arguments: dict[str, Any] = field(default_factory=dict)
+    call: Callable[..., Tensor] | None = None
     peers: dict[str, Callable[[], Loss]] = field(default_factory=dict)
     oracle: Callable[..., LossAndGradients] | None = None
 
@@ -91,8 +97,7 @@ class Benchmark:
     def contestants(self, size: Size, mode: str, against: tuple[str, ...] = BASELINES) -> dict[str, Contestant]:
         """fastssl first, then the baselines that `against` names and this operation has."""
         settings = MODES[mode]
-        naive = functools.partial(OPS[self.op].reference, **self.arguments)
-        ours = functools.partial(getattr(functional, self.op), **self.arguments)
+        naive, ours = self._loss(OPS[self.op].reference), self._loss(getattr(functional, self.op))
         needs = self.needs(size, settings.dtype.itemsize)
         makers = {"naive": lambda: naive, "compile": lambda: compiled(naive), **self.peers}
         found = {"fastssl": Contestant(lambda: ours, settings.precision)}
@@ -108,7 +113,11 @@ class Benchmark:
         if self.oracle:
             return self.oracle(*inputs)
         exact = tuple(x.detach().double().requires_grad_(x.requires_grad) for x in inputs)
-        return forward_backward(functools.partial(OPS[self.op].reference, **self.arguments), exact)
+        return forward_backward(self._loss(OPS[self.op].reference), exact)
+
+    def _loss(self, function: Loss) -> Loss:
+        loss = functools.partial(function, **self.arguments)
+        return functools.partial(self.call, loss) if self.call else loss
 
     def floor(self, size: Size, itemsize: int, product_rate: float, bandwidth: float) -> float:
         """Seconds of the products at `product_rate` FLOP/s, then of the traffic at `bandwidth` bytes/s."""
@@ -130,6 +139,37 @@ def forward_backward(loss: Loss, inputs: tuple[Tensor, ...]) -> LossAndGradients
     if value.dim():
         value = value.mean()
     return value.detach(), torch.autograd.grad(value, [x for x in inputs if x.requires_grad])
+
+
+def unit_pairs(size: Size, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Two sets of rows of unit length, each with a cosine of about 1/2 to its partner, which require gradients."""
+    generator = torch.Generator().manual_seed(0)
+    x, noise = (F.normalize(torch.randn(*size, generator=generator), dim=1) for _ in range(2))
+    y = F.normalize(x + 3**0.5 * noise, dim=1)
+    return tuple(z.to(dtype).requires_grad_() for z in (x, y))
+
+
+def blockwise(share: Callable[..., Tensor]) -> Callable[..., LossAndGradients]:
+    """An oracle that never holds the whole matrix of similarities.
+
+    Args:
+        share: (rows, *inputs) -> what these rows, a vector of indices of the first input's, add to the mean loss.
+    """
+
+    def oracle(*inputs: Tensor) -> LossAndGradients:
+        rows, columns = len(inputs[0]), max(len(x) for x in inputs if x.dim())
+        dtype = torch.float64 if rows * columns <= _FLOAT64_ELEMENTS else torch.float32
+        exact = [x.detach().to(dtype) if x.is_floating_point() else x for x in inputs]
+        leaves = [y.requires_grad_() for x, y in zip(inputs, exact, strict=True) if x.requires_grad]
+        loss, gradients = torch.zeros((), dtype=torch.float64), [torch.zeros(x.shape).double() for x in leaves]
+        for row in torch.arange(rows).split(max(1, _BLOCK_ELEMENTS // columns)):
+            part = share(row, *exact)
+            loss += part.detach()
+            for gradient, more in zip(gradients, torch.autograd.grad(part, leaves), strict=True):
+                gradient += more
+        return loss, tuple(gradients)
+
+    return oracle
 
 
 def compiled(loss: Loss) -> Loss:

@@ -101,12 +101,13 @@ def info_nce(
         similarity = torch.cat([similarity, torch.einsum(equation, query, negative_keys)], 1)
     logits = similarity / temperature
     loss = F.cross_entropy(logits, target, label_smoothing=label_smoothing, reduction="none")
-    accuracy = _accuracy(logits, target)
     if symmetric:
         loss = (loss + F.cross_entropy(logits.T, target, label_smoothing=label_smoothing, reduction="none")) / 2
-        accuracy = (accuracy + _accuracy(logits.T, target)) / 2
     loss = reduce(loss, reduction)
-    return (loss, {"accuracy": accuracy, **_of_pairs(query, positive_key)}) if return_metrics else loss
+    if not return_metrics:
+        return loss
+    accuracy = torch.stack([_accuracy(x, target) for x in ((logits, logits.T) if symmetric else (logits,))]).mean()
+    return loss, {"accuracy": accuracy, **_of_pairs(query, positive_key)}
 
 
 def clip_loss(
@@ -122,11 +123,11 @@ def clip_loss(
     """CLIP's loss: cross-entropy of the logits' rows and of their columns. With labels, the targets are shared."""
     logits = logit_scale * image_features @ text_features.T
     own = torch.arange(logits.shape[0], device=logits.device)
-    targets = own if labels is None else labels
-    same = targets[:, None] == targets
 
     def cross_entropy(logits: Tensor) -> Tensor:
-        log_probability = logits.log_softmax(1)
+        if labels is None:
+            return F.cross_entropy(logits, own, label_smoothing=label_smoothing, reduction="none")
+        log_probability, same = logits.log_softmax(1), labels[:, None] == labels
         loss = -log_probability.where(same, 0).sum(1) / same.sum(1)
         if label_smoothing:
             loss = (1 - label_smoothing) * loss - label_smoothing * log_probability.mean(1)
