@@ -5,6 +5,7 @@
 //
 //     similarity_logsumexp   log sum_j exp(S_ij)                              of rows
 //     pair_logsumexp         the same, and log sum_i exp(S_ij)                of rows and columns
+//     clip_loss              the cross-entropy of rows and of columns, the diagonal being positive
 //     self_logsumexp         log sum_{j != i} exp(S_ij), X = Y = Z            S is symmetric
 //     nt_xent                the same less S_{i, pos(i)}, pos(i) = (i + B) mod N, Z the N = 2B rows of [z1; z2]
 //
@@ -302,9 +303,9 @@ std::tuple<Tensor, Tensor, Tensor> nt_xent_backward(const Tensor& grad_loss, con
     engine.tile.add_transposed(transposed.floats(b), z.padded(b), z.dim, gathered, scratch);
     for (int64_t r = 0; r < z.size(b); ++r) {
       const int64_t i = z.first(b) + r, partner = i < z.rows.batch ? i + z.rows.batch : i - z.rows.batch;
-      along[b] += engine.tile.finish_normalized(z.rows[i], inverse_norm[i], z.rows[partner], inverse_norm[partner],
-                                                positive_weight[i], e.scale, normalize, z.rows.element, z.rows.dim,
-                                                gathered + r * z.dim, scratch, const_cast<void*>(out[i]));
+      along[b] += engine.tile.finish(z.rows[i], inverse_norm[i], z.rows[partner], inverse_norm[partner],
+                                     positive_weight[i], e.scale, normalize, z.rows.element, z.rows.dim,
+                                     gathered + r * z.dim, scratch, z.rows.element, const_cast<void*>(out[i]));
     }
   });
   double dscale = 0;
@@ -343,8 +344,49 @@ std::tuple<Tensor, Tensor> self_logsumexp_backward(const Tensor& grad_total, con
     weights.multiply(I, J, &sums, I == J ? nullptr : &transposed);
   }, [&] { engine.release(); });
   const Tensor dz = at::empty(z_.sizes(), z_.options());
-  const double along = finish_side(z, &sums, &transposed, e.scale, dz);
+  const double along = finish_side(z, &sums, &transposed, nullptr, e.scale, dz);
   return {dz, at::full({}, along / 2, scale.options())};
+}
+
+// Sums of rows and of columns of all tiles of S.
+std::pair<Sums, Sums> sum_pair(const Similarities& S, const Exponent& e) {
+  const Side &x = S.x, &y = S.y;
+  Sums rows(x.padded_count(), e), columns(y.padded_count(), e);
+  const Blocks tile(x.threads, x.cut.block * y.cut.block * 4);
+  const ContrastiveTiles& f = FASTSSL_TABLE_IN_USE(contrastive_tiles);
+  match(x.threads, x.cut, y.cut, [&](int64_t I, int64_t J) {
+    float* s = tile.floats(slot(x.threads));
+    S(I, J, s);
+    const int64_t n = y.padded(J), i = x.first(I), j = y.first(J);
+    if (e.shared) {
+      f.sum_exponentials(s, n, x.size(I), n, e.c, e.origin, rows.total + i, rows.extreme + i, columns.total + j,
+                         columns.extreme + j);
+    } else {
+      f.sum_exponentials_online(s, n, x.size(I), n, e.c, rows.total + i, rows.extreme + i, columns.total + j,
+                                columns.extreme + j);
+    }
+  }, [&] { x.engine.release(); });
+  return {std::move(rows), std::move(columns)};
+}
+
+// (dx, dy, dscale) from the weights of all tiles, and of a positive for each row and column unless null: the pair of
+// x's and y's rows of one number.
+std::tuple<Tensor, Tensor, Tensor> differentiate_pair(const Similarities& S, const Exponent& e,
+                                                      const Coefficients& rows, const Coefficients& columns,
+                                                      const float* positive_weight, const Tensor& x_, const Tensor& y_,
+                                                      const Tensor& scale) {
+  const Side &x = S.x, &y = S.y;
+  const Weights weights(S, e, &rows, &columns);
+  const Blocks sums = x.zero_sums(), transposed = y.zero_sums();
+  match(x.threads, x.cut, y.cut, [&](int64_t I, int64_t J) {
+    S(I, J, weights.tile_of());
+    weights.multiply(I, J, &sums, &transposed);
+  }, [&] { x.engine.release(); });
+  const Tensor dx = at::empty(x_.sizes(), x_.options()), dy = at::empty(y_.sizes(), y_.options());
+  const Positives of_x{y, positive_weight}, of_y{x, positive_weight};
+  const double dscale = finish_side(x, &sums, nullptr, positive_weight ? &of_x : nullptr, e.scale, dx);
+  finish_side(y, nullptr, &transposed, positive_weight ? &of_y : nullptr, e.scale, dy);
+  return {dx, dy, at::full({}, dscale, scale.options())};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> pair_logsumexp(const Tensor& x_, const Tensor& y_, const Tensor& scale,
@@ -358,22 +400,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pair_logsumexp(const Tensor& x_, cons
   const int threads = threads_for(x_.size(0), y_.size(0), x_.size(1));
   const Side x(x_, kRows, engine, threads), y(y_, kColumns, engine, threads);
   const Exponent e(scale, x, y);
-  const Similarities S{x, y, e.excluded, data_of(exclude), false};
-  const Sums rows(x.padded_count(), e), columns(y.padded_count(), e);
-  const Blocks tile(threads, x.cut.block * y.cut.block * 4);
-  const ContrastiveTiles& f = FASTSSL_TABLE_IN_USE(contrastive_tiles);
-  match(threads, x.cut, y.cut, [&](int64_t I, int64_t J) {
-    float* s = tile.floats(slot(threads));
-    S(I, J, s);
-    const int64_t n = y.padded(J), i = x.first(I), j = y.first(J);
-    if (e.shared) {
-      f.sum_exponentials(s, n, x.size(I), n, e.c, e.origin, rows.total + i, rows.extreme + i, columns.total + j,
-                         columns.extreme + j);
-    } else {
-      f.sum_exponentials_online(s, n, x.size(I), n, e.c, rows.total + i, rows.extreme + i, columns.total + j,
-                                columns.extreme + j);
-    }
-  }, [&] { engine.release(); });
+  const auto [rows, columns] = sum_pair({x, y, e.excluded, data_of(exclude), false}, e);
   return std::tuple_cat(finish_sums(rows, x.count, e), finish_sums(columns, y.count, e));
 }
 
@@ -385,7 +412,8 @@ std::tuple<Tensor, Tensor, Tensor> pair_logsumexp_backward(const Tensor& grad_ro
                                                            c10::string_view precision) {
   if (x_.scalar_type() == at::kDouble)
     return portable<&pair_logsumexp_backward>("fastssl::pair_logsumexp_backward_portable", grad_row_total,
-                    grad_column_total, x_, y_, scale, exclude_, row_shift, column_shift, precision);
+                                              grad_column_total, x_, y_, scale, exclude_, row_shift, column_shift,
+                                              precision);
   check_sides("x and y", x_, y_, scale);
   check_vectors("grad_row_total and row_shift", x_.size(0), {grad_row_total, row_shift});
   check_vectors("grad_column_total and column_shift", y_.size(0), {grad_column_total, column_shift});
@@ -395,17 +423,83 @@ std::tuple<Tensor, Tensor, Tensor> pair_logsumexp_backward(const Tensor& grad_ro
   const Side x(x_, kRows | kWeighing, engine, threads), y(y_, kColumns | kWeighed, engine, threads);
   const Exponent e(scale, x, y);
   const Coefficients rows(grad_row_total, row_shift, x, e), columns(grad_column_total, column_shift, y, e);
-  const Similarities S{x, y, e.excluded, data_of(exclude), false};
-  const Weights weights(S, e, &rows, &columns);
-  const Blocks sums = x.zero_sums(), transposed = y.zero_sums();
-  match(threads, x.cut, y.cut, [&](int64_t I, int64_t J) {
-    S(I, J, weights.tile_of());
-    weights.multiply(I, J, &sums, &transposed);
-  }, [&] { engine.release(); });
-  const Tensor dx = at::empty(x_.sizes(), x_.options()), dy = at::empty(y_.sizes(), y_.options());
-  const double dscale = finish_side(x, &sums, nullptr, e.scale, dx);
-  finish_side(y, nullptr, &transposed, e.scale, dy);
-  return {dx, dy, at::full({}, dscale, scale.options())};
+  return differentiate_pair({x, y, e.excluded, data_of(exclude), false}, e, rows, columns, nullptr, x_, y_, scale);
+}
+
+// Of one row of CLIP's loss: with p the positive's S and n = shift + log(total) that of the negatives, softplus(n - p)
+// and its derivative by n, which is minus that by p.
+struct CrossEntropy {
+  double loss, slope;
+
+  CrossEntropy(float total, float shift, float p) {
+    const double margin = total == 0 ? -std::numeric_limits<double>::infinity() : std::log(double(total)) + shift - p;
+    const double t = std::exp(-std::abs(margin));
+    loss = std::max(margin, 0.) + std::log1p(t);
+    slope = (margin >= 0 ? 1 : t) / (1 + t);
+    if (std::isnan(margin)) loss = slope = margin;
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> clip_loss(const Tensor& x_, const Tensor& y_,
+                                                                     const Tensor& scale, c10::string_view precision) {
+  if (x_.scalar_type() == at::kDouble)
+    return portable<&clip_loss>("fastssl::clip_loss_portable", x_, y_, scale, precision);
+  check_sides("image_features and text_features", x_, y_, scale);
+  TORCH_CHECK_VALUE(x_.size(0) == y_.size(0), "image_features and text_features must have the same shape, got ",
+                    x_.sizes(), " and ", y_.sizes());
+  const Engine engine(precision);
+  const int threads = threads_for(x_.size(0), y_.size(0), x_.size(1));
+  const Side x(x_, kRows, engine, threads), y(y_, kColumns, engine, threads);
+  const Exponent e(scale, x, y);
+  const auto [rows, columns] = sum_pair({x, y, e.excluded, nullptr, true}, e);
+  const auto [row_total, row_shift] = finish_sums(rows, x.count, e);
+  const auto [column_total, column_shift] = finish_sums(columns, y.count, e);
+  const Tensor positive = dot_rows(x, y).mul_(e.scale), loss = at::empty({x.count}, at::kFloat);
+  const float* const p = positive.const_data_ptr<float>();
+  float* const out = loss.mutable_data_ptr<float>();
+  const auto cross_entropy = [&](const Tensor& total, const Tensor& shift, int64_t i) {
+    return CrossEntropy(total.const_data_ptr<float>()[i], shift.const_data_ptr<float>()[i], p[i]).loss;
+  };
+  for (int64_t i = 0; i < x.count; ++i)
+    out[i] = static_cast<float>(
+        (cross_entropy(row_total, row_shift, i) + cross_entropy(column_total, column_shift, i)) / 2);
+  return {loss, positive, row_total, row_shift, column_total, column_shift};
+}
+
+std::tuple<Tensor, Tensor, Tensor> clip_loss_backward(const Tensor& grad_loss, const Tensor& x_, const Tensor& y_,
+                                                      const Tensor& scale, const Tensor& positive,
+                                                      const Tensor& row_total, const Tensor& row_shift,
+                                                      const Tensor& column_total, const Tensor& column_shift,
+                                                      c10::string_view precision) {
+  if (x_.scalar_type() == at::kDouble)
+    return portable<&clip_loss_backward>("fastssl::clip_loss_backward_portable", grad_loss, x_, y_, scale, positive,
+                                         row_total, row_shift, column_total, column_shift, precision);
+  check_sides("image_features and text_features", x_, y_, scale);
+  TORCH_CHECK_VALUE(x_.size(0) == y_.size(0), "image_features and text_features must have the same shape, got ",
+                    x_.sizes(), " and ", y_.sizes());
+  check_vectors("grad_loss, positive, totals and shifts", x_.size(0),
+                {grad_loss, positive, row_total, row_shift, column_total, column_shift});
+  const Engine engine(precision);
+  const int threads = threads_for(x_.size(0), y_.size(0), x_.size(1));
+  const Side x(x_, kRows | kWeighing, engine, threads), y(y_, kColumns | kWeighed, engine, threads);
+  const Exponent e(scale, x, y);
+  const Tensor g = grad_loss.contiguous(), p = positive.contiguous();
+  const Tensor weights = at::zeros({x.count}, at::kFloat);
+  float* const weight = weights.mutable_data_ptr<float>();
+  const auto gradient = [&](const Tensor& total_, const Tensor& shift_) {
+    const Tensor total = total_.contiguous(), shift = shift_.contiguous(), grad_total = at::empty_like(total);
+    for (int64_t i = 0; i < x.count; ++i) {
+      const float t = total.const_data_ptr<float>()[i];
+      const double slope = CrossEntropy(t, shift.const_data_ptr<float>()[i], p.const_data_ptr<float>()[i]).slope *
+          g.const_data_ptr<float>()[i] / 2;
+      grad_total.mutable_data_ptr<float>()[i] = t == 0 ? 0 : static_cast<float>(slope / t);
+      weight[i] -= static_cast<float>(slope);
+    }
+    return grad_total;
+  };
+  const Coefficients rows(gradient(row_total, row_shift), row_shift, x, e);
+  const Coefficients columns(gradient(column_total, column_shift), column_shift, y, e);
+  return differentiate_pair({x, y, e.excluded, nullptr, true}, e, rows, columns, weight, x_, y_, scale);
 }
 
 std::tuple<Tensor, Tensor, Tensor> similarity_logsumexp(const Tensor& x_, const Tensor& y_, const Tensor& scale,
@@ -512,7 +606,7 @@ std::tuple<Tensor, Tensor, Tensor> similarity_logsumexp_backward(
       weights.multiply(I, J, nullptr, &transposed);
     }
   }, [&] { engine.release(); });
-  finish_side(y, nullptr, &transposed, e.scale, dy);
+  finish_side(y, nullptr, &transposed, nullptr, e.scale, dy);
   return {dx, dy, dscale};
 }
 
@@ -523,6 +617,8 @@ TORCH_LIBRARY_IMPL(fastssl, CPU, m) {
   m.impl("self_logsumexp_backward", &self_logsumexp_backward);
   m.impl("pair_logsumexp", &pair_logsumexp);
   m.impl("pair_logsumexp_backward", &pair_logsumexp_backward);
+  m.impl("clip_loss", &clip_loss);
+  m.impl("clip_loss_backward", &clip_loss_backward);
   m.impl("similarity_logsumexp", &similarity_logsumexp);
   m.impl("similarity_logsumexp_backward", &similarity_logsumexp_backward);
 }

@@ -99,32 +99,33 @@ void add_transposed(const float* transposed, int64_t rows, int64_t dim, float* s
   for (int64_t i = 0; i < rows * dim; i += kLanes) store(sums + i, load(sums + i) + load(scratch + i));
 }
 
-double finish(const void* x, Element element, int64_t dim, const float* sums, float scale, float* scratch,
-              Element out_element, void* out) {
-  load_row(x, element, dim, 1, scratch);
-  const double along = dot(sums, scratch, (dim + 31) / 32 * 32);
-  store_row(sums, out_element, dim, scale, out);
-  return along;
-}
-
-double finish_normalized(const void* x, float inverse_norm, const void* positive, float positive_inverse_norm,
-                         float positive_weight, float scale, bool normalize, Element element, int64_t dim, float* sums,
-                         float* scratch, void* out) {
+double finish(const void* x, float inverse_norm, const void* positive, float positive_inverse_norm,
+              float positive_weight, float scale, bool normalize, Element element, int64_t dim, float* sums,
+              float* scratch, Element out_element, void* out) {
   const int64_t padded = (dim + 31) / 32 * 32;
   const float inverse = __builtin_fabsf(inverse_norm);
-  load_row(positive, element, dim, __builtin_fabsf(positive_inverse_norm), scratch);
-  for (int64_t d = 0; d < padded; ++d) sums[d] += positive_weight * scratch[d];
+  if (positive) {
+    load_row(positive, element, dim, __builtin_fabsf(positive_inverse_norm), scratch);
+    for (int64_t d = 0; d < padded; ++d) sums[d] += positive_weight * scratch[d];
+  }
   load_row(x, element, dim, inverse, scratch);
   const double along = dot(sums, scratch, padded);
   const float projection = normalize && inverse_norm > 0 ? static_cast<float>(along) : 0;
   for (int64_t d = 0; d < padded; ++d) sums[d] = (sums[d] - projection * scratch[d]) * scale;
-  store_row(sums, element, dim, inverse, out);
+  store_row(sums, out_element, dim, inverse, out);
   return along;
+}
+
+double dot_rows(const void* x, const void* y, Element element, int64_t dim, float* scratch) {
+  const int64_t padded = (dim + 31) / 32 * 32;
+  load_row(x, element, dim, 1, scratch);
+  load_row(y, element, dim, 1, scratch + padded);
+  return dot(scratch, scratch + padded, padded);
 }
 
 }  // namespace
 
 extern const ProductTiles product_tiles;
-const ProductTiles product_tiles = {pack, add_transposed, finish, finish_normalized, gemm};
+const ProductTiles product_tiles = {pack, add_transposed, finish, dot_rows, gemm};
 
 }  // namespace fastssl::FASTSSL_ISA

@@ -48,16 +48,15 @@ struct ProductTiles {
   // sums (rows, dim) += transposed (dim, rows)^T, all padded. `scratch`: rows x dim floats.
   void (*add_transposed)(const float* transposed, int64_t rows, int64_t dim, float* sums, float* scratch);
 
-  // out = scale sums, dim elements, and returns <sums, x>. `scratch`: padded dim floats.
-  double (*finish)(const void* x, Element element, int64_t dim, const float* sums, float scale, float* scratch,
-                   Element out_element, void* out);
+  // One row of a gradient: with z = x |inverse_norm|, z' likewise of `positive` (which may be null), and
+  // G = sums + positive_weight z',   out = scale (G - <G, z> z) |inverse_norm|,   without the projection if not
+  // `normalize` or inverse_norm is negative. Returns <G, z>. `sums` is overwritten; `scratch`: padded dim floats.
+  double (*finish)(const void* x, float inverse_norm, const void* positive, float positive_inverse_norm,
+                   float positive_weight, float scale, bool normalize, Element element, int64_t dim, float* sums,
+                   float* scratch, Element out_element, void* out);
 
-  // As `finish`, for NT-Xent: with G = sums + positive_weight z_positive,
-  // out = scale (G - <G, z> z) inverse_norm, without the projection if not `normalize` or inverse_norm is negative.
-  // Returns <G, z>. `sums` is overwritten.
-  double (*finish_normalized)(const void* x, float inverse_norm, const void* positive, float positive_inverse_norm,
-                              float positive_weight, float scale, bool normalize, Element element, int64_t dim,
-                              float* sums, float* scratch, void* out);
+  // <x, y>. `scratch`: 2 padded dim floats.
+  double (*dot)(const void* x, const void* y, Element element, int64_t dim, float* scratch);
 
   // C = [C +] A B, as common/gemm.h.
   void (*gemm)(int64_t M, int64_t N, int64_t K, int64_t lda, int64_t ldb, int64_t ldc, bool add, const float* A,

@@ -3,7 +3,8 @@
 //     S = scale X Y^T + bias,     total = sum_ij softplus(S_ij),     W_ij = sigmoid(S_ij)
 //     dX = scale W Y,   dY = scale W^T X,   dscale = <X, W Y>,   dbias = sum_ij W_ij
 //
-// The entries of `exclude`, the positives, are left out, and to the caller.
+// Positive pairs, whose loss is softplus(-S_ij) and whose weight is -sigmoid(-S_ij), are the diagonal of siglip_loss,
+// applied to unrounded rows; similarity_softplus leaves the entries of `exclude` out, and to its caller.
 //
 // Algorithm. There is no normaliser: a tile's weights are known as soon as it is. Each tile of S is computed once,
 // turned into weights, and multiplied twice, into its rows of dX and, transposed, into its columns of dY, as in
@@ -19,30 +20,23 @@ namespace {
 
 using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-Results similarity_softplus(const Tensor& x_, const Tensor& y_, const Tensor& scale_, const Tensor& bias_,
-                            const std::optional<Tensor>& exclude_, bool derive, c10::string_view precision) {
-  if (x_.scalar_type() == at::kDouble)
-    return portable<&similarity_softplus>("fastssl::similarity_softplus_portable", x_, y_, scale_, bias_, exclude_,
-                    derive, precision);
-  check_sides("x and y", x_, y_, scale_);
+// Everything, with `exclude` left out; with `diagonal`, that is left out and added as positive pairs.
+Results run_softplus(const Tensor& x_, const Tensor& y_, const Tensor& scale_, const Tensor& bias_,
+                     const int64_t* exclude, bool diagonal, bool derive, c10::string_view precision) {
   TORCH_CHECK_VALUE(bias_.numel() == 1, "bias must have one element, got shape ", bias_.sizes());
-  const Tensor exclude = checked_exclude(exclude_, x_);
   const float scale = scale_.item<float>(), bias = bias_.item<float>();
   const float factor = scale ? scale : std::numeric_limits<float>::min();  // 0 times what is excluded would be NaN
   const Engine engine(precision);
   const int threads = threads_for(x_.size(0), y_.size(0), x_.size(1));
   const Side x(x_, kRows | (derive ? kWeighing : 0), engine, threads);
   const Side y(y_, kColumns | (derive ? kWeighed : 0), engine, threads);
-  const Similarities S{x, y, -std::copysign(std::numeric_limits<float>::infinity(), factor), data_of(exclude), false};
+  const Similarities S{x, y, -std::copysign(std::numeric_limits<float>::infinity(), factor), exclude, diagonal};
   const SigmoidTiles& f = FASTSSL_TABLE_IN_USE(sigmoid_tiles);
   const Tensor totals = at::zeros({2, x.cut.blocks}, at::kDouble);  // of each block of rows, and their weights'
   double* const total = totals.mutable_data_ptr<double>();
   double* const weight = total + x.cut.blocks;
   const Blocks tile(threads, x.cut.block * y.cut.block * 4);
   const Blocks narrow(threads, derive && engine.half() ? 2 * x.cut.block * y.cut.block * 2 : 0);
-  const int64_t dim = x.rows.dim;
-  const Tensor dx = at::empty({derive ? x.count : 0, dim}, at::kFloat), dy = at::empty({derive ? y.count : 0, dim}, at::kFloat);
-  double dscale = 0;
   const auto sum_up = [&](const Blocks* sums, const Blocks* transposed) {
     match(threads, x.cut, y.cut, [&](int64_t I, int64_t J) {
       float* const s = tile.floats(slot(threads));
@@ -59,15 +53,30 @@ Results similarity_softplus(const Tensor& x_, const Tensor& y_, const Tensor& sc
       engine.multiply(x.dim, n, m, true, x.weighing(I), half ? static_cast<void*>(pairs) : s, transposed->floats(J));
     }, [&] { engine.release(); });
   };
+
+  double all = 0, dscale = 0, dbias = 0;
+  const Tensor positive_weights = diagonal ? dot_rows(x, y) : Tensor();
+  float* const positive_weight = diagonal ? positive_weights.mutable_data_ptr<float>() : nullptr;
+  for (int64_t i = 0; diagonal && i < x.count; ++i) {
+    const double s = double(scale) * positive_weight[i] + bias, t = std::exp(-std::abs(s));
+    all += std::isnan(s) ? s : std::max(-s, 0.) + std::log1p(t);
+    const double sigmoid = (s >= 0 ? t : 1) / (1 + t);  // of -s
+    positive_weight[i] = static_cast<float>(-sigmoid);
+    dbias -= sigmoid;
+  }
+  const int64_t dim = x.rows.dim;
+  const Tensor dx = at::empty({derive ? x.count : 0, dim}, at::kFloat);
+  const Tensor dy = at::empty({derive ? y.count : 0, dim}, at::kFloat);
   if (derive) {
     const Blocks sums = x.zero_sums(), transposed = y.zero_sums();
     sum_up(&sums, &transposed);
-    dscale = finish_side(x, &sums, nullptr, scale, dx);
-    finish_side(y, nullptr, &transposed, scale, dy);
+    const Positives of_x{y, positive_weight}, of_y{x, positive_weight};
+    dscale = finish_side(x, &sums, nullptr, diagonal ? &of_x : nullptr, scale, dx);
+    finish_side(y, nullptr, &transposed, diagonal ? &of_y : nullptr, scale, dy);
   } else {
     sum_up(nullptr, nullptr);
+    dbias = 0;
   }
-  double all = 0, dbias = 0;
   for (int64_t b = 0; b < x.cut.blocks; ++b) {
     all += total[b];
     dbias += weight[b];
@@ -76,7 +85,30 @@ Results similarity_softplus(const Tensor& x_, const Tensor& y_, const Tensor& sc
           at::full({}, dbias, bias_.options())};
 }
 
-TORCH_LIBRARY_IMPL(fastssl, CPU, m) { m.impl("similarity_softplus", &similarity_softplus); }
+Results similarity_softplus(const Tensor& x, const Tensor& y, const Tensor& scale, const Tensor& bias,
+                            const std::optional<Tensor>& exclude_, bool derive, c10::string_view precision) {
+  if (x.scalar_type() == at::kDouble)
+    return portable<&similarity_softplus>("fastssl::similarity_softplus_portable", x, y, scale, bias, exclude_, derive,
+                                          precision);
+  check_sides("x and y", x, y, scale);
+  const Tensor exclude = checked_exclude(exclude_, x);
+  return run_softplus(x, y, scale, bias, data_of(exclude), false, derive, precision);
+}
+
+Results siglip_loss(const Tensor& x, const Tensor& y, const Tensor& scale, const Tensor& bias, bool derive,
+                    c10::string_view precision) {
+  if (x.scalar_type() == at::kDouble)
+    return portable<&siglip_loss>("fastssl::siglip_loss_portable", x, y, scale, bias, derive, precision);
+  check_sides("image_features and text_features", x, y, scale);
+  TORCH_CHECK_VALUE(x.size(0) == y.size(0), "image_features and text_features must have the same shape, got ",
+                    x.sizes(), " and ", y.sizes());
+  return run_softplus(x, y, scale, bias, nullptr, true, derive, precision);
+}
+
+TORCH_LIBRARY_IMPL(fastssl, CPU, m) {
+  m.impl("similarity_softplus", &similarity_softplus);
+  m.impl("siglip_loss", &siglip_loss);
+}
 
 }  // namespace
 }  // namespace fastssl

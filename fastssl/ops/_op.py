@@ -89,7 +89,7 @@ class Op:
             variants.append(_differentiable(op, setup_context, backward, derivative))
         self.auto, self.portable = variants
         if cuda is not None:
-            _library.impl(name, cuda, "CUDA")
+            _library.impl(name, _without_autocast(cuda), "CUDA")
 
     def __call__(self, *args: Any) -> Any:
         return (self.portable if current_backend() == "portable" else self.auto)(*args)

@@ -5,14 +5,15 @@ With S = scale x y^T + bias, and the column exclude[i] of row i left out,
     total = sum_ij softplus(S_ij),    W_ij = sigmoid(S_ij)
     dtotal/dx = scale W y,    dtotal/dy = scale W^T x,    dtotal/dscale = <x, W y>,    dtotal/dbias = sum_ij W_ij
 
-A positive pair, whose loss is softplus(-S_ij), is left out here and to autograd: there are only B. There is no
-normaliser, so a tile's weights are known as soon as it is: the forward pass takes the gradients too (`derive`), and
+A positive pair, whose loss is softplus(-S_ij) and whose weight -sigmoid(-S_ij), is left out here: there are only B.
+siglip_loss adds those of the diagonal. There is no normaliser, so a tile's weights are known as soon as it is: the forward pass takes the gradients too (`derive`), and
 the backward pass multiplies them by the gradient of total.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -100,26 +101,35 @@ def _similarity_softplus_backward_setup_context(ctx: Any, inputs: tuple, output:
     ctx.save_for_backward(*inputs[:6])
 
 
-def _similarity_softplus_double_backward(ctx: Any, _: None, *directions: Tensor) -> tuple:
-    grad_total, *point, exclude = ctx.saved_tensors
+def _backward_op(name: str, share: Callable[..., Tensor]) -> Op:
+    """The backward operation of `name`, which multiplies its gradients, and has a second derivative: `share`, of a
+    block of rows in the total, (rows, x, y, scale, bias, exclude) -> 0-d."""
 
-    def total(block: slice, cotangents: Sequence[Tensor], point: Sequence[Tensor]) -> Tensor:
-        *rows, bias = point
-        return cotangents[0] * F.softplus(similarity(block, *rows, exclude) + bias).sum()
+    def double_backward(ctx: Any, _: None, *directions: Tensor) -> tuple:
+        grad_total, *point, exclude = ctx.saved_tensors
 
-    blocks = row_blocks(point[0].shape[0], point[1].shape[0])
-    gradients = second_derivative(total, blocks, [grad_total], point, directions, accumulate_dtype(point[0].dtype))
-    return *gradients, None, None, None, None, None, None
+        def total(block: slice, cotangents: Sequence[Tensor], point: Sequence[Tensor]) -> Tensor:
+            return cotangents[0] * share(block, *point, exclude)
+
+        blocks = row_blocks(point[0].shape[0], point[1].shape[0])
+        gradients = second_derivative(total, blocks, [grad_total], point, directions, accumulate_dtype(point[0].dtype))
+        return *gradients, None, None, None, None, None, None
+
+    return Op(
+        f"{name}_backward(Tensor grad_total, Tensor x, Tensor y, Tensor scale, Tensor bias, Tensor? exclude,"
+        " Tensor dx, Tensor dy, Tensor dscale, Tensor dbias, str precision) -> (Tensor, Tensor, Tensor, Tensor)",
+        fake=_similarity_softplus_backward_fake,
+        portable=_similarity_softplus_backward_portable,
+        setup_context=_similarity_softplus_backward_setup_context,
+        backward=double_backward,
+    )
 
 
-_backward = Op(
-    "similarity_softplus_backward(Tensor grad_total, Tensor x, Tensor y, Tensor scale, Tensor bias, Tensor? exclude,"
-    " Tensor dx, Tensor dy, Tensor dscale, Tensor dbias, str precision) -> (Tensor, Tensor, Tensor, Tensor)",
-    fake=_similarity_softplus_backward_fake,
-    portable=_similarity_softplus_backward_portable,
-    setup_context=_similarity_softplus_backward_setup_context,
-    backward=_similarity_softplus_double_backward,
-)
+def _similarity_softplus_share(
+    block: slice, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, exclude: Tensor | None
+) -> Tensor:
+    return F.softplus(similarity(block, x, y, scale, exclude) + bias).sum()
+
 
 similarity_softplus = Op(
     "similarity_softplus(Tensor x, Tensor y, Tensor scale, Tensor bias, Tensor? exclude, bool derive, str precision)"
@@ -128,5 +138,61 @@ similarity_softplus = Op(
     portable=_similarity_softplus_portable,
     setup_context=_similarity_softplus_setup_context,
     backward=_similarity_softplus_backward,
-    backward_op=_backward,
+    backward_op=_backward_op("similarity_softplus", _similarity_softplus_share),
+)
+
+
+def _siglip_loss_fake(
+    x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, derive: bool, precision: str
+) -> tuple[Tensor, ...]:
+    return _similarity_softplus_fake(x, y, scale, bias, None, derive, precision)
+
+
+def _siglip_loss(
+    softplus: Callable[..., Any],
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    derive: bool,
+    precision: str,
+) -> tuple[Tensor, ...]:
+    own = torch.arange(x.shape[0], device=x.device)
+    total, dx, dy, dscale, dbias = softplus(x, y, scale, bias, own, derive, precision)
+    wide_x, wide_y = x.to(total.dtype), y.to(total.dtype)
+    aligned = torch.linalg.vecdot(wide_x, wide_y)
+    opposite = -(aligned * scale + bias)
+    total = total + F.softplus(opposite).sum()
+    if derive:
+        weight = -opposite.sigmoid()
+        dscale, dbias = dscale + (weight * aligned).sum(), dbias + weight.sum()
+        weight = (weight * scale)[:, None]
+        dx, dy = dx + weight * wide_y, dy + weight * wide_x
+    return total, dx, dy, dscale.to(scale.dtype), dbias.to(bias.dtype)
+
+
+def _siglip_loss_setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    *tensors, derive, precision = inputs
+    _similarity_softplus_setup_context(ctx, (*tensors, None, derive, precision), output)
+
+
+def _siglip_loss_derivative(ctx: Any, backward_op: Any, grad_total: Tensor, *_: Tensor) -> tuple:
+    return _similarity_softplus_backward(ctx, backward_op, grad_total)[:-1]
+
+
+def _siglip_loss_share(block: slice, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, exclude: None) -> Tensor:
+    own = torch.arange(x.shape[0], device=x.device)
+    positives = F.softplus(-(torch.linalg.vecdot(x[block], y[block]) * scale + bias)).sum()
+    return _similarity_softplus_share(block, x, y, scale, bias, own) + positives
+
+
+siglip_loss = Op(
+    "siglip_loss(Tensor x, Tensor y, Tensor scale, Tensor bias, bool derive, str precision)"
+    " -> (Tensor total, Tensor dx, Tensor dy, Tensor dscale, Tensor dbias)",
+    fake=_siglip_loss_fake,
+    portable=partial(_siglip_loss, _similarity_softplus_portable),
+    setup_context=_siglip_loss_setup_context,
+    backward=_siglip_loss_derivative,
+    backward_op=_backward_op("siglip_loss", _siglip_loss_share),
+    cuda=partial(_siglip_loss, torch.ops.fastssl.similarity_softplus),
 )

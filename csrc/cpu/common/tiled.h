@@ -317,9 +317,29 @@ auto portable(const char* name, Args&&... args) {
   return op.call(std::forward<Args>(args)...);
 }
 
-// A side's gradient from what its blocks have gathered, as it lies (`sums`), transposed, or both: dx = scale sums,
-// in dx's dtype. Returns sum_i <sums_i, x_i>.
-inline double finish_side(const Side& side, const Blocks* sums, const Blocks* transposed, float scale, const Tensor& dx) {
+// <x_i, y_i> for all rows of two sides, unrounded.
+inline Tensor dot_rows(const Side& x, const Side& y) {
+  const Tensor dots = at::empty({x.count}, at::kFloat);
+  float* const dot = dots.mutable_data_ptr<float>();
+  const Blocks scratch(x.threads, 2 * x.dim * 4);
+  run(x.threads, x.cut.blocks, [&](int64_t b) {
+    for (int64_t i = x.first(b); i < x.first(b) + x.size(b); ++i)
+      dot[i] = static_cast<float>(
+          x.engine.tile.dot(x.rows[i], y.rows[i], x.rows.element, x.rows.dim, scratch.floats(slot(x.threads))));
+  });
+  return dots;
+}
+
+// A positive for each row of a side: the row of `other` with its number, and its weight.
+struct Positives {
+  const Side& other;
+  const float* weight;
+};
+
+// The gradient G = sums + transposed^T [+ weights of positives] of a side, from what its blocks have gathered as it
+// lies, transposed, or both: dx = scale G, in dx's dtype. Returns sum_i <G_i, x_i>.
+inline double finish_side(const Side& side, const Blocks* sums, const Blocks* transposed, const Positives* positives,
+                          float scale, const Tensor& dx) {
   const Tensor alongs = at::zeros({side.cut.blocks}, at::kDouble);
   double* const along = alongs.mutable_data_ptr<double>();
   const int64_t block = side.cut.block * side.dim;
@@ -334,8 +354,10 @@ inline double finish_side(const Side& side, const Blocks* sums, const Blocks* tr
     if (transposed) side.engine.tile.add_transposed(transposed->floats(b), side.padded(b), side.dim, gathered, spare);
     for (int64_t r = 0; r < side.size(b); ++r) {
       const int64_t i = side.first(b) + r;
-      along[b] += side.engine.tile.finish(side.rows[i], side.rows.element, side.rows.dim, gathered + r * side.dim, scale,
-                                          row, Side::element_of(dx), out + i * row_bytes);
+      along[b] += side.engine.tile.finish(side.rows[i], 1, positives ? positives->other.rows[i] : nullptr, 1,
+                                          positives ? positives->weight[i] : 0, scale, false, side.rows.element,
+                                          side.rows.dim, gathered + r * side.dim, row, Side::element_of(dx),
+                                          out + i * row_bytes);
     }
   });
   double total = 0;
