@@ -19,9 +19,19 @@ from fastssl.distributed import ProcessGroup, Ring, check_group, mean_over_proce
 from fastssl.ops import contrastive, current_backend, sigmoid
 from fastssl.ops._precision import accumulate_dtype, autocast_enabled, product_precision
 
-__all__ = ["clip_loss", "dcl", "info_nce", "nt_xent", "siglip_loss", "similarity_logsumexp", "sup_con"]
+__all__ = [
+    "clip_loss",
+    "dcl",
+    "info_nce",
+    "nt_xent",
+    "siglip_loss",
+    "similarity_logsumexp",
+    "sup_con",
+    "topk_similarity",
+]
 
 Sums = tuple[Tensor, Tensor]  # (total, shift) of the exponentials of similarities: log-sum-exp = log(total) + shift
+_TOPK_COLUMNS, _TOPK_ELEMENTS = 1 << 14, 1 << 22  # of a block of similarities
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -99,8 +109,7 @@ def similarity_logsumexp(
     """
     _check_rows("x", x, "(M, D)")
     _check_rows("y", y, "(N, D)")
-    if x.shape[1] != y.shape[1]:
-        raise ValueError(f"x and y must have the same number of features, got {tuple(x.shape)} and {tuple(y.shape)}")
+    _check_features("x", x, "y", y)
     _check_alike("x", x, "y", y)
     _check_scalar("scale", scale)
     if exclude is not None:
@@ -462,6 +471,62 @@ def siglip_loss(
     return _finish(loss / batch if reduction == "mean" else loss, "sum", image_features)
 
 
+@torch.no_grad()
+def topk_similarity(query: Tensor, bank: Tensor, k: int, *, normalize: bool = True) -> tuple[Tensor, Tensor]:
+    """The k rows of `bank` most similar to each row of `query`, as k-nearest-neighbour evaluation asks for them.
+
+    The M x N similarities are never stored: memory is O(M k) and a block. There are no gradients. The products are
+    float32 ones of 16-bit inputs too, and follow `torch.set_float32_matmul_precision`.
+
+    Args:
+        query: (M, D) rows; float32, bfloat16, float16 or float64.
+        bank: (N, D) rows, of query's dtype and device.
+        k: how many, from 1 to N.
+        normalize: divide each row by its Euclidean norm, as `torch.nn.functional.normalize` does.
+
+    Returns:
+        (values, indices), each (M, k): the similarities, descending, in float32, in float64 for float64; and the rows
+        of bank that have them, int64. Which of equal similarities are taken, and in which order, is unspecified, as
+        in `torch.topk`. NaN counts as the largest, as there.
+
+    Raises:
+        TypeError: if query or bank is no tensor, or k no integer.
+        ValueError: if shapes, dtypes or devices do not fit, or k is below 1 or above N.
+    """
+    _check_rows("query", query, "(M, D)")
+    _check_rows("bank", bank, "(N, D)")
+    _check_features("query", query, "bank", bank)
+    _check_alike("query", query, "bank", bank)
+    if not isinstance(k, int):
+        raise TypeError(f"k must be an integer, got {type(k).__name__}")
+    if not 1 <= k <= bank.shape[0]:
+        raise ValueError(f"k must be from 1 to the number of rows of bank, {bank.shape[0]}, got {k}")
+    columns = max(k, _TOPK_COLUMNS)
+    step = max(1, _TOPK_ELEMENTS // columns)
+    values = query.new_empty((query.shape[0], k), dtype=accumulate_dtype(query.dtype))
+    indices = query.new_empty((query.shape[0], k), dtype=torch.int64)
+    for row in range(0, query.shape[0], step):
+        rows = slice(row, row + step)
+        for column in range(0, bank.shape[0], columns):
+            S = _similarity(query[rows], bank[column : column + columns], normalize)
+            best = S.topk(min(k, S.shape[1]), dim=1)
+            found = best.indices + column
+            if column:
+                best = torch.cat([values[rows], best.values], 1).topk(k, dim=1)
+                found = torch.cat([indices[rows], found], 1).gather(1, best.indices)
+            values[rows], indices[rows] = best.values, found
+    return values, indices
+
+
+def _similarity(x: Tensor, y: Tensor, normalize: bool) -> Tensor:
+    """x y^T, in the dtype of sums, under autocast too."""
+    x, y = (_unit(t) if normalize else t.to(accumulate_dtype(t.dtype)) for t in (x, y))
+    if not autocast_enabled(x):
+        return x @ y.T
+    with torch.autocast(x.device.type, enabled=False):
+        return x @ y.T
+
+
 def _scalar(scalar: float | Tensor, x: Tensor) -> Tensor:
     """0-d, on x's device, in the dtype of sums."""
     dtype = accumulate_dtype(x.dtype)
@@ -653,6 +718,12 @@ def _check_rows(name: str, z: Tensor, shape: str, dims: int = 2) -> None:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(z.shape)}")
     if z.shape[-1] == 0:
         raise ValueError(f"{name} must have at least one feature, got shape {tuple(z.shape)}")
+
+
+def _check_features(name1: str, z1: Tensor, name2: str, z2: Tensor) -> None:
+    if z1.shape[1] != z2.shape[1]:
+        shapes = f"{tuple(z1.shape)} and {tuple(z2.shape)}"
+        raise ValueError(f"{name1} and {name2} must have the same number of features, got {shapes}")
 
 
 def _check_alike(name1: str, z1: Tensor, name2: str, z2: Tensor) -> None:
