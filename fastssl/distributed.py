@@ -68,7 +68,7 @@ def gather_rows(x: Tensor, group: ProcessGroup | None = None) -> Tensor:
 
 
 def mean_over_processes(x: Tensor, group: ProcessGroup | None = None) -> Tensor:
-    """The mean of x over the processes, in float32 or float64. Its gradient is the mean of the processes' gradients."""
+    """The mean of x over the processes, summed in float32 or float64. Its gradient is the mean of their gradients."""
     return _Mean.apply(x.to(torch.promote_types(x.dtype, torch.float32)), group).to(x.dtype)
 
 

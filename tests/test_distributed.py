@@ -6,7 +6,9 @@ import datetime
 import os
 import time
 from collections.abc import Callable
+from types import ModuleType
 
+import peers
 import pytest
 import torch
 import torch.distributed as dist
@@ -75,10 +77,11 @@ def _mean(x: torch.Tensor) -> torch.Tensor:
     return x / world_size()
 
 
-def _lightly():
-    from peers import lightly_nt_xent_loss
-
-    return lightly_nt_xent_loss()
+def _peer(name: str) -> ModuleType | None:
+    try:
+        return getattr(peers, name)()
+    except ImportError:
+        return None
 
 
 def _model() -> nn.Module:
@@ -105,14 +108,9 @@ def _check_loss_and_gradients() -> None:
         whole = out0.double().requires_grad_(), out1.double().requires_grad_()
         expected = NTXentLoss(temperature)(*whole)
         gradients = torch.autograd.grad(expected, whole)
-        losses = [NTXentLoss]
-        try:
-            losses.append(_lightly())
-        except ImportError:
-            pass
-        for loss in losses:
+        for module in filter(None, (fastssl.nn, _peer("lightly"))):
             parts = _mine(out0), _mine(out1)
-            value = loss(temperature, gather_distributed=True)(*parts)
+            value = module.NTXentLoss(temperature, gather_distributed=True)(*parts)
             torch.testing.assert_close(_mean(value).double(), expected.detach(), rtol=1e-5, atol=1e-6)
             for part, gradient in zip(torch.autograd.grad(value, parts), gradients, strict=True):
                 torch.testing.assert_close(
@@ -137,18 +135,15 @@ def _check_memory_bank() -> None:
     size = (world_size() * BATCH * 2 + 1, DIM)
     torch.manual_seed(3)
     single = NTXentLoss(0.2, size)
-    losses = {}
-    for name, loss in (("ours", NTXentLoss), ("lightly", None)):
-        try:
-            torch.manual_seed(3)
-            losses[name] = (loss or _lightly())(0.2, size, gather_distributed=True)
-        except ImportError:
-            pass
+    losses = []
+    for module in filter(None, (fastssl.nn, _peer("lightly"))):
+        torch.manual_seed(3)
+        losses.append(module.NTXentLoss(0.2, size, gather_distributed=True))
     for out0, out1 in _all_views(steps=4):
         whole = out0.clone().requires_grad_(), out1.clone().requires_grad_()
         expected = single(*whole)
         gradients = torch.autograd.grad(expected, whole)
-        for loss in losses.values():
+        for loss in losses:
             parts = _mine(out0), _mine(out1)
             value = loss(*parts)
             torch.testing.assert_close(_mean(value), expected.detach())
@@ -411,18 +406,9 @@ def _clip_formula(parts: list[Tensor], scale: Tensor, local_loss: bool, gather_w
     return sum(F.cross_entropy(scale * x @ y.T, own) for x, y in zip(anchors, rows[::-1], strict=True)) / 2
 
 
-def _open_clip():
-    from test_nn_losses import open_clip_losses
-
-    try:
-        return open_clip_losses()
-    except ImportError:
-        return None
-
-
 def _check_clip_modules() -> None:
     """Process by process, what open_clip's flags say, and its classes where they are."""
-    theirs, place = _open_clip(), {"rank": rank(), "world_size": world_size()}
+    theirs, place = _peer("open_clip"), {"rank": rank(), "world_size": world_size()}
     inputs = [F.normalize(_mine(x), dim=1).detach().requires_grad_() for x in _all_views()[0]]
     scale, bias = (torch.tensor(x, requires_grad=True) for x in (7.0, -3.0))
     for local_loss in (False, True):
@@ -462,10 +448,7 @@ def _check_dcl() -> None:
         scale = torch.tensor(temperature, requires_grad=True)
         expected, value = loss(scale)(*whole), loss(scale, gather_distributed=True)(*parts)
         _assert_parts_of([*whole, scale], [*parts, scale], expected, value, 1e-4)
-    try:
-        _lightly()
-        import lightly.loss as theirs
-    except ImportError:
+    if (theirs := _peer("lightly")) is None:
         return
     for name, args in (("DCLLoss", (0.2, lambda x, y: (x * y).exp().sum(1))), ("DCLWLoss", (0.2, 0.7))):
         values = [getattr(module, name)(*args, gather_distributed=True)(*parts) for module in (fastssl.nn, theirs)]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
+import inspect
+from collections.abc import Callable
 from types import ModuleType
 
+import peers
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import fastssl
 from fastssl import nn as ours
 
 
@@ -29,31 +32,21 @@ def _assert_agree(first: list[Tensor], second: list[Tensor], rtol: float = 1e-4,
         torch.testing.assert_close(x, y, rtol=rtol, atol=atol, check_dtype=False)
 
 
-def open_clip_losses() -> ModuleType:
-    """open_clip's module of losses alone: the package imports models and torchvision."""
-    package = importlib.util.find_spec("open_clip")
-    if package is None:
-        raise ImportError("open_clip is not installed")
-    path = f"{package.submodule_search_locations[0]}/loss.py"
-    spec = importlib.util.spec_from_file_location("open_clip_loss", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def open_clip() -> ModuleType:
+def _peer(load: Callable[[], ModuleType]) -> ModuleType:
     try:
-        return open_clip_losses()
+        return load()
     except ImportError as error:
         pytest.skip(str(error))
 
 
 @pytest.fixture(scope="module")
-def lightly(lightly_loss) -> ModuleType:
-    import lightly.loss
+def open_clip() -> ModuleType:
+    return _peer(peers.open_clip)
 
-    return lightly.loss
+
+@pytest.fixture(scope="module")
+def lightly() -> ModuleType:
+    return _peer(peers.lightly)
 
 
 @pytest.fixture(scope="module")
@@ -119,8 +112,6 @@ def test_open_clip_arguments(name, open_clip):
 
 
 def _parameters(function) -> list[tuple]:
-    import inspect
-
     return [(p.name, p.default, p.kind) for p in inspect.signature(function).parameters.values()]
 
 
@@ -382,8 +373,6 @@ def test_compile(name):
 @pytest.mark.parametrize("name", LOSSES)
 def test_reference_backend(name):
     """Modules follow `use_backend`, as functions do."""
-    import fastssl
-
     loss, inputs = getattr(ours, name)(), LOSSES[name]()
     with fastssl.use_backend("reference"):
         expected = _value_and_gradients(loss, inputs)
