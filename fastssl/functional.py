@@ -458,16 +458,15 @@ def siglip_loss(
         )
     scale, bias = _scalar(logit_scale, image_features), _scalar(logit_bias, image_features)
     batch = image_features.shape[0]
-    own = torch.arange(batch, device=image_features.device)
     inputs, precision = (image_features, text_features, scale, bias), product_precision(image_features)
     if group is None:
-        negatives, *_ = sigmoid.similarity_softplus(*inputs, own, _needs_gradient(*inputs), precision)
+        loss, *_ = sigmoid.siglip_loss(*inputs, _needs_gradient(*inputs), precision)
     else:
         names = "image_features", "text_features", "logit_scale", "logit_bias"
         ring = Ring(group, **dict(zip(names, inputs, strict=True)))
-        negatives = ring.similarity_softplus(*inputs, own, precision)
-    positive = _dot(image_features, text_features) * scale + bias
-    loss = negatives - F.logsigmoid(positive).sum()
+        own = torch.arange(batch, device=image_features.device)
+        positive = _dot(image_features, text_features) * scale + bias
+        loss = ring.similarity_softplus(*inputs, own, precision) - F.logsigmoid(positive).sum()
     return _finish(loss / batch if reduction == "mean" else loss, "sum", image_features)
 
 
@@ -617,16 +616,21 @@ def _pair_loss(
     The positive is the diagonal, or with labels all rows and columns of the same label alike, and then the largest
     are those of all.
     """
-    own = torch.arange(x.shape[0], device=x.device) if labels is None else None
-    sums = _pair_sums(x, y, scale, own, precision, ring)
-    rows, columns = (_logsumexp(*pair) for pair in sums)
-    if labels is None:
-        aligned = _dot(x, y)
-        loss = (_cross_entropy(rows, aligned * scale) + _cross_entropy(columns, aligned * scale)) / 2
+    if labels is None and ring is None:
+        loss, _, *sums = contrastive.clip_loss(x, y, scale, precision)
+        sums = sums[:2], sums[2:]
+        aligned = _dot(x, y) if label_smoothing else None
     else:
-        (of_y, count), (of_x, _) = _class_sums(y, labels), _class_sums(x, labels)
-        aligned = (_dot(x, of_y) + _dot(y, of_x)) / (2 * count)
-        loss = (rows + columns) / 2 - aligned * scale
+        own = torch.arange(x.shape[0], device=x.device) if labels is None else None
+        sums = _pair_sums(x, y, scale, own, precision, ring)
+        rows, columns = (_logsumexp(*pair) for pair in sums)
+        if labels is None:
+            aligned = _dot(x, y)
+            loss = (_cross_entropy(rows, aligned * scale) + _cross_entropy(columns, aligned * scale)) / 2
+        else:
+            (of_y, count), (of_x, _) = _class_sums(y, labels), _class_sums(x, labels)
+            aligned = (_dot(x, of_y) + _dot(y, of_x)) / (2 * count)
+            loss = (rows + columns) / 2 - aligned * scale
     if label_smoothing:
         loss = loss + label_smoothing * scale * (aligned - (_dot(x, _mean(y, ring)) + _dot(y, _mean(x, ring))) / 2)
     return loss, [_largest(pair) for pair in sums]

@@ -432,8 +432,7 @@ def _clip_loss_bad_inputs() -> Iterator[BadInput]:
 
 def _clip_loss_op_args(sample: Sample) -> tuple:
     x, y, scale = sample.args
-    own = None if "labels" in sample.kwargs else torch.arange(x.shape[0], device=x.device)
-    return x, y, scale_of(x, scale), own, precision_of(x)
+    return x, y, scale_of(x, scale), precision_of(x)
 
 
 def _sup_con_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
@@ -595,7 +594,6 @@ OpSpec(
     _clip_loss_bad_inputs,
     _clip_loss_op_args,
     _clip_loss_magnitude,
-    op="pair_logsumexp",
 )
 OpSpec(
     "sup_con",

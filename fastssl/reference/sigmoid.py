@@ -77,8 +77,7 @@ def _siglip_loss_bad_inputs() -> Iterator[BadInput]:
 
 def _siglip_loss_op_args(sample: Sample) -> tuple:
     x, y, scale, *bias = sample.args
-    own = torch.arange(x.shape[0], device=x.device)
-    return x, y, scale_of(x, scale), scale_of(x, bias[0] if bias else 0.0), own, True, precision_of(x)
+    return x, y, scale_of(x, scale), scale_of(x, bias[0] if bias else 0.0), True, precision_of(x)
 
 
 def _siglip_loss_magnitude(sample: Sample) -> float:
@@ -97,5 +96,4 @@ OpSpec(
     _siglip_loss_op_args,
     _siglip_loss_magnitude,
     reductions=("sum", "mean"),
-    op="similarity_softplus",
 )
