@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import fastssl
-from fastssl.distributed import gather_rows, rank, world_size
+from fastssl.distributed import Ring, gather_rows, rank, world_size
 from fastssl.functional import clip_loss, info_nce, siglip_loss
 from fastssl.nn import ClipLoss, DCLLoss, DCLWLoss, MemoryBank, NTXentLoss, SigLipLoss
 
@@ -331,6 +331,22 @@ def _check_half_precision() -> None:
         torch.testing.assert_close(_mean(value), expected.detach(), rtol=1e-2, atol=0)
 
 
+def _check_half_precision_sums() -> None:
+    """What comes from many processes is rounded once: as if the same numbers had come in float32."""
+    own, scale, gradients = torch.arange(BATCH), torch.tensor(2.0), []
+    for dtype in (torch.bfloat16, torch.float32):
+        x, y = (_mine(F.normalize(x, dim=1).bfloat16().to(dtype)) for x in _all_views()[0])
+        ring = Ring(dist.group.WORLD, x=x, y=y)
+        row, _, column, _ = ring.pair_logsumexp(x, y, scale, own, "bfloat16")
+        total, _ = ring.similarity_logsumexp(x, y, scale, own, "bfloat16")
+        softplus = ring.similarity_softplus(x, y, scale, torch.tensor(0.0), own, "bfloat16")
+        for value in (row.sum() + column.sum(), total.sum(), softplus):
+            gradients.append(torch.autograd.grad(value, (x, y)))
+    for half, exact in zip(gradients[:3], gradients[3:], strict=True):
+        for x, y in zip(half, exact, strict=True):
+            torch.testing.assert_close(x, y.bfloat16(), rtol=2**-7, atol=1e-6)
+
+
 def _check_subgroups() -> None:
     """The processes of even and of odd ranks, in the order of a group's own."""
     half = world_size() // 2
@@ -540,6 +556,7 @@ def _check_everything() -> None:
         _check_constants,
         _check_queue,
         _check_half_precision,
+        _check_half_precision_sums,
         _check_subgroups,
         _check_no_process_holds_the_batch,
         _check_towers_in_data_parallel,
