@@ -112,8 +112,9 @@ class Benchmark:
         """The oracle's answer."""
         if self.oracle:
             return self.oracle(*inputs)
-        exact = tuple(x.detach().double().requires_grad_(x.requires_grad) for x in inputs)
-        return forward_backward(self._loss(OPS[self.op].reference), exact)
+        exact = (x.detach().double() if x.is_floating_point() else x for x in inputs)
+        leaves = tuple(y.requires_grad_(x.requires_grad) for x, y in zip(inputs, exact, strict=True))
+        return forward_backward(self._loss(OPS[self.op].reference), leaves)
 
     def _loss(self, function: Loss) -> Loss:
         loss = functools.partial(function, **self.arguments)

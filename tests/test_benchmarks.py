@@ -51,19 +51,30 @@ def test_each_mode_takes_the_rate_of_its_products(nt_xent, mode, rate):
     assert result.floor_fraction == result.floor / result.median
 
 
-def test_the_oracle_is_the_reference_in_float64(nt_xent):
-    inputs = nt_xent.inputs((600, 24), torch.float64)
-    loss, gradients = nt_xent.expected(inputs)
-    expected, expected_gradients = registry.forward_backward(OPS["nt_xent"].reference, inputs)
-    torch.testing.assert_close(loss, expected)
-    torch.testing.assert_close(gradients, expected_gradients)
+SMALL = {2: (60, 24), 3: (70, 30, 24)}  # by the numbers that a size has
 
 
-def test_the_oracle_sums_blocks_of_rows(nt_xent, monkeypatch):
-    inputs = nt_xent.inputs((60, 8), torch.float64)
-    whole = nt_xent.expected(inputs)
-    monkeypatch.setattr(registry, "_BLOCK_ELEMENTS", 7 * 30)
-    torch.testing.assert_close(nt_xent.expected(inputs), whole)
+@pytest.mark.parametrize("op", registry.load())
+def test_the_oracle_is_the_reference_in_float64(op, monkeypatch):
+    benchmark = registry.load()[op]
+    inputs = benchmark.inputs(SMALL[len(benchmark.sizes[0])], torch.float64)
+    expected = replace(benchmark, oracle=None).expected(inputs)
+    for block_elements in (1 << 22, 7 * 70):  # one block, and one for seven rows
+        monkeypatch.setattr(registry, "_BLOCK_ELEMENTS", block_elements)
+        loss, gradients = benchmark.expected(inputs)
+        torch.testing.assert_close(loss, expected[0], check_dtype=False)
+        torch.testing.assert_close(gradients, expected[1], check_dtype=False)
+
+
+@pytest.mark.parametrize("mode", ["float32", "bfloat16"])
+@pytest.mark.parametrize("op", registry.load())
+def test_contestants_are_right(op, mode):
+    benchmark = registry.load()[op]
+    size = SMALL[len(benchmark.sizes[0])]
+    contestants = benchmark.contestants(size, mode, tuple(set(registry.BASELINES) - {"compile"}))
+    assert len(contestants) > 2
+    for result in measure.measure(benchmark, size, mode, contestants, RATES, 2):
+        assert not result.note or "No module named" in result.note
 
 
 def test_a_wrong_contestant_is_refused(nt_xent):
@@ -171,7 +182,7 @@ def test_runner(tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["sigmoids"], "family sigmoids is none of contrastive, nt_xent"),
+        (["sigmoids"], "family sigmoids is none of clip_loss, contrastive"),
         (["--dtype", "float8"], "float8 is none of float32, medium, bfloat16"),
         (["--against", "faster"], "faster is none of naive, compile, lightly"),
         (["--sizes", "8k"], "sizes look like 512,8192x128, got 8k"),

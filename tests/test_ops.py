@@ -26,6 +26,7 @@ from accuracy import (
 from torch import Tensor
 
 import fastssl
+from fastssl.ops import _portable
 from fastssl.ops._op import Op
 from fastssl.reference import OPS, Sample
 
@@ -73,6 +74,18 @@ def test_value_and_gradients(spec, sample, kernels):
     yardstick = _truth_and_eager(spec.name, sample.label, sample.args[0].dtype)
     sample = unreduced(spec, sample)
     assert_as_accurate_as_eager(spec, sample, evaluate(public(spec), sample), yardstick)
+
+
+@_cases(torch.float32)
+def test_portable_blocks(spec, sample, monkeypatch):
+    """Blocks of few rows, the last of them with fewer, in place of one block for all."""
+    if spec.magnitude(sample) > 1000:
+        pytest.skip("S_ij and S_ji, of different blocks, are rounded differently: too much for exponentials")
+    monkeypatch.setattr(_portable, "_BLOCK_ELEMENTS", 1000)
+    yardstick = _truth_and_eager(spec.name, sample.label, torch.float32)
+    sample = unreduced(spec, sample)
+    with fastssl.use_backend("portable"):
+        assert_as_accurate_as_eager(spec, sample, evaluate(public(spec), sample), yardstick)
 
 
 @_cases(torch.float32)
@@ -126,7 +139,8 @@ def test_autocast_returns_float32(spec, sample, backend):
 
 
 @_cases(torch.float64, where=_is_small)
-def test_derivatives_are_numerically_right(spec, sample):
+def test_derivatives_are_numerically_right(spec, sample, monkeypatch):
+    monkeypatch.setattr(_portable, "_BLOCK_ELEMENTS", 30)  # the derivatives of a sum over blocks
     sample = as_double(sample)
     leaves = leaves_of(sample)
 
