@@ -45,7 +45,7 @@ def lightly_nt_xent_loss() -> type[nn.Module]:
 
 
 class LightlyQueue(nn.Module):
-    """lightly's NTXentLoss on queries, keys and a queue, which it copies into its memory bank at the first call.
+    """lightly's NTXentLoss on queries, keys and a queue, which the first call with one of its size puts into its bank.
 
     Like lightly's, every call copies the bank, and then writes the keys into it.
     """
@@ -55,7 +55,7 @@ class LightlyQueue(nn.Module):
         self.temperature, self.criterion = temperature, None
 
     def forward(self, queries: Tensor, keys: Tensor, queue: Tensor) -> Tensor:
-        if self.criterion is None:
+        if self.criterion is None or self.criterion.memory_bank.bank.shape != queue.shape:
             self.criterion = lightly().NTXentLoss(self.temperature, tuple(queue.shape))
             self.criterion.memory_bank.bank = queue.clone()
         return self.criterion(queries, keys)
