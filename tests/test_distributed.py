@@ -466,7 +466,7 @@ def _check_dcl() -> None:
         _assert_parts_of([*whole, scale], [*parts, scale], expected, value, 1e-4)
     if (theirs := _peer("lightly")) is None:
         return
-    for name, args in (("DCLLoss", (0.2, lambda x, y: (x * y).exp().sum(1))), ("DCLWLoss", (0.2, 0.7))):
+    for name, args in (("DCLLoss", (0.2, lambda x, y: (x * y).exp().sum(1) + x[:, 0])), ("DCLWLoss", (0.2, 0.7))):
         values = [getattr(module, name)(*args, gather_distributed=True)(*parts) for module in (fastssl.nn, theirs)]
         torch.testing.assert_close(*values)
         for x, y in zip(*(torch.autograd.grad(v, parts) for v in values), strict=True):
