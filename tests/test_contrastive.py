@@ -364,7 +364,7 @@ def test_metrics_are_what_they_say(backend):
 
 def test_metrics_of_one_pair_and_of_none(backend):
     for loss in (info_nce, lambda a, b, **kw: clip_loss(a, b, 2.0, **kw)):
-        _, metrics = loss(_rows(1, 4), _rows(1, 4, seed=1), return_metrics=True)
+        _, metrics = loss(_rows(1, 4), -_rows(1, 4), return_metrics=True)
         assert all(metric == 1 for name, metric in metrics.items() if name.endswith("accuracy"))
         _, metrics = loss(_rows(0, 4), _rows(0, 4), return_metrics=True)
         assert all(metric.isnan() for metric in metrics.values())
@@ -380,6 +380,17 @@ def test_metrics_compile():
     ):
         compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(), function())
+
+
+@pytest.mark.parametrize("variant", ["", "_portable"])
+@pytest.mark.parametrize("exclude", [None, torch.arange(9) - 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_opcheck_of_rectangles(dtype, exclude, variant):
+    """pair_logsumexp, which a ring of processes runs on its own rows and another's."""
+    x, y = _rows(9, 8, dtype=dtype).requires_grad_(), _rows(8, 5, seed=1, dtype=dtype).T.requires_grad_()
+    scale = torch.tensor(2.0, dtype=torch.float64 if dtype == torch.float64 else torch.float32, requires_grad=True)
+    op = getattr(torch.ops.fastssl, f"pair_logsumexp{variant}").default
+    torch.library.opcheck(op, (x, y, scale, exclude, str(dtype).removeprefix("torch.")))
 
 
 def test_a_moco_queue_may_move_on_before_the_backward_pass(backend):

@@ -81,6 +81,18 @@ def test_a_small_loss_keeps_its_digits(kernels):
     torch.testing.assert_close(loss, torch.tensor(32 * -25.0).div(32).exp() * 32, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("variant", ["", "_portable"])
+@pytest.mark.parametrize("exclude", [None, torch.arange(9) - 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_opcheck_of_rectangles(dtype, exclude, variant):
+    """similarity_softplus, which a ring of processes runs on its own rows and another's."""
+    x, y = _unit(9, 8, dtype=dtype).requires_grad_(), _unit(8, 5, seed=1, dtype=dtype).T.requires_grad_()
+    sums = torch.float64 if dtype == torch.float64 else torch.float32
+    scalars = (torch.tensor(value, dtype=sums, requires_grad=True) for value in (10.0, -3.0))
+    op = getattr(torch.ops.fastssl, f"similarity_softplus{variant}").default
+    torch.library.opcheck(op, (x, y, *scalars, exclude, True, str(dtype).removeprefix("torch.")))
+
+
 def test_the_value_is_the_same_without_gradients(backend):
     x, y = _unit(70, 20), _unit(70, 20, seed=1)
     value = siglip_loss(x, y, 10.0, -10.0)
