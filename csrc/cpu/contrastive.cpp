@@ -15,8 +15,9 @@
 //
 // Algorithms and costs, in units U = 2 M N D of floating-point operations (one product):
 //
-// Rows. A thread owns blocks of rows and goes through the columns. As flash attention does, it takes sum_j E_ij y_j
-// beside sum_j E_ij: dL/dX is then a scaling. 2 U, and nothing of Y is read again, which suits a queue. Y's own
+// Rows. As flash attention does, the forward pass takes sum_j E_ij y_j beside sum_j E_ij: dL/dX is then a scaling. 2 U,
+// and nothing of Y is read again, which suits a queue. A thread owns a range of columns, packs one block of them at a
+// time, and meets all rows with it: no copy of the queue is made. The threads' sums are united at the end. Y's own
 // gradient, where wanted, is another 2 U, by threads that own columns.
 //
 // Rows and columns. Forward, a tile's exponentials go into the sums of its rows and of its columns: 1 U. Backward, the
@@ -512,30 +513,33 @@ std::tuple<Tensor, Tensor, Tensor> similarity_logsumexp(const Tensor& x_, const 
   const Tensor exclude = checked_exclude(exclude_, x_);
   const Engine engine(precision);
   const int threads = threads_for(x_.size(0), y_.size(0), x_.size(1));
-  const Side x(x_, kRows, engine, threads), y(y_, kColumns | (weigh ? kWeighed : 0), engine, threads);
+  const Side x(x_, kRows, engine, threads), y(y_, kColumns | (weigh ? kWeighed : 0), engine, threads, true);
   const Exponent e(scale, x, y);
   const Similarities S{x, y, e.excluded, data_of(exclude), false};
-  // Few rows: their columns are split between tasks, each with sums of its own.
-  const int64_t wanted = threads == 1 ? 1 : pieces(2 * threads, std::max<int64_t>(x.cut.blocks, 1));
-  const int64_t splits = std::max<int64_t>(std::min(wanted, y.cut.blocks), 1), padded = x.padded_count();
+  // The columns are split between threads, each with sums of its own; and where there are too few columns, the rows.
+  const int64_t splits = std::max<int64_t>(std::min<int64_t>(threads, y.cut.blocks), 1), padded = x.padded_count();
+  const int64_t shares = pieces(threads, splits);
   const Sums parts(splits * padded, e);
   const Blocks tile(threads, x.cut.block * y.cut.block * 4);
   const Blocks narrow(threads, weigh && engine.half() ? x.cut.block * y.cut.block * 2 : 0);
   const Blocks weighted_parts(splits * x.cut.blocks, weigh ? x.cut.block * x.dim * 4 : 0);
   const ContrastiveTiles& f = FASTSSL_TABLE_IN_USE(contrastive_tiles);
-  run(threads, splits * x.cut.blocks, [&](int64_t task) {
-    const int64_t split = task / x.cut.blocks, I = task % x.cut.blocks, m = x.padded(I);
+  run(threads, splits * shares, [&](int64_t task) {
+    const int64_t split = task / shares, share = task % shares;
+    const int64_t begin = x.cut.blocks * share / shares, end = x.cut.blocks * (share + 1) / shares;
     float* const s = tile.floats(slot(threads));
     void* const half = narrow[slot(threads)];
-    float* const weighted = weighted_parts.floats(task);
-    double* const total = parts.total + split * padded + x.first(I);
-    float* const extreme = parts.extreme + split * padded + x.first(I);
-    if (weigh) std::fill_n(weighted, m * x.dim, 0.f);
+    const auto weighted = [&](int64_t I) { return weighted_parts.floats(split * x.cut.blocks + I); };
+    for (int64_t I = begin; weigh && I < end; ++I) std::fill_n(weighted(I), x.padded(I) * x.dim, 0.f);
     for (int64_t J = y.cut.blocks * split / splits; J < y.cut.blocks * (split + 1) / splits; ++J) {
-      const int64_t n = y.padded(J);
-      S(I, J, s);
-      f.exponentials(s, n, m, n, e.c, e.shared ? &e.origin : nullptr, total, extreme, weighted, weigh ? x.dim : 0, half);
-      if (weigh) engine.multiply(m, x.dim, n, true, half ? half : s, y.weighed(J), weighted);
+      y.prepare(J);
+      for (int64_t I = begin; I < end; ++I) {
+        const int64_t m = x.padded(I), n = y.padded(J), at = split * padded + x.first(I);
+        S(I, J, s);
+        f.exponentials(s, n, m, n, e.c, e.shared ? &e.origin : nullptr, parts.total + at, parts.extreme + at,
+                       weighted(I), weigh ? x.dim : 0, half);
+        if (weigh) engine.multiply(m, x.dim, n, true, half ? half : s, y.weighed(J), weighted(I));
+      }
     }
   }, [&] { engine.release(); });
 
@@ -594,13 +598,14 @@ std::tuple<Tensor, Tensor, Tensor> similarity_logsumexp_backward(
   const Tensor exclude = checked_exclude(exclude_, x_);
   const Engine engine(precision);
   const int threads = threads_for(x_.size(0), y_.size(0), x_.size(1));
-  const Side x(x_, kRows | kWeighing, engine, threads), y(y_, kColumns, engine, threads);
+  const Side x(x_, kRows | kWeighing, engine, threads), y(y_, kColumns, engine, threads, true);
   const Exponent e(scale, x, y);
   const Coefficients rows(gradient, shift, x, e);
   const Similarities S{x, y, e.excluded, data_of(exclude), false};
   const Weights weights(S, e, &rows, nullptr);
   const Blocks transposed = y.zero_sums();
   run(threads, y.cut.blocks, [&](int64_t J) {
+    y.prepare(J);
     for (int64_t I = 0; I < x.cut.blocks; ++I) {
       S(I, J, weights.tile_of());
       weights.multiply(I, J, nullptr, &transposed);

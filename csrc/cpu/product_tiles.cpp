@@ -94,6 +94,16 @@ float pack(const Rows& rows, int64_t first, int64_t count, int64_t padded_rows, 
   return normalize ? 1.f : static_cast<float>(largest);
 }
 
+float largest_square(const Rows& rows, int64_t first, int64_t count, float* scratch) {
+  double largest = 0;
+  for (int64_t r = 0; r < count; ++r) {
+    load_row(rows[first + r], rows.element, rows.dim, 1, scratch);
+    const double square = dot(scratch, scratch, (rows.dim + 31) / 32 * 32);
+    largest = square <= largest ? largest : square;
+  }
+  return static_cast<float>(largest);
+}
+
 void add_transposed(const float* transposed, int64_t rows, int64_t dim, float* sums, float* scratch) {
   transpose(reinterpret_cast<const int32_t*>(transposed), rows, dim, rows, reinterpret_cast<int32_t*>(scratch), dim);
   for (int64_t i = 0; i < rows * dim; i += kLanes) store(sums + i, load(sums + i) + load(scratch + i));
@@ -126,6 +136,6 @@ double dot_rows(const void* x, const void* y, Element element, int64_t dim, floa
 }  // namespace
 
 extern const ProductTiles product_tiles;
-const ProductTiles product_tiles = {pack, add_transposed, finish, dot_rows, gemm};
+const ProductTiles product_tiles = {pack, largest_square, add_transposed, finish, dot_rows, gemm};
 
 }  // namespace fastssl::FASTSSL_ISA

@@ -45,6 +45,9 @@ struct ProductTiles {
   float (*pack)(const Rows& rows, int64_t first, int64_t count, int64_t padded_rows, int64_t padded_dim, bool normalize,
                 Operand operand, float* inverse_norm, float* scratch, const Packed& out);
 
+  // The largest |x|^2 of rows [first, first + count). `scratch`: padded dim floats.
+  float (*largest_square)(const Rows& rows, int64_t first, int64_t count, float* scratch);
+
   // sums (rows, dim) += transposed (dim, rows)^T, all padded. `scratch`: rows x dim floats.
   void (*add_transposed)(const float* transposed, int64_t rows, int64_t dim, float* sums, float* scratch);
 

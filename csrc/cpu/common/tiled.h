@@ -179,7 +179,8 @@ enum Role : int {
   kWeighing = 8,  // Z in Z^T W
 };
 
-// One side of S: the rows of a tensor, or of two on top of each other, (normalised and) packed block by block.
+// One side of S: the rows of a tensor, or of two on top of each other, (normalised and) packed block by block. A lazy
+// one is not packed as a whole: a thread calls prepare(b) before it uses block b, and keeps one block at a time.
 struct Side {
   Tensor first_part, second_part;
   Rows rows;
@@ -188,14 +189,16 @@ struct Side {
   const Engine& engine;
   int threads;
   Cut cut;
-  Blocks left, right, right_pairs, left_columns;
+  bool normalize, lazy;
+  Blocks left, right, right_pairs, left_columns, scratch;
   Tensor inverse_norm;
   float largest_square = 0;  // max |z_i|^2, 1 where rows are normalised, NaN where one is
 
-  Side(const Tensor& x, int roles, const Engine& engine, int threads)
-      : Side(x, x.narrow(0, 0, 0), false, roles, engine, threads) {}
+  Side(const Tensor& x, int roles, const Engine& engine, int threads, bool lazy = false)
+      : Side(x, x.narrow(0, 0, 0), false, roles, engine, threads, lazy) {}
 
-  Side(const Tensor& x1, const Tensor& x2, bool normalize, int roles, const Engine& engine, int threads)
+  Side(const Tensor& x1, const Tensor& x2, bool normalize, int roles, const Engine& engine, int threads,
+       bool lazy = false)
       : first_part(x1.stride(1) == 1 ? x1 : x1.contiguous()),
         second_part(x2.stride(1) == 1 ? x2 : x2.contiguous()),
         rows{{first_part.const_data_ptr(), second_part.const_data_ptr()},
@@ -208,23 +211,35 @@ struct Side {
         engine(engine),
         threads(threads),
         cut(count, x1.size(1), threads),
-        left(cut.blocks, roles & (kRows | (engine.half() ? 0 : kWeighed)) ? block_bytes() : 0),
-        right(cut.blocks, roles & (kColumns | (engine.half() ? 0 : kWeighing)) ? block_bytes() : 0),
-        right_pairs(cut.blocks, engine.half() && (roles & kWeighed) ? block_bytes() : 0),
-        left_columns(cut.blocks, engine.half() && (roles & kWeighing) ? block_bytes() : 0),
+        normalize(normalize),
+        lazy(lazy),
+        left(places(), roles & (kRows | (engine.half() ? 0 : kWeighed)) ? block_bytes() : 0),
+        right(places(), roles & (kColumns | (engine.half() ? 0 : kWeighing)) ? block_bytes() : 0),
+        right_pairs(places(), engine.half() && (roles & kWeighed) ? block_bytes() : 0),
+        left_columns(places(), engine.half() && (roles & kWeighing) ? block_bytes() : 0),
+        scratch(threads, 2 * cut.block * dim * 4),
         inverse_norm(at::empty({count}, at::kFloat)) {
-    const Blocks scratch(threads, 2 * cut.block * dim * 4);
     const Tensor squares = at::zeros({cut.blocks}, at::kFloat);
     float* square = squares.mutable_data_ptr<float>();
     run(threads, cut.blocks, [&](int64_t b) {
-      const Packed out{left[b], right[b], right_pairs[b], left_columns[b]};
-      square[b] = engine.tile.pack(rows, first(b), size(b), padded(b), dim, normalize, engine.operand,
-                                   inverse_norm.mutable_data_ptr<float>() + first(b),
-                                   scratch.floats(slot(threads)), out);
+      square[b] = lazy ? engine.tile.largest_square(rows, first(b), size(b), scratch.floats(slot(threads))) : prepare(b);
     });
     for (int64_t b = 0; b < cut.blocks; ++b)
       largest_square = square[b] <= largest_square ? largest_square : square[b];  // keeps a NaN
+    if (!lazy) scratch.memory = Tensor();
   }
+
+  // Packs block b, and returns its largest |z|^2.
+  float prepare(int64_t b) const {
+    const int64_t at = place(b);
+    const Packed out{left[at], right[at], right_pairs[at], left_columns[at]};
+    return engine.tile.pack(rows, first(b), size(b), padded(b), dim, normalize, engine.operand,
+                            inverse_norm.mutable_data_ptr<float>() + first(b), scratch.floats(slot(threads)), out);
+  }
+
+  // Where block b is packed.
+  int64_t places() const { return lazy ? threads : cut.blocks; }
+  int64_t place(int64_t b) const { return lazy ? slot(threads) : b; }
 
   static Element element_of(const Tensor& x) {
     return x.scalar_type() == at::kFloat ? Element::Float32 : x.scalar_type() == at::kHalf ? Element::Float16
@@ -236,9 +251,11 @@ struct Side {
   int64_t padded(int64_t b) const { return round_up(size(b), kPadding); }
   int64_t padded_count() const { return cut.blocks * cut.block; }
 
-  // Operands of W Z and of Z^T W.
-  const void* weighed(int64_t b) const { return engine.half() ? right_pairs[b] : left[b]; }
-  const void* weighing(int64_t b) const { return engine.half() ? left_columns[b] : right[b]; }
+  // Block b as each operand.
+  const void* as_rows(int64_t b) const { return left[place(b)]; }
+  const void* as_columns(int64_t b) const { return right[place(b)]; }
+  const void* weighed(int64_t b) const { return engine.half() ? right_pairs[place(b)] : left[place(b)]; }
+  const void* weighing(int64_t b) const { return engine.half() ? left_columns[place(b)] : right[place(b)]; }
 
   // Sums of dim floats per row, zero; or with `transposed` per block (dim, rows).
   Blocks zero_sums() const {
@@ -265,7 +282,7 @@ struct Similarities {
   bool diagonal;           // leave out the diagonal, where x and y are one side
 
   void compute(int64_t I, int64_t J, float* S) const {
-    x.engine.multiply(x.padded(I), y.padded(J), x.dim, false, x.left[I], y.right[J], S);
+    x.engine.multiply(x.padded(I), y.padded(J), x.dim, false, x.as_rows(I), y.as_columns(J), S);
   }
 
   void exclude_from(int64_t I, int64_t J, float* S) const {
