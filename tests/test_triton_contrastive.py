@@ -1,4 +1,4 @@
-"""NT-Xent's Triton kernels, on any machine: their values in the interpreter, their code for GPUs that are not there.
+"""The Triton kernels, on any machine: their values in the interpreter, their code for GPUs that are not there.
 
 FASTSSL_TRITON_SWEEP=1 compiles every configuration of every kernel for every architecture instead of a selection, and
 has the assembler count spills:
@@ -19,7 +19,9 @@ import torch
 pytest.importorskip("triton")
 from triton_checks.compile_gate import (  # noqa: E402
     PRECISIONS,
+    PRODUCTS,
     SHARED_MEMORY,
+    SUMS,
     TENSOR_CORES,
     Case,
     compile_case,
@@ -32,13 +34,14 @@ SWEEP = os.environ.get("FASTSSL_TRITON_SWEEP") == "1"
 TESTS = Path(__file__).parent
 
 
+@pytest.mark.parametrize("file", ["numerics", "numerics_sums"])
 @pytest.mark.parametrize("interpret", ["1", "0"])
-def test_numerics(interpret):
+def test_numerics(interpret, file):
     if interpret == "0" and not torch.cuda.is_available():
         pytest.skip("needs a GPU")
     environment = os.environ | {"TRITON_INTERPRET": interpret, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "triton_checks/numerics.py"],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"triton_checks/{file}.py"],
         cwd=TESTS,
         env=environment | {"PYTHONPATH": os.pathsep.join(filter(None, (str(TESTS), os.environ.get("PYTHONPATH"))))},
         capture_output=True,
@@ -51,14 +54,16 @@ def _cases() -> list[Case]:
     if SWEEP:
         everything = [c for capability in SHARED_MEMORY for p in PRECISIONS for c in product_cases(capability, p)]
         return everything + [c for capability in SHARED_MEMORY for c in row_cases(capability)]
-    # The first configuration of each kernel for some pairs, every one for Hopper's bfloat16.
-    cases = list(product_cases(90, "bfloat16"))
-    for capability, precision in [(80, "float32"), (80, "bfloat16"), (90, "tf32"), (100, "float16"), (120, "tf32")]:
+    # NT-Xent and CLIP, which compute most: every configuration for Hopper's bfloat16. Else the first of each kernel.
+    cases = [case for case in product_cases(90, "bfloat16") if case.variant in ("nt_xent", "pair")]
+    for capability, precision in [(90, "bfloat16"), (80, "float32"), (80, "bfloat16"), (90, "tf32"), (100, "float16"),
+                                  (120, "tf32")]:  # fmt: skip
         first = {}
         for case in product_cases(capability, precision):
             constants = dict(case.constants)
-            first.setdefault((case.kernel, constants.get("D"), constants.get("T")), case)
-        cases += first.values()
+            first.setdefault((case.kernel, case.variant, constants.get("D"), constants.get("T")), case)
+        # Tiles of 64 and narrow rows of 64 use less than those of 128.
+        cases += [case for (*_, d, t), case in first.items() if case not in cases and 64 not in (d, t)]
     return cases + [c for c in row_cases(80, (128,)) if ("NORMALIZE", False) not in c.constants]
 
 
@@ -75,9 +80,9 @@ def test_compiles_without_spills_and_within_the_card(case):
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("capability", SHARED_MEMORY)
 def test_every_card_keeps_a_configuration(capability, precision):
-    kept = {(case.kernel, dict(case.constants).get("T"), dict(case.constants).get("D"))
+    kept = {(case.kernel, case.variant, dict(case.constants).get("T"), dict(case.constants).get("D"))
             for case in product_cases(capability, precision)}  # fmt: skip
-    assert len(kept) == (2 if precision == "float32" else 5)
+    assert len(kept) == len(SUMS) + len(PRODUCTS) if precision == "float32" else 2 * len(SUMS) + 3 * len(PRODUCTS)
 
 
 def test_shared_memory_prunes():

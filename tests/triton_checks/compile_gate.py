@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from fastssl.kernels import contrastive as kernels
+from fastssl.kernels import _tiles, contrastive
 
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma", 120: "mma.sync"}
@@ -26,10 +26,54 @@ PRECISIONS = {"float32": "fp32", "tf32": "fp32", "bfloat16": "bf16", "float16": 
 _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 _MULTIPLES_OF_16 = ("PADDED", "padded_rows", "D")
 _TUNED = {
-    "_forward_tile": kernels._forward_needs,
-    "_backward_narrow": kernels._narrow_needs,
-    "_backward_wide": kernels._wide_needs,
+    "_forward_tile": (contrastive._forward_tile, contrastive._forward_needs),
+    "accumulate_narrow": (_tiles.accumulate_narrow, _tiles.narrow_needs),
+    "accumulate_wide": (_tiles.accumulate_wide, _tiles.wide_needs),
 }
+_ROWS = {
+    "prepare": _tiles.prepare,
+    "collect": _tiles.collect,
+    "_project": contrastive._project,
+    "_merge": contrastive._merge,
+}
+# What a launcher does not pass. With `exclude` the variants compute more, so those without it are left out.
+_NO_EXCLUDE = {"exclude": None}
+_NO_COLUMNS = {"column_tops": None, "column_sums": None}
+_NO_RUNNING = {"tops": None, "totals": None, "losses": None}
+_NO_ROWS = {"row_shift": None, "row_factor": None}
+_NO_FACTORS = {**_NO_ROWS, "column_shift": None, "column_factor": None, "peak": None}
+SUMS = {
+    "nt_xent": {"EXCLUDE": "partner", "SYMMETRIC": True, **_NO_EXCLUDE},
+    "self": {"EXCLUDE": "diagonal", "SYMMETRIC": True, **_NO_EXCLUDE, "aligned": None},
+    "pair": {"EXCLUDE": "row", "SYMMETRIC": False, "aligned": None},
+    "rows": {"EXCLUDE": "row", "SYMMETRIC": False, "aligned": None, **_NO_COLUMNS},
+}
+PRODUCTS = {
+    "nt_xent": {"WEIGHT": "both", "EXCLUDE": "partner", "bias": None, **_NO_EXCLUDE, **_NO_RUNNING},
+    "self": {"WEIGHT": "both", "EXCLUDE": "diagonal", "bias": None, "aligned": None, **_NO_EXCLUDE, **_NO_RUNNING},
+    "pair": {"WEIGHT": "both", "EXCLUDE": "row", "bias": None, "aligned": None, **_NO_RUNNING},
+    "dy": {"WEIGHT": "column", "EXCLUDE": "column", "bias": None, "aligned": None, **_NO_ROWS, **_NO_RUNNING},
+    "softmax": {"WEIGHT": "softmax", "EXCLUDE": "row", "bias": None, "aligned": None, "losses": None, **_NO_FACTORS},
+    "sigmoid": {"WEIGHT": "sigmoid", "EXCLUDE": "row", "aligned": None, **_NO_FACTORS},
+    "sigmoid_dy": {"WEIGHT": "sigmoid", "EXCLUDE": "column", "aligned": None, "losses": None, **_NO_FACTORS},
+    "sigmoid_loss": {
+        "WEIGHT": "sigmoid",
+        "EXCLUDE": "row",
+        "aligned": None,
+        "gradient": None,
+        "tops": None,
+        "totals": None,
+        **_NO_FACTORS,
+    },
+}
+_COLLECTED = {
+    "both": {"tops": None, "totals": None, "shift": None, "total": None},
+    "softmax": {"scale": None, "peak": None, "share": None},
+    "sigmoid": {"peak": None, "shift": None},
+}
+
+
+_SHOWN = ("T", "D", "BM", "BN", "BK", "BR", "BD", "NORMALIZE")
 
 
 @dataclass(frozen=True)
@@ -37,6 +81,7 @@ class Case:
     """A specialisation: `kernel` with `constants`, for inputs of `rows` dtype and products of `precision`."""
 
     kernel: str
+    variant: str
     capability: int
     precision: str
     rows: str
@@ -45,8 +90,8 @@ class Case:
     stages: int = 3
 
     def __str__(self) -> str:
-        constants = "-".join(f"{name}{value}" for name, value in self.constants if name != "PRECISION")
-        problem = f"sm{self.capability}-{self.kernel}-{self.precision}-{self.rows}"
+        constants = "-".join(f"{name}{value}" for name, value in self.constants if name in _SHOWN)
+        problem = f"sm{self.capability}-{self.kernel}-{self.variant}-{self.precision}-{self.rows}"
         return f"{problem}-{constants}-w{self.warps}-s{self.stages}"
 
 
@@ -63,48 +108,62 @@ class Usage:
 
 def suited(kernel: str, capability: int, precision: str, **arguments: Any) -> list[triton.Config]:
     """The configurations that autotuning would try on a device of this capability."""
-    named = {"z": torch.empty(0, dtype=kernels._DTYPES[precision]), **arguments}
-    configs = getattr(kernels, kernel).configs
-    return kernels._suited(_TUNED[kernel], configs, named, capability, SHARED_MEMORY[capability])
+    named = {"left": torch.empty(0, dtype=_tiles.DTYPES[precision]), **arguments}
+    tuned, needs = _TUNED[kernel]
+    return _tiles.suited(needs, tuned.configs, named, capability, SHARED_MEMORY[capability])
 
 
 def product_cases(capability: int, precision: str) -> Iterator[Case]:
     """The kernels that multiply. D is a runtime argument of the wide ones: one specialisation serves every D."""
-    input_precision = kernels._input_precision(precision)
-    problems: list[tuple[str, dict[str, int]]] = [("_forward_tile", {"T": 64}), ("_backward_wide", {})]
-    if precision != "float32":
-        problems += [("_forward_tile", {"T": 128}), ("_backward_narrow", {"D": 64}), ("_backward_narrow", {"D": 128})]
-    for kernel, problem in problems:
+    input_precision = _tiles.input_precision(precision)
+    short = precision != "float32"
+    problems = [
+        ("_forward_tile", name, {"T": t, **SUMS[name]}) for name in SUMS for t in ((64, 128) if short else (64,))
+    ]
+    problems += [("accumulate_wide", name, PRODUCTS[name]) for name in PRODUCTS]
+    if short:
+        problems += [("accumulate_narrow", name, {"D": d, **PRODUCTS[name]}) for name in PRODUCTS for d in (64, 128)]
+    for kernel, name, problem in problems:
         constants = {**problem, "PRECISION": input_precision}
         for config in suited(kernel, capability, precision, **constants):
             items = tuple({**constants, **config.kwargs}.items())
-            yield Case(kernel, capability, precision, PRECISIONS[precision], items, config.num_warps, config.num_stages)
+            yield Case(
+                kernel, name, capability, precision, PRECISIONS[precision], items, config.num_warps, config.num_stages
+            )
 
 
 def row_cases(capability: int, dims: tuple[int, ...] = (64, 128, 256, 512, 768, 1024)) -> Iterator[Case]:
     """The kernels over rows, one for each width that `dims` need, and the merging of slots."""
-    blocks = {tuple(kernels._row_block(dim).items()) for dim in dims}
+    blocks = {tuple(_tiles.row_block(dim).items()) for dim in dims}
     dtypes = [("float32", "fp32"), ("bfloat16", "bf16"), ("bfloat16", "fp32"), ("float16", "fp16"), ("float16", "fp32")]
-    for block, normalize, (precision, rows) in itertools.product(sorted(blocks), (True, False), dtypes):
-        for kernel in ("_prepare", "_project"):
-            yield Case(kernel, capability, precision, rows, (("NORMALIZE", normalize), *block))
-    yield Case("_merge", capability, "float32", "fp32", (("SLOTS", 2 * kernels._BAND), ("BR", 16)))
+    for block, (precision, rows) in itertools.product(sorted(blocks), dtypes):
+        for normalize in (True, False):
+            for kernel in ("prepare", "_project"):
+                yield Case(kernel, "", capability, precision, rows, (("NORMALIZE", normalize), *block))
+        for weight, absent in _COLLECTED.items():
+            constants = (("WEIGHT", weight), *absent.items(), *block)
+            yield Case("collect", weight, capability, precision, rows, constants, warps=8)
+    for name, absent, slots in (("nt_xent", {}, 2), ("self", {"aligned": None, "loss": None}, 2),
+                                ("pair", {"aligned": None, "loss": None}, 4)):  # fmt: skip
+        constants = {"SYMMETRIC": slots == 2, "T": 64, "SLOTS": slots * contrastive._BAND, "BR": 16, **absent}
+        yield Case("_merge", name, capability, "float32", "fp32", tuple(constants.items()))
 
 
 def compile_case(case: Case, count_spills: bool = False) -> Usage:
     """Compile, and read the resources from the cubin; `count_spills` asks the assembler as well."""
-    kernel = getattr(kernels, case.kernel)
-    kernel = getattr(kernel, "fn", kernel) if case.kernel in _TUNED else kernel
+    kernel = _TUNED[case.kernel][0].fn if case.kernel in _TUNED else _ROWS[case.kernel]
     constants = dict(case.constants)
-    if "row_stride1" in kernel.arg_names:
-        constants |= {"column_stride1": 1, "column_stride2": 1}  # contiguous rows
+    for stride in ("column_stride1", "column_stride2", "column_stride"):
+        if stride in kernel.arg_names:
+            constants[stride] = 1  # contiguous rows
     types = {
-        "z": PRECISIONS[case.precision],
-        "inverse": "fp64",
-        "dscale": "fp64",
-        **dict.fromkeys(("z1", "z2", "dz1", "dz2"), case.rows),
-        **dict.fromkeys(("scale", "tops", "sums", "aligned", "loss", "shift", "total"), "fp32"),
-        **dict.fromkeys(("grad_loss", "peak", "gradient"), "fp32"),
+        "exclude": "i64",
+        **dict.fromkeys(("inverse", "dscale", "share"), "fp64"),
+        **dict.fromkeys(("z", "left", "right"), PRECISIONS[case.precision]),
+        **dict.fromkeys(("z1", "z2", "dz1", "dz2", "x", "out"), case.rows),
+        **dict.fromkeys(("scale", "bias", "aligned", "loss", "losses", "shift", "total", "coefficient"), "fp32"),
+        **dict.fromkeys(("tops", "sums", "totals", "row_tops", "row_sums", "column_tops", "column_sums"), "fp32"),
+        **dict.fromkeys(("row_shift", "row_factor", "column_shift", "column_factor", "peak", "gradient"), "fp32"),
     }
     signature, attributes = {}, {}
     for index, name in enumerate(kernel.arg_names):
@@ -115,7 +174,7 @@ def compile_case(case: Case, count_spills: bool = False) -> Usage:
     compiled = triton.compile(
         ASTSource(kernel, signature, constants, attributes),
         target=GPUTarget("cuda", case.capability, 32),
-        options={"num_warps": case.warps, "num_stages": case.stages, **kernels._OPTIONS},
+        options={"num_warps": case.warps, "num_stages": case.stages, **_tiles.OPTIONS},
     )
     with tempfile.TemporaryDirectory() as folder:
         cubin, ptx = Path(folder, "kernel.cubin"), Path(folder, "kernel.ptx")

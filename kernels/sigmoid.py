@@ -1,0 +1,63 @@
+"""The sigmoid contrastive loss (SigLIP) on the GPU.
+
+With S = scale x y^T + bias for M rows x_i and N rows y_j, the column exclude[i] of row i left out,
+
+    total = sum_ij softplus(S_ij),    W_ij = sigmoid(S_ij)
+    dtotal/dx = scale W y,    dtotal/dy = scale W^T x,    dtotal/dscale = <x, W y>,    dtotal/dbias = sum_ij W_ij
+
+There is no normaliser, so the forward pass takes the gradients too: `accumulate` in _tiles.py with the weights
+"sigmoid", by rows, which also leaves each row's loss and sum of weights; and then with x and y exchanged.
+
+Cost, in units U = 2 M N D floating-point operations: S and W y 2 U, S^T and W^T x 2 U; 1 U for the loss alone. Both
+products of one S would make it 3 U, but would need atomics.
+
+Numerics: softplus(S) = max(S, 0) + log1p(exp(-|S|)), and W from the same exp(-|S|): neither overflows, and both keep
+their digits where S is far below 0, as most of SigLIP's are. A row's weights are held relative to the power of e that
+its largest S below 0 is, lest float16 lose them where the bias makes all of them small. A row's loss is summed in
+float32, the rows' in float64.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastssl.kernels._tiles import accumulate, collect_sums, pad
+
+
+def similarity_softplus(
+    x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, exclude: Tensor | None, derive: bool, precision: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(total, dx, dy, dscale, dbias) of `fastssl::similarity_softplus` for CUDA tensors; see fastssl/ops/sigmoid.py."""
+    (rows, dim), columns = x.shape, y.shape[0]
+    if rows == 0 or columns == 0:
+        gradients = (x.new_zeros((count if derive else 0, dim), dtype=torch.float32) for count in (rows, columns))
+        return x.new_zeros((), dtype=torch.float32), *gradients, scale.new_zeros(()), bias.new_zeros(())
+    with torch.cuda.device_of(x):
+        left, right = pad(x, precision), pad(y, precision)
+        by_row, by_column = (None, None) if exclude is None else ("row", "column")
+        exclude = exclude if exclude is None else exclude.contiguous()
+        sums = accumulate(
+            left,
+            right,
+            (rows, columns),
+            scale,
+            precision,
+            "sigmoid",
+            by_row,
+            bias=bias,
+            exclude=exclude,
+            derive=derive,
+            loss=True,
+        )
+        total = sums.loss.sum(dtype=torch.float64).to(torch.float32)
+        if not derive:
+            gradients = (x.new_empty((0, dim), dtype=torch.float32) for _ in range(2))
+            return total, *gradients, scale.new_zeros(()), bias.new_zeros(())
+        dx = collect_sums(sums, x, scale, torch.float32, share=True)
+        sums = accumulate(
+            right, left, (columns, rows), scale, precision, "sigmoid", by_column, bias=bias, exclude=exclude
+        )
+        dy = collect_sums(sums, y, scale, torch.float32)
+        dscale, dbias = dx.share.sum().to(scale.dtype), dx.total.sum(dtype=torch.float64).to(bias.dtype)
+        return total, dx.gradient, dy.gradient, dscale, dbias
