@@ -54,17 +54,22 @@ def _cases() -> list[Case]:
     if SWEEP:
         everything = [c for capability in SHARED_MEMORY for p in PRECISIONS for c in product_cases(capability, p)]
         return everything + [c for capability in SHARED_MEMORY for c in row_cases(capability)]
-    # NT-Xent and CLIP, which compute most: every configuration for Hopper's bfloat16. Else the first of each kernel.
-    cases = [case for case in product_cases(90, "bfloat16") if case.variant in ("nt_xent", "pair")]
+    # The first configuration of each kernel: of all for Hopper's bfloat16, else of those that use most. Tiles of 64 and
+    # rows of 64 use less than those of 128.
+    cases = []
     for capability, precision in [(90, "bfloat16"), (80, "float32"), (80, "bfloat16"), (90, "tf32"), (100, "float16"),
                                   (120, "tf32")]:  # fmt: skip
         first = {}
         for case in product_cases(capability, precision):
             constants = dict(case.constants)
             first.setdefault((case.kernel, case.variant, constants.get("D"), constants.get("T")), case)
-        # Tiles of 64 and narrow rows of 64 use less than those of 128.
-        cases += [case for (*_, d, t), case in first.items() if case not in cases and 64 not in (d, t)]
-    return cases + [c for c in row_cases(80, (128,)) if ("NORMALIZE", False) not in c.constants]
+        everything = (capability, precision) == (90, "bfloat16")
+        for (_, variant, d, t), case in first.items():
+            largest = 64 not in (d, t) or precision == "float32"
+            if largest and (everything or variant in ("nt_xent", "sigmoid")):
+                cases.append(case)
+    over_rows = [c for c in row_cases(80, (128,)) if ("NORMALIZE", False) not in c.constants]
+    return cases + [c for c in over_rows if c.rows == PRECISIONS[c.precision]]
 
 
 @pytest.mark.parametrize("case", _cases(), ids=str)

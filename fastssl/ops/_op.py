@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -52,6 +54,22 @@ def current_backend() -> str:
     return _backend
 
 
+def triton_launcher(family: str, name: str) -> Callable[..., Any] | None:
+    """The launcher `name` of fastssl.kernels' `family`, imported at its first call; None where Triton is not installed.
+
+    float64 goes to the portable variant: the last argument is the precision of products.
+    """
+    if find_spec("triton") is None:
+        return None
+
+    def launch(*args: Any) -> Any:
+        if args[-1] == "float64":
+            return getattr(torch.ops.fastssl, f"{name}_portable")(*args)
+        return getattr(import_module(f"fastssl.kernels.{family}"), name)(*args)
+
+    return launch
+
+
 class Op:
     """An operation registered with torch.library.
 
@@ -73,7 +91,7 @@ class Op:
         portable: Callable[..., Any],
         setup_context: Callable[..., None],
         backward: Callable[..., Any],
-        backward_op: "Op | None" = None,
+        backward_op: Op | None = None,
         cuda: Callable[..., Any] | None = None,
     ) -> None:
         name, signature = schema.split("(", 1)

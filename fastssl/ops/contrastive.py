@@ -31,7 +31,8 @@ and clip_loss, which does that for pair_logsumexp in one operation: in a small b
 Each gives the log-sum-exp as a pair again, total_i = sum_j E_ij, E_ij = exp(S_ij - shift_i); here shift_i is the row's
 largest S_ij, which metrics read, or 0 where every column is excluded (not in self_logsumexp: any number near). What is
 differentiated is total, with the shift held constant: shift + log(total) then has every derivative of the log-sum-exp.
-Given the gradients g_i of the rows' totals, h_j of the columns', and W their weights, W_ij = g_i E_ij + h_j exp(S_ij - shift'_j),
+Given the gradients g_i of the rows' totals, h_j of the columns', and W their weights, W_ij = g_i E_ij +
+h_j exp(S_ij - shift'_j),
 
     dL/dx = scale W y,    dL/dy = scale W^T x,    dL/dscale = <x, W y>,    dL/dz = scale (W + W^T) z
 
@@ -50,28 +51,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastssl.ops._op import Op
+from fastssl.ops._op import Op, triton_launcher
 from fastssl.ops._portable import row_blocks, second_derivative, similarity
 from fastssl.ops._precision import accumulate_dtype, round_operand, round_weights
 
 _EPS = 1e-12  # torch.nn.functional.normalize's
-
-
-def _cuda(name: str):
-    """The Triton launcher `name`, imported at its first call; None where Triton is not installed."""
-    from importlib.util import find_spec
-
-    if find_spec("triton") is None:
-        return None
-
-    def launch(*args: Any) -> Any:
-        from fastssl.kernels import contrastive
-
-        if args[-1] == "float64":
-            return getattr(torch.ops.fastssl, f"{name}_portable")(*args)
-        return getattr(contrastive, name)(*args)
-
-    return launch
 
 
 def _normalized_rows(z1: Tensor, z2: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None]:
@@ -188,7 +172,7 @@ _backward = Op(
     portable=_nt_xent_backward_portable,
     setup_context=_nt_xent_backward_setup_context,
     backward=_nt_xent_double_backward,
-    cuda=_cuda("nt_xent_backward"),
+    cuda=triton_launcher("contrastive", "nt_xent_backward"),
 )
 
 nt_xent = Op(
@@ -199,7 +183,7 @@ nt_xent = Op(
     setup_context=_nt_xent_setup_context,
     backward=_nt_xent_backward,
     backward_op=_backward,
-    cuda=_cuda("nt_xent"),
+    cuda=triton_launcher("contrastive", "nt_xent"),
 )
 
 
@@ -317,6 +301,7 @@ _similarity_logsumexp_backward_op = Op(
     portable=_similarity_logsumexp_backward_portable,
     setup_context=_similarity_logsumexp_backward_setup_context,
     backward=_similarity_logsumexp_double_backward,
+    cuda=triton_launcher("contrastive", "similarity_logsumexp_backward"),
 )
 
 similarity_logsumexp = Op(
@@ -327,6 +312,7 @@ similarity_logsumexp = Op(
     setup_context=_similarity_logsumexp_setup_context,
     backward=_similarity_logsumexp_backward,
     backward_op=_similarity_logsumexp_backward_op,
+    cuda=triton_launcher("contrastive", "similarity_logsumexp"),
 )
 
 
@@ -432,6 +418,7 @@ _pair_logsumexp_backward_op = Op(
     portable=_pair_logsumexp_backward_portable,
     setup_context=_pair_logsumexp_backward_setup_context,
     backward=_pair_logsumexp_double_backward,
+    cuda=triton_launcher("contrastive", "pair_logsumexp_backward"),
 )
 
 pair_logsumexp = Op(
@@ -442,6 +429,7 @@ pair_logsumexp = Op(
     setup_context=_pair_logsumexp_setup_context,
     backward=_pair_logsumexp_backward,
     backward_op=_pair_logsumexp_backward_op,
+    cuda=triton_launcher("contrastive", "pair_logsumexp"),
 )
 
 
@@ -515,6 +503,7 @@ _self_logsumexp_backward_op = Op(
     portable=_self_logsumexp_backward_portable,
     setup_context=_self_logsumexp_backward_setup_context,
     backward=_self_logsumexp_double_backward,
+    cuda=triton_launcher("contrastive", "self_logsumexp_backward"),
 )
 
 self_logsumexp = Op(
@@ -524,6 +513,7 @@ self_logsumexp = Op(
     setup_context=_self_logsumexp_setup_context,
     backward=_self_logsumexp_backward,
     backward_op=_self_logsumexp_backward_op,
+    cuda=triton_launcher("contrastive", "self_logsumexp"),
 )
 
 

@@ -6,8 +6,8 @@ With S = scale x y^T + bias, and the column exclude[i] of row i left out,
     dtotal/dx = scale W y,    dtotal/dy = scale W^T x,    dtotal/dscale = <x, W y>,    dtotal/dbias = sum_ij W_ij
 
 A positive pair, whose loss is softplus(-S_ij) and whose weight -sigmoid(-S_ij), is left out here: there are only B.
-siglip_loss adds those of the diagonal. There is no normaliser, so a tile's weights are known as soon as it is: the forward pass takes the gradients too (`derive`), and
-the backward pass multiplies them by the gradient of total.
+siglip_loss adds those of the diagonal. There is no normaliser, so a tile's weights are known as soon as it is: the
+forward pass takes the gradients too (`derive`), and the backward pass multiplies them by the gradient of total.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastssl.ops._op import Op
+from fastssl.ops._op import Op, triton_launcher
 from fastssl.ops._portable import row_blocks, second_derivative, similarity
 from fastssl.ops._precision import accumulate_dtype, round_operand, round_weights
 
@@ -43,7 +43,7 @@ def _similarity_softplus_portable(
     total, dbias = (x.new_zeros((), dtype=torch.float64) for _ in range(2))
     for block in row_blocks(x.shape[0], y.shape[0]):
         S = similarity(block, rounded_x, rounded_y, scale, exclude) + bias
-        total += F.softplus(S).sum(dtype=torch.float64)
+        total -= F.logsigmoid(-S).sum(dtype=torch.float64)  # F.softplus is linear above 20
         if derive:
             weight = S.sigmoid_()
             dbias += weight.sum(dtype=torch.float64)
@@ -128,7 +128,7 @@ def _backward_op(name: str, share: Callable[..., Tensor]) -> Op:
 def _similarity_softplus_share(
     block: slice, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, exclude: Tensor | None
 ) -> Tensor:
-    return F.softplus(similarity(block, x, y, scale, exclude) + bias).sum()
+    return -F.logsigmoid(-similarity(block, x, y, scale, exclude) - bias).sum()
 
 
 similarity_softplus = Op(
@@ -139,6 +139,7 @@ similarity_softplus = Op(
     setup_context=_similarity_softplus_setup_context,
     backward=_similarity_softplus_backward,
     backward_op=_backward_op("similarity_softplus", _similarity_softplus_share),
+    cuda=triton_launcher("sigmoid", "similarity_softplus"),
 )
 
 
@@ -162,7 +163,7 @@ def _siglip_loss(
     wide_x, wide_y = x.to(total.dtype), y.to(total.dtype)
     aligned = torch.linalg.vecdot(wide_x, wide_y)
     opposite = -(aligned * scale + bias)
-    total = total + F.softplus(opposite).sum()
+    total = total - F.logsigmoid(-opposite).sum()
     if derive:
         weight = -opposite.sigmoid()
         dscale, dbias = dscale + (weight * aligned).sum(), dbias + weight.sum()
@@ -182,7 +183,7 @@ def _siglip_loss_derivative(ctx: Any, backward_op: Any, grad_total: Tensor, *_: 
 
 def _siglip_loss_share(block: slice, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, exclude: None) -> Tensor:
     own = torch.arange(x.shape[0], device=x.device)
-    positives = F.softplus(-(torch.linalg.vecdot(x[block], y[block]) * scale + bias)).sum()
+    positives = -F.logsigmoid(torch.linalg.vecdot(x[block], y[block]) * scale + bias).sum()
     return _similarity_softplus_share(block, x, y, scale, bias, own) + positives
 
 
