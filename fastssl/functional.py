@@ -7,7 +7,6 @@ and autocast for the precision of its products, and sums in float32.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 
 import torch
@@ -15,7 +14,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastssl import reference
-from fastssl.distributed import ProcessGroup, Ring, check_group, mean_over_processes
+from fastssl._checks import (
+    check_alike,
+    check_features,
+    check_group,
+    check_labels,
+    check_negatives,
+    check_pair,
+    check_reduction,
+    check_rows,
+    check_scalar,
+    check_share,
+    check_temperature,
+    check_vector,
+)
+from fastssl.distributed import ProcessGroup, Ring, mean_over_processes
 from fastssl.ops import contrastive, current_backend, sigmoid
 from fastssl.ops._precision import accumulate_dtype, autocast_enabled, product_precision
 
@@ -32,7 +45,6 @@ __all__ = [
 
 Sums = tuple[Tensor, Tensor]  # (total, shift) of the exponentials of similarities: log-sum-exp = log(total) + shift
 _TOPK_COLUMNS, _TOPK_ELEMENTS = 1 << 14, 1 << 22  # of a block of similarities
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def nt_xent(
@@ -64,9 +76,9 @@ def nt_xent(
         ValueError: if shapes, dtypes or devices do not fit, temperature is a number that is zero or not finite
             (as a tensor: NaN comes out), or reduction is unknown.
     """
-    _check_pair(z1, z2)
-    _check_temperature(temperature)
-    _check_reduction(reduction)
+    check_pair(z1, z2)
+    check_temperature(temperature)
+    check_reduction(reduction)
     if current_backend() == "reference":
         return reference.contrastive.nt_xent(z1, z2, temperature=temperature, normalize=normalize, reduction=reduction)
     loss, _, _ = contrastive.nt_xent(z1, z2, _inverse(temperature, z1), normalize, product_precision(z1))
@@ -107,17 +119,17 @@ def similarity_logsumexp(
         TypeError: if x, y, exclude or offset is no tensor, or scale neither number nor tensor.
         ValueError: if shapes, dtypes or devices do not fit, or scale is a number that is not finite.
     """
-    _check_rows("x", x, "(M, D)")
-    _check_rows("y", y, "(N, D)")
-    _check_features("x", x, "y", y)
-    _check_alike("x", x, "y", y)
-    _check_scalar("scale", scale)
+    check_rows("x", x, "(M, D)")
+    check_rows("y", y, "(N, D)")
+    check_features("x", x, "y", y)
+    check_alike("x", x, "y", y)
+    check_scalar("scale", scale)
     if exclude is not None:
-        _check_vector("exclude", exclude, x)
+        check_vector("exclude", exclude, x)
         if exclude.dtype != torch.int64:
             raise ValueError(f"exclude must have dtype torch.int64, got {exclude.dtype}")
     if offset is not None:
-        _check_vector("offset", offset, x)
+        check_vector("offset", offset, x)
     if current_backend() == "reference":
         return reference.contrastive.similarity_logsumexp(x, y, scale=scale, exclude=exclude, offset=offset)
     lse = _logsumexp(*_row_sums(x, y, _scalar(scale, x), exclude, product_precision(x)))
@@ -181,17 +193,17 @@ def info_nce(
             finite (as a tensor: NaN comes out), or on every process, if those of group differ in shapes, dtypes or
             requires_grad.
     """
-    _check_pair(query, positive_key, "query", "positive_key")
-    _check_negatives(query, negative_keys, negative_mode)
+    check_pair(query, positive_key, "query", "positive_key")
+    check_negatives(query, negative_keys, negative_mode)
     if in_batch_negatives is None:
         in_batch_negatives = negative_keys is None
-    _check_share("label_smoothing", label_smoothing)
+    check_share("label_smoothing", label_smoothing)
     for name, value in (("symmetric", symmetric), ("label_smoothing", label_smoothing)):
         if value and (negative_keys is not None or not in_batch_negatives):
             raise ValueError(f"{name} must be {type(value)(0)} unless all negatives are from the batch, got {value}")
-    _check_temperature(temperature)
-    _check_reduction(reduction)
-    _check_group(group)
+    check_temperature(temperature)
+    check_reduction(reduction)
+    check_group(group)
     if current_backend() == "reference":
         return reference.contrastive.info_nce(
             query, positive_key, negative_keys, temperature=temperature, negative_mode=negative_mode,
@@ -283,15 +295,15 @@ def clip_loss(
         ValueError: if shapes, dtypes or devices do not fit, or logit_scale is a number that is not finite, or on every
             process, if those of group differ in shapes, dtypes or requires_grad.
     """
-    _check_pair(image_features, text_features, "image_features", "text_features")
-    _check_scalar("logit_scale", logit_scale)
-    _check_share("label_smoothing", label_smoothing)
-    _check_reduction(reduction)
+    check_pair(image_features, text_features, "image_features", "text_features")
+    check_scalar("logit_scale", logit_scale)
+    check_share("label_smoothing", label_smoothing)
+    check_reduction(reduction)
     if labels is not None:
-        _check_labels(labels, image_features, "image_features")
+        check_labels(labels, image_features, "image_features")
         if group is not None:
             raise ValueError(f"labels must be None where there is a group, got shape {tuple(labels.shape)}")
-    _check_group(group)
+    check_group(group)
     if current_backend() == "reference":
         return reference.contrastive.clip_loss(
             image_features, text_features, logit_scale, labels=labels, label_smoothing=label_smoothing,
@@ -340,10 +352,10 @@ def sup_con(
             tensor: NaN comes out), or reduction is unknown.
     """
     views = isinstance(features, Tensor) and features.dim() == 3
-    _check_rows("features", features, "(N, D) or (B, V, D)", 3 if views else 2)
-    _check_labels(labels, features, "features")
-    _check_temperature(temperature)
-    _check_reduction(reduction)
+    check_rows("features", features, "(N, D) or (B, V, D)", 3 if views else 2)
+    check_labels(labels, features, "features")
+    check_temperature(temperature)
+    check_reduction(reduction)
     if current_backend() == "reference":
         return reference.contrastive.sup_con(
             features, labels, temperature=temperature, normalize=normalize, reduction=reduction
@@ -392,9 +404,9 @@ def dcl(
         ValueError: if shapes, dtypes or devices do not fit, temperature is a number that is zero or not finite (as a
             tensor: NaN comes out), or reduction is unknown.
     """
-    _check_pair(z1, z2)
-    _check_temperature(temperature)
-    _check_reduction(reduction)
+    check_pair(z1, z2)
+    check_temperature(temperature)
+    check_reduction(reduction)
     if current_backend() == "reference":
         return reference.contrastive.dcl(
             z1, z2, temperature=temperature, weight_fn=weight_fn, normalize=normalize, reduction=reduction
@@ -446,12 +458,12 @@ def siglip_loss(
         ValueError: if shapes, dtypes or devices do not fit, logit_scale or logit_bias is a number that is not finite,
             or reduction is unknown, or on every process, if those of group differ in shapes, dtypes or requires_grad.
     """
-    _check_pair(image_features, text_features, "image_features", "text_features")
-    _check_scalar("logit_scale", logit_scale)
-    _check_scalar("logit_bias", logit_bias)
+    check_pair(image_features, text_features, "image_features", "text_features")
+    check_scalar("logit_scale", logit_scale)
+    check_scalar("logit_bias", logit_bias)
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
-    _check_group(group)
+    check_group(group)
     if current_backend() == "reference":
         return reference.sigmoid.siglip_loss(
             image_features, text_features, logit_scale, logit_bias, reduction=reduction
@@ -492,10 +504,10 @@ def topk_similarity(query: Tensor, bank: Tensor, k: int, *, normalize: bool = Tr
         TypeError: if query or bank is no tensor, or k no integer.
         ValueError: if shapes, dtypes or devices do not fit, or k is below 1 or above N.
     """
-    _check_rows("query", query, "(M, D)")
-    _check_rows("bank", bank, "(N, D)")
-    _check_features("query", query, "bank", bank)
-    _check_alike("query", query, "bank", bank)
+    check_rows("query", query, "(M, D)")
+    check_rows("bank", bank, "(N, D)")
+    check_features("query", query, "bank", bank)
+    check_alike("query", query, "bank", bank)
     if not isinstance(k, int):
         raise TypeError(f"k must be an integer, got {type(k).__name__}")
     if not 1 <= k <= bank.shape[0]:
@@ -663,105 +675,3 @@ def _metrics(
 def _finish(loss: Tensor, reduction: str, x: Tensor) -> Tensor:
     loss = reference.contrastive.reduce(loss, reduction)
     return loss if autocast_enabled(x) else loss.to(x.dtype)
-
-
-def _check_group(group: ProcessGroup | None) -> None:
-    if group is not None:
-        check_group(group)
-        if current_backend() == "reference":
-            raise ValueError(f"group must be None with the backend 'reference', got {group!r}")
-
-
-def _check_pair(z1: Tensor, z2: Tensor, name1: str = "z1", name2: str = "z2") -> None:
-    _check_rows(name1, z1, "(B, D)")
-    _check_rows(name2, z2, "(B, D)")
-    if z1.shape != z2.shape:
-        raise ValueError(f"{name1} and {name2} must have the same shape, got {tuple(z1.shape)} and {tuple(z2.shape)}")
-    _check_alike(name1, z1, name2, z2)
-
-
-def _check_negatives(query: Tensor, negative_keys: Tensor | None, negative_mode: str) -> None:
-    if negative_mode not in ("unpaired", "paired"):
-        raise ValueError(f"negative_mode must be 'unpaired' or 'paired', got {negative_mode!r}")
-    if negative_keys is None:
-        return
-    paired = negative_mode == "paired"
-    _check_rows("negative_keys", negative_keys, "(B, K, D)" if paired else "(K, D)", 3 if paired else 2)
-    if negative_keys.shape[-1] != query.shape[1] or (paired and negative_keys.shape[0] != query.shape[0]):
-        raise ValueError(
-            f"negative_keys must have as many features as query, and with 'paired' as many rows, got"
-            f" {tuple(negative_keys.shape)} and {tuple(query.shape)}"
-        )
-    _check_alike("query", query, "negative_keys", negative_keys)
-
-
-def _check_labels(labels: Tensor, x: Tensor, name: str) -> None:
-    if not isinstance(labels, Tensor):
-        raise TypeError(f"labels must be a Tensor, got {type(labels).__name__}")
-    if labels.dtype != torch.int64:
-        raise ValueError(f"labels must have dtype torch.int64, got {labels.dtype}")
-    if labels.shape != x.shape[:1]:
-        raise ValueError(f"labels must have shape ({x.shape[0]},), as {name} has rows, got {tuple(labels.shape)}")
-    if labels.device != x.device:
-        raise ValueError(f"labels and {name} must be on the same device, got {labels.device} and {x.device}")
-
-
-def _check_share(name: str, share: float) -> None:
-    if not isinstance(share, (int, float)):
-        raise TypeError(f"{name} must be a number, got {type(share).__name__}")
-    if not 0 <= share <= 1:
-        raise ValueError(f"{name} must be from 0 to 1, got {share}")
-
-
-def _check_rows(name: str, z: Tensor, shape: str, dims: int = 2) -> None:
-    if not isinstance(z, Tensor):
-        raise TypeError(f"{name} must be a Tensor, got {type(z).__name__}")
-    if z.dtype not in _DTYPES:
-        raise ValueError(f"{name} must have a floating-point dtype of 16, 32 or 64 bits, got {z.dtype}")
-    if z.dim() != dims:
-        raise ValueError(f"{name} must have shape {shape}, got {tuple(z.shape)}")
-    if z.shape[-1] == 0:
-        raise ValueError(f"{name} must have at least one feature, got shape {tuple(z.shape)}")
-
-
-def _check_features(name1: str, z1: Tensor, name2: str, z2: Tensor) -> None:
-    if z1.shape[1] != z2.shape[1]:
-        shapes = f"{tuple(z1.shape)} and {tuple(z2.shape)}"
-        raise ValueError(f"{name1} and {name2} must have the same number of features, got {shapes}")
-
-
-def _check_alike(name1: str, z1: Tensor, name2: str, z2: Tensor) -> None:
-    if z1.dtype != z2.dtype:
-        raise ValueError(f"{name1} and {name2} must have the same dtype, got {z1.dtype} and {z2.dtype}")
-    if z1.device != z2.device:
-        raise ValueError(f"{name1} and {name2} must be on the same device, got {z1.device} and {z2.device}")
-
-
-def _check_vector(name: str, vector: Tensor, x: Tensor) -> None:
-    if not isinstance(vector, Tensor):
-        raise TypeError(f"{name} must be a Tensor, got {type(vector).__name__}")
-    if vector.shape != x.shape[:1]:
-        raise ValueError(f"{name} must have one element for each row of x, ({x.shape[0]},), got {tuple(vector.shape)}")
-    if vector.device != x.device:
-        raise ValueError(f"{name} and x must be on the same device, got {vector.device} and {x.device}")
-
-
-def _check_temperature(temperature: float | Tensor) -> None:
-    _check_scalar("temperature", temperature)
-    if not isinstance(temperature, Tensor) and temperature == 0:
-        raise ValueError(f"temperature must not be zero, got {temperature}")
-
-
-def _check_scalar(name: str, scalar: float | Tensor) -> None:
-    if isinstance(scalar, Tensor):
-        if scalar.dim() != 0:
-            raise ValueError(f"{name} must be a number or a 0-d tensor, got shape {tuple(scalar.shape)}")
-    elif not isinstance(scalar, (int, float)):
-        raise TypeError(f"{name} must be a number or a 0-d tensor, got {type(scalar).__name__}")
-    elif not -math.inf < scalar < math.inf:  # torch.compile cannot trace math.isfinite of a number that varies
-        raise ValueError(f"{name} must be finite, got {scalar}")
-
-
-def _check_reduction(reduction: str) -> None:
-    if reduction not in ("none", "mean", "sum"):
-        raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fastssl._checks import check_pair, check_scalar
 from fastssl.distributed import (
     ProcessGroup,
     Ring,
@@ -14,8 +15,6 @@ from fastssl.distributed import (
     with_scaled_gradient,
 )
 from fastssl.functional import (
-    _check_pair,
-    _check_scalar,
     _cross_entropy,
     _dot,
     _finish,
@@ -198,8 +197,8 @@ def _element(scalar: float | Tensor) -> float | Tensor:
 
 def _against_constants(image: Tensor, text: Tensor, logit_scale: float | Tensor, group: ProcessGroup) -> Tensor:
     """CLIP's loss of this process's pairs, all rows on the other side being constants."""
-    _check_pair(image, text, "image_features", "text_features")
-    _check_scalar("logit_scale", logit_scale)
+    check_pair(image, text, "image_features", "text_features")
+    check_scalar("logit_scale", logit_scale)
     scale, precision = _scalar(logit_scale, image), product_precision(image)
     ring = Ring(group, image_features=image, text_features=text, logit_scale=scale)
     own = torch.arange(image.shape[0], device=image.device)

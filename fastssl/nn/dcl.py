@@ -8,8 +8,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from fastssl._checks import check_pair, check_temperature
 from fastssl.distributed import Ring, default_group, rank, world_size
-from fastssl.functional import _check_pair, _check_temperature, _dot, _finish, _inverse, _logsumexp, _unit, dcl
+from fastssl.functional import _dot, _finish, _inverse, _logsumexp, _unit, dcl
 from fastssl.ops._precision import product_precision
 
 
@@ -58,8 +59,8 @@ class DCLLoss(nn.Module):
         """
         if not (self.gather_distributed and world_size() > 1):
             return dcl(out0, out1, temperature=self.temperature, weight_fn=self.weight_fn)
-        _check_pair(out0, out1, "out0", "out1")
-        _check_temperature(self.temperature)
+        check_pair(out0, out1, "out0", "out1")
+        check_temperature(self.temperature)
         scale, precision = _inverse(self.temperature, out0), product_precision(out0)
         views = [_unit(out) for out in (out0, out1)]
         ring = Ring(default_group(rank(), world_size()), out0=views[0], out1=views[1], temperature=scale)

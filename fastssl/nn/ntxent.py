@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastssl._checks import check_pair
 from fastssl.distributed import gather_rows, rank, world_size
-from fastssl.functional import _check_pair, nt_xent, similarity_logsumexp
+from fastssl.functional import nt_xent, similarity_logsumexp
 from fastssl.ops._precision import accumulate_dtype, autocast_enabled
 
 
@@ -68,7 +69,7 @@ class NTXentLoss(nn.Module):
             losses = self._against_all_processes
         else:
             return nt_xent(out0, out1, temperature=self.temperature)
-        _check_pair(out0, out1)
+        check_pair(out0, out1)
         loss = losses(out0, out1).mean()
         return loss if autocast_enabled(out0) else loss.to(out0.dtype)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fastssl.functional import _check_labels, _check_rows, _class_sums, _dot, _finish, similarity_logsumexp, sup_con
+from fastssl._checks import check_labels, check_rows
+from fastssl.functional import _class_sums, _dot, _finish, similarity_logsumexp, sup_con
 
 
 class SupConLoss(nn.Module):
@@ -53,13 +54,13 @@ class SupConLoss(nn.Module):
             raise ValueError(f"mask must be None, positives are chosen by labels, got {type(mask).__name__}")
         if isinstance(features, Tensor) and features.dim() > 3:
             features = features.flatten(2)
-        _check_rows("features", features, "(B, V, ...)", 3)
+        check_rows("features", features, "(B, V, ...)", 3)
         batch, views = features.shape[:2]
         if labels is None:
             labels = torch.arange(batch, device=features.device)
         elif isinstance(labels, Tensor) and not labels.is_floating_point():
             labels = labels.reshape(-1).long()
-        _check_labels(labels, features, "features")
+        check_labels(labels, features, "features")
         if self.contrast_mode == "all":
             loss = sup_con(features, labels, temperature=self.temperature, normalize=False)
         else:
