@@ -111,11 +111,8 @@ def suits_units(c: dict[str, int], named: dict[str, Any]) -> bool:
 # products in tensor memory, and TF32 operands pass through registers on their way there.
 
 
-def _tensor_memory(named: dict[str, Any], size: int, capability: int) -> str | None:
-    """The kind of operands whose products lie in tensor memory, or None."""
-    if capability // 10 != 10 or named["PRECISION"] == "ieee":
-        return None
-    return "tf32" if size == 4 else "short"
+def _tf32_in_tensor_memory(named: dict[str, Any], size: int, capability: int) -> bool:
+    return capability // 10 == 10 and named["PRECISION"] == "tf32" and size == 4
 
 
 def narrow_needs(c: dict[str, int], named: dict[str, Any], size: int, capability: int) -> int | None:
@@ -123,7 +120,7 @@ def narrow_needs(c: dict[str, int], named: dict[str, Any], size: int, capability
     if operands_in_registers and c["BN"] * named["D"] > 64 * 64:
         return None
     running = named["WEIGHT"] in ("softmax", "sigmoid")
-    if _tensor_memory(named, size, capability) == "tf32" and running and c["BM"] != 64:
+    if _tf32_in_tensor_memory(named, size, capability) and running and c["BM"] != 64:
         return None
     return (c["BM"] + c["stages"] * c["BN"]) * named["D"] * size
 
@@ -131,14 +128,14 @@ def narrow_needs(c: dict[str, int], named: dict[str, Any], size: int, capability
 def wide_needs(c: dict[str, int], named: dict[str, Any], size: int, capability: int) -> int | None:
     if not suits_units(c, named):
         return None
-    sigmoid, tile, operands = named["WEIGHT"] == "sigmoid", (c["BM"], c["BN"]), _tensor_memory(named, size, capability)
-    if operands == "tf32":
-        fits = c["BK"] == 32 and tile == ((64, 64) if sigmoid else (128, 64))
-    elif operands == "short":
-        fits = not (sigmoid and tile == (64, 64))
+    weight, tile = named["WEIGHT"], (c["BM"], c["BN"], c["BK"])
+    if _tf32_in_tensor_memory(named, size, capability):
+        spilled = tile != ((64, 64, 32) if weight == "sigmoid" else (128, 64, 32))
     else:
-        fits = not (sigmoid and tile == (64, 32))
-    return c["stages"] * (c["BM"] + c["BN"]) * c["BK"] * size if fits else None
+        spilled = weight == "sigmoid" and tile in ((64, 32, 16), (64, 64, 32))
+        if capability // 10 == 12:
+            spilled |= (weight, tile) in (("sigmoid", (128, 64, 64)), ("column", (64, 64, 32)))
+    return None if spilled else c["stages"] * (c["BM"] + c["BN"]) * c["BK"] * size
 
 
 @triton.jit
@@ -274,11 +271,12 @@ def exponents(
         half = N // 2
         gap = tl.abs(row - column)
         if (gap < T) | (tl.abs(gap - half) < T) | (column + BN > N):
+            x = tl.where(j[None, :] < N, x, float("-inf"))
             distance = tl.abs(i[:, None] - j[None, :])
-            found = tl.sum(tl.where((distance == half) & (j[None, :] < N), x, 0.0), 1)
             partner = tl.where(i < half, i + half, i - half)
+            found = tl.sum(tl.where(partner[:, None] == j[None, :], x, 0.0), 1)
             tl.store(aligned + i, found, mask=(partner >= column) & (partner < column + BN) & (i < N))
-            x = tl.where((distance != 0) & (distance != half) & (j[None, :] < N), x, float("-inf"))
+            x = tl.where((distance != 0) & (distance != half), x, float("-inf"))
     elif EXCLUDE == "diagonal":
         if (tl.abs(row - column) < T) | (column + BN > N):
             x = tl.where((i[:, None] != j[None, :]) & (j[None, :] < N), x, float("-inf"))
