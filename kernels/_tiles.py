@@ -119,8 +119,10 @@ def narrow_needs(c: dict[str, int], named: dict[str, Any], size: int, capability
     operands_in_registers = capability // 10 in (8, 12)  # mma.sync; Hopper's and Blackwell's read shared memory
     if operands_in_registers and c["BN"] * named["D"] > 64 * 64:
         return None
-    running = named["WEIGHT"] in ("softmax", "sigmoid")
-    if _tf32_in_tensor_memory(named, size, capability) and running and c["BM"] != 64:
+    running, tf32 = named["WEIGHT"] in ("softmax", "sigmoid"), named["PRECISION"] == "tf32" and size == 4
+    if capability // 10 in (10, 12) and tf32 and running and c["BM"] != 64:
+        return None
+    if capability // 10 == 10 and not tf32 and named["WEIGHT"] == "both" and c["BM"] == 64:
         return None
     return (c["BM"] + c["stages"] * c["BN"]) * named["D"] * size
 
@@ -133,6 +135,8 @@ def wide_needs(c: dict[str, int], named: dict[str, Any], size: int, capability: 
         spilled = tile != ((64, 64, 32) if weight == "sigmoid" else (128, 64, 32))
     else:
         spilled = weight == "sigmoid" and tile in ((64, 32, 16), (64, 64, 32))
+        if capability // 10 == 10:
+            spilled |= (weight, tile) == ("both", (64, 64, 16))
         if capability // 10 == 12:
             spilled |= (weight, tile) in (("sigmoid", (128, 64, 64)), ("column", (64, 64, 32)))
     return None if spilled else c["stages"] * (c["BM"] + c["BN"]) * c["BK"] * size
