@@ -365,9 +365,7 @@ def sup_con(
     if views:
         z, labels = z.flatten(0, 1), labels.repeat_interleave(z.shape[1])
     lse = _logsumexp(*contrastive.self_logsumexp(z, scale, precision))
-    sums, count = _class_sums(z, labels)
-    aligned = (_dot(z, sums) - _dot(z, z)) / (count - 1).clamp_min(1)
-    loss = (lse - aligned * scale).where(count > 1, 0)
+    loss = _against_class(lse, z, z, labels, scale)
     return _finish(loss.view(features.shape[:-1]), reduction, features)
 
 
@@ -657,6 +655,14 @@ def _class_sums(x: Tensor, labels: Tensor) -> Sums:
     x = x.to(accumulate_dtype(x.dtype))
     # As many sums as rows, most of them empty, so that nobody need wait for the number of labels.
     return torch.zeros_like(x).index_add(0, first, x).index_select(0, first), count
+
+
+def _against_class(lse: Tensor, anchors: Tensor, z: Tensor, labels: Tensor, scale: float | Tensor) -> Tensor:
+    """lse less the mean similarity with the others of the same label; 0 where there are none. The anchors are the
+    first rows of z, or all."""
+    sums, count = (t[: anchors.shape[0]] for t in _class_sums(z, labels))
+    aligned = (_dot(anchors, sums) - _dot(anchors, anchors)) / (count - 1).clamp_min(1)
+    return (lse - aligned * scale).where(count > 1, 0)
 
 
 @torch.no_grad()

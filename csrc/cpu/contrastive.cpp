@@ -219,9 +219,7 @@ std::tuple<Tensor, Tensor, Tensor> nt_xent(const Tensor& z1, const Tensor& z2, c
                                            c10::string_view precision) {
   if (z1.scalar_type() == at::kDouble)
     return portable<&nt_xent>("fastssl::nt_xent_portable", z1, z2, scale, normalize, precision);
-  check_sides("z1 and z2", z1, z2, scale);
-  TORCH_CHECK_VALUE(z1.size(0) == z2.size(0), "z1 and z2 must have the same shape, got ", z1.sizes(), " and ",
-                    z2.sizes());
+  check_pairs("z1 and z2", z1, z2, scale);
   const int64_t count = 2 * z1.size(0);
   const Engine engine(precision);
   const Side z(z1, z2, normalize, kRows | kColumns, engine, threads_for(count, count, z1.size(1)));
@@ -259,9 +257,7 @@ std::tuple<Tensor, Tensor, Tensor> nt_xent_backward(const Tensor& grad_loss, con
   if (z1.scalar_type() == at::kDouble)
     return portable<&nt_xent_backward>("fastssl::nt_xent_backward_portable", grad_loss, z1, z2, scale, shift, total,
                     normalize, precision);
-  check_sides("z1 and z2", z1, z2, scale);
-  TORCH_CHECK_VALUE(z1.size(0) == z2.size(0), "z1 and z2 must have the same shape, got ", z1.sizes(), " and ",
-                    z2.sizes());
+  check_pairs("z1 and z2", z1, z2, scale);
   const int64_t count = 2 * z1.size(0);
   check_vectors("grad_loss, shift and total", count, {grad_loss, shift, total});
   const Engine engine(precision);
@@ -427,27 +423,17 @@ std::tuple<Tensor, Tensor, Tensor> pair_logsumexp_backward(const Tensor& grad_ro
   return differentiate_pair({x, y, e.excluded, data_of(exclude), false}, e, rows, columns, nullptr, x_, y_, scale);
 }
 
-// Of one row of CLIP's loss: with p the positive's S and n = shift + log(total) that of the negatives, softplus(n - p)
-// and its derivative by n, which is minus that by p.
-struct CrossEntropy {
-  double loss, slope;
-
-  CrossEntropy(float total, float shift, float p) {
-    const double margin = total == 0 ? -std::numeric_limits<double>::infinity() : std::log(double(total)) + shift - p;
-    const double t = std::exp(-std::abs(margin));
-    loss = std::max(margin, 0.) + std::log1p(t);
-    slope = (margin >= 0 ? 1 : t) / (1 + t);
-    if (std::isnan(margin)) loss = slope = margin;
-  }
-};
+// One row of CLIP's loss is the softplus of n - p, n = shift + log(total) being that of the negatives and p the
+// positive's S. Its slope is the derivative by n, and minus that by p.
+Softplus cross_entropy(float total, float shift, float p) {
+  return Softplus(total == 0 ? -std::numeric_limits<double>::infinity() : std::log(double(total)) + shift - p);
+}
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> clip_loss(const Tensor& x_, const Tensor& y_,
                                                                      const Tensor& scale, c10::string_view precision) {
   if (x_.scalar_type() == at::kDouble)
     return portable<&clip_loss>("fastssl::clip_loss_portable", x_, y_, scale, precision);
-  check_sides("image_features and text_features", x_, y_, scale);
-  TORCH_CHECK_VALUE(x_.size(0) == y_.size(0), "image_features and text_features must have the same shape, got ",
-                    x_.sizes(), " and ", y_.sizes());
+  check_pairs("image_features and text_features", x_, y_, scale);
   const Engine engine(precision);
   const int threads = threads_for(x_.size(0), y_.size(0), x_.size(1));
   const Side x(x_, kRows, engine, threads), y(y_, kColumns, engine, threads);
@@ -458,12 +444,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> clip_loss(const Tenso
   const Tensor positive = dot_rows(x, y).mul_(e.scale), loss = at::empty({x.count}, at::kFloat);
   const float* const p = positive.const_data_ptr<float>();
   float* const out = loss.mutable_data_ptr<float>();
-  const auto cross_entropy = [&](const Tensor& total, const Tensor& shift, int64_t i) {
-    return CrossEntropy(total.const_data_ptr<float>()[i], shift.const_data_ptr<float>()[i], p[i]).loss;
+  const auto of = [p](const Tensor& total, const Tensor& shift, int64_t i) {
+    return cross_entropy(total.const_data_ptr<float>()[i], shift.const_data_ptr<float>()[i], p[i]).value;
   };
   for (int64_t i = 0; i < x.count; ++i)
-    out[i] = static_cast<float>(
-        (cross_entropy(row_total, row_shift, i) + cross_entropy(column_total, column_shift, i)) / 2);
+    out[i] = static_cast<float>((of(row_total, row_shift, i) + of(column_total, column_shift, i)) / 2);
   return {loss, positive, row_total, row_shift, column_total, column_shift};
 }
 
@@ -475,9 +460,7 @@ std::tuple<Tensor, Tensor, Tensor> clip_loss_backward(const Tensor& grad_loss, c
   if (x_.scalar_type() == at::kDouble)
     return portable<&clip_loss_backward>("fastssl::clip_loss_backward_portable", grad_loss, x_, y_, scale, positive,
                                          row_total, row_shift, column_total, column_shift, precision);
-  check_sides("image_features and text_features", x_, y_, scale);
-  TORCH_CHECK_VALUE(x_.size(0) == y_.size(0), "image_features and text_features must have the same shape, got ",
-                    x_.sizes(), " and ", y_.sizes());
+  check_pairs("image_features and text_features", x_, y_, scale);
   check_vectors("grad_loss, positive, totals and shifts", x_.size(0),
                 {grad_loss, positive, row_total, row_shift, column_total, column_shift});
   const Engine engine(precision);
@@ -491,7 +474,7 @@ std::tuple<Tensor, Tensor, Tensor> clip_loss_backward(const Tensor& grad_loss, c
     const Tensor total = total_.contiguous(), shift = shift_.contiguous(), grad_total = at::empty_like(total);
     for (int64_t i = 0; i < x.count; ++i) {
       const float t = total.const_data_ptr<float>()[i];
-      const double slope = CrossEntropy(t, shift.const_data_ptr<float>()[i], p.const_data_ptr<float>()[i]).slope *
+      const double slope = cross_entropy(t, shift.const_data_ptr<float>()[i], p.const_data_ptr<float>()[i]).slope *
           g.const_data_ptr<float>()[i] / 2;
       grad_total.mutable_data_ptr<float>()[i] = t == 0 ? 0 : static_cast<float>(slope / t);
       weight[i] -= static_cast<float>(slope);

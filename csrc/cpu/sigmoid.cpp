@@ -58,11 +58,10 @@ Results run_softplus(const Tensor& x_, const Tensor& y_, const Tensor& scale_, c
   const Tensor positive_weights = diagonal ? dot_rows(x, y) : Tensor();
   float* const positive_weight = diagonal ? positive_weights.mutable_data_ptr<float>() : nullptr;
   for (int64_t i = 0; diagonal && i < x.count; ++i) {
-    const double s = double(scale) * positive_weight[i] + bias, t = std::exp(-std::abs(s));
-    all += std::isnan(s) ? s : std::max(-s, 0.) + std::log1p(t);
-    const double sigmoid = (s >= 0 ? t : 1) / (1 + t);  // of -s
-    positive_weight[i] = static_cast<float>(-sigmoid);
-    dbias -= sigmoid;
+    const Softplus positive(-(double(scale) * positive_weight[i] + bias));
+    all += positive.value;
+    positive_weight[i] = static_cast<float>(-positive.slope);
+    dbias -= positive.slope;
   }
   const int64_t dim = x.rows.dim;
   const Tensor dx = at::empty({derive ? x.count : 0, dim}, at::kFloat);
@@ -99,9 +98,7 @@ Results siglip_loss(const Tensor& x, const Tensor& y, const Tensor& scale, const
                     c10::string_view precision) {
   if (x.scalar_type() == at::kDouble)
     return portable<&siglip_loss>("fastssl::siglip_loss_portable", x, y, scale, bias, derive, precision);
-  check_sides("image_features and text_features", x, y, scale);
-  TORCH_CHECK_VALUE(x.size(0) == y.size(0), "image_features and text_features must have the same shape, got ",
-                    x.sizes(), " and ", y.sizes());
+  check_pairs("image_features and text_features", x, y, scale);
   return run_softplus(x, y, scale, bias, nullptr, true, derive, precision);
 }
 

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from fastssl._checks import check_pair
 from fastssl.distributed import gather_rows, rank, world_size
-from fastssl.functional import nt_xent, similarity_logsumexp
-from fastssl.ops._precision import accumulate_dtype, autocast_enabled
+from fastssl.functional import _dot, _finish, _unit, nt_xent, similarity_logsumexp
 
 
 class NTXentLoss(nn.Module):
@@ -70,12 +69,11 @@ class NTXentLoss(nn.Module):
         else:
             return nt_xent(out0, out1, temperature=self.temperature)
         check_pair(out0, out1)
-        loss = losses(out0, out1).mean()
-        return loss if autocast_enabled(out0) else loss.to(out0.dtype)
+        return _finish(losses(out0, out1), "mean", out0)
 
     def _against_memory_bank(self, out0: Tensor, out1: Tensor) -> Tensor:
-        scale, z0, z1 = 1 / self.temperature, _normalize(out0), _normalize(out1)
-        positive = (z0 * z1).sum(1) * scale
+        scale, z0, z1 = 1 / self.temperature, _unit(out0), _unit(out1)
+        positive = _dot(z0, z1) * scale
         # No copy of the bank: the gradient of z0 does not read it again.
         negatives = self.memory_bank.bank.to(out0)
         lse = similarity_logsumexp(z0.to(out0.dtype), negatives, scale=scale, offset=positive)
@@ -84,9 +82,9 @@ class NTXentLoss(nn.Module):
         return -F.logsigmoid(-lse)
 
     def _against_all_processes(self, out0: Tensor, out1: Tensor) -> Tensor:
-        scale, z = 1 / self.temperature, _normalize(torch.cat([out0, out1]))
+        scale, z = 1 / self.temperature, _unit(torch.cat([out0, out1]))
         rows = z.shape[0]
-        positive = (z * z.roll(rows // 2, 0)).sum(1) * scale
+        positive = _dot(z, z.roll(rows // 2, 0)) * scale
         own = torch.arange(rows, device=z.device) + rank() * rows
         z = z.to(out0.dtype)
         return similarity_logsumexp(z, gather_rows(z), scale=scale, exclude=own, offset=positive)
@@ -122,8 +120,3 @@ class _Bank(nn.Module):
         self.bank.index_copy_(0, self.bank_ptr + source, rows[source])
         end = self.bank_ptr + count
         self.bank_ptr.copy_(end.where(end < self.size[0], 0))
-
-
-def _normalize(x: Tensor) -> Tensor:
-    """Unit rows, in the dtype of sums."""
-    return F.normalize(x.to(accumulate_dtype(x.dtype)), dim=1)

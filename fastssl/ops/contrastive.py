@@ -517,7 +517,7 @@ self_logsumexp = Op(
 )
 
 
-def _cross_entropy(total: Tensor, shift: Tensor, positive: Tensor) -> Tensor:
+def _margin(total: Tensor, shift: Tensor, positive: Tensor) -> Tensor:
     """n - positive, n the log-sum-exp of the negatives: the cross-entropy is its softplus."""
     return total.log() + (shift - positive)
 
@@ -530,7 +530,7 @@ def _clip_loss(pair: Callable[..., Any], x: Tensor, y: Tensor, scale: Tensor, pr
     dtype, own = accumulate_dtype(x.dtype), torch.arange(x.shape[0], device=x.device)
     positive = torch.linalg.vecdot(x.to(dtype), y.to(dtype)) * scale
     sums = pair(x, y, scale, own, precision)
-    margins = _cross_entropy(*sums[:2], positive), _cross_entropy(*sums[2:], positive)
+    margins = _margin(*sums[:2], positive), _margin(*sums[2:], positive)
     loss = -(F.logsigmoid(-margins[0]) + F.logsigmoid(-margins[1])) / 2
     return loss, positive, *sums
 
@@ -566,7 +566,7 @@ def _clip_loss_backward(
     dtype, own = positive.dtype, torch.arange(x.shape[0], device=x.device)
     slopes, grad_totals = [], []
     for total, shift in ((row_total, row_shift), (column_total, column_shift)):
-        slopes.append(_cross_entropy(total, shift, positive).sigmoid() * grad_loss / 2)
+        slopes.append(_margin(total, shift, positive).sigmoid() * grad_loss / 2)
         grad_totals.append((slopes[-1] / total).where(total != 0, 0))
     # In the dtype of sums, where the positives' terms are still to be added.
     wide_x, wide_y = x.to(dtype), y.to(dtype)

@@ -315,6 +315,12 @@ inline void check_sides(const char* names, const Tensor& x, const Tensor& y, con
   TORCH_CHECK_VALUE(scale.numel() == 1, "scale must have one element, got shape ", scale.sizes());
 }
 
+// The same of rows that are pairs.
+inline void check_pairs(const char* names, const Tensor& x, const Tensor& y, const Tensor& scale) {
+  check_sides(names, x, y, scale);
+  TORCH_CHECK_VALUE(x.size(0) == y.size(0), names, " must have the same shape, got ", x.sizes(), " and ", y.sizes());
+}
+
 inline Tensor checked_exclude(const std::optional<Tensor>& exclude, const Tensor& x) {
   if (!exclude) return Tensor();
   TORCH_CHECK_VALUE(exclude->scalar_type() == at::kLong && exclude->dim() == 1 && exclude->size(0) == x.size(0),
@@ -333,6 +339,17 @@ auto portable(const char* name, Args&&... args) {
       .template typed<std::remove_pointer_t<decltype(F)>>();
   return op.call(std::forward<Args>(args)...);
 }
+
+// log(1 + exp(x)), and its derivative.
+struct Softplus {
+  double value, slope;
+
+  explicit Softplus(double x) {
+    const double t = std::exp(-std::abs(x));
+    value = std::isnan(x) ? x : std::max(x, 0.) + std::log1p(t);
+    slope = (x >= 0 ? 1 : t) / (1 + t);
+  }
+};
 
 // <x_i, y_i> for all rows of two sides, unrounded.
 inline Tensor dot_rows(const Side& x, const Side& y) {
