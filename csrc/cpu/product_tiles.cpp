@@ -3,34 +3,13 @@
 
 #include "common/convert.h"
 #include "common/gemm.h"
+#include "common/rows.h"
 #include "common/simd.h"
 
 namespace fastssl::FASTSSL_ISA {
 namespace {
 
 constexpr float kNormFloor = 1e-12f;  // torch.nn.functional.normalize's eps
-
-// x as float32, times `factor`, into `out`; zeros up to the padded length.
-void load_row(const void* x, Element element, int64_t dim, float factor, float* out) {
-  if (element == Element::Float32) {
-    for (int64_t d = 0; d < dim; ++d) out[d] = static_cast<const float*>(x)[d] * factor;
-  } else if (element == Element::BFloat16) {
-    for (int64_t d = 0; d < dim; ++d) out[d] = bfloat16_to_float(static_cast<const uint16_t*>(x)[d]) * factor;
-  } else {
-    for (int64_t d = 0; d < dim; ++d) out[d] = half_to_float(static_cast<const uint16_t*>(x)[d]) * factor;
-  }
-  for (int64_t d = dim; d % 32; ++d) out[d] = 0;
-}
-
-void store_row(const float* x, Element element, int64_t dim, float factor, void* out) {
-  if (element == Element::Float32) {
-    for (int64_t d = 0; d < dim; ++d) static_cast<float*>(out)[d] = x[d] * factor;
-  } else if (element == Element::BFloat16) {
-    for (int64_t d = 0; d < dim; ++d) static_cast<uint16_t*>(out)[d] = float_to_bfloat16(x[d] * factor);
-  } else {
-    for (int64_t d = 0; d < dim; ++d) static_cast<uint16_t*>(out)[d] = float_to_half(x[d] * factor);
-  }
-}
 
 // In double, so that rows of 1e30 or 1e-30 have a norm; `dim` is padded.
 double dot(const float* a, const float* b, int64_t dim) {
@@ -42,10 +21,43 @@ double dot(const float* a, const float* b, int64_t dim) {
   return total;
 }
 
+void arrange(const float* z, int64_t rows, int64_t dim, Operand operand, float* spare, const Packed& out) {
+  const int64_t elements = rows * dim;
+  if (operand != Operand::BFloat16) {
+    float* const left = out.left ? static_cast<float*>(out.left) : spare;
+    if (operand == Operand::RoundedToBFloat16) {
+      for (int64_t i = 0; i < elements; ++i) left[i] = bfloat16_to_float(float_to_bfloat16(z[i]));
+      z = left;
+    } else if (out.left && out.left != z) {
+      for (int64_t i = 0; i < elements; ++i) left[i] = z[i];
+    }
+    if (out.right)
+      transpose(reinterpret_cast<const int32_t*>(z), dim, rows, dim, static_cast<int32_t*>(out.right), rows);
+    return;
+  }
+  // A pair of bfloat16 is a 32-bit element: (rows, dim / 2) pairs along d transpose into `right`,
+  // (rows / 2, dim) pairs along the rows transpose into `left_columns`.
+  uint16_t* const free = reinterpret_cast<uint16_t*>(spare);
+  uint16_t* const left = out.left ? static_cast<uint16_t*>(out.left) : free;
+  for (int64_t i = 0; i < elements; ++i) left[i] = float_to_bfloat16(z[i]);
+  if (out.right)
+    transpose(reinterpret_cast<const int32_t*>(left), dim / 2, rows, dim / 2, static_cast<int32_t*>(out.right), rows);
+  if (out.right_pairs || out.left_columns) {
+    uint16_t* const pairs = out.right_pairs ? static_cast<uint16_t*>(out.right_pairs) : free + elements;
+    for (int64_t r = 0; r < rows; r += 2)
+      for (int64_t d = 0; d < dim; ++d) {
+        pairs[r * dim + 2 * d] = left[r * dim + d];
+        pairs[r * dim + 2 * d + 1] = left[(r + 1) * dim + d];
+      }
+    if (out.left_columns)
+      transpose(reinterpret_cast<const int32_t*>(pairs), dim, rows / 2, dim, static_cast<int32_t*>(out.left_columns),
+                rows / 2);
+  }
+}
+
 float pack(const Rows& rows, int64_t first, int64_t count, int64_t padded_rows, int64_t padded_dim, bool normalize,
            Operand operand, float* inverse_norm, float* scratch, const Packed& out) {
-  const bool half = operand == Operand::BFloat16;
-  float* z = half || !out.left ? scratch : static_cast<float*>(out.left);
+  float* z = operand == Operand::BFloat16 || !out.left ? scratch : static_cast<float*>(out.left);
   double largest = 0;
   for (int64_t r = 0; r < count; ++r) {
     float* row = z + r * padded_dim;
@@ -60,37 +72,10 @@ float pack(const Rows& rows, int64_t first, int64_t count, int64_t padded_rows, 
     } else {
       largest = square <= largest ? largest : square;
     }
-    if (operand == Operand::RoundedToBFloat16)
-      for (int64_t d = 0; d < padded_dim; ++d) row[d] = bfloat16_to_float(float_to_bfloat16(row[d]));
   }
   const int64_t elements = padded_rows * padded_dim;
   for (int64_t i = count * padded_dim; i < elements; ++i) z[i] = 0;
-
-  if (!half) {
-    if (out.right)
-      transpose(reinterpret_cast<const int32_t*>(z), padded_dim, padded_rows, padded_dim,
-                static_cast<int32_t*>(out.right), padded_rows);
-  } else {
-    // A pair of bfloat16 is a 32-bit element: (rows, dim / 2) pairs along d transpose into `right`,
-    // (rows / 2, dim) pairs along the rows transpose into `left_columns`.
-    uint16_t* spare = reinterpret_cast<uint16_t*>(scratch + elements);
-    uint16_t* left = out.left ? static_cast<uint16_t*>(out.left) : spare;
-    for (int64_t i = 0; i < elements; ++i) left[i] = float_to_bfloat16(z[i]);
-    if (out.right)
-      transpose(reinterpret_cast<const int32_t*>(left), padded_dim / 2, padded_rows, padded_dim / 2,
-                static_cast<int32_t*>(out.right), padded_rows);
-    if (out.right_pairs || out.left_columns) {
-      uint16_t* pairs = out.right_pairs ? static_cast<uint16_t*>(out.right_pairs) : spare + elements;
-      for (int64_t r = 0; r < padded_rows; r += 2)
-        for (int64_t d = 0; d < padded_dim; ++d) {
-          pairs[r * padded_dim + 2 * d] = left[r * padded_dim + d];
-          pairs[r * padded_dim + 2 * d + 1] = left[(r + 1) * padded_dim + d];
-        }
-      if (out.left_columns)
-        transpose(reinterpret_cast<const int32_t*>(pairs), padded_dim, padded_rows / 2, padded_dim,
-                  static_cast<int32_t*>(out.left_columns), padded_rows / 2);
-    }
-  }
+  arrange(z, padded_rows, padded_dim, operand, scratch + elements, out);
   return normalize ? 1.f : static_cast<float>(largest);
 }
 
@@ -136,6 +121,6 @@ double dot_rows(const void* x, const void* y, Element element, int64_t dim, floa
 }  // namespace
 
 extern const ProductTiles product_tiles;
-const ProductTiles product_tiles = {pack, largest_square, add_transposed, finish, dot_rows, gemm};
+const ProductTiles product_tiles = {arrange, pack, largest_square, add_transposed, finish, dot_rows, gemm};
 
 }  // namespace fastssl::FASTSSL_ISA

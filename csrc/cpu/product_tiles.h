@@ -39,6 +39,9 @@ struct Packed {
 };
 
 struct ProductTiles {
+  // Z (rows, dim), both multiples of 32, as operands. `out.left` may be z. `spare`: rows x dim floats.
+  void (*arrange)(const float* z, int64_t rows, int64_t dim, Operand operand, float* spare, const Packed& out);
+
   // Packs rows [first, first + count), each divided by max(norm, 1e-12) if `normalize`. inverse_norm gets what
   // each was multiplied by, negated where 1e-12 was the larger. Returns the largest |z|^2.
   // `scratch`: 2 padded_rows x padded_dim floats.

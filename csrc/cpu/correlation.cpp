@@ -1,0 +1,618 @@
+// Losses on the correlation and covariance of features on the CPU: Barlow Twins (arXiv:2103.03230) and VICReg
+// (arXiv:2105.04906).
+//
+// A and B are the views Z (N x D) with every column centred and, for Barlow Twins, divided by its standard deviation.
+// Both losses sum up the squares of a D x D matrix off its diagonal, of A^T B or of A^T A and B^T B:
+//
+//     off(A, B) = sum_{i != j} (A^T B)_ij^2,     doff/dA = 2 B (A^T B)^T,     doff/dB = 2 A (A^T B),     no diagonal.
+//
+// Algorithms and costs, in units of one product: U = 2 N N D floating-point operations, or V = 2 N D D.
+//
+// Dual, where N is the smaller: sum_ij (A^T B)_ij^2 = <A A^T, B B^T>. The forward pass makes the N x N Gram matrices,
+// of which symmetry leaves half, 1 U for both; the backward pass dA = 2 (B B^T) A, dB = 2 (A A^T) B is 2 U. Columns are
+// taken in panels that fit the second-level cache: a panel is read, standardised, packed and multiplied before the
+// next. In the backward pass a panel is read once more and its gradient finished, the standardisation's derivative
+// included, since that needs nothing but the column. All that is kept between the two is the Gram matrices.
+//
+// Primal, where D is: tiles of A^T B, each computed once, for the loss and for both gradients: 3 V. A^T A is symmetric:
+// half the tiles, 3/2 V for each view. Tiles are forgotten; operands and gradients are kept packed, in cells of a block
+// of rows by a block of columns, so that every product's operands fit the second-level cache.
+//
+// Threads. No two that run at once write the same Gram tile, panel, or gradient, and sums come in one order: the bits
+// are the same in every run with as many threads.
+//
+// Rounding. Diagonals do not average out, so none goes through rounded products: C_ii are column sums of unrounded A B,
+// the Gram matrices' diagonals multiply unrounded rows.
+#include <torch/library.h>
+
+#include <array>
+#include <vector>
+
+#include "common/tiled.h"
+#include "correlation_tiles.h"
+
+namespace fastssl {
+namespace {
+
+// One or two views, and how their columns are standardised: centred, and divided by their deviations if `divide`.
+struct Views {
+  std::vector<Tensor> z;
+  bool divide;
+  double eps;
+  int64_t rows, dim;
+  double divisor;  // of sums of squares: variances
+
+  Views(std::vector<Tensor> tensors, bool divide, double eps, bool unbiased)
+      : z(std::move(tensors)), divide(divide), eps(eps) {
+    const Tensor& first = z[0];
+    const at::ScalarType dtype = first.scalar_type();
+    for (Tensor& x : z) {
+      TORCH_CHECK_VALUE(x.dim() == 2 && x.size(0) > 1 && x.size(1) > 0 && x.sizes() == first.sizes(),
+                        "views must have shape (N, D), N > 1, D > 0, got ", first.sizes(), " and ", x.sizes());
+      TORCH_CHECK_VALUE(x.scalar_type() == dtype && (dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf),
+                        "views must be float32, bfloat16 or float16, got ", dtype, " and ", x.scalar_type());
+      if (x.stride(1) != 1) x = x.contiguous();
+    }
+    rows = first.size(0);
+    dim = first.size(1);
+    divisor = double(rows - unbiased);
+  }
+
+  int count() const { return static_cast<int>(z.size()); }
+};
+
+// The columns of the views in panels, and what is known of each column once its panel has been standardised.
+struct Panels {
+  const Views& views;
+  const Engine& engine;
+  int threads;
+  Cut rows;              // blocks of rows
+  int64_t width, count;  // columns of a panel, panels
+  int64_t padded_rows;
+  Tensor mean[2], variance[2], rstd[2];
+  Tensor compared;            // sum_n a_ni b_ni, or of (z_a - z_b)^2
+  Tensor rounded_squares[2];  // sum_n a_ni b_ni, or a_ni^2, of rounded operands, where the products round them
+  const CorrelationTiles& tile = FASTSSL_TABLE_IN_USE(correlation_tiles);
+
+  Panels(const Views& views, const Engine& engine, int threads, int64_t columns)
+      : views(views),
+        engine(engine),
+        threads(threads),
+        rows(views.rows, 256, threads),
+        width(round_up(pieces(views.dim, pieces(views.dim, columns)), kPadding)),
+        count(pieces(views.dim, width)),
+        padded_rows((rows.blocks - 1) * rows.block + padded(rows.blocks - 1)) {
+    for (int v = 0; v < views.count(); ++v)
+      for (Tensor* t : {&mean[v], &variance[v], &rstd[v]}) *t = at::empty({count * width}, at::kFloat);
+    compared = at::empty({count * width}, at::kFloat);
+    if (rounded())
+      for (Tensor& t : rounded_squares) t = at::empty_like(compared);
+  }
+
+  int64_t columns(int64_t p) const { return std::min(width, views.dim - p * width); }
+  int64_t size(int64_t I) const { return std::min(rows.block, views.rows - I * rows.block); }
+  int64_t padded(int64_t I) const { return round_up(size(I), kPadding); }
+  int64_t elements() const { return padded_rows * width; }
+  bool rounded() const { return engine.operand != Operand::Float32; }
+  // A panel consists of cells, one for each block of rows.
+  void* cell(void* panel, int64_t I, int64_t bytes) const {
+    return panel ? static_cast<char*>(panel) + I * rows.block * width * bytes : nullptr;
+  }
+  float* cell(float* panel, int64_t I) const { return panel + I * rows.block * width; }
+  float* of(const Tensor& statistic, int64_t p) const { return statistic.mutable_data_ptr<float>() + p * width; }
+
+  // Panel p of all views, one after the other. `scratch`: 2 width floats.
+  void standardise(int64_t p, float* const* panels, float* scratch) const {
+    for (int v = 0; v < views.count(); ++v) {
+      const Tensor& z = views.z[v];
+      const Rows all{{z.const_data_ptr(), nullptr}, {z.stride(0), 0}, views.rows, views.dim, Side::element_of(z)};
+      tile.standardise(all, views.rows, padded_rows, p * width, columns(p), width, views.divide, views.eps,
+                       views.divisor, panels[v], of(mean[v], p), of(variance[v], p), of(rstd[v], p), scratch);
+    }
+    if (views.count() == 1) return;
+    float* const sum = of(compared, p);
+    tile.compare(panels[0], panels[1], views.rows, width,
+                 views.divide ? Comparison::Products : Comparison::SquaredDistances, sum, scratch);
+    for (int64_t c = 0; c < width && !views.divide; ++c) {
+      const float apart = of(mean[0], p)[c] - of(mean[1], p)[c];
+      sum[c] += static_cast<float>(views.rows) * apart * apart;
+    }
+  }
+
+  // The cells of a panel as operands; `out` are the panels' first.
+  void arrange(const float* panel, float* spare, const Packed& out) const {
+    for (int64_t I = 0; I < rows.blocks; ++I) {
+      const auto at = [&](void* operand) { return cell(operand, I, engine.bytes()); };
+      engine.tile.arrange(panel + I * rows.block * width, padded(I), width, engine.operand, spare,
+                          {at(out.left), at(out.right), at(out.right_pairs), at(out.left_columns)});
+    }
+  }
+};
+
+// A loss: its parts' weights, and what they make of the statistics.
+struct Loss {
+  const Views& views;
+  double invariance_param, variance_param, off_param;
+
+  // Products of A and B, or of A with itself and of B with itself.
+  bool cross() const { return views.divide; }
+  // What the sum of squares off the diagonal counts.
+  double off_factor() const {
+    return cross() ? 1 / (double(views.rows) * views.rows) : 1 / (views.dim * views.divisor * views.divisor);
+  }
+  // What B (A^T B)^T counts in the gradient of A.
+  double alpha() const { return (cross() ? 2 : 4) * off_param * off_factor(); }
+
+  template <typename F>
+  double sum(const F& f) const {
+    double total = 0;
+    for (int64_t i = 0; i < views.dim; ++i) total += f(i);
+    return total;
+  }
+
+  double invariance(const Panels& panels) const {
+    const float* const compared = panels.compared.const_data_ptr<float>();
+    if (!cross()) return sum([&](int64_t i) { return compared[i]; }) / (double(views.rows) * views.dim);
+    return sum([&](int64_t i) {
+      const double apart = compared[i] / double(views.rows) - 1;
+      return apart * apart;
+    });
+  }
+
+  double variance(const Panels& panels) const {
+    double total = 0;
+    for (int v = 0; v < views.count(); ++v) {
+      const float* const variance = panels.variance[v].const_data_ptr<float>();
+      total += sum([&](int64_t i) {
+        const double below = 1 - std::sqrt(variance[i] + views.eps);
+        return below < 0 ? 0 : below;  // keeps a NaN
+      });
+    }
+    return total / (double(views.dim) * views.count());
+  }
+
+  // The sum of squares of the diagonal of A^T B, or of view v's A^T A, as the products have it.
+  double diagonal(const Panels& panels, int v) const {
+    const Tensor& exact = cross() ? panels.compared : panels.variance[v];
+    const float* const value = (panels.rounded() ? panels.rounded_squares[v] : exact).const_data_ptr<float>();
+    const double factor = cross() || panels.rounded() ? 1 : views.divisor;
+    return sum([&](int64_t i) { return factor * value[i] * factor * value[i]; });
+  }
+
+  // The terms of a panel's gradient that are not products of panels. With `dual` its products have the diagonal.
+  ColumnTerms terms(const Panels& panels, int64_t p, int v, bool dual, float* out) const {
+    const int64_t width = panels.width;
+    float* const own = out;
+    float* const other = out + width;
+    float* const constant = out + 2 * width;
+    const double subtracted = dual ? alpha() : 0;
+    if (cross()) {
+      const float* const compared = panels.of(panels.compared, p);
+      const double rows = double(views.rows);
+      for (int64_t c = 0; c < width; ++c) {
+        own[c] = constant[c] = 0;
+        other[c] = static_cast<float>(2 * invariance_param * (compared[c] / rows - 1) / rows - subtracted * compared[c]);
+      }
+    } else {
+      const bool both = views.count() == 2;
+      const double apart = both ? 2 * invariance_param / (double(views.rows) * views.dim) : 0;
+      const double hinge = variance_param / (double(views.dim) * views.count() * views.divisor);
+      const float* const variance = panels.of(panels.variance[v], p);
+      const float* const mean = panels.of(panels.mean[v], p);
+      const float* const other_mean = panels.of(panels.mean[both ? 1 - v : v], p);
+      for (int64_t c = 0; c < width; ++c) {
+        const double deviation = std::sqrt(variance[c] + views.eps);
+        own[c] = static_cast<float>(apart - (deviation < 1 ? hinge / deviation : 0) -
+                                    subtracted * variance[c] * views.divisor);
+        other[c] = static_cast<float>(-apart);
+        constant[c] = static_cast<float>(apart * (mean[c] - other_mean[c]));
+      }
+    }
+    return {own, other, constant, panels.of(panels.rstd[v], p)};
+  }
+
+  double projection() const { return cross() ? views.divisor : 0; }
+};
+
+// Standardises every panel and forgets it: for the statistics.
+void standardise_all(const Panels& panels) {
+  const Blocks scratch(panels.threads, (2 * panels.elements() + 2 * panels.width) * 4);
+  run(panels.threads, panels.count, [&](int64_t p) {
+    float* const panel = scratch.floats(slot(panels.threads));
+    float* const both[] = {panel, panel + panels.elements()};
+    panels.standardise(p, both, panel + 2 * panels.elements());
+  });
+}
+
+// The Gram matrix of each view, (N, N). `cross`: that the two will be multiplied with each other.
+std::vector<Tensor> gram_matrices(const Panels& panels, bool cross) {
+  const Engine& engine = panels.engine;
+  const Cut& rows = panels.rows;
+  const int views = panels.views.count(), threads = panels.threads;
+  std::vector<std::array<int64_t, 3>> tiles;
+  for (int v = 0; v < views; ++v)
+    for (int64_t I = 0; I < rows.blocks; ++I)
+      for (int64_t J = I; J < rows.blocks; ++J) tiles.push_back({v, I, J});
+  const int64_t together = std::min<int64_t>(panels.count, 2 * threads);  // panels between two rounds of products
+  const Blocks left(views * together, panels.elements() * engine.bytes());
+  const Blocks right(views * together, panels.elements() * engine.bytes());
+  const Blocks sums(tiles.size(), rows.block * rows.block * 4);
+  const int64_t wide = engine.half() ? views * panels.elements() : 0;
+  const int64_t spare = std::max(rows.block * panels.width, 2 * panels.width);
+  const Blocks scratch(threads, (wide + spare) * 4);
+  for (int64_t first = 0; first < panels.count; first += together) {
+    const int64_t some = std::min(together, panels.count - first);
+    run(threads, some, [&](int64_t t) {
+      float* const own = scratch.floats(slot(threads));
+      float* panel[2] = {};
+      for (int v = 0; v < views; ++v)
+        panel[v] = engine.half() ? own + v * panels.elements() : left.floats(t * views + v);
+      panels.standardise(first + t, panel, own + wide);
+      for (int v = 0; panels.rounded() && v < views; ++v)
+        panels.tile.compare(panel[v], panel[cross ? 1 - v : v], panels.views.rows, panels.width,
+                            Comparison::RoundedProducts, panels.of(panels.rounded_squares[v], first + t), own + wide);
+      for (int v = 0; v < views; ++v)
+        panels.arrange(panel[v], own + wide, {left[t * views + v], right[t * views + v], nullptr, nullptr});
+    });
+    run(threads, tiles.size(), [&](int64_t k) {
+      const auto [v, I, J] = tiles[k];
+      for (int64_t t = 0; t < some; ++t)
+        engine.multiply(panels.padded(I), panels.padded(J), panels.width, first + t > 0,
+                        panels.cell(left[t * views + v], I, engine.bytes()),
+                        panels.cell(right[t * views + v], J, engine.bytes()), sums.floats(k));
+    }, [&] { engine.release(); });
+  }
+  const int64_t count = panels.views.rows;
+  std::vector<Tensor> grams;
+  for (int v = 0; v < views; ++v) grams.push_back(at::empty({count, count}, at::kFloat));
+  run(threads, tiles.size(), [&](int64_t k) {
+    const auto [v, I, J] = tiles[k];
+    float* const gram = grams[v].mutable_data_ptr<float>();
+    const float* const sum = sums.floats(k);
+    for (int64_t r = 0; r < panels.size(I); ++r)
+      for (int64_t c = 0; c < panels.size(J); ++c) {
+        const int64_t i = I * rows.block + r, j = J * rows.block + c;
+        gram[i * count + j] = gram[j * count + i] = sum[r * panels.padded(J) + c];
+      }
+  });
+  return grams;
+}
+
+double inner(const Panels& panels, const Tensor& x, const Tensor& y) {
+  const int64_t rows = x.size(0);
+  const Tensor totals = at::empty({rows}, at::kDouble);
+  double* const total = totals.mutable_data_ptr<double>();
+  run(panels.threads, panels.rows.blocks, [&](int64_t I) {
+    for (int64_t i = I * panels.rows.block; i < I * panels.rows.block + panels.size(I); ++i)
+      total[i] = panels.tile.inner(x.const_data_ptr<float>() + i * rows, y.const_data_ptr<float>() + i * rows, rows);
+  });
+  double sum = 0;
+  for (int64_t i = 0; i < rows; ++i) sum += total[i];
+  return sum;
+}
+
+// The gradients of the views, times `factor`, into `out`, from their Gram matrices.
+void dual_gradients(const Panels& panels, const Loss& loss, const std::vector<Tensor>& grams, float factor,
+                    const std::vector<Tensor>& out) {
+  const Engine& engine = panels.engine;
+  const Cut& rows = panels.rows;
+  const int views = panels.views.count(), threads = panels.threads;
+  const int64_t count = panels.views.rows, elements = panels.elements();
+  const bool products = loss.alpha() != 0;
+  // Row block I of a Gram matrix, as the left operands (I, J), without the diagonal.
+  const Blocks left(products ? views * rows.blocks : 0, rows.block * panels.padded_rows * engine.bytes());
+  const Tensor diagonals = at::zeros({views, count}, at::kFloat);
+  const Blocks spares(threads, 2 * rows.block * rows.block * 4);
+  run(threads, products ? views * rows.blocks : 0, [&](int64_t k) {
+    const int64_t v = k / rows.blocks, I = k % rows.blocks, m = panels.padded(I);
+    const float* const gram = grams[v].const_data_ptr<float>();
+    float* const wide = spares.floats(slot(threads));
+    for (int64_t J = 0; J < rows.blocks; ++J) {
+      const int64_t n = panels.padded(J);
+      std::fill_n(wide, m * n, 0.f);
+      for (int64_t r = 0; r < panels.size(I); ++r)
+        std::copy_n(gram + (I * rows.block + r) * count + J * rows.block, panels.size(J), wide + r * n);
+      for (int64_t r = 0; I == J && r < panels.size(I); ++r) {
+        diagonals.mutable_data_ptr<float>()[v * count + I * rows.block + r] = wide[r * n + r];
+        wide[r * n + r] = 0;
+      }
+      engine.tile.arrange(wide, m, n, engine.operand, wide + rows.block * rows.block,
+                          {static_cast<char*>(left[k]) + J * rows.block * m * engine.bytes(), nullptr, nullptr, nullptr});
+    }
+  });
+  const bool rounded = panels.rounded();
+  const int64_t spare = std::max(rows.block * panels.width, 6 * panels.width);
+  const Blocks scratch(threads, ((views + 1) * elements + spare) * 4);
+  const Blocks operands(threads, rounded ? elements * engine.bytes() : 0);
+  run(threads, panels.count, [&](int64_t p) {
+    float* const product = scratch.floats(slot(threads));
+    float* const panel[2] = {product + elements, product + views * elements};
+    float* const free = product + (views + 1) * elements;
+    panels.standardise(p, panel, free);
+    for (int v = 0; v < views; ++v) {
+      void* const operand = rounded ? operands[slot(threads)] : panel[v];
+      if (rounded)
+        panels.arrange(panel[v], free, {engine.half() ? nullptr : operand, nullptr, engine.half() ? operand : nullptr,
+                                        nullptr});
+      const int gram = loss.cross() ? 1 - v : v;
+      if (!products) std::fill_n(product, elements, 0.f);
+      for (int64_t I = 0; products && I < rows.blocks; ++I)
+        for (int64_t J = 0; J < rows.blocks; ++J)
+          engine.multiply(panels.padded(I), panels.width, panels.padded(J), J > 0,
+                          static_cast<char*>(left[gram * rows.blocks + I]) +
+                              J * rows.block * panels.padded(I) * engine.bytes(),
+                          panels.cell(operand, J, engine.bytes()), panels.cell(product, I));
+      const ColumnTerms terms = loss.terms(panels, p, v, true, free);
+      panels.tile.finish(product, panel[v], panel[views - 1 - v], diagonals.const_data_ptr<float>() + gram * count,
+                         count, panels.width, panels.columns(p), static_cast<float>(loss.alpha()), terms,
+                         loss.projection(), factor, free + 3 * panels.width, Side::element_of(out[v]),
+                         panels.views.dim, static_cast<char*>(out[v].mutable_data_ptr()) +
+                             p * panels.width * out[v].element_size());
+    }
+  }, [&] { engine.release(); });
+}
+
+// All panels of a view as operands.
+struct Cells {
+  Blocks left, right, right_pairs, left_columns;
+
+  Cells(const Panels& panels, bool as_left, bool as_right, bool as_right_pairs, bool as_left_columns)
+      : left(panels.count, bytes(panels, as_left)),
+        right(panels.count, bytes(panels, as_right)),
+        right_pairs(panels.count, bytes(panels, as_right_pairs)),
+        left_columns(panels.count, bytes(panels, as_left_columns)) {}
+
+  static int64_t bytes(const Panels& panels, bool wanted) { return wanted ? panels.elements() * panels.engine.bytes() : 0; }
+  Packed operator[](int64_t p) const { return {left[p], right[p], right_pairs[p], left_columns[p]}; }
+};
+
+// The sum of squares of A^T B off its diagonal; and where the views' gradients are wanted, A (A^T B) into `sums` of B's
+// panels, and (B (A^T B)^T)^T, cell by cell, into `transposed` of A's. If `self`, a and b are one.
+double multiply_tiles(const Panels& panels, const Cut& columns, const Cells& a, const Cells& b, bool self,
+                      const Blocks* sums, const Blocks* transposed) {
+  const Engine& engine = panels.engine;
+  const int threads = panels.threads;
+  const int64_t width = panels.width, blocks = panels.rows.blocks, area = width * width;
+  const Blocks tile(threads, area * 4), narrow(threads, engine.half() ? 2 * area * 2 : 0);
+  const Tensor totals = at::zeros({columns.blocks}, at::kDouble);
+  double* const total = totals.mutable_data_ptr<double>();
+  const auto at = [&](void* operand, int64_t r) { return panels.cell(operand, r, engine.bytes()); };
+  const auto visit = [&](int64_t I, int64_t J) {
+    float* const C = tile.floats(slot(threads));
+    void* const a_columns = engine.half() ? a.left_columns[I] : a.right[I];
+    void* const b_rows = engine.half() ? b.right_pairs[J] : b.left[J];
+    for (int64_t r = 0; r < blocks; ++r)
+      engine.multiply(width, width, panels.padded(r), r > 0, at(a_columns, r), at(b_rows, r), C);
+    for (int64_t i = 0; I == J && i < width; ++i) C[i * width + i] = 0;
+    total[I] += (self && I != J ? 2 : 1) * panels.tile.inner(C, C, area);
+    if (!sums) return;
+    auto* const half = static_cast<at::BFloat16*>(narrow[slot(threads)]);
+    if (half) panels.tile.round_tile(C, width, width, half, half + area);
+    const void* const as_left = half ? static_cast<void*>(half) : C;
+    const void* const as_right = half ? static_cast<void*>(half + area) : C;
+    for (int64_t r = 0; r < blocks; ++r)
+      engine.multiply(panels.padded(r), width, width, true, at(a.left[I], r), as_right,
+                      panels.cell(sums->floats(J), r));
+    for (int64_t r = 0; !(self && I == J) && r < blocks; ++r)
+      engine.multiply(width, panels.padded(r), width, true, as_left, at(b.right[J], r),
+                      panels.cell(transposed->floats(I), r));
+  };
+  const auto done = [&] { engine.release(); };
+  if (self) {
+    tournament(threads, columns, visit, done);
+  } else {
+    match(threads, columns, columns, visit, done);
+  }
+  double sum = 0;
+  for (int64_t I = 0; I < columns.blocks; ++I) sum += total[I];
+  return sum;
+}
+
+// The sums of squares off the diagonals, together, and if `derive` the views' gradients into `out`.
+double primal(const Panels& panels, const Cut& columns, const Loss& loss, bool derive, const std::vector<Tensor>& out) {
+  const Engine& engine = panels.engine;
+  const int views = panels.views.count(), threads = panels.threads;
+  const int64_t elements = panels.elements(), cell = panels.rows.block * panels.width;
+  const bool self = !loss.cross(), half = engine.half();
+  std::vector<Cells> cells;
+  std::vector<Blocks> sums, transposed;  // of views that are multiplied from the right, and from the left
+  for (int v = 0; v < views; ++v) {
+    const bool first = self || v == 0, second = self || v == 1;
+    cells.emplace_back(panels, (first && derive) || (second && !half), (second && derive) || (first && !half),
+                       half && second, half && first);
+    sums.emplace_back(panels.count, derive && second ? elements * 4 : 0);
+    transposed.emplace_back(panels.count, derive && first ? elements * 4 : 0);
+  }
+  const int64_t spare = std::max(cell, 6 * panels.width);
+  const Blocks scratch(threads, ((views + 1) * elements + spare) * 4);
+  run(threads, panels.count, [&](int64_t p) {
+    float* const own = scratch.floats(slot(threads));
+    float* const free = own + views * elements;
+    float* panel[2] = {};
+    for (int v = 0; v < views; ++v)
+      panel[v] = half || !cells[v].left[p] ? own + v * elements : cells[v].left.floats(p);
+    panels.standardise(p, panel, free);
+    for (int v = 0; v < views; ++v) {
+      panels.arrange(panel[v], free, cells[v][p]);
+      for (const Blocks* zero : {&sums[v], &transposed[v]})  // first touched by the threads that will use them
+        if (zero->floats(p)) std::fill_n(zero->floats(p), elements, 0.f);
+    }
+  });
+  double off = 0;
+  for (int v = 0; loss.off_param != 0 && v < (self ? views : 1); ++v) {
+    const int other = self ? v : 1;
+    off += multiply_tiles(panels, columns, cells[v], cells[other], self, derive ? &sums[other] : nullptr, &transposed[v]);
+  }
+  if (!derive) return off;
+  run(threads, panels.count, [&](int64_t p) {
+    float* const own = scratch.floats(slot(threads));
+    float* const panel[2] = {own, own + (views - 1) * elements};
+    float* const free = own + (views + 1) * elements;
+    panels.standardise(p, panel, free);
+    for (int v = 0; v < views; ++v) {
+      float* product = sums[v].floats(p);
+      if (!product) {
+        product = own + views * elements;
+        std::fill_n(product, elements, 0.f);
+      }
+      for (int64_t r = 0; transposed[v].floats(p) && r < panels.rows.blocks; ++r)
+        engine.tile.add_transposed(panels.cell(transposed[v].floats(p), r), panels.padded(r), panels.width,
+                                   panels.cell(product, r), free);
+      const ColumnTerms terms = loss.terms(panels, p, v, false, free);
+      panels.tile.finish(product, panel[v], panel[views - 1 - v], nullptr, panels.views.rows, panels.width,
+                         panels.columns(p), static_cast<float>(loss.alpha()), terms, loss.projection(), 1,
+                         free + 3 * panels.width, Element::Float32, panels.views.dim,
+                         out[v].mutable_data_ptr<float>() + p * panels.width);
+    }
+  });
+  return off;
+}
+
+struct Result {
+  double loss, invariance, variance, off;
+  std::vector<Tensor> kept;
+};
+
+// Panels of that many columns keep a view's rows in the second-level cache.
+int64_t panel_columns(int64_t rows) { return std::clamp<int64_t>((1 << 18) / rows / kPadding * kPadding, 64, 256); }
+
+Result forward(const Loss& loss, bool dual, bool derive, c10::string_view precision) {
+  const Views& views = loss.views;
+  const Engine engine(precision);
+  Result result{};
+  if (dual) {
+    const Panels panels(views, engine, threads_for(views.rows, views.rows, views.dim), panel_columns(views.rows));
+    if (loss.off_param != 0) {
+      result.kept = gram_matrices(panels, loss.cross());
+      for (int v = 0; v < (loss.cross() ? 1 : views.count()); ++v)
+        result.off += inner(panels, result.kept[v], result.kept[loss.cross() ? 1 : v]) - loss.diagonal(panels, v);
+    } else {
+      standardise_all(panels);
+      for (int v = 0; v < views.count(); ++v) result.kept.push_back(at::zeros({views.rows, views.rows}, at::kFloat));
+    }
+    result.invariance = views.count() == 2 ? loss.invariance(panels) : 0;
+    result.variance = loss.cross() ? 0 : loss.variance(panels);
+    if (!derive)
+      for (Tensor& kept : result.kept) kept = at::empty({0, views.rows}, at::kFloat);
+  } else {
+    const int threads = threads_for(views.dim, views.dim, views.rows);
+    const Cut columns(views.dim, 256, threads);
+    const Panels panels(views, engine, threads, columns.block);
+    for (int v = 0; v < views.count(); ++v)
+      result.kept.push_back(at::empty({derive ? views.rows : 0, views.dim}, at::kFloat));
+    result.off = primal(panels, columns, loss, derive, result.kept);
+    result.invariance = views.count() == 2 ? loss.invariance(panels) : 0;
+    result.variance = loss.cross() ? 0 : loss.variance(panels);
+  }
+  result.off = (result.off < 0 || views.dim == 1 ? result.off - result.off : result.off) * loss.off_factor();
+  result.loss = loss.invariance_param * result.invariance + loss.variance_param * result.variance +
+      loss.off_param * result.off;
+  return result;
+}
+
+std::vector<Tensor> backward(const Loss& loss, const Tensor& grad_loss, const std::vector<Tensor>& kept, bool dual,
+                             c10::string_view precision) {
+  const Views& views = loss.views;
+  TORCH_CHECK_VALUE(grad_loss.numel() == 1, "grad_loss must have one element, got shape ", grad_loss.sizes());
+  std::vector<Tensor> gradients, held;
+  for (int v = 0; v < views.count(); ++v) {
+    TORCH_CHECK_VALUE(kept[v].scalar_type() == at::kFloat && kept[v].dim() == 2 && kept[v].size(0) == views.rows &&
+                          kept[v].size(1) == (dual ? views.rows : views.dim),
+                      "kept must be what the forward pass kept, got shape ", kept[v].sizes());
+    if (dual) {
+      held.push_back(kept[v].contiguous());
+      gradients.push_back(at::empty({views.rows, views.dim}, views.z[v].options()));
+    } else {
+      gradients.push_back((kept[v] * grad_loss).to(views.z[v].scalar_type()));
+    }
+  }
+  if (dual) {
+    const Engine engine(precision);
+    const Panels panels(views, engine, threads_for(views.rows, views.rows, views.dim), panel_columns(views.rows));
+    dual_gradients(panels, loss, held, grad_loss.item<float>(), gradients);
+  }
+  return gradients;
+}
+
+Tensor scalar(double value) { return at::full({}, value, at::kFloat); }
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> barlow_twins(const Tensor& z_a, const Tensor& z_b,
+                                                                double invariance_param, double lambda_param,
+                                                                double eps, bool unbiased, bool dual, bool derive,
+                                                                c10::string_view precision) {
+  if (z_a.scalar_type() == at::kDouble)
+    return portable<&barlow_twins>("fastssl::barlow_twins_portable", z_a, z_b, invariance_param, lambda_param, eps,
+                                   unbiased, dual, derive, precision);
+  const Views views({z_a, z_b}, true, eps, unbiased);
+  const Result r = forward({views, invariance_param, 0, lambda_param}, dual, derive, precision);
+  return {scalar(r.loss), scalar(r.invariance), scalar(r.off), r.kept[0], r.kept[1]};
+}
+
+std::tuple<Tensor, Tensor> barlow_twins_backward(const Tensor& grad_loss, const Tensor& z_a, const Tensor& z_b,
+                                                 const Tensor& kept_a, const Tensor& kept_b, double invariance_param,
+                                                 double lambda_param, double eps, bool unbiased, bool dual,
+                                                 c10::string_view precision) {
+  if (z_a.scalar_type() == at::kDouble)
+    return portable<&barlow_twins_backward>("fastssl::barlow_twins_backward_portable", grad_loss, z_a, z_b, kept_a,
+                                            kept_b, invariance_param, lambda_param, eps, unbiased, dual, precision);
+  const Views views({z_a, z_b}, true, eps, unbiased);
+  const auto dz = backward({views, invariance_param, 0, lambda_param}, grad_loss, {kept_a, kept_b}, dual, precision);
+  return {dz[0], dz[1]};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> vicreg(const Tensor& z_a, const Tensor& z_b,
+                                                                  double lambda_param, double mu_param,
+                                                                  double nu_param, double eps, bool unbiased, bool dual,
+                                                                  bool derive, c10::string_view precision) {
+  if (z_a.scalar_type() == at::kDouble)
+    return portable<&vicreg>("fastssl::vicreg_portable", z_a, z_b, lambda_param, mu_param, nu_param, eps, unbiased,
+                             dual, derive, precision);
+  const Views views({z_a, z_b}, false, eps, unbiased);
+  const Result r = forward({views, lambda_param, mu_param, nu_param}, dual, derive, precision);
+  return {scalar(r.loss), scalar(r.invariance), scalar(r.variance), scalar(r.off), r.kept[0], r.kept[1]};
+}
+
+std::tuple<Tensor, Tensor> vicreg_backward(const Tensor& grad_loss, const Tensor& z_a, const Tensor& z_b,
+                                           const Tensor& kept_a, const Tensor& kept_b, double lambda_param,
+                                           double mu_param, double nu_param, double eps, bool unbiased, bool dual,
+                                           c10::string_view precision) {
+  if (z_a.scalar_type() == at::kDouble)
+    return portable<&vicreg_backward>("fastssl::vicreg_backward_portable", grad_loss, z_a, z_b, kept_a, kept_b,
+                                      lambda_param, mu_param, nu_param, eps, unbiased, dual, precision);
+  const Views views({z_a, z_b}, false, eps, unbiased);
+  const auto dz = backward({views, lambda_param, mu_param, nu_param}, grad_loss, {kept_a, kept_b}, dual, precision);
+  return {dz[0], dz[1]};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> variance_covariance(const Tensor& z, double mu_param, double nu_param,
+                                                               double eps, bool unbiased, bool dual, bool derive,
+                                                               c10::string_view precision) {
+  if (z.scalar_type() == at::kDouble)
+    return portable<&variance_covariance>("fastssl::variance_covariance_portable", z, mu_param, nu_param, eps, unbiased,
+                                          dual, derive, precision);
+  const Views views({z}, false, eps, unbiased);
+  const Result r = forward({views, 0, mu_param, nu_param}, dual, derive, precision);
+  return {scalar(r.loss), scalar(r.variance), scalar(r.off), r.kept[0]};
+}
+
+Tensor variance_covariance_backward(const Tensor& grad_loss, const Tensor& z, const Tensor& kept, double mu_param,
+                                    double nu_param, double eps, bool unbiased, bool dual,
+                                    c10::string_view precision) {
+  if (z.scalar_type() == at::kDouble)
+    return portable<&variance_covariance_backward>("fastssl::variance_covariance_backward_portable", grad_loss, z, kept,
+                                                   mu_param, nu_param, eps, unbiased, dual, precision);
+  const Views views({z}, false, eps, unbiased);
+  return backward({views, 0, mu_param, nu_param}, grad_loss, {kept}, dual, precision)[0];
+}
+
+TORCH_LIBRARY_IMPL(fastssl, CPU, m) {
+  m.impl("barlow_twins", &barlow_twins);
+  m.impl("barlow_twins_backward", &barlow_twins_backward);
+  m.impl("vicreg", &vicreg);
+  m.impl("vicreg_backward", &vicreg_backward);
+  m.impl("variance_covariance", &variance_covariance);
+  m.impl("variance_covariance_backward", &variance_covariance_backward);
+}
+
+}  // namespace
+}  // namespace fastssl
