@@ -29,6 +29,16 @@ def check_pair(z1: Tensor, z2: Tensor, name1: str = "z1", name2: str = "z2") -> 
     check_alike(name1, z1, name2, z2)
 
 
+def check_batch(group: ProcessGroup | None, **views: Tensor) -> None:
+    """What a loss of columns asks of rows: at least two, with those of the other processes of group."""
+    rows, (name, z) = 1, next(iter(views.items()))
+    if group is not None:
+        distributed.check_alike(group, views)
+        rows = group.size()
+    if rows * z.shape[0] < 2:
+        raise ValueError(f"{name} must have at least 2 rows, got shape {tuple(z.shape)}")
+
+
 def check_negatives(query: Tensor, negative_keys: Tensor | None, negative_mode: str) -> None:
     if negative_mode not in ("unpaired", "paired"):
         raise ValueError(f"negative_mode must be 'unpaired' or 'paired', got {negative_mode!r}")
@@ -109,6 +119,19 @@ def check_scalar(name: str, scalar: float | Tensor) -> None:
         raise TypeError(f"{name} must be a number or a 0-d tensor, got {type(scalar).__name__}")
     elif not -math.inf < scalar < math.inf:  # torch.compile cannot trace math.isfinite of a number that varies
         raise ValueError(f"{name} must be finite, got {scalar}")
+
+
+def check_number(name: str, number: float) -> None:
+    if not isinstance(number, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(number).__name__}")
+    if not -math.inf < number < math.inf:
+        raise ValueError(f"{name} must be finite, got {number}")
+
+
+def check_eps(eps: float) -> None:
+    check_number("eps", eps)
+    if eps < 0:
+        raise ValueError(f"eps must not be negative, got {eps}")
 
 
 def check_reduction(reduction: str) -> None:

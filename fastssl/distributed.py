@@ -102,7 +102,7 @@ class Ring:
         check_group(group)
         self.group, self.size, self.rank = group, dist.get_world_size(group), dist.get_rank(group)
         self._suffix = "_portable" if current_backend() == "portable" else ""
-        _check_alike(group, tensors)
+        check_alike(group, tensors)
 
     @torch.compiler.disable
     def similarity_logsumexp(
@@ -197,8 +197,8 @@ def check_group(group: Any) -> None:
 
 
 @torch.compiler.disable
-def _check_alike(group: ProcessGroup, tensors: dict[str, Tensor]) -> None:
-    """One exchange of a few integers, and a wait for it."""
+def check_alike(group: ProcessGroup, tensors: dict[str, Tensor]) -> None:
+    """Raises ValueError on every process, if the tensors differ: one exchange of a few integers, and a wait for it."""
     device = next(iter(tensors.values())).device
     mine = [int(torch.is_grad_enabled())]
     for t in tensors.values():

@@ -30,10 +30,11 @@ from fastssl.ops import _portable
 from fastssl.ops._op import Op
 from fastssl.reference import OPS, Sample
 
-POISONED = ("5x64", "not normalized", "5x7x64", "scale=14.0", "labels", "queue", "paired and batch", "views")
+POISONED = ("5x64", "33x16", "not normalized", "5x7x64", "scale=14.0", "labels", "queue", "paired and batch", "views")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 KINDS = ("1x1", "1x9", "2x3", "transposed", "sliced", "expanded", "empty", "learnable")  # that differ to a tracer
 OPTIONS = ("queue and batch", "paired and batch", "labels, smoothed", "views", "weighted")  # and so do these
+WITHOUT_PRODUCTS = ("variance_loss",)  # whose precision could change anything
 
 
 @functools.cache
@@ -220,7 +221,7 @@ def test_compile_inductor(spec, sample):
 def test_compile_dynamic_shapes(spec):
     torch._dynamo.reset()
     compiled = torch.compile(public(spec), fullgraph=True, backend="aot_eager", dynamic=True)
-    shapes = ("2x3", "5x64", "32x128", "5x7x64", "32x64x128", "64x65x127")
+    shapes = ("2x3", "5x64", "32x128", "33x16", "5x7x64", "32x64x128", "64x65x127")
     samples = [sample for label, sample in _samples(spec.name, torch.float32).items() if label in shapes]
     assert len(samples) > 1
     for sample in samples:
@@ -238,7 +239,7 @@ def test_compile_follows_the_precision(spec):
         torch.set_float32_matmul_precision(precision)
         outputs[precision] = compiled(*sample.args, **sample.kwargs)
         assert torch.equal(outputs[precision], public(spec)(*sample.args, **sample.kwargs))
-    assert not torch.equal(outputs["highest"], outputs["medium"])
+    assert torch.equal(outputs["highest"], outputs["medium"]) == (spec.name in WITHOUT_PRODUCTS)
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
@@ -294,7 +295,7 @@ def test_same_bits_in_every_run(spec, sample, backend):
     assert_as_accurate_as_eager(spec, sample, evaluate(public(spec), sample), yardstick)
 
 
-@_cases(*FLOATS, where=lambda s: s.label in ("65x129", "64x127", "64x65x127", "129x257x16", "300x40"))
+@_cases(*FLOATS, where=lambda s: s.label in ("65x129", "129x64", "64x127", "64x65x127", "129x257x16", "300x40"))
 def test_misaligned_data(spec, sample, backend):
     """One element off any alignment: the same bits."""
 

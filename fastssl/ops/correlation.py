@@ -52,12 +52,14 @@ def column_variance(centered: Tensor, unbiased: bool) -> Tensor:
     return centered.square().sum(0) / (centered.shape[0] - unbiased)
 
 
-def off_diagonal_squares(a: Tensor, b: Tensor, dual: bool) -> Tensor:
-    """sum_{i != j} (a^T b)_ij^2, plainly: differentiable as often as one likes."""
-    if dual:
-        return (a @ a.T * (b @ b.T)).sum() - (a * b).sum(0).square().sum()
-    product = a.T @ b
+def off_diagonal_squares(product: Tensor) -> Tensor:
+    """sum_{i != j} product_ij^2."""
     return (product * (1 - torch.eye(len(product), dtype=product.dtype, device=product.device))).square().sum()
+
+
+def gram_squares(a: Tensor, b: Tensor) -> Tensor:
+    """off_diagonal_squares of a^T b, by the dual way."""
+    return (a @ a.T * (b @ b.T)).sum() - (a * b).sum(0).square().sum()
 
 
 def _standardize(z: Tensor, eps: float, unbiased: bool) -> tuple[Tensor, Tensor]:
@@ -73,13 +75,13 @@ def _standardize_backward(da: Tensor, a: Tensor, rstd: Tensor, unbiased: bool) -
 
 
 def _gram_sums(a: Tensor, b: Tensor, gram_a: Tensor, gram_b: Tensor) -> Tensor:
-    """off_diagonal_squares of the rounded a and b. NaN stays NaN."""
+    """gram_squares of the rounded a and b. NaN stays NaN."""
     diagonal = (a * b).sum(0).square().sum(dtype=torch.float64)
     return ((gram_a * gram_b).sum(dtype=torch.float64) - diagonal).clamp_min(0)
 
 
 def _gram_gradient(a: Tensor, b: Tensor, gram_b: Tensor, precision: str) -> Tensor:
-    """Half the derivative of off_diagonal_squares by the rounded a."""
+    """Half the derivative of gram_squares by the rounded a."""
     return (round_weights(gram_b, precision) @ a).addcmul_((a * b).sum(0).expand_as(b), b, value=-1)
 
 
@@ -181,7 +183,8 @@ def _barlow_twins_formula(
 ) -> Tensor:
     (a, _), (b, _) = (_standardize(z, eps, unbiased) for z in (z_a, z_b))
     invariance = ((a * b).mean(0) - 1).square().sum()
-    return invariance_param * invariance + lambda_param / a.shape[0] ** 2 * off_diagonal_squares(a, b, dual)
+    squares = gram_squares(a, b) if dual else off_diagonal_squares(a.T @ b)
+    return invariance_param * invariance + lambda_param / a.shape[0] ** 2 * squares
 
 
 def _setup_context(views: int) -> Callable[..., None]:
@@ -345,7 +348,8 @@ def _variance_covariance_formula(
     a = center(z)
     rows, dim = a.shape
     variance = F.relu(1 - (column_variance(a, unbiased) + eps).sqrt()).mean()
-    covariance = off_diagonal_squares(a, a, dual) / (dim * (rows - unbiased) ** 2)
+    squares = gram_squares(a, a) if dual else off_diagonal_squares(a.T @ a)
+    covariance = squares / (dim * (rows - unbiased) ** 2)
     return mu_param * variance + nu_param * covariance
 
 
