@@ -1038,9 +1038,13 @@ def _correction(z: Tensor, unbiased: bool, group: ProcessGroup | None) -> float:
 
 def _correlate(a: Tensor, b: Tensor, group: ProcessGroup | None) -> Tensor:
     """The mean over the rows of all processes of the products of each two columns, under autocast too."""
-    with torch.autocast(a.device.type, enabled=False) if autocast_enabled(a) else contextlib.nullcontext():
+    with _without_autocast(a):
         product = a.T @ b / a.shape[0]
     return product if group is None else mean_over_processes(product, group)
+
+
+def _without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
+    return torch.autocast(x.device.type, enabled=False) if autocast_enabled(x) else contextlib.nullcontext()
 
 
 def _cross_correlation(z_a: Tensor, z_b: Tensor, eps: float, unbiased: bool, group: ProcessGroup | None) -> Tensor:

@@ -1,13 +1,16 @@
 """Drop-in modules, thin over `fastssl.functional`."""
 
+from fastssl.nn.barlow_twins import BarlowTwinsLoss
 from fastssl.nn.clip import ClipLoss, SigLipLoss
 from fastssl.nn.dcl import DCLLoss, DCLWLoss
 from fastssl.nn.info_nce import InfoNCELoss
 from fastssl.nn.memory_bank import MemoryBank
 from fastssl.nn.ntxent import NTXentLoss
 from fastssl.nn.supcon import SupConLoss
+from fastssl.nn.vicreg import VICRegLoss
 
 __all__ = [
+    "BarlowTwinsLoss",
     "ClipLoss",
     "DCLLoss",
     "DCLWLoss",
@@ -16,4 +19,5 @@ __all__ = [
     "NTXentLoss",
     "SigLipLoss",
     "SupConLoss",
+    "VICRegLoss",
 ]
