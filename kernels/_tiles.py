@@ -135,7 +135,7 @@ def wide_needs(c: dict[str, int], named: dict[str, Any], size: int, capability: 
         spilled = tile != ((64, 64, 32) if weight == "sigmoid" else (128, 64, 32))
     else:
         spilled = weight == "sigmoid" and tile in ((64, 32, 16), (64, 64, 32))
-        if capability // 10 == 10:
+        if capability // 10 in (10, 12):
             spilled |= (weight, tile) == ("both", (64, 64, 16))
         if capability // 10 == 12:
             spilled |= (weight, tile) in (("sigmoid", (128, 64, 64)), ("column", (64, 64, 32)))
