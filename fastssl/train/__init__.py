@@ -1,6 +1,7 @@
 """A small reference trainer: real images, short methods, and the same run with fused or with naive kernels.
 
 python -m fastssl.train simclr --steps 200
+python -m fastssl.train barlow_twins --help
 python -m fastssl.train.demo
 """
 
@@ -9,11 +10,24 @@ from importlib.util import find_spec
 if missing := [name for name in ("rich", "sklearn") if find_spec(name) is None]:
     raise ImportError(f"fastssl.train needs {', '.join(missing)}: pip install 'fastssl-kernels[demo]'")
 
+from fastssl.train.barlow_twins import BarlowTwins
 from fastssl.train.data import DataError, Images, load
 from fastssl.train.evaluate import knn_accuracy
 from fastssl.train.loop import Step, fit
 from fastssl.train.simclr import SimCLR
+from fastssl.train.vicreg import VICReg
 
-METHODS = {"simclr": SimCLR}
+METHODS = {"simclr": SimCLR, "barlow_twins": BarlowTwins, "vicreg": VICReg}
 
-__all__ = ["METHODS", "DataError", "Images", "SimCLR", "Step", "fit", "knn_accuracy", "load"]
+__all__ = [
+    "METHODS",
+    "BarlowTwins",
+    "DataError",
+    "Images",
+    "SimCLR",
+    "Step",
+    "VICReg",
+    "fit",
+    "knn_accuracy",
+    "load",
+]

@@ -11,7 +11,14 @@ from fastssl.train.data import DataError
 
 
 class Parser(argparse.ArgumentParser):
-    """Argument parser with the options of every run, whose errors are one line."""
+    """Argument parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+class RunParser(Parser):
+    """The same with the options of every run."""
 
     def __init__(self, prog: str, description: str) -> None:
         super().__init__(prog, description=description)
@@ -29,9 +36,6 @@ class Parser(argparse.ArgumentParser):
             metavar="DIR",
             help="folder that has Fashion-MNIST's four idx files (default: FASTSSL_DATA, else found or fetched)",
         )
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
 
 
 def positive_int(text: str) -> int:

@@ -15,9 +15,10 @@ from rich.table import Table
 from torch import Tensor
 
 from fastssl.train import Step, fit, knn_accuracy, load
-from fastssl.train.cli import Parser, positive_float, positive_int, run
+from fastssl.train.cli import RunParser, positive_float, positive_int, run
 from fastssl.train.meter import Meter, available_memory
-from fastssl.train.simclr import NT_XENT, SimCLR
+from fastssl.train.simclr import SimCLR
+from fastssl.train.two_views import implementation
 
 FEATURES = 128
 COLORS = {"naive": "tab:orange", "fastssl": "tab:blue"}
@@ -112,7 +113,7 @@ def _cost(rows: int, names: Sequence[str]) -> dict[str, Cost]:
     def measure(name: str, memory: bool) -> Meter:
         z1.grad = z2.grad = None
         with Meter(memory) as meter:
-            NT_XENT[name](z1, z2).backward()
+            implementation("nt_xent", name)(z1, z2).backward()
         return meter
 
     first = {name: measure(name, memory=True) for name in names}
@@ -168,7 +169,9 @@ def _size(size: float | None) -> str:
 
 
 def main() -> None:
-    parser = Parser("python -m fastssl.train.demo", "SimCLR with the fused and with the naive NT-Xent, side by side.")
+    parser = RunParser(
+        "python -m fastssl.train.demo", "SimCLR with the fused and with the naive NT-Xent, side by side."
+    )
     length = parser.add_mutually_exclusive_group()
     length.add_argument(
         "--minutes", type=positive_float, default=4.0, help="how long to train, both together (default: %(default)s)"

@@ -27,3 +27,13 @@ class Projector(nn.Sequential):
     def __init__(self, features: int, outputs: int = 128) -> None:
         hidden = nn.Linear(features, features, bias=False), nn.BatchNorm1d(features), nn.ReLU(inplace=True)
         super().__init__(*hidden, nn.Linear(features, outputs))
+
+
+class Expander(nn.Sequential):
+    """The head of Barlow Twins and VICReg: (B, features) -> (B, outputs), three layers as wide as the output."""
+
+    def __init__(self, features: int, outputs: int = 1024) -> None:
+        layers = []
+        for inputs in (features, outputs):
+            layers += [nn.Linear(inputs, outputs, bias=False), nn.BatchNorm1d(outputs), nn.ReLU(inplace=True)]
+        super().__init__(*layers, nn.Linear(outputs, outputs, bias=False))
