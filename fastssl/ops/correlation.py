@@ -81,8 +81,10 @@ def _gram_sums(a: Tensor, b: Tensor, gram_a: Tensor, gram_b: Tensor) -> Tensor:
 
 
 def _gram_gradient(a: Tensor, b: Tensor, gram_b: Tensor, precision: str) -> Tensor:
-    """Half the derivative of gram_squares by the rounded a."""
-    return (round_weights(gram_b, precision) @ a).addcmul_((a * b).sum(0).expand_as(b), b, value=-1)
+    """Half the derivative of gram_squares by a. Diagonals, which do not average out, go through no rounded product."""
+    weight = round_weights(gram_b.clone().fill_diagonal_(0), precision)
+    gradient = (weight @ round_operand(a, precision)).addcmul_(a, b.square().sum(1, keepdim=True))
+    return gradient.addcmul_(b, (a * b).sum(0), value=-1)
 
 
 def _kept(z: Tensor, dual: bool, derive: bool, make: Callable[..., Tensor]) -> Tensor:
@@ -166,13 +168,12 @@ def _barlow_twins_backward_portable(
         return (grad_loss * kept_a).to(z_a.dtype), (grad_loss * kept_b).to(z_b.dtype)
     (a, rstd_a), (b, rstd_b) = (_standardize(z, eps, unbiased) for z in (z_a, z_b))
     rows = a.shape[0]
-    rounded_a, rounded_b = (round_operand(x, precision) for x in (a, b))
     pull = 2 * invariance_param / rows * ((a * b).mean(0) - 1)
     da, db = pull * b, pull * a
     if lambda_param:
         factor = 2 * lambda_param / rows**2
-        da.add_(_gram_gradient(rounded_a, rounded_b, kept_b, precision), alpha=factor)
-        db.add_(_gram_gradient(rounded_b, rounded_a, kept_a, precision), alpha=factor)
+        da.add_(_gram_gradient(a, b, kept_b, precision), alpha=factor)
+        db.add_(_gram_gradient(b, a, kept_a, precision), alpha=factor)
     dz_a = _standardize_backward(da, a, rstd_a, unbiased)
     dz_b = _standardize_backward(db, b, rstd_b, unbiased)
     return (grad_loss * dz_a).to(z_a.dtype), (grad_loss * dz_b).to(z_b.dtype)
@@ -334,9 +335,7 @@ def _variance_covariance_backward_portable(
         rows, dim = a.shape
         dz = torch.zeros_like(a)
         if nu_param:
-            rounded = round_operand(a, precision)
-            factor = 4 * nu_param / (dim * (rows - unbiased) ** 2)
-            dz = _gram_gradient(rounded, rounded, kept, precision).mul_(factor)
+            dz = _gram_gradient(a, a, kept, precision).mul_(4 * nu_param / (dim * (rows - unbiased) ** 2))
         std = (column_variance(a, unbiased) + eps).sqrt()
         dz = _add_hinge(dz - dz.mean(0), a, std, mu_param, unbiased)
     return (grad_loss * dz).to(z.dtype)
@@ -404,7 +403,7 @@ def _vicreg_portable(
     loss_a, variance_a, covariance_a, kept_a = _variance_covariance_portable(z_a, *options)
     loss_b, variance_b, covariance_b, kept_b = _variance_covariance_portable(z_b, *options)
     difference = z_a.to(loss_a.dtype) - z_b
-    invariance = difference.square().mean(dtype=torch.float64).to(loss_a.dtype)
+    invariance = difference.square().mean(1).mean(dtype=torch.float64).to(loss_a.dtype)
     if derive and not dual:
         pull = difference.mul_(2 * lambda_param / z_a.numel())
         kept_a, kept_b = kept_a + pull, kept_b - pull
