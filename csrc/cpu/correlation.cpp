@@ -101,7 +101,7 @@ struct Panels {
   float* cell(float* panel, int64_t I) const { return panel + I * rows.block * width; }
   float* of(const Tensor& statistic, int64_t p) const { return statistic.mutable_data_ptr<float>() + p * width; }
 
-  // Panel p of all views, one after the other. `scratch`: 2 width floats.
+  // Panel p of all views, one after the other. `scratch`: width floats.
   void standardise(int64_t p, float* const* panels, float* scratch) const {
     for (int v = 0; v < views.count(); ++v) {
       const Tensor& z = views.z[v];
@@ -112,7 +112,7 @@ struct Panels {
     if (views.count() == 1) return;
     float* const sum = of(compared, p);
     tile.compare(panels[0], panels[1], views.rows, width,
-                 views.divide ? Comparison::Products : Comparison::SquaredDistances, sum, scratch);
+                 views.divide ? Comparison::Products : Comparison::SquaredDistances, sum);
     for (int64_t c = 0; c < width && !views.divide; ++c) {
       const float apart = of(mean[0], p)[c] - of(mean[1], p)[c];
       sum[c] += static_cast<float>(views.rows) * apart * apart;
@@ -216,7 +216,7 @@ struct Loss {
 
 // Standardises every panel and forgets it: for the statistics.
 void standardise_all(const Panels& panels) {
-  const Blocks scratch(panels.threads, (2 * panels.elements() + 2 * panels.width) * 4);
+  const Blocks scratch(panels.threads, (2 * panels.elements() + panels.width) * 4);
   run(panels.threads, panels.count, [&](int64_t p) {
     float* const panel = scratch.floats(slot(panels.threads));
     float* const both[] = {panel, panel + panels.elements()};
@@ -238,7 +238,7 @@ std::vector<Tensor> gram_matrices(const Panels& panels, bool cross) {
   const Blocks right(views * together, panels.elements() * engine.bytes());
   const Blocks sums(tiles.size(), rows.block * rows.block * 4);
   const int64_t wide = engine.half() ? views * panels.elements() : 0;
-  const int64_t spare = std::max(rows.block * panels.width, 2 * panels.width);
+  const int64_t spare = rows.block * panels.width;
   const Blocks scratch(threads, (wide + spare) * 4);
   for (int64_t first = 0; first < panels.count; first += together) {
     const int64_t some = std::min(together, panels.count - first);
@@ -250,7 +250,7 @@ std::vector<Tensor> gram_matrices(const Panels& panels, bool cross) {
       panels.standardise(first + t, panel, own + wide);
       for (int v = 0; panels.rounded() && v < views; ++v)
         panels.tile.compare(panel[v], panel[cross ? 1 - v : v], panels.views.rows, panels.width,
-                            Comparison::RoundedProducts, panels.of(panels.rounded_squares[v], first + t), own + wide);
+                            Comparison::RoundedProducts, panels.of(panels.rounded_squares[v], first + t));
       for (int v = 0; v < views; ++v)
         panels.arrange(panel[v], own + wide, {left[t * views + v], right[t * views + v], nullptr, nullptr});
     });
@@ -269,11 +269,14 @@ std::vector<Tensor> gram_matrices(const Panels& panels, bool cross) {
     const auto [v, I, J] = tiles[k];
     float* const gram = grams[v].mutable_data_ptr<float>();
     const float* const sum = sums.floats(k);
-    for (int64_t r = 0; r < panels.size(I); ++r)
-      for (int64_t c = 0; c < panels.size(J); ++c) {
-        const int64_t i = I * rows.block + r, j = J * rows.block + c;
-        gram[i * count + j] = gram[j * count + i] = sum[r * panels.padded(J) + c];
-      }
+    constexpr int64_t kSquare = 16;  // in squares of cache lines, for the sake of the mirrored ones
+    for (int64_t r0 = 0; r0 < panels.size(I); r0 += kSquare)
+      for (int64_t c0 = 0; c0 < panels.size(J); c0 += kSquare)
+        for (int64_t r = r0; r < std::min(r0 + kSquare, panels.size(I)); ++r)
+          for (int64_t c = c0; c < std::min(c0 + kSquare, panels.size(J)); ++c) {
+            const int64_t i = I * rows.block + r, j = J * rows.block + c;
+            gram[i * count + j] = gram[j * count + i] = sum[r * panels.padded(J) + c];
+          }
   });
   return grams;
 }
@@ -321,7 +324,7 @@ void dual_gradients(const Panels& panels, const Loss& loss, const std::vector<Te
     }
   });
   const bool rounded = panels.rounded();
-  const int64_t spare = std::max(rows.block * panels.width, 6 * panels.width);
+  const int64_t spare = std::max(rows.block, int64_t(5)) * panels.width;
   const Blocks scratch(threads, ((views + 1) * elements + spare) * 4);
   const Blocks operands(threads, rounded ? elements * engine.bytes() : 0);
   run(threads, panels.count, [&](int64_t p) {
@@ -423,7 +426,7 @@ double primal(const Panels& panels, const Cut& columns, const Loss& loss, bool d
     sums.emplace_back(panels.count, derive && second ? elements * 4 : 0);
     transposed.emplace_back(panels.count, derive && first ? elements * 4 : 0);
   }
-  const int64_t spare = std::max(cell, 6 * panels.width);
+  const int64_t spare = std::max(cell, 5 * panels.width);
   const Blocks scratch(threads, ((views + 1) * elements + spare) * 4);
   run(threads, panels.count, [&](int64_t p) {
     float* const own = scratch.floats(slot(threads));
@@ -474,7 +477,7 @@ struct Result {
 };
 
 // Panels of that many columns keep a view's rows in the second-level cache.
-int64_t panel_columns(int64_t rows) { return std::clamp<int64_t>((1 << 18) / rows / kPadding * kPadding, 64, 256); }
+int64_t panel_columns(int64_t rows) { return std::clamp<int64_t>((1 << 19) / rows / kPadding * kPadding, 64, 256); }
 
 Result forward(const Loss& loss, bool dual, bool derive, c10::string_view precision) {
   const Views& views = loss.views;

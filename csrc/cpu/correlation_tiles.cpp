@@ -11,46 +11,58 @@
 namespace fastssl::FASTSSL_ISA {
 namespace {
 
-constexpr int64_t kChunk = 64;
+constexpr int64_t kChunk = 32;   // rows: kChunk of a panel's fit the first-level cache
+constexpr int64_t kColumns = 32;  // summed up in registers
+constexpr int64_t kVectors = kColumns / kLanes;
 
 void fill(float* x, int64_t count, float value) {
   for (int64_t i = 0; i < count; ++i) x[i] = value;
 }
 
-// sums[c] = sum_n term(n, c), terms being vectors of columns from c on. `partial`: width floats.
-template <typename Term>
-inline void sum_rows(int64_t rows, int64_t width, float* sums, float* partial, const Term& term) {
+// sums[c] = sum_n term(n, c), terms being vectors of columns from c on, each asked for once. `begin` is called with the
+// rows of each chunk before they are summed.
+template <typename Begin, typename Term>
+inline void sum_rows(int64_t rows, int64_t width, float* sums, const Begin& begin, const Term& term) {
   fill(sums, width, 0);
   for (int64_t first = 0; first < rows; first += kChunk) {
     const int64_t last = first + kChunk < rows ? first + kChunk : rows;
-    fill(partial, width, 0);
-    for (int64_t n = first; n < last; ++n)
-      for (int64_t c = 0; c < width; c += kLanes) store(partial + c, load(partial + c) + term(n, c));
-    for (int64_t c = 0; c < width; c += kLanes) store(sums + c, load(sums + c) + load(partial + c));
+    begin(first, last);
+    for (int64_t c = 0; c < width; c += kColumns) {
+      Vec partial[kVectors] = {};
+      for (int64_t n = first; n < last; ++n)
+        for (int64_t v = 0; v < kVectors; ++v) partial[v] += term(n, c + v * kLanes);
+      for (int64_t v = 0; v < kVectors; ++v) store(sums + c + v * kLanes, load(sums + c + v * kLanes) + partial[v]);
+    }
   }
+}
+
+template <typename Term>
+inline void sum_rows(int64_t rows, int64_t width, float* sums, const Term& term) {
+  sum_rows(rows, width, sums, [](int64_t, int64_t) {}, term);
 }
 
 void standardise(const Rows& z, int64_t rows, int64_t padded_rows, int64_t first, int64_t count, int64_t width,
                  bool divide, double eps, double divisor, float* panel, float* mean, float* variance, float* rstd,
                  float* scratch) {
   float* const shift = scratch;
-  float* const partial = scratch + width;
   const int64_t offset = first * (z.element == Element::Float32 ? 4 : 2);
-  // Of what is left when the first row is subtracted: a constant column is then exactly 0.
-  const auto row = [&](int64_t n, float* out) {
+  const auto load_columns = [&](int64_t n, float* out) {
     load_row(static_cast<const char*>(z[n]) + offset, z.element, count, 1, out);
     for (int64_t c = count; c < width; ++c) out[c] = 0;
   };
-  row(0, shift);
-  sum_rows(rows, width, mean, partial, [&](int64_t n, int64_t c) {
-    float* const x = panel + n * width;
-    if (c == 0) row(n, x);
-    const Vec v = load(x + c) - load(shift + c);
-    store(x + c, v);
+  // Of what is left when the first row is subtracted: a constant column is then exactly 0.
+  load_columns(0, shift);
+  const auto load_chunk = [&](int64_t from, int64_t to) {
+    for (int64_t n = from; n < to; ++n) load_columns(n, panel + n * width);
+  };
+  sum_rows(rows, width, mean, load_chunk, [&](int64_t n, int64_t c) {
+    float* const x = panel + n * width + c;
+    const Vec v = load(x) - load(shift + c);
+    store(x, v);
     return v;
   });
   for (int64_t c = 0; c < width; ++c) mean[c] /= static_cast<float>(rows);
-  sum_rows(rows, width, variance, partial, [&](int64_t n, int64_t c) {
+  sum_rows(rows, width, variance, [&](int64_t n, int64_t c) {
     float* const x = panel + n * width + c;
     const Vec v = load(x) - load(mean + c);
     store(x, v);
@@ -76,9 +88,8 @@ inline Vec round_to_bfloat16(Vec x) {
   return x == x ? reinterpret_cast<Vec>((u + 0x7fff + (u >> 16 & 1)) & 0xffff0000) : x;
 }
 
-void compare(const float* a, const float* b, int64_t rows, int64_t width, Comparison comparison, float* sums,
-             float* scratch) {
-  sum_rows(rows, width, sums, scratch, [&](int64_t n, int64_t c) {
+void compare(const float* a, const float* b, int64_t rows, int64_t width, Comparison comparison, float* sums) {
+  sum_rows(rows, width, sums, [&](int64_t n, int64_t c) {
     const Vec x = load(a + n * width + c), y = load(b + n * width + c);
     if (comparison == Comparison::SquaredDistances) return (x - y) * (x - y);
     return comparison == Comparison::Products ? x * y : round_to_bfloat16(x) * round_to_bfloat16(y);
@@ -90,8 +101,7 @@ void finish(float* P, const float* a, const float* b, const float* row_weight, i
             Element element, int64_t stride, void* out) {
   float* const mean = scratch;
   float* const along = scratch + width;
-  float* const partial = scratch + 2 * width;
-  sum_rows(rows, width, mean, partial, [&](int64_t n, int64_t c) {
+  sum_rows(rows, width, mean, [&](int64_t n, int64_t c) {
     float* const p = P + n * width + c;
     const Vec x = load(a + n * width + c), y = load(b + n * width + c);
     const float weight = row_weight ? row_weight[n] : 0;
@@ -102,7 +112,7 @@ void finish(float* P, const float* a, const float* b, const float* row_weight, i
   for (int64_t c = 0; c < width; ++c) mean[c] /= static_cast<float>(rows);
   fill(along, width, 0);
   if (divisor != 0) {
-    sum_rows(rows, width, along, partial,
+    sum_rows(rows, width, along,
              [&](int64_t n, int64_t c) { return load(P + n * width + c) * load(a + n * width + c); });
     for (int64_t c = 0; c < width; ++c) along[c] = static_cast<float>(along[c] / divisor);
   }

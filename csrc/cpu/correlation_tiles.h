@@ -23,19 +23,18 @@ enum class Comparison { Products, RoundedProducts, SquaredDistances };
 struct CorrelationTiles {
   // panel = z - mean, times 1 / sqrt(variance + eps) if `divide`, of `count` columns of all rows, from `first` on; zero
   // in padding. Variances are sums of squares over `divisor`. mean, variance and rstd: of each of the padded columns.
-  // `scratch`: 2 width floats.
+  // `scratch`: width floats.
   void (*standardise)(const Rows& z, int64_t rows, int64_t padded_rows, int64_t first, int64_t count, int64_t width,
                       bool divide, double eps, double divisor, float* panel, float* mean, float* variance, float* rstd,
                       float* scratch);
 
-  // Each column of a with that of b. `scratch`: width floats.
-  void (*compare)(const float* a, const float* b, int64_t rows, int64_t width, Comparison comparison, float* sums,
-                  float* scratch);
+  // Each column of a with that of b.
+  void (*compare)(const float* a, const float* b, int64_t rows, int64_t width, Comparison comparison, float* sums);
 
   // With dA = alpha (P + row_weight_n a) + own a + other b in each column, row_weight null being 0,
   //     dz = factor (rstd (dA - mean(dA) - a sum(dA a) / divisor) + constant)
   // of `count` columns into `out`, whose rows lie `stride` elements apart; the projection only if `divisor` is not 0.
-  // P is overwritten. `scratch`: 3 width floats.
+  // P is overwritten. `scratch`: 2 width floats.
   void (*finish)(float* P, const float* a, const float* b, const float* row_weight, int64_t rows, int64_t width,
                  int64_t count, float alpha, const ColumnTerms& terms, double divisor, float factor, float* scratch,
                  Element element, int64_t stride, void* out);
