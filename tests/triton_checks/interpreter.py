@@ -8,7 +8,7 @@ import torch
 import triton.language as tl
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-from fastssl.kernels import _tiles, contrastive
+from fastssl.kernels import _tiles, contrastive, correlation
 
 
 def _widen(x: TensorHandle) -> TensorHandle:
@@ -45,5 +45,7 @@ def hurry() -> None:
     time goes by programs and not by elements."""
     row_block = _tiles.row_block
     _tiles.row_block = contrastive.row_block = lambda padded: row_block(padded) | {"BR": 32}
-    for kernel in (contrastive._forward_tile, _tiles.accumulate_narrow, _tiles.accumulate_wide):
+    correlation.BLOCK, correlation.TILE = {"BR": 128, "BD": 128}, 128
+    tuned = contrastive._forward_tile, _tiles.accumulate_narrow, _tiles.accumulate_wide, correlation._multiply
+    for kernel in tuned:
         kernel.configs = [c for c in kernel.configs if c.kwargs.get("BK", 32) == 32][:1]

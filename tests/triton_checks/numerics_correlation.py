@@ -1,0 +1,270 @@
+"""The Triton kernels of Barlow Twins and VICReg against the float64 formulas: on the GPU, or in Triton's interpreter.
+
+test_triton_correlation.py runs this file in processes of its own, as it does numerics.py.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastssl.kernels import correlation
+from fastssl.reference import correlation as reference
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Everything on a GPU; in the interpreter, which is slow and knows no TF32, a selection unless a sweep is wanted.
+THOROUGH = not INTERPRETED or os.environ.get("FASTSSL_TRITON_SWEEP") == "1"
+PRECISIONS = list(DTYPES) if THOROUGH else ["float32", "bfloat16", "float16"]
+OPERATIONS = ["barlow_twins", "vicreg", "variance_covariance"]
+DIMS = [2, 3, 17, 33, 64, 65, 127, 129, 200]
+PRIMAL = [(n, d) for n in DIMS for d in DIMS] if THOROUGH else [*zip(DIMS, DIMS[3:] + DIMS[:3], strict=True)]
+DUAL = [(2, 3), (3, 17), (17, 33), (33, 65), (64, 127), (65, 129), (127, 200), (129, 270), (200, 300)]
+# Loss weights of such sizes that no part of the loss hides another.
+PARAMS = {"barlow_twins": (1.0, 0.05), "vicreg": (25.0, 25.0, 10.0), "variance_covariance": (25.0, 10.0)}
+
+if INTERPRETED:
+    from triton_checks import interpreter
+
+    interpreter.patch()
+    interpreter.hurry()
+
+
+@pytest.fixture(autouse=True)
+def narrow_panels(monkeypatch):
+    """More than one panel in small matrices."""
+    monkeypatch.setattr(correlation, "PANEL", correlation.ROWS)
+
+
+def views(rows: int, dim: int, dtype: torch.dtype = torch.float32, size: float = 1.0, noise: float = 0.5):
+    """Two views of random rows: columns of different means and deviations, some of them above 1, correlated."""
+    generator = torch.Generator().manual_seed(1000 * rows + dim)
+    first, second, third = torch.randn(3, rows, dim, generator=generator)
+    deviation, mean = 0.3 + 1.2 * torch.rand(dim, generator=generator), torch.randn(dim, generator=generator)
+    first = first + 0.5 * first.roll(1, 1)
+    pair = first, first + noise * second + 0.2 * third
+    return tuple((size * (deviation * z + mean)).to(DEVICE, dtype) for z in pair)
+
+
+def fused(
+    operation: str,
+    z: tuple[Tensor, ...],
+    params: tuple[float, ...],
+    dual: bool,
+    precision: str = "float32",
+    eps: float = 1e-5,
+    unbiased: bool = False,
+    grad: float = 1.0,
+) -> dict[str, Tensor]:
+    """The parts of an operation's loss and the gradients, by the launchers; what they leave unwritten is NaN."""
+    z = z[:1] if operation == "variance_covariance" else z
+    options = *params, eps, unbiased, dual
+    g = torch.tensor(grad, device=DEVICE)
+    torch.use_deterministic_algorithms(True)  # fills new tensors with NaN
+    try:
+        result = getattr(correlation, operation)(*z, *options, True, precision)
+        parts, kept = result[: -len(z)], result[-len(z) :]
+        again = getattr(correlation, operation)(*z, *options, False, precision)
+        gradients = getattr(correlation, f"{operation}_backward")(g, *z, *kept, *options, precision)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    gradients = gradients if isinstance(gradients, tuple) else (gradients,)
+    rows, dim = z[0].shape
+    for x in (*parts, *again):
+        assert x.dtype == torch.float32
+    for x, y in zip(parts, again, strict=False):
+        assert x.shape == () and torch.equal(x.nan_to_num(), y.nan_to_num())
+    width = rows if dual else dim
+    assert all(x.shape == (rows, width) and x.is_contiguous() for x in kept)
+    assert all(x.shape == (0, width) for x in again[-len(z) :])
+    assert all(x.dtype == z[0].dtype and x.shape == (rows, dim) and x.is_contiguous() for x in gradients)
+    names = {"barlow_twins": ["invariance", "redundancy"], "vicreg": ["invariance", "variance", "covariance"]}
+    names = ["loss", *names.get(operation, ["variance", "covariance"])]
+    return dict(zip(names, parts, strict=True)) | {f"dz{i}": x for i, x in enumerate(gradients)}
+
+
+def eager(
+    operation: str,
+    z: tuple[Tensor, ...],
+    params: tuple[float, ...],
+    dtype: torch.dtype,
+    eps: float = 1e-5,
+    unbiased: bool = False,
+    grad: float = 1.0,
+) -> dict[str, Tensor]:
+    """The same of the naive formula in `dtype`."""
+    z = [x.detach().to(dtype).requires_grad_() for x in (z[:1] if operation == "variance_covariance" else z)]
+    options, parts = {"eps": eps, "unbiased": unbiased}, {}
+    if operation == "barlow_twins":
+        parts["invariance"] = reference.barlow_twins(*z, lambda_param=0.0, **options)
+        parts["redundancy"] = reference.redundancy_loss(*z, **options)
+    else:
+        if operation == "vicreg":
+            parts["invariance"] = F.mse_loss(*z)
+        parts["variance"] = sum(reference.variance_loss(x, **options) for x in z) / len(z)
+        parts["covariance"] = sum(reference.covariance_loss(x, unbiased=unbiased) for x in z)
+    loss = sum(weight * part for weight, part in zip(params, parts.values(), strict=True))
+    gradients = torch.autograd.grad(loss, z, torch.tensor(grad, dtype=dtype, device=DEVICE))
+    parts = {name: x.detach() for name, x in ({"loss": loss} | parts).items()}
+    return parts | {f"dz{i}": x for i, x in enumerate(gradients)}
+
+
+def compare(operation: str, z: tuple[Tensor, ...], dual: bool, precision: str = "float32", **options):
+    """Errors against float64 are at most twice eager's in the dtype of the products, and rounding."""
+    params = options.pop("params", PARAMS[operation])
+    ours = fused(operation, z, params, dual, precision, **options)
+    exact = eager(operation, z, params, torch.float64, **options)
+    theirs = eager(operation, z, params, DTYPES[precision], **options)
+    eps = torch.finfo(torch.float32).eps
+    for name, mine in ours.items():
+        size = exact[name].norm().item()
+        floor = 16 * eps * size
+        # Products, and the gradients, are rounded; eager may be lucky with a few numbers.
+        if precision in ("bfloat16", "float16") and name not in ("invariance", "variance"):
+            floor += torch.finfo(DTYPES[precision]).eps * size
+        error = (mine.double() - exact[name]).norm().item()
+        allowed = 2 * (theirs[name].double() - exact[name]).norm().nan_to_num(0.0).item() + floor
+        assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}, size {size:.3g}"
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("rows,dim,dual", [*((*s, False) for s in PRIMAL), *((*s, True) for s in DUAL)])
+def test_sizes(rows, dim, dual, operation, precision):
+    if not THOROUGH:
+        if operation == "variance_covariance" and rows not in (33, 129):
+            pytest.skip("VICReg's kernels, in a sweep only")
+        if precision == ("bfloat16", "float16")[(rows + (operation == "vicreg")) % 2]:
+            pytest.skip("half of the short precisions, in a sweep only")
+    # Of two rows the standardised columns are 1 and -1, but for eps, and their gradients 0.
+    eps = 0.1 if rows == 2 else 1e-5
+    compare(operation, views(rows, dim, DTYPES[precision]), dual, precision, eps=eps)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("rows,dim,dual", [(33, 20, False), (20, 33, True)])
+def test_options(rows, dim, dual, operation):
+    z = views(rows, dim)
+    compare(operation, z, dual, unbiased=True, eps=0.1, grad=-3.0)
+    compare(operation, views(rows, dim, noise=0.0), dual)
+    for without in range(len(PARAMS[operation])):
+        params = tuple(0.0 if i == without else x for i, x in enumerate(PARAMS[operation]))
+        last = params[-1] == 0
+        ours, exact = (f(operation, z, params, x) for f, x in ((fused, dual), (eager, torch.float64)))
+        for name, value in ours.items():
+            skipped = last and name in ("redundancy", "covariance")
+            torch.testing.assert_close(
+                value.double(), 0 * exact[name] if skipped else exact[name], rtol=1e-4, atol=1e-5
+            )
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("dual", [False, True])
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_float32_columns_with_short_products(dual, operation, precision):
+    """Of any size: float16 holds neither the squares of large columns nor the products of small ones."""
+    for size in (1e-3, 1.0, 1e3):
+        z, params = views(40, 70, size=size), (0.0,) * (len(PARAMS[operation]) - 1) + (1.0,)
+        if operation == "barlow_twins" and size < 1:
+            continue  # eps is not small there
+        ours, exact = fused(operation, z, params, dual, precision), eager(operation, z, params, torch.float64)
+        for name, value in ours.items():
+            bound = 1e-2 * exact[name].norm()
+            assert (value.double() - exact[name]).norm() <= bound, (name, size)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("rows,dim,dual", [(40, 24, False), (24, 40, True)])
+def test_columns_far_from_zero(rows, dim, dual, operation):
+    z = tuple(x + 1000 for x in views(rows, dim))
+    z[0][:, 3] = 0.1  # constant
+    z[1][:, 5] = 1000.1
+    compare(operation, z, dual)
+    constant = tuple(x[:1].expand(rows, dim) for x in z)
+    ours = fused(operation, constant, PARAMS[operation], dual)
+    for name in ("redundancy", "covariance", "dz0", "dz1"):
+        if operation != "vicreg" or not name.startswith("dz"):
+            assert not ours.get(name, torch.zeros(())).any()
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_one_feature(operation):
+    z = views(9, 1)
+    compare(operation, z, False)
+    ours = fused(operation, z, PARAMS[operation], False)
+    assert ours.get("redundancy", ours.get("covariance")) == 0
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_small_off_diagonal(operation):
+    """Of columns that are nearly uncorrelated the diagonal must not reach the sum of squares."""
+    walsh = torch.ones(1, 1)
+    for _ in range(6):
+        walsh = torch.cat([torch.cat([walsh, walsh], 1), torch.cat([walsh, -walsh], 1)])
+    clean = walsh[:, 1:41].to(DEVICE)
+    z = tuple(clean + 1e-4 * x for x in views(64, 40))
+    ours, exact = fused(operation, z, PARAMS[operation], False), eager(operation, z, PARAMS[operation], torch.float64)
+    name = "redundancy" if operation == "barlow_twins" else "covariance"
+    assert 0 < exact[name] < 1e-4
+    torch.testing.assert_close(ours[name].double(), exact[name], rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("dual", [False, True])
+def test_strides(operation, dual):
+    a, b = views(33, 40)
+    wide = torch.full((66, 81), float("nan"), device=DEVICE)
+    strided = a.T.contiguous().T, wide[::2, 1:81:2].copy_(b)
+    expected = fused(operation, (a, b), PARAMS[operation], dual)
+    for inputs in (strided, strided[::-1]):
+        ours = fused(operation, inputs, PARAMS[operation], dual)
+        other = expected if inputs is strided else fused(operation, (b, a), PARAMS[operation], dual)
+        for name, value in ours.items():
+            assert torch.equal(value, other[name]), name
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("dual", [False, True])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan(value, dual, operation):
+    z = views(20, 33)
+    z[0][4, 7] = value
+    ours = fused(operation, z, PARAMS[operation], dual)
+    exact = eager(operation, z, PARAMS[operation], torch.float64)
+    assert ours["loss"].isnan()
+    for name, x in ours.items():
+        assert torch.equal(x.isfinite(), exact[name].isfinite()), name
+
+
+@pytest.mark.parametrize("operation", OPERATIONS[:2])
+def test_slots_of_rows_and_of_products(operation, monkeypatch):
+    """Many rows are summed in several slots, a long contraction too; and C is made in one panel or in several."""
+    compare(operation, views(520, 24), False)
+    compare(operation, views(24, 520), True)
+    monkeypatch.setattr(correlation, "PANEL", 2 * correlation.ROWS)
+    compare(operation, views(60, 300), False)
+    monkeypatch.setattr(correlation, "PROGRAMS", 1)
+    compare(operation, views(24, 520), True)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("dual", [False, True])
+def test_same_bits_every_time(dual, operation):
+    z = views(130, 140, torch.bfloat16)
+    first, second = (fused(operation, z, PARAMS[operation], dual, "bfloat16") for _ in range(2))
+    for name in first:
+        assert torch.equal(first[name], second[name])
+
+
+def test_offsets_beyond_32_bits():
+    a, b = views(3, 8, torch.float16)
+    far = torch.empty(2 * 2**30 + 8, dtype=torch.float16, device=DEVICE).as_strided((3, 8), (2**30, 1))
+    for operation in OPERATIONS:
+        expected = fused(operation, (a, b), PARAMS[operation], True, "float16")
+        for name, value in fused(operation, (far.copy_(a), b), PARAMS[operation], True, "float16").items():
+            assert torch.equal(value, expected[name])
