@@ -32,8 +32,8 @@ from fastssl.ops import _portable, correlation
 from fastssl.ops._op import Op
 from fastssl.reference import OPS, Sample
 
-SIZES = (2, 3, 15, 16, 17, 33, 64, 65, 127, 128, 129, 257)
-DIMS = (1, 2, 15, 17, 32, 33, 64, 65, 129, 256, 257)
+SIZES = (2, 3, 17, 33, 64, 129, 257)
+DIMS = (1, 2, 15, 33, 64, 130, 257)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 LOSSES = {"barlow_twins": barlow_twins, "vicreg": vicreg}
 
@@ -89,26 +89,30 @@ def _assert_both_algorithms_accurate(name: str, rows: int, dim: int, dtype: torc
 
 
 @pytest.mark.parametrize("rows", SIZES)
-@pytest.mark.parametrize("name", ["barlow_twins", "vicreg", "covariance_loss"])
+@pytest.mark.parametrize("name", ["barlow_twins", "vicreg"])
 def test_every_edge_of_a_tile(name, rows, kernels):
-    # The Gram matrix of two rows is one number: no other rounding of its long sum averages with its.
-    for dim in DIMS if rows > 2 else DIMS[:6]:
+    for dim in DIMS:
         _assert_both_algorithms_accurate(name, rows, dim, torch.float32)
 
 
-@pytest.mark.parametrize("rows", [2, 17, 65, 257])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["barlow_twins", "vicreg"])
-def test_every_edge_of_a_tile_in_other_dtypes(name, dtype, rows, kernels):
-    for dim in (1, 33, 64, 257):
+def test_edges_of_tiles_in_16_bits(name, dtype, kernels):
+    for rows, dim in ((2, 33), (17, 257), (33, 1), (257, 65)):
         _assert_both_algorithms_accurate(name, rows, dim, dtype)
 
 
-@pytest.mark.parametrize("name", ["barlow_twins", "vicreg", "covariance_loss"])
-@pytest.mark.parametrize("rows, dim", [(500, 700), (700, 500), (40, 1500), (1500, 40)])
+@pytest.mark.parametrize("name", ["covariance_loss", "variance_loss"])
+def test_edges_of_tiles_of_one_view(name, kernels):
+    for rows, dim in ((3, 33), (17, 257), (65, 1), (257, 130)):
+        _assert_both_algorithms_accurate(name, rows, dim, torch.float32)
+
+
+@pytest.mark.parametrize("name", ["barlow_twins", "vicreg"])
+@pytest.mark.parametrize("rows, dim", [(300, 400), (30, 1200), (1200, 30)])
 def test_the_algorithms_agree(name, rows, dim, kernels):
     """On every output, and in every run."""
-    views = [z.requires_grad_() for z in _views(rows, dim)[: 2 if name in LOSSES else 1]]
+    views = [z.requires_grad_() for z in _views(rows, dim)]
     results = []
     for dual in (True, True, False, False):
         loss, *parts = (x for x in _run(name, dual, *views) if x.dim() == 0)
@@ -121,7 +125,7 @@ def test_the_algorithms_agree(name, rows, dim, kernels):
 
 
 @pytest.mark.parametrize("dual", [True, False])
-@pytest.mark.parametrize("rows, dim", [(4, 3), (3, 5)])
+@pytest.mark.parametrize("rows, dim", [(4, 2), (3, 3)])
 @pytest.mark.parametrize("unbiased", [True, False])
 def test_derivatives_of_both_algorithms(rows, dim, dual, unbiased):
     """First and second ones, with weights that tell the arguments apart."""
@@ -135,9 +139,8 @@ def test_derivatives_of_both_algorithms(rows, dim, dual, unbiased):
     assert torch.autograd.gradgradcheck(lambda z: run(z)[0], views[:1])
 
 
-@pytest.mark.parametrize("variant", ["", "_portable"])
+@pytest.mark.parametrize("dtype, variant", [(torch.float32, ""), (torch.bfloat16, "_portable")])
 @pytest.mark.parametrize("dual", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck_of_both_algorithms(dtype, dual, variant):
     views = [z.requires_grad_() for z in _views(9, 8, dtype=dtype)]
     precision = str(dtype).removeprefix("torch.")
@@ -484,18 +487,18 @@ MEMORY = """
             step(300, 20)
             step(20, 300)
             before = peak()
-            step(32, 16384)
-            step(16384, 32)
+            step(32, 8192)
+            step(8192, 32)
         print(peak() - before)
 """
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
 def test_memory_is_that_of_the_rows():
-    """D x D, and B x B, would take 1,024 MiB; the views and their gradients take 2 MiB each."""
+    """D x D, and B x B, would take 256 MiB; the views and their gradients take 1 MiB each."""
     command = [sys.executable, "-c", textwrap.dedent(MEMORY)]
     run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
-    assert all(float(line) < 100 for line in run.stdout.split())
+    assert all(float(line) < 60 for line in run.stdout.split())
 
 
 def test_use_backend_reference_is_the_formula():

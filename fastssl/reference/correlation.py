@@ -96,9 +96,7 @@ def _views(dtype: torch.dtype, device: str, size: float = 1.0) -> Iterator[tuple
     for batch, dim in [(2, 1), (2, 3), (3, 2), (5, 64), (33, 16), (32, 128), (65, 129), (129, 64)]:
         yield f"{batch}x{dim}", leaf(rows(batch, dim)), leaf(rows(batch, dim))
     x = rows(40, 24)
-    yield "other views of the same", leaf(x), leaf(x + rows(40, 24, scale=0.1))
     yield "identical views", leaf(x), leaf(x.clone())
-    yield "opposite views", leaf(x), leaf(-x)
     yield "only one view differentiable", leaf(x), x + rows(40, 24, scale=0.5)
     yield "transposed", leaf(rows(24, 33)).T, leaf(rows(24, 33)).T
     yield "transposed, of few rows", leaf(rows(33, 24)).T, leaf(rows(33, 24)).T
@@ -116,9 +114,10 @@ def _views(dtype: torch.dtype, device: str, size: float = 1.0) -> Iterator[tuple
     yield "hardly correlated", leaf(orthogonal.to(dtype)), leaf((orthogonal + 1e-3 * size).to(dtype))
     # A float16 loss is at most 65504.
     large = 1e3 if dtype != torch.float16 else 4.0
-    for batch, dim in ((33, 16), (12, 24)):
-        yield f"large {batch}x{dim}", leaf(rows(batch, dim, scale=large)), leaf(rows(batch, dim, scale=large))
-        yield f"tiny {batch}x{dim}", leaf(rows(batch, dim, scale=1e-3)), leaf(rows(batch, dim, scale=1e-3))
+    yield "large", leaf(rows(33, 16, scale=large)), leaf(rows(33, 16, scale=large))
+    yield "large, of few rows", leaf(rows(12, 24, scale=large)), leaf(rows(12, 24, scale=large))
+    yield "tiny", leaf(rows(33, 16, scale=1e-3)), leaf(rows(33, 16, scale=1e-3))
+    yield "tiny, of few rows", leaf(rows(12, 24, scale=1e-3)), leaf(rows(12, 24, scale=1e-3))
 
 
 def _pair_samples(options: dict[str, dict], dtype: torch.dtype, device: str, size: float = 1.0) -> Iterator[Sample]:
@@ -127,7 +126,7 @@ def _pair_samples(options: dict[str, dict], dtype: torch.dtype, device: str, siz
         yield Sample(label, (z_a, z_b))
     rows = generator(dtype, device)
     for i, (label, kwargs) in enumerate(options.items()):
-        batch, dim = ((5, 3), (3, 5))[i % 2]
+        batch, dim = ((4, 2), (3, 4))[i % 2]
         z = rows(batch, dim, scale=size), rows(batch, dim, scale=size)
         yield Sample(label, tuple(map(leaf, z)), kwargs)
 
@@ -135,7 +134,7 @@ def _pair_samples(options: dict[str, dict], dtype: torch.dtype, device: str, siz
 def _view_samples(options: dict[str, dict], dtype: torch.dtype, device: str, size: float = 1.0) -> Iterator[Sample]:
     """Those of one view."""
     for sample in _pair_samples(options, dtype, device, size):
-        if sample.label != "only one view differentiable":
+        if sample.label not in ("identical views", "only one view differentiable", "32x128", "far from zero"):
             yield Sample(sample.label, sample.args[:1], sample.kwargs)
 
 
