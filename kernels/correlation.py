@@ -73,7 +73,7 @@ SLOTS = 32  # of rows in sums over columns, at most
 BLOCK = {"BR": 16, "BD": 64}  # tile of the kernels over columns
 TILE = 64  # of the kernels over a product's tiles
 
-COUNTS = ["N", "K", "slots", "splits", "stride", "padded", "first_row", "first_column", "last_column"]  # see _tiles.py
+COUNTS = ["N", "M", "K", "slots", "splits", "view", "first_row", "first_column", "last_column"]  # see _tiles.py
 
 
 def multiply_needs(c: dict[str, int], named: dict[str, Any], size: int, capability: int) -> int | None:

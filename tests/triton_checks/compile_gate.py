@@ -17,24 +17,42 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from fastssl.kernels import _tiles, contrastive
+from fastssl.kernels import _tiles, contrastive, correlation
 
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma", 120: "mma.sync"}
 PRECISIONS = {"float32": "fp32", "tf32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
-_MULTIPLES_OF_16 = ("PADDED", "padded_rows", "D")
+# What is a multiple of 16: the padded sizes, and those of the matrices of `_multiply`.
+_PADDED = ("PADDED", "padded_rows")
+_PRODUCT_SIZES = ("rows", "columns", "left_view", "left_stride", "right_view", "right_stride", "out_view", "out_slot",
+                  "out_stride", "view_stride", "slot_stride", "padded", "stride")  # fmt: skip
+_NUMBERS = ("eps", "pull", "apart", "gram_weight", "reciprocal")
+_DTYPES = [("float32", "fp32"), ("bfloat16", "bf16"), ("bfloat16", "fp32"), ("float16", "fp16"), ("float16", "fp32")]
 _TUNED = {
     "_forward_tile": (contrastive._forward_tile, contrastive._forward_needs),
     "accumulate_narrow": (_tiles.accumulate_narrow, _tiles.narrow_needs),
     "accumulate_wide": (_tiles.accumulate_wide, _tiles.wide_needs),
+    "_multiply": (correlation._multiply, correlation.multiply_needs),
 }
 _ROWS = {
     "prepare": _tiles.prepare,
     "collect": _tiles.collect,
     "_project": contrastive._project,
     "_merge": contrastive._merge,
+}
+_COLUMNS = {
+    "_statistics": correlation._statistics,
+    "_barlow_twins_columns": correlation._barlow_twins_columns,
+    "_vicreg_columns": correlation._vicreg_columns,
+    "_standardise": correlation._standardise,
+    "_gram": correlation._gram,
+    "_diagonal": correlation._diagonal,
+    "_weigh": correlation._weigh,
+    "_round_gram": correlation._round_gram,
+    "_gradient_sums": correlation._gradient_sums,
+    "_differentiate": correlation._differentiate,
 }
 # What a launcher does not pass. With `exclude` the variants compute more, so those without it are left out.
 _NO_EXCLUDE = {"exclude": None}
@@ -66,10 +84,48 @@ PRODUCTS = {
         **_NO_FACTORS,
     },
 }
+MATRICES = {
+    "gram": {"LAYOUT": "NT", "LOWER": True, "ADD": False},
+    "panel": {"LAYOUT": "TN", "LOWER": False, "ADD": False},
+    "left": {"LAYOUT": "NN", "LOWER": False, "ADD": False},
+    "left_more": {"LAYOUT": "NN", "LOWER": False, "ADD": True},
+    "right": {"LAYOUT": "NT", "LOWER": False, "ADD": False},
+    "right_more": {"LAYOUT": "NT", "LOWER": False, "ADD": True},
+}
 _COLLECTED = {
     "both": {"tops": None, "totals": None, "shift": None, "total": None},
     "softmax": {"scale": None, "peak": None, "share": None},
     "sigmoid": {"peak": None, "shift": None},
+}
+# Of the kernels over columns, those of Barlow Twins and of VICReg, of one view or without what not every call needs.
+_CENTRED = {"rstd": None, "other_offset": None, "other_rstd": None}
+_PRIMAL = {name: None for name in ("gram", "operand", "other_operand", "scale", "dots")}
+_GRADIENTS = {
+    "barlow_twins_dual": {"scale": None},
+    "barlow_twins_primal": _PRIMAL,
+    "vicreg_dual": _CENTRED,
+    "vicreg_primal": {**_CENTRED, **_PRIMAL},
+    "one_view_dual": {**_CENTRED, "other": None},
+}
+_OF_COLUMNS = {
+    "_statistics": {
+        "barlow_twins": {"CROSS": "product"},
+        "vicreg": {"CROSS": "difference"},
+        "one_view": {"CROSS": None},
+    },
+    "_barlow_twins_columns": {"": {}},
+    "_vicreg_columns": {"vicreg": {"CROSS": "difference"}, "one_view": {"CROSS": None}},
+    "_standardise": {"barlow_twins": {"scale": None}, "vicreg": {"rstd": None}},
+    "_gram": {"barlow_twins": {"scale": None}, "vicreg": {"products_b": None, "gram_b": None}},
+    "_diagonal": {"barlow_twins": {"scale": None}, "vicreg": {}},
+    "_weigh": {
+        "barlow_twins": {"scale": None, "SYMMETRIC": False},
+        "vicreg": {"SYMMETRIC": True},
+        "loss": {"SYMMETRIC": True, "weights": None},
+    },
+    "_round_gram": {"": {}},
+    "_gradient_sums": _GRADIENTS,
+    "_differentiate": _GRADIENTS,
 }
 
 
@@ -123,6 +179,7 @@ def product_cases(capability: int, precision: str) -> Iterator[Case]:
     problems += [("accumulate_wide", name, PRODUCTS[name]) for name in PRODUCTS]
     if short:
         problems += [("accumulate_narrow", name, {"D": d, **PRODUCTS[name]}) for name in PRODUCTS for d in (64, 128)]
+    problems += [("_multiply", name, MATRICES[name]) for name in MATRICES]
     for kernel, name, problem in problems:
         constants = {**problem, "PRECISION": input_precision}
         for config in suited(kernel, capability, precision, **constants):
@@ -135,8 +192,7 @@ def product_cases(capability: int, precision: str) -> Iterator[Case]:
 def row_cases(capability: int, dims: tuple[int, ...] = (64, 128, 256, 512, 768, 1024)) -> Iterator[Case]:
     """The kernels over rows, one for each width that `dims` need, and the merging of slots."""
     blocks = {tuple(_tiles.row_block(dim).items()) for dim in dims}
-    dtypes = [("float32", "fp32"), ("bfloat16", "bf16"), ("bfloat16", "fp32"), ("float16", "fp16"), ("float16", "fp32")]
-    for block, (precision, rows) in itertools.product(sorted(blocks), dtypes):
+    for block, (precision, rows) in itertools.product(sorted(blocks), _DTYPES):
         for normalize in (True, False):
             for kernel in ("prepare", "_project"):
                 yield Case(kernel, "", capability, precision, rows, (("NORMALIZE", normalize), *block))
@@ -149,27 +205,61 @@ def row_cases(capability: int, dims: tuple[int, ...] = (64, 128, 256, 512, 768, 
         yield Case("_merge", name, capability, "float32", "fp32", tuple(constants.items()))
 
 
-def compile_case(case: Case, count_spills: bool = False) -> Usage:
-    """Compile, and read the resources from the cubin; `count_spills` asks the assembler as well."""
-    kernel = _TUNED[case.kernel][0].fn if case.kernel in _TUNED else _ROWS[case.kernel]
-    constants = dict(case.constants)
-    for stride in ("column_stride1", "column_stride2", "column_stride"):
-        if stride in kernel.arg_names:
-            constants[stride] = 1  # contiguous rows
-    types = {
+def column_cases(capability: int) -> Iterator[Case]:
+    """The kernels over columns, and those that turn products into losses and weights."""
+    for precision, rows in _DTYPES:
+        for kernel, variants in _OF_COLUMNS.items():
+            arguments = _COLUMNS[kernel].arg_names
+            sizes = {"T": correlation.TILE, "SLOTS": correlation.SLOTS, **correlation.BLOCK}
+            for variant, constants in variants.items():
+                constants = {name: x for name, x in {**constants, **sizes}.items() if name in arguments}
+                warps = 8 if "T" in arguments else 4
+                yield Case(kernel, variant, capability, precision, rows, tuple(constants.items()), warps=warps)
+
+
+def _types(case: Case) -> dict[str, str]:
+    """What the arguments are, or are pointers to; integers are not listed."""
+    product, rows = PRECISIONS[case.precision], case.rows
+    if case.kernel in _COLUMNS or case.kernel == "_multiply":
+        out = {"_multiply": "fp32", "_standardise": product, "_round_gram": product}.get(case.kernel, rows)
+        return {
+            **dict.fromkeys(("z", "z_a", "z_b", "other"), rows),
+            **dict.fromkeys(("left", "right", "operand", "other_operand", "weights"), product),
+            **dict.fromkeys(("sums", "terms", "scale", "weight"), "fp64"),
+            **dict.fromkeys(("offset", "rstd", "other_offset", "other_rstd", "slope", "peak", "dots"), "fp32"),
+            **dict.fromkeys(("product", "products", "products_a", "products_b", "gram", "gram_a", "gram_b"), "fp32"),
+            **dict.fromkeys(("inner", "squares", "grad_loss"), "fp32"),
+            "out": out,
+        }
+    return {
         "exclude": "i64",
         **dict.fromkeys(("inverse", "dscale", "share"), "fp64"),
-        **dict.fromkeys(("z", "left", "right"), PRECISIONS[case.precision]),
-        **dict.fromkeys(("z1", "z2", "dz1", "dz2", "x", "out"), case.rows),
+        **dict.fromkeys(("z", "left", "right"), product),
+        **dict.fromkeys(("z1", "z2", "dz1", "dz2", "x", "out"), rows),
         **dict.fromkeys(("scale", "bias", "aligned", "loss", "losses", "shift", "total", "coefficient"), "fp32"),
         **dict.fromkeys(("tops", "sums", "totals", "row_tops", "row_sums", "column_tops", "column_sums"), "fp32"),
         **dict.fromkeys(("row_shift", "row_factor", "column_shift", "column_factor", "peak", "gradient"), "fp32"),
     }
+
+
+def compile_case(case: Case, count_spills: bool = False) -> Usage:
+    """Compile, and read the resources from the cubin; `count_spills` asks the assembler as well."""
+    kernel = _TUNED[case.kernel][0].fn if case.kernel in _TUNED else (_ROWS | _COLUMNS)[case.kernel]
+    constants = dict(case.constants)
+    for stride in kernel.arg_names:
+        if "column_stride" in stride:
+            constants[stride] = 1  # contiguous rows
+    types = _types(case)
+    sizes = _PRODUCT_SIZES if case.kernel in _COLUMNS or case.kernel == "_multiply" else _PADDED
+    if case.kernel in _TUNED:
+        sizes += ("D",)
     signature, attributes = {}, {}
     for index, name in enumerate(kernel.arg_names):
-        signature[name] = "constexpr" if name in constants else "*" + types[name] if name in types else "i32"
-        padded = name in _MULTIPLES_OF_16 and (name != "D" or case.kernel in _TUNED)
-        if signature[name].startswith("*") or (signature[name] == "i32" and padded):
+        if name in constants:
+            signature[name] = "constexpr"
+        else:
+            signature[name] = "*" + types[name] if name in types else "fp32" if name in _NUMBERS else "i32"
+        if signature[name].startswith("*") or name in sizes and signature[name] == "i32":
             attributes[(index,)] = [["tt.divisibility", 16]]
     compiled = triton.compile(
         ASTSource(kernel, signature, constants, attributes),

@@ -1,6 +1,6 @@
 """NT-Xent's Triton kernels against the float64 formula: on the GPU, or in Triton's interpreter.
 
-A process can be in only one of the two modes, so test_triton_contrastive.py runs this file in processes of its own:
+A process can be in only one of the two modes, so test_triton.py runs this file in processes of its own:
 with TRITON_INTERPRET=1 everywhere, and without it where there is a GPU.
 """
 

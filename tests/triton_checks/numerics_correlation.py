@@ -1,6 +1,6 @@
 """The Triton kernels of Barlow Twins and VICReg against the float64 formulas: on the GPU, or in Triton's interpreter.
 
-test_triton_correlation.py runs this file in processes of its own, as it does numerics.py.
+test_triton.py runs this file in processes of its own, as it does numerics.py.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def fused(
     try:
         result = getattr(correlation, operation)(*z, *options, True, precision)
         parts, kept = result[: -len(z)], result[-len(z) :]
-        again = getattr(correlation, operation)(*z, *options, False, precision)
+        again = getattr(correlation, operation)(*z, *options, False, precision) if precision == "float32" else ()
         gradients = getattr(correlation, f"{operation}_backward")(g, *z, *kept, *options, precision)
     finally:
         torch.use_deterministic_algorithms(False)
@@ -244,7 +244,7 @@ def test_nan(value, dual, operation):
 @pytest.mark.parametrize("operation", OPERATIONS[:2])
 def test_slots_of_rows_and_of_products(operation, monkeypatch):
     """Many rows are summed in several slots, a long contraction too; and C is made in one panel or in several."""
-    compare(operation, views(520, 24), False)
+    compare(operation, views(300, 24), False)
     compare(operation, views(24, 520), True)
     monkeypatch.setattr(correlation, "PANEL", 2 * correlation.ROWS)
     compare(operation, views(60, 300), False)
@@ -255,7 +255,7 @@ def test_slots_of_rows_and_of_products(operation, monkeypatch):
 @pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize("dual", [False, True])
 def test_same_bits_every_time(dual, operation):
-    z = views(130, 140, torch.bfloat16)
+    z = views(130, 40, torch.bfloat16)
     first, second = (fused(operation, z, PARAMS[operation], dual, "bfloat16") for _ in range(2))
     for name in first:
         assert torch.equal(first[name], second[name])

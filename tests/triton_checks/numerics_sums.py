@@ -1,6 +1,6 @@
 """The Triton kernels over two sets of rows against the float64 formulas: on the GPU, or in Triton's interpreter.
 
-test_triton_contrastive.py runs this file in processes of its own, as it does numerics.py.
+test_triton.py runs this file in processes of its own, as it does numerics.py.
 """
 
 from __future__ import annotations

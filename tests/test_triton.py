@@ -3,7 +3,7 @@
 FASTSSL_TRITON_SWEEP=1 compiles every configuration of every kernel for every architecture instead of a selection, and
 has the assembler count spills:
 
-    FASTSSL_TRITON_SWEEP=1 python -m pytest tests/test_triton_contrastive.py -k compile
+    FASTSSL_TRITON_SWEEP=1 python -m pytest tests/test_triton.py -k compile
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ import torch
 
 pytest.importorskip("triton")
 from triton_checks.compile_gate import (  # noqa: E402
+    MATRICES,
     PRECISIONS,
     PRODUCTS,
     SHARED_MEMORY,
     SUMS,
     TENSOR_CORES,
     Case,
+    column_cases,
     compile_case,
     product_cases,
     row_cases,
@@ -34,7 +36,7 @@ SWEEP = os.environ.get("FASTSSL_TRITON_SWEEP") == "1"
 TESTS = Path(__file__).parent
 
 
-@pytest.mark.parametrize("file", ["numerics", "numerics_sums"])
+@pytest.mark.parametrize("file", ["numerics", "numerics_sums", "numerics_correlation"])
 @pytest.mark.parametrize("interpret", ["1", "0"])
 def test_numerics(interpret, file):
     if interpret == "0" and not torch.cuda.is_available():
@@ -53,7 +55,9 @@ def test_numerics(interpret, file):
 def _cases() -> list[Case]:
     if SWEEP:
         everything = [c for capability in SHARED_MEMORY for p in PRECISIONS for c in product_cases(capability, p)]
-        return everything + [c for capability in SHARED_MEMORY for c in row_cases(capability)]
+        return everything + [
+            c for f in (row_cases, column_cases) for capability in SHARED_MEMORY for c in f(capability)
+        ]
     # The first configuration of each kernel: of all for Hopper's bfloat16, else of those that use most. Tiles of 64 and
     # rows of 64 use less than those of 128.
     cases = []
@@ -66,10 +70,11 @@ def _cases() -> list[Case]:
         everything = (capability, precision) == (90, "bfloat16")
         for (_, variant, d, t), case in first.items():
             largest = 64 not in (d, t) or precision == "float32"
-            if largest and (everything or variant in ("nt_xent", "sigmoid")):
+            if largest and (everything or variant in ("nt_xent", "sigmoid", "panel")):
                 cases.append(case)
-    over_rows = [c for c in row_cases(80, (128,)) if ("NORMALIZE", False) not in c.constants]
-    return cases + [c for c in over_rows if c.rows == PRECISIONS[c.precision]]
+    others = [c for c in row_cases(80, (128,)) if ("NORMALIZE", False) not in c.constants]
+    others += [c for c in column_cases(90) if c.precision == "float16"]
+    return cases + [c for c in others if c.rows == PRECISIONS[c.precision]]
 
 
 @pytest.mark.parametrize("case", _cases(), ids=str)
@@ -87,7 +92,8 @@ def test_compiles_without_spills_and_within_the_card(case):
 def test_every_card_keeps_a_configuration(capability, precision):
     kept = {(case.kernel, case.variant, dict(case.constants).get("T"), dict(case.constants).get("D"))
             for case in product_cases(capability, precision)}  # fmt: skip
-    assert len(kept) == len(SUMS) + len(PRODUCTS) if precision == "float32" else 2 * len(SUMS) + 3 * len(PRODUCTS)
+    of_rows = len(SUMS) + len(PRODUCTS) if precision == "float32" else 2 * len(SUMS) + 3 * len(PRODUCTS)
+    assert len(kept) == of_rows + len(MATRICES)
 
 
 def test_shared_memory_prunes():
