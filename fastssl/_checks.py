@@ -39,6 +39,12 @@ def check_batch(group: ProcessGroup | None, **views: Tensor) -> None:
         raise ValueError(f"{name} must have at least 2 rows, got shape {tuple(z.shape)}")
 
 
+def check_tensors(name: str, tensors: list[Tensor]) -> None:
+    for i, x in enumerate(tensors):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}[{i}] must be a Tensor, got {type(x).__name__}")
+
+
 def check_negatives(query: Tensor, negative_keys: Tensor | None, negative_mode: str) -> None:
     if negative_mode not in ("unpaired", "paired"):
         raise ValueError(f"negative_mode must be 'unpaired' or 'paired', got {negative_mode!r}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -30,10 +30,11 @@ from fastssl._checks import (
     check_scalar,
     check_share,
     check_temperature,
+    check_tensors,
     check_vector,
 )
 from fastssl.distributed import ProcessGroup, Ring, gather_rows, mean_over_processes
-from fastssl.ops import contrastive, correlation, current_backend, sigmoid
+from fastssl.ops import contrastive, correlation, current_backend, ema, sigmoid
 from fastssl.ops._precision import accumulate_dtype, autocast_enabled, product_precision
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "covariance_loss",
     "cross_correlation",
     "dcl",
+    "ema_update_",
     "info_nce",
     "nt_xent",
     "redundancy_loss",
@@ -489,6 +491,48 @@ def siglip_loss(
         positive = _dot(image_features, text_features) * scale + bias
         loss = ring.similarity_softplus(*inputs, own, precision) - F.logsigmoid(positive).sum()
     return _finish(loss / batch if reduction == "mean" else loss, "sum", image_features)
+
+
+@torch.no_grad()
+def ema_update_(targets: Iterable[Tensor], sources: Iterable[Tensor], momentum: float | Tensor) -> None:
+    """Exponential moving average, in place: the teacher of MoCo (arXiv:1911.05722), BYOL (arXiv:2006.07733) and DINO.
+
+        target = momentum target + (1 - momentum) source
+
+    of all pairs in one pass over memory, in float32 arithmetic where both are of 32 or 16 bits.
+
+    Args:
+        targets: tensors of any shape, float32, bfloat16, float16 or float64, none of which share memory; changed.
+        sources: as many, each of its target's shape and device, and of any of those dtypes.
+        momentum: from 0, which copies, to 1, which leaves the targets as they are: a number, or a 0-d tensor, whose
+            value is not checked and which no GPU waits for.
+
+    Raises:
+        TypeError: if a target or a source is no tensor, or momentum neither number nor tensor.
+        ValueError: if numbers, shapes, dtypes or devices do not fit, momentum is a number below 0 or above 1, or
+            a target is there twice.
+    """
+    targets, sources = list(targets), list(sources)
+    check_tensors("targets", targets)
+    check_tensors("sources", sources)
+    if isinstance(momentum, Tensor):
+        check_scalar("momentum", momentum)
+    else:
+        check_share("momentum", momentum)
+    if current_backend() == "reference":
+        ema.check_pairs(targets, sources)
+        reference.ema.ema_update_(targets, sources, momentum)
+        return
+    momentum = torch.as_tensor(momentum, dtype=torch.float64)
+    devices = {x.device for x in (*targets, *sources)}
+    if len(devices) < 2:
+        ema.ema_update_(targets, sources, momentum)
+    else:
+        ema.check_pairs(targets, sources)
+        for device in devices:
+            on_device = [[x for x in tensors if x.device == device] for tensors in (targets, sources)]
+            ema.ema_update_(*on_device, momentum)
+    torch.autograd.graph.increment_version(targets)
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from fastssl.nn.barlow_twins import BarlowTwinsLoss
 from fastssl.nn.clip import ClipLoss, SigLipLoss
 from fastssl.nn.dcl import DCLLoss, DCLWLoss
+from fastssl.nn.ema import EMA
 from fastssl.nn.info_nce import InfoNCELoss
 from fastssl.nn.memory_bank import MemoryBank
 from fastssl.nn.ntxent import NTXentLoss
@@ -14,6 +15,7 @@ __all__ = [
     "ClipLoss",
     "DCLLoss",
     "DCLWLoss",
+    "EMA",
     "InfoNCELoss",
     "MemoryBank",
     "NTXentLoss",

@@ -1,0 +1,46 @@
+// A run of elements of an exponential moving average, compiled once per instruction set.
+#include "ema_tiles.h"
+
+#include "common/rows.h"
+
+namespace fastssl::FASTSSL_ISA {
+namespace {
+
+// torch.lerp's formula: exact at either end, the nearer one being the starting point.
+inline Vec lerp(Vec target, Vec source, float weight) {
+  const Vec apart = source - target;
+  return weight < 0.5f ? target + apart * weight : source - apart * (1 - weight);
+}
+
+void blend_floats(float* target, const float* source, int64_t count, float weight) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store(target + i, lerp(load(target + i), load(source + i), weight));
+  for (; i < count; ++i) {
+    const float apart = source[i] - target[i];
+    target[i] = weight < 0.5f ? target[i] + apart * weight : source[i] - apart * (1 - weight);
+  }
+}
+
+void blend(void* target, Element target_element, const void* source, Element source_element, int64_t count,
+           float weight) {
+  if (target_element == Element::Float32 && source_element == Element::Float32)
+    return blend_floats(static_cast<float*>(target), static_cast<const float*>(source), count, weight);
+  constexpr int64_t kRun = 512;  // elements at a time as float32, in the first-level cache
+  float wide_target[kRun], wide_source[kRun];
+  const auto at = [](auto* x, Element element, int64_t i) { return x + i * (element == Element::Float32 ? 4 : 2); };
+  for (int64_t i = 0; i < count; i += kRun) {
+    const int64_t run = i + kRun < count ? kRun : count - i;
+    char* const t = at(static_cast<char*>(target), target_element, i);
+    load_row(t, target_element, run, 1, wide_target);
+    load_row(at(static_cast<const char*>(source), source_element, i), source_element, run, 1, wide_source);
+    blend_floats(wide_target, wide_source, run, weight);
+    store_row(wide_target, target_element, run, 1, t);
+  }
+}
+
+}  // namespace
+
+extern const EmaTiles ema_tiles;
+const EmaTiles ema_tiles = {blend};
+
+}  // namespace fastssl::FASTSSL_ISA
