@@ -759,7 +759,7 @@ def barlow_twins(
     Args:
         z_a: (B, D) embeddings of the first views, B >= 2; float32, bfloat16, float16 or float64.
         z_b: (B, D) embeddings of the second views, of z_a's dtype and device.
-        lambda_param: the weight of the redundancy. Where it is 0, that is not computed.
+        lambda_param: the weight of the redundancy. Where it is 0, that need not be computed.
         eps: added to the variances. A feature that is constant over the batch has correlation 0 with all, and with
             an eps of 0 NaN.
         unbiased: divide the variances by B - 1, not by B. C is divided by B in either case.
@@ -772,7 +772,7 @@ def barlow_twins(
     Returns:
         0-d loss in z_a's dtype, float32 under autocast; NaN where z_a or z_b has NaN or Inf. With return_metrics
         (loss, metrics), detached 0-d float32 tensors: "invariance", sum_i (C_ii - 1)^2; "redundancy",
-        sum_{i != j} C_ij^2, which is 0 where lambda_param is.
+        sum_{i != j} C_ij^2, or 0 where it was not computed.
 
         With a group, every process's loss (and metrics) is that of the whole batch. Gradients of features are those of
         the sum of the processes' losses: averaged over the processes, as DistributedDataParallel does, gradients of
@@ -831,7 +831,7 @@ def vicreg(
         z_b: (B, D) embeddings of the second views, of z_a's dtype and device.
         lambda_param: the weight of the invariance.
         mu_param: the weight of the variance.
-        nu_param: the weight of the covariance. Where it is 0, that is not computed.
+        nu_param: the weight of the covariance. Where it is 0, that need not be computed.
         eps: added to the variances. With an eps of 0, a feature that is constant over the batch has gradient NaN.
         unbiased: divide variances and covariances by B - 1, not by B.
         invariance_reduction: "mean" over rows and features, or "batchmean": over rows, summed up over features.
@@ -841,8 +841,8 @@ def vicreg(
 
     Returns:
         0-d loss in z_a's dtype, float32 under autocast; NaN where z_a or z_b has NaN or Inf. With return_metrics
-        (loss, metrics), detached 0-d float32 tensors: "invariance", "variance" and "covariance", which is 0 where
-        nu_param is. With a group they, and what is to be differentiated, are as in `barlow_twins`.
+        (loss, metrics), detached 0-d float32 tensors: "invariance", "variance" and "covariance", or 0 where that was
+        not computed. With a group they, and what is to be differentiated, are as in `barlow_twins`.
 
     Raises:
         TypeError: if z_a or z_b is no tensor, or a weight or eps no number.
