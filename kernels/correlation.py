@@ -71,7 +71,7 @@ from fastssl.kernels._tiles import (
 PANEL = 1024  # columns of C at a time, a multiple of ROWS
 SLOTS = 32  # of rows in sums over columns, at most
 BLOCK = {"BR": 16, "BD": 64}  # tile of the kernels over columns
-TILE = 64  # of the kernels over a product's tiles
+TILE = 32  # of the kernels over a product's tiles
 
 COUNTS = ["N", "M", "K", "slots", "splits", "view", "first_row", "first_column", "last_column"]  # see _tiles.py
 
@@ -113,6 +113,15 @@ def _centred(z, offset, rstd, rows, columns, N, D, row_stride, column_stride):
     if rstd is not None:
         a *= tl.load(rstd + columns, mask=columns < D, other=0.0)
     return tl.where(rows < N, a, 0.0)
+
+
+@triton.jit
+def _rounded(x, dtype: tl.constexpr, TF32: tl.constexpr):
+    """x in the dtype of products; to TF32's nearest, as tensor cores would truncate."""
+    if TF32:
+        bits = (x.to(tl.int32, bitcast=True) + 4096) & -8192
+        x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+    return x.to(dtype)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -220,14 +229,15 @@ def _vicreg_columns(
 
 @triton.jit(do_not_specialize=COUNTS)
 def _standardise(
-    z, offset, rstd, scale, out, N, D, row_stride, column_stride, padded, BR: tl.constexpr, BD: tl.constexpr
-):
+    z, offset, rstd, scale, out, N, D, row_stride, column_stride, padded,
+    TF32: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
     """Write A (times `scale`), rounded to out's dtype and padded with zeros."""
     rows, columns = _tile(BR, BD, tl.program_id(0), tl.program_id(1) * BR)
     a = _centred(z, offset, rstd, rows, columns, N, D, row_stride, column_stride)
     if scale is not None:
         a *= tl.load(scale).to(tl.float32)
-    tl.store(out + rows * padded + columns, a.to(out.dtype.element_ty))
+    tl.store(out + rows * padded + columns, _rounded(a, out.dtype.element_ty, TF32))
 
 
 @autotune(
@@ -355,7 +365,7 @@ def _diagonal(left, right, scale, dots, K, stride, BR: tl.constexpr, BD: tl.cons
 @triton.jit(do_not_specialize=COUNTS)
 def _weigh(
     products, scale, weights, squares, view_stride, slot_stride, stride, slots, first_row, first_column, last_column,
-    reciprocal, SYMMETRIC: tl.constexpr, T: tl.constexpr,
+    reciprocal, SYMMETRIC: tl.constexpr, TF32: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     """From a tile of a panel of C: W, and the sum of its squares. `reciprocal` is that of the number of rows.
 
@@ -370,7 +380,7 @@ def _weigh(
     if weights is not None:
         # There is one slot of weights, and as many elements in it.
         to = weights + (view * tl.num_programs(0) * T * T + rows * stride + columns)
-        tl.store(to, (c * PEAK).to(weights.dtype.element_ty))
+        tl.store(to, _rounded(c * PEAK, weights.dtype.element_ty, TF32))
     if scale is not None:
         factor = tl.load(scale + view)
         c *= (1 / (factor * factor)).to(tl.float32)
@@ -381,12 +391,12 @@ def _weigh(
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def _round_gram(gram, peak, out, N, padded, BR: tl.constexpr, BD: tl.constexpr):
+def _round_gram(gram, peak, out, N, padded, TF32: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr):
     """Write G without its diagonal, scaled to `PEAK`, in out's dtype, padded with zeros."""
     rows, columns = _tile(BR, BD, tl.program_id(0), tl.program_id(1) * BR)
     mask = (rows < N) & (columns < N) & (rows != columns)
     g = tl.load(gram + rows * N + columns, mask=mask, other=0.0) * (PEAK / tl.load(peak))
-    tl.store(out + rows * padded + columns, g.to(out.dtype.element_ty))
+    tl.store(out + rows * padded + columns, _rounded(g, out.dtype.element_ty, TF32))
 
 
 @triton.jit
@@ -550,7 +560,18 @@ def _operands(views: Sequence[Tensor], columns: _Columns, precision: str) -> Ten
     for view, z in enumerate(views):
         rstd, scale = (None if x is None else x[view] for x in (columns.rstd, columns.scale))
         _standardise[(padded // BLOCK["BD"], padded_rows // BLOCK["BR"])](
-            z, columns.offset[view], rstd, scale, out[view], rows, dim, *z.stride(), padded, **BLOCK, **OPTIONS
+            z,
+            columns.offset[view],
+            rstd,
+            scale,
+            out[view],
+            rows,
+            dim,
+            *z.stride(),
+            padded,
+            precision == "tf32",
+            **BLOCK,
+            **OPTIONS,
         )
     return out
 
@@ -621,7 +642,7 @@ def _dual(
         others = (products[1], grams[1]) if cross else (None, None)
         _gram[(inner.shape[1],)](
             products[view], others[0], None if scale is None else scale[view], grams[view], others[1], inner[view],
-            rows, products.stride(1), padded, slots, T=TILE, num_warps=8, **OPTIONS,
+            rows, products.stride(1), padded, slots, T=TILE, **OPTIONS,
         )  # fmt: skip
     diagonal = _diagonals(operands, scale, cross).double().square().sum(1)
     squares = (inner.sum(1, dtype=torch.float64) - diagonal).clamp_min(0)
@@ -650,7 +671,7 @@ def _dual_products(
     weights = operands.new_empty((len(grams), padded, padded))
     for view, gram in enumerate(grams):
         _round_gram[(padded // BLOCK["BD"], padded // BLOCK["BR"])](
-            gram, peak[view], weights[view], rows, padded, **BLOCK, **OPTIONS
+            gram, peak[view], weights[view], rows, padded, precision == "tf32", **BLOCK, **OPTIONS
         )
     products = operands.new_empty(operands.shape, dtype=torch.float32)
     unit = peak.double() * (weight / PEAK.value)
@@ -687,7 +708,7 @@ def _primal(
         squares.append(products.new_empty((views, (rows // TILE) * (width // TILE))))
         _weigh[(squares[-1].shape[1], views)](
             products, scale, weights, squares[-1], *products.stride()[:2], width, slots, first, start, stop, 1 / count,
-            SYMMETRIC=symmetric, T=TILE, num_warps=8, **OPTIONS,
+            SYMMETRIC=symmetric, TF32=precision == "tf32", T=TILE, **OPTIONS,
         )  # fmt: skip
         if derive:
             _product(x, weights, "NN", precision, of_right[:, :, start:stop], add=symmetric and start > 0)

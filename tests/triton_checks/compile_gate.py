@@ -29,7 +29,14 @@ _PADDED = ("PADDED", "padded_rows")
 _PRODUCT_SIZES = ("rows", "columns", "left_view", "left_stride", "right_view", "right_stride", "out_view", "out_slot",
                   "out_stride", "view_stride", "slot_stride", "padded", "stride")  # fmt: skip
 _NUMBERS = ("eps", "pull", "apart", "gram_weight", "reciprocal")
-_DTYPES = [("float32", "fp32"), ("bfloat16", "bf16"), ("bfloat16", "fp32"), ("float16", "fp16"), ("float16", "fp32")]
+_DTYPES = [
+    ("float32", "fp32"),
+    ("tf32", "fp32"),
+    ("bfloat16", "bf16"),
+    ("bfloat16", "fp32"),
+    ("float16", "fp16"),
+    ("float16", "fp32"),
+]
 _TUNED = {
     "_forward_tile": (contrastive._forward_tile, contrastive._forward_needs),
     "accumulate_narrow": (_tiles.accumulate_narrow, _tiles.narrow_needs),
@@ -103,7 +110,8 @@ _PRIMAL = {name: None for name in ("gram", "operand", "other_operand", "scale", 
 _GRADIENTS = {
     "barlow_twins_dual": {"scale": None},
     "barlow_twins_primal": _PRIMAL,
-    "vicreg_dual": _CENTRED,
+    "vicreg_dual": {**_CENTRED, "scale": None},
+    "vicreg_dual_scaled": _CENTRED,
     "vicreg_primal": {**_CENTRED, **_PRIMAL},
     "one_view_dual": {**_CENTRED, "other": None},
 }
@@ -115,13 +123,25 @@ _OF_COLUMNS = {
     },
     "_barlow_twins_columns": {"": {}},
     "_vicreg_columns": {"vicreg": {"CROSS": "difference"}, "one_view": {"CROSS": None}},
-    "_standardise": {"barlow_twins": {"scale": None}, "vicreg": {"rstd": None}},
-    "_gram": {"barlow_twins": {"scale": None}, "vicreg": {"products_b": None, "gram_b": None}},
+    "_standardise": {
+        "barlow_twins": {"scale": None},
+        "vicreg": {"rstd": None, "scale": None},
+        "vicreg_scaled": {"rstd": None},
+    },
+    "_gram": {
+        "barlow_twins": {"scale": None},
+        "barlow_twins_loss": {"scale": None, "gram_a": None, "gram_b": None},
+        "vicreg": {"products_b": None, "gram_b": None, "scale": None},
+        "vicreg_scaled": {"products_b": None, "gram_b": None},
+        "vicreg_loss": {"products_b": None, "gram_a": None, "gram_b": None},
+    },
     "_diagonal": {"barlow_twins": {"scale": None}, "vicreg": {}},
     "_weigh": {
         "barlow_twins": {"scale": None, "SYMMETRIC": False},
-        "vicreg": {"SYMMETRIC": True},
-        "loss": {"SYMMETRIC": True, "weights": None},
+        "barlow_twins_loss": {"scale": None, "SYMMETRIC": False, "weights": None},
+        "vicreg": {"SYMMETRIC": True, "scale": None},
+        "vicreg_scaled": {"SYMMETRIC": True},
+        "vicreg_loss": {"SYMMETRIC": True, "weights": None},
     },
     "_round_gram": {"": {}},
     "_gradient_sums": _GRADIENTS,
@@ -210,11 +230,15 @@ def column_cases(capability: int) -> Iterator[Case]:
     for precision, rows in _DTYPES:
         for kernel, variants in _OF_COLUMNS.items():
             arguments = _COLUMNS[kernel].arg_names
-            sizes = {"T": correlation.TILE, "SLOTS": correlation.SLOTS, **correlation.BLOCK}
+            sizes = {
+                "T": correlation.TILE,
+                "SLOTS": correlation.SLOTS,
+                **correlation.BLOCK,
+                "TF32": precision == "tf32",
+            }
             for variant, constants in variants.items():
                 constants = {name: x for name, x in {**constants, **sizes}.items() if name in arguments}
-                warps = 8 if "T" in arguments else 4
-                yield Case(kernel, variant, capability, precision, rows, tuple(constants.items()), warps=warps)
+                yield Case(kernel, variant, capability, precision, rows, tuple(constants.items()))
 
 
 def _types(case: Case) -> dict[str, str]:

@@ -20,6 +20,7 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Everything on a GPU; in the interpreter, which is slow and knows no TF32, a selection unless a sweep is wanted.
 THOROUGH = not INTERPRETED or os.environ.get("FASTSSL_TRITON_SWEEP") == "1"
+EPS = {"tf32": 2.0**-10, "bfloat16": 2.0**-7, "float16": 2.0**-10}
 PRECISIONS = list(DTYPES) if THOROUGH else ["float32", "bfloat16", "float16"]
 OPERATIONS = ["barlow_twins", "vicreg", "variance_covariance"]
 DIMS = [2, 3, 17, 33, 64, 65, 127, 129, 200]
@@ -124,9 +125,9 @@ def compare(operation: str, z: tuple[Tensor, ...], dual: bool, precision: str = 
     for name, mine in ours.items():
         size = exact[name].norm().item()
         floor = 16 * eps * size
-        # Products, and the gradients, are rounded; eager may be lucky with a few numbers.
-        if precision in ("bfloat16", "float16") and name not in ("invariance", "variance"):
-            floor += torch.finfo(DTYPES[precision]).eps * size
+        # Products, and the gradients, are rounded; eager, which does not know TF32 here, may be lucky with few numbers.
+        if precision != "float32" and name not in ("invariance", "variance"):
+            floor += EPS[precision] * size
         error = (mine.double() - exact[name]).norm().item()
         allowed = 2 * (theirs[name].double() - exact[name]).norm().nan_to_num(0.0).item() + floor
         assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}, size {size:.3g}"
@@ -139,8 +140,9 @@ def test_sizes(rows, dim, dual, operation, precision):
     if not THOROUGH:
         if operation == "variance_covariance" and rows not in (33, 129):
             pytest.skip("VICReg's kernels, in a sweep only")
-        if precision == ("bfloat16", "float16")[(rows + (operation == "vicreg")) % 2]:
-            pytest.skip("half of the short precisions, in a sweep only")
+        other = ("bfloat16", "float16")[(rows + (operation == "vicreg")) % 2]
+        if precision == other or (precision != "float32" and rows in (2, 33, 65, 200)):
+            pytest.skip("most of the short precisions, in a sweep only")
     # Of two rows the standardised columns are 1 and -1, but for eps, and their gradients 0.
     eps = 0.1 if rows == 2 else 1e-5
     compare(operation, views(rows, dim, DTYPES[precision]), dual, precision, eps=eps)
