@@ -35,11 +35,14 @@ U = 2 N D D: Barlow Twins 3 U, VICReg 1.5 U for each view (and half a panel's wi
 0.5 U. No atomics: every word is written by one program, and a kernel of one configuration gives the same bits every
 time. (Autotuning picks the configuration once per process; another may differ in the last bits.)
 
-Memory: for each view N D elements of the products' dtype; dual N N floats (and up to 2^22 in slots), in the backward
-pass N D floats more; primal N D floats, D panels of floats and of weights.
+Memory: for each view N D elements of the products' dtype. dual: N N floats for each view, up to 2^22 in slots, and N D
+for each view in the backward pass. primal: N D floats for each view, PANEL D (or up to 2^22) for a panel of C, and its
+weights.
 
-Numerics: columns are summed in float64, relative to their first row, so that a constant column is exactly 0. C_ii and
-the G_nn of the backward pass, where gradients would lose digits, stay out of rounded products. Squares are summed in
+Numerics: columns are summed in float64, relative to their first row, so that a constant column is exactly 0. The
+diagonals of C (primal) and of G (backward) stay out of rounded weights, and what is subtracted for the diagonal of C
+(dual) is made of the same rounded operands as what it is subtracted from. TF32 is rounded to nearest beforehand, as
+tensor cores would truncate, which adds up where all terms are positive. Squares are summed in
 float32 in a tile, in float64 across tiles. Weights and Gram matrices are held at 2^13 times their size relative to
 their largest possible entry, so that float16 holds small ones; for float16 so are VICReg's columns, relative to the
 largest deviation.
@@ -233,13 +236,15 @@ def _standardise(
     TF32: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Write A (times `scale`), rounded to out's dtype and padded with zeros."""
-    rows, columns = _tile(BR, BD, tl.program_id(0), tl.program_id(1) * BR)
+    rows, columns = _tile(BR, BD, tl.program_id(1), tl.program_id(0) * BR)
     a = _centred(z, offset, rstd, rows, columns, N, D, row_stride, column_stride)
     if scale is not None:
         a *= tl.load(scale).to(tl.float32)
     tl.store(out + rows * padded + columns, _rounded(a, out.dtype.element_ty, TF32))
 
 
+# Tuning repeats a call, which must not add to `out` then: the first one of a layout and precision, for the first panel,
+# never does.
 @autotune(
     multiply_needs,
     ["splits", "LAYOUT", "PRECISION"],  # splits: a power of two that falls as tiles grow in number
@@ -349,17 +354,18 @@ def _gram(products_a, products_b, scale, gram_a, gram_b, inner, N, slot_stride, 
 
 @triton.jit(do_not_specialize=COUNTS)
 def _diagonal(left, right, scale, dots, K, stride, BR: tl.constexpr, BD: tl.constexpr):
-    """The diagonal of A^T B, of the operands as they are."""
+    """The diagonal of A^T B, of the operands as they are, over one slot of the rows."""
+    block, slot = tl.program_id(0), tl.program_id(1)
     total = tl.zeros((BR, BD), tl.float32)
-    for start in range(0, K, BR):
-        rows, columns = _tile(BR, BD, tl.program_id(0), start)
+    for start in range(slot * BR, K, tl.num_programs(1) * BR):
+        rows, columns = _tile(BR, BD, block, start)
         x = tl.load(left + rows * stride + columns).to(tl.float32)
         total += x * tl.load(right + rows * stride + columns).to(tl.float32)
     dot = tl.sum(total, 0)
     if scale is not None:
         factor = tl.load(scale)
         dot *= (1 / (factor * factor)).to(tl.float32)
-    tl.store(dots + tl.program_id(0) * BD + tl.arange(0, BD), dot)
+    tl.store(dots + slot.to(tl.int64) * stride + block * BD + tl.arange(0, BD), dot)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -393,7 +399,7 @@ def _weigh(
 @triton.jit(do_not_specialize=COUNTS)
 def _round_gram(gram, peak, out, N, padded, TF32: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr):
     """Write G without its diagonal, scaled to `PEAK`, in out's dtype, padded with zeros."""
-    rows, columns = _tile(BR, BD, tl.program_id(0), tl.program_id(1) * BR)
+    rows, columns = _tile(BR, BD, tl.program_id(1), tl.program_id(0) * BR)
     mask = (rows < N) & (columns < N) & (rows != columns)
     g = tl.load(gram + rows * N + columns, mask=mask, other=0.0) * (PEAK / tl.load(peak))
     tl.store(out + rows * padded + columns, _rounded(g, out.dtype.element_ty, TF32))
@@ -403,9 +409,8 @@ def _round_gram(gram, peak, out, N, padded, TF32: tl.constexpr, BR: tl.constexpr
 def _gradient(
     y, slope, product, weight, gram, gram_weight, operand, other_operand, scale, dots, rows, columns, N, D, padded
 ):
-    """A tile of dL/dA: the diagonal's part, what came of a product, and of `_round_gram`'s what it has to have more:
-
-    G_nn A_ni - C_ii B_ni, of the operands."""
+    """A tile of dL/dA: the diagonal's part, the product's, and of a product with `_round_gram`'s matrix what that
+    left out and what it should not contain, G_nn A_ni - N C_ii B_ni."""
     g = tl.load(slope + columns, mask=columns < D, other=0.0) * y
     if product is not None:
         g += tl.load(product + rows * padded + columns) * tl.load(weight).to(tl.float32)
@@ -438,22 +443,9 @@ def _gradient_sums(
         if rstd is not None:
             y = _centred(other, other_offset, other_rstd, rows, columns, N, D, other_row_stride, other_column_stride)
         g = _gradient(
-            y,
-            slope,
-            product,
-            weight,
-            gram,
-            gram_weight,
-            operand,
-            other_operand,
-            scale,
-            dots,
-            rows,
-            columns,
-            N,
-            D,
-            padded,
-        )
+            y, slope, product, weight, gram, gram_weight, operand, other_operand, scale, dots,
+            rows, columns, N, D, padded,
+        )  # fmt: skip
         g_1 += g
         g_a += g * a
     d = block * BD + tl.arange(0, BD)
@@ -471,8 +463,8 @@ def _differentiate(
     SLOTS: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """dL/dz from dL/dA and its sums. Without `rstd` the views are pulled together too: apart (z - other) is added."""
-    block = tl.program_id(0)
-    rows, columns = _tile(BR, BD, block, tl.program_id(1) * BR)
+    block = tl.program_id(1)
+    rows, columns = _tile(BR, BD, block, tl.program_id(0) * BR)
     d = block * BD + tl.arange(0, BD)
     a = _centred(z, offset, rstd, rows, columns, N, D, row_stride, column_stride)
     y = a
@@ -503,14 +495,14 @@ class _Columns(NamedTuple):
     scale: Tensor | None  # (V,), float64: by what the operands of products were multiplied
 
 
-def _slots(views: Sequence[Tensor]) -> int:
-    rows, dim = views[0].shape
-    return min(SLOTS, triton.cdiv(rows, 64), max(2 * PROGRAMS // triton.cdiv(dim, BLOCK["BD"]), 1))
+def _slots(rows: int, dim: int) -> int:
+    """Into how many slots to divide the rows of a sum over columns."""
+    return min(SLOTS, triton.cdiv(rows, 64), max(4 * PROGRAMS // triton.cdiv(dim, BLOCK["BD"]), 1))
 
 
 def _column_sums(views: Sequence[Tensor], cross: str | None) -> Tensor:
     """(2 or 5, slots, D): of each view, of x and x^2; and the cross term."""
-    (rows, dim), slots = views[0].shape, _slots(views)
+    (rows, dim), slots = views[0].shape, _slots(*views[0].shape)
     sums = views[0].new_empty((2 if cross is None else 5, slots, dim), dtype=torch.float64)
     first, last = views[0], views[-1]
     _statistics[(triton.cdiv(dim, BLOCK["BD"]), slots)](
@@ -559,20 +551,10 @@ def _operands(views: Sequence[Tensor], columns: _Columns, precision: str) -> Ten
     out = views[0].new_empty((len(views), padded_rows, padded), dtype=DTYPES[precision])
     for view, z in enumerate(views):
         rstd, scale = (None if x is None else x[view] for x in (columns.rstd, columns.scale))
-        _standardise[(padded // BLOCK["BD"], padded_rows // BLOCK["BR"])](
-            z,
-            columns.offset[view],
-            rstd,
-            scale,
-            out[view],
-            rows,
-            dim,
-            *z.stride(),
-            padded,
-            precision == "tf32",
-            **BLOCK,
-            **OPTIONS,
-        )
+        _standardise[(padded_rows // BLOCK["BR"], padded // BLOCK["BD"])](
+            z, columns.offset[view], rstd, scale, out[view], rows, dim, *z.stride(), padded,
+            TF32=precision == "tf32", **BLOCK, **OPTIONS,
+        )  # fmt: skip
     return out
 
 
@@ -619,14 +601,14 @@ def _product(
 
 def _diagonals(operands: Tensor, scale: Tensor | None, cross: bool) -> Tensor:
     """The diagonal of A^T B, (1, D), or of A^T A of each view, (V, D), of padded operands."""
-    views, padded_rows, padded = operands.shape
-    dots = operands.new_empty((1 if cross else views, padded), dtype=torch.float32)
+    (views, padded_rows, padded), slots = operands.shape, _slots(*operands.shape[1:])
+    dots = operands.new_empty((1 if cross else views, slots, padded), dtype=torch.float32)
     for view, dot in enumerate(dots):
-        _diagonal[(padded // BLOCK["BD"],)](
+        _diagonal[(padded // BLOCK["BD"], slots)](
             operands[view], operands[-1 if cross else view], None if scale is None else scale[view], dot, padded_rows,
             padded, **BLOCK, **OPTIONS,
         )  # fmt: skip
-    return dots
+    return dots.sum(1)
 
 
 def _dual(
@@ -650,7 +632,7 @@ def _dual(
 
 
 class _Products(NamedTuple):
-    """What `_gradient` makes of products: weight product + gram_weight (G_nn A_ni - C_ii B_ni), the latter if dual."""
+    """What `_gradient` makes of products: weight product, and if dual gram_weight (G_nn A_ni - N C_ii B_ni)."""
 
     product: Sequence[Tensor]  # of each view, (N, D), padded
     weight: Tensor  # (V,)
@@ -670,8 +652,8 @@ def _dual_products(
     padded, rows = operands.shape[1], grams[0].shape[0]
     weights = operands.new_empty((len(grams), padded, padded))
     for view, gram in enumerate(grams):
-        _round_gram[(padded // BLOCK["BD"], padded // BLOCK["BR"])](
-            gram, peak[view], weights[view], rows, padded, precision == "tf32", **BLOCK, **OPTIONS
+        _round_gram[(padded // BLOCK["BR"], padded // BLOCK["BD"])](
+            gram, peak[view], weights[view], rows, padded, TF32=precision == "tf32", **BLOCK, **OPTIONS
         )
     products = operands.new_empty(operands.shape, dtype=torch.float32)
     unit = peak.double() * (weight / PEAK.value)
@@ -691,7 +673,7 @@ def _primal(
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
     """Sums of squares of C = left^T right / count off its diagonal, (V,), float64; right W^T and left W, of V each.
 
-    Where left is right, C is symmetric, and so are the two gradients, which are one.
+    Where left is right, C is symmetric, and the two are one.
     """
     symmetric = left is right
     (views, _, padded), squares, of_left, of_right = left.shape, [], None, None
@@ -738,7 +720,8 @@ def _derivatives(
         grad_loss: what to multiply by.
         dtype: of the result.
     """
-    (rows, dim), slots, blocks = views[0].shape, _slots(views), triton.cdiv(views[0].shape[1], BLOCK["BD"])
+    rows, dim = views[0].shape
+    slots, blocks = _slots(rows, dim), triton.cdiv(dim, BLOCK["BD"])
     sums = columns.terms.new_empty((2, slots, dim))
     gradients = []
     for view, z in enumerate(views):
@@ -758,7 +741,7 @@ def _derivatives(
         sizes = rows, dim, *z.stride(), *other.stride(), padded
         out = z.new_empty((rows, dim), dtype=dtype)
         _gradient_sums[(blocks, slots)](*shared, *sizes, **BLOCK, **OPTIONS)
-        _differentiate[(blocks, triton.cdiv(rows, BLOCK["BR"]))](
+        _differentiate[(triton.cdiv(rows, BLOCK["BR"]), blocks)](
             *shared, grad_loss, out, *sizes, slots, M, apart, SLOTS=SLOTS, **BLOCK, **OPTIONS
         )
         gradients.append(out)
