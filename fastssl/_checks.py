@@ -45,6 +45,17 @@ def check_tensors(name: str, tensors: list[Tensor]) -> None:
             raise TypeError(f"{name}[{i}] must be a Tensor, got {type(x).__name__}")
 
 
+def check_ids(name: str, ids: Tensor, x: Tensor) -> None:
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"{name} must be a Tensor, got {type(ids).__name__}")
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"{name} must have dtype torch.int64 or torch.int32, got {ids.dtype}")
+    if ids.dim() != 2 or ids.shape[0] != x.shape[0]:
+        raise ValueError(f"{name} must have shape ({x.shape[0]}, K), a row for each sample, got {tuple(ids.shape)}")
+    if ids.device != x.device:
+        raise ValueError(f"{name} and tokens must be on the same device, got {ids.device} and {x.device}")
+
+
 def check_negatives(query: Tensor, negative_keys: Tensor | None, negative_mode: str) -> None:
     if negative_mode not in ("unpaired", "paired"):
         raise ValueError(f"negative_mode must be 'unpaired' or 'paired', got {negative_mode!r}")

@@ -1,0 +1,229 @@
+"""Masking and moving tokens: permutations, gather, scatter, restore."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastssl
+from fastssl.functional import gather_tokens, random_masking, random_masking_ids, restore_tokens, scatter_tokens
+
+chisquare = pytest.importorskip("scipy.stats").chisquare
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+SHAPES = ((3, 7, 5), (1, 1, 1), (2, 196, 16), (5, 33, 1), (70, 40, 24), (0, 4, 3), (2, 0, 3))  # B, L, D
+
+
+def _seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _layouts(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """The same numbers contiguous, transposed, and with gaps."""
+    x = torch.randn(*shape, generator=_seeded()).to(dtype)
+    gaps = torch.full((shape[0], 2 * shape[1], shape[2] + 3), math.nan, dtype=dtype)
+    gaps[:, ::2, 1:-2] = x
+    return [x, x.transpose(1, 2).contiguous().transpose(1, 2), gaps[:, ::2, 1:-2]]
+
+
+def _ids(batch: int, count: int, below: int, dtype: torch.dtype = torch.int64) -> Tensor:
+    """With repetitions."""
+    return torch.randint(below, (batch, count), generator=_seeded(1)).to(dtype)
+
+
+@pytest.mark.parametrize("mask_ratio", [0.0, 0.3, 0.75, 1.0])
+@pytest.mark.parametrize("batch, length", [(4, 1), (3, 2), (7, 64), (2, 65), (300, 196), (0, 5), (5, 0)])
+def test_ids_are_permutations(batch, length, mask_ratio, backend):
+    ids_keep, mask, ids_restore = random_masking_ids(batch, length, mask_ratio, generator=_seeded())
+    keep = int(length * (1 - mask_ratio))
+    assert ids_keep.shape == (batch, keep) and mask.shape == ids_restore.shape == (batch, length)
+    assert ids_keep.dtype == ids_restore.dtype == torch.int64 and mask.dtype == torch.float32
+    assert torch.equal(ids_restore.sort(1).values, torch.arange(length).expand(batch, length))
+    assert torch.equal(ids_restore.gather(1, ids_keep), torch.arange(keep).expand(batch, keep))
+    assert torch.equal(mask, (ids_restore >= keep).float())
+
+
+def test_a_seed_draws_the_same_masks_with_all_kernels():
+    for seed, length in itertools.product(range(20), (2, 7, 196, 1025)):
+        results = []
+        for name in ("auto", "portable"):
+            with fastssl.use_backend(name):
+                results.append(random_masking_ids(9, length, 0.75, generator=_seeded(seed)))
+        assert all(map(torch.equal, *results))
+
+
+def test_seeds_and_samples_and_calls_differ(backend):
+    draws = [random_masking_ids(8, 196, 0.75, generator=_seeded(seed))[0] for seed in range(5)]
+    rows = torch.cat(draws)
+    assert torch.unique(rows, dim=0).shape[0] == len(rows)
+    torch.manual_seed(3)
+    first, second = random_masking_ids(2, 50, 0.5), random_masking_ids(2, 50, 0.5)
+    assert not torch.equal(first[0], second[0])
+    torch.manual_seed(3)
+    assert torch.equal(random_masking_ids(2, 50, 0.5)[0], first[0])
+
+
+@pytest.mark.parametrize("length, ratio", [(4, 0.0), (5, 0.6), (6, 0.5)])
+def test_every_order_is_as_likely(length, ratio):
+    """Of what stays, in its order: chi-square over all length! / masked! outcomes, at a level of one in a million."""
+    count = 200_000
+    ids_keep = random_masking_ids(count, length, ratio, generator=_seeded(11))[0]
+    code = sum(ids_keep[:, k] * length**k for k in range(ids_keep.shape[1]))
+    _, observed = torch.unique(code, return_counts=True)
+    assert len(observed) == math.perm(length, ids_keep.shape[1])
+    assert chisquare(observed.tolist()).pvalue > 1e-6
+
+
+def test_every_token_is_masked_as_often_in_any_sample():
+    mask = random_masking_ids(20_000, 49, 0.75, generator=_seeded(12))[1]
+    assert chisquare(mask.sum(0).tolist(), [mask.sum().item() / 49] * 49).pvalue > 1e-6
+    neighbours = (mask[:, 1:] * mask[:, :-1]).mean().item()
+    assert neighbours == pytest.approx(37 / 49 * 36 / 48, abs=3e-3)
+    samples = (mask[1:] * mask[:-1]).mean().item()
+    assert samples == pytest.approx((37 / 49) ** 2, abs=3e-3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_gather_and_scatter(shape, dtype, backend):
+    batch, length, dim = shape
+    count = 0 if length == 0 else length + 2
+    for x, kind in itertools.product(_layouts(shape, dtype), (torch.int64, torch.int32)):
+        ids = _ids(batch, count, max(length, 1), kind)
+        gathered = gather_tokens(x, ids)
+        assert torch.equal(gathered, x.gather(1, ids.long()[:, :, None].expand(-1, -1, dim)))
+        assert gathered.dtype == dtype and gathered.is_contiguous()
+    for tokens in _layouts((batch, count, dim), dtype):
+        fill = torch.randn(dim, generator=_seeded(2))
+        expected = torch.zeros(shape, dtype=torch.float64)
+        expected.scatter_add_(1, ids.long()[:, :, None].expand(-1, -1, dim), tokens.double())
+        taken = torch.zeros(batch, length, dtype=torch.bool).scatter_(1, ids.long(), True)
+        expected = expected.where(taken[:, :, None], fill.to(dtype).double())
+        result = scatter_tokens(tokens, ids, length, fill)
+        assert result.dtype == dtype
+        torch.testing.assert_close(result.double(), expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
+        assert torch.equal(scatter_tokens(tokens, ids, length)[~taken], tokens.new_zeros((~taken).sum(), dim))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("positions", [False, True])
+def test_restore_undoes_masking(shape, dtype, positions, backend):
+    batch, length, dim = shape
+    for x in _layouts(shape, dtype):
+        leaves = x.detach().requires_grad_(), torch.randn(1, 1, dim), torch.randn(1, length, dim)
+        leaves = tuple(t.requires_grad_() for t in leaves)
+        image, mask_token, pos_embed = leaves
+        visible, mask, ids_restore = random_masking(image, 0.6, generator=_seeded())
+        result = restore_tokens(visible, ids_restore.int(), mask_token, pos_embed if positions else None)
+        expected = torch.where(mask[:, :, None] > 0, mask_token.to(dtype), image)
+        if positions:
+            expected = expected + pos_embed.to(dtype)
+        assert torch.equal(result, expected) and result.is_contiguous()
+        used = leaves[: 3 if positions else 2]
+        cotangent = torch.randn(shape, generator=_seeded(3)).to(dtype)
+        gradients = torch.autograd.grad(result, used, cotangent)
+        assert torch.equal(gradients[0], cotangent * (mask == 0)[:, :, None])  # each token's own, masked ones' 0
+        exact = cotangent.double() * (mask > 0)[:, :, None], cotangent.double()
+        for gradient, terms, leaf in zip(gradients[1:], exact, used[1:], strict=False):
+            summed = terms.sum(0) if leaf is pos_embed else terms.sum((0, 1))
+            assert gradient.dtype == leaf.dtype
+            torch.testing.assert_close(gradient.double().flatten(), summed.flatten(), rtol=1e-5, atol=1e-4)
+
+
+def test_a_token_that_is_restored_twice_or_nowhere(backend):
+    visible = torch.randn(2, 3, 4, requires_grad=True)
+    ids = torch.tensor([[0, 0, 2, 9], [1, 1, 1, 5]])
+    out = restore_tokens(visible, ids, torch.zeros(4))
+    assert torch.equal(out[0, 0], visible[0, 0]) and torch.equal(out[0, 1], visible[0, 0])
+    (gradient,) = torch.autograd.grad(out.sum(), visible)
+    assert gradient[:, :, 0].tolist() == [[2, 0, 1], [0, 3, 0]]
+
+
+def test_derivatives_are_numerically_right(backend):
+    def double(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float64, generator=_seeded(4), requires_grad=True)
+
+    ids, restore = _ids(2, 5, 3), torch.tensor([[3, 0, 2, 1], [1, 2, 3, 0]])
+    for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+        assert check(lambda x: gather_tokens(x, ids), (double(2, 3, 2),))
+        assert check(lambda t, fill: scatter_tokens(t, ids, 4, fill), (double(2, 5, 2), double(2)))
+        assert check(lambda x, m, p: restore_tokens(x, restore, m, p), (double(2, 2, 3), double(3), double(4, 3)))
+        assert check(lambda x, m: restore_tokens(x, restore, m), (double(2, 2, 3), double(3)))
+
+
+@pytest.mark.parametrize("suffix", ["", "_portable"])
+def test_opcheck(suffix):
+    ops, leaf = torch.ops.fastssl, torch.randn(2, 5, 4, requires_grad=True)
+    ids, feature = _ids(2, 3, 5), torch.randn(4, requires_grad=True)
+    restore = torch.tensor([[3, 0, 2, 1], [1, 2, 3, 0]])
+    for name, args in {
+        "masking_ids": (torch.tensor(5), 3, 7, 2),
+        "gather_tokens": (leaf, ids),
+        "scatter_tokens": (leaf[:, :3], ids, 6, feature),
+        "restore_tokens": (leaf[:, :2], restore, feature, leaf[0, :4]),
+        "restore_tokens_backward": (leaf[:, :4], restore, 2, True),
+    }.items():
+        torch.library.opcheck(getattr(ops, name + suffix).default, args)
+
+
+def test_compiles(backend):
+    def step(x: Tensor, mask_token: Tensor, pos_embed: Tensor) -> Tensor:
+        visible, mask, ids_restore = random_masking(x, 0.75)
+        return (restore_tokens(visible, ids_restore, mask_token, pos_embed) - x).square().mean(2) * mask
+
+    leaves = [torch.randn(*shape, requires_grad=True) for shape in ((3, 16, 8), (1, 1, 8), (1, 16, 8))]
+    results = []
+    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        torch.manual_seed(0)
+        loss = function(*leaves)
+        results.append((loss, *torch.autograd.grad(loss.sum(), leaves)))
+    torch.testing.assert_close(*results)
+
+
+def test_threads_change_nothing(kernels):
+    x, mask_token, pos_embed = torch.randn(200, 64, 32), torch.randn(32), torch.randn(64, 32)
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        visible, mask, ids_restore = random_masking(x, 0.5, generator=_seeded())
+        results.append((visible, mask, ids_restore, restore_tokens(visible, ids_restore, mask_token, pos_embed)))
+    assert all(map(torch.equal, *results))
+
+
+X, IDS = torch.randn(2, 4, 3), torch.zeros(2, 3, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    "call, error, match",
+    [
+        (lambda: gather_tokens(X[0], IDS), ValueError, r"x must have shape \(B, L, D\), got \(4, 3\)"),
+        (lambda: gather_tokens(X, IDS[:1]), ValueError, r"ids must have shape \(2, K\).*got \(1, 3\)"),
+        (lambda: gather_tokens(X, IDS.float()), ValueError, "ids must have dtype .*float32"),
+        (lambda: gather_tokens(X, IDS.tolist()), TypeError, "ids must be a Tensor, got list"),
+        (lambda: gather_tokens(X.long(), IDS), ValueError, "x must have a floating-point dtype.*int64"),
+        (lambda: gather_tokens(X, IDS + 4), IndexError, "ids must be from 0 to 3, got 4"),
+        (lambda: gather_tokens(X, IDS - 1), IndexError, "ids must be from 0 to 3, got -1"),
+        (lambda: gather_tokens(X, IDS.to("meta")), ValueError, "same device.*meta and cpu"),
+        (lambda: scatter_tokens(X, IDS, 5), ValueError, r"ids must have shape \(2, 4\).*got \(2, 3\)"),
+        (lambda: scatter_tokens(X[:, :3], IDS + 5, 5), IndexError, "ids must be from 0 to 4, got 5"),
+        (lambda: scatter_tokens(X[:, :3], IDS, 5.0), TypeError, "length must be an integer, got float"),
+        (lambda: scatter_tokens(X[:, :3], IDS, -1), ValueError, "length must not be negative, got -1"),
+        (lambda: scatter_tokens(X[:, :3], IDS, 5, "0"), TypeError, "fill must be a Tensor or a number, got str"),
+        (lambda: scatter_tokens(X[:, :3], IDS, 5, X[0]), ValueError, r"fill must have 3 elements.*got shape \(4, 3\)"),
+        (lambda: restore_tokens(X, IDS - 1, X[0, 0]), IndexError, "ids must be from 0 to 4, got -1"),
+        (lambda: restore_tokens(X, IDS, 0.0), TypeError, "mask_token must be a Tensor, got float"),
+        (lambda: restore_tokens(X, IDS, X[0]), ValueError, "mask_token must have 3 elements"),
+        (lambda: restore_tokens(X, IDS, X[0, 0], X), ValueError, r"pos_embed must have 3 x 3 elements.*\(2, 4, 3\)"),
+        (lambda: random_masking(X, 1.5), ValueError, "mask_ratio must be from 0 to 1, got 1.5"),
+        (lambda: random_masking(X, "a"), TypeError, "mask_ratio must be a number, got str"),
+        (lambda: random_masking_ids(2, -1, 0.5), ValueError, "length must not be negative, got -1"),
+        (lambda: random_masking_ids(2.0, 1, 0.5), TypeError, "batch must be an integer, got float"),
+    ],
+)
+def test_bad_input(call, error, match, backend):
+    with pytest.raises(error, match=match):
+        call()
