@@ -622,7 +622,7 @@ def gather_tokens(x: Tensor, ids: Tensor) -> Tensor:
     """
     check_rows("x", x, "(B, L, D)", 3)
     check_ids("ids", ids, x)
-    return masking.gather_tokens(x, ids)
+    return _implementation("gather_tokens")(x, ids)
 
 
 def scatter_tokens(tokens: Tensor, ids: Tensor, length: int, fill: float | Tensor = 0.0) -> Tensor:
@@ -651,7 +651,8 @@ def scatter_tokens(tokens: Tensor, ids: Tensor, length: int, fill: float | Tenso
         raise TypeError(f"length must be an integer, got {type(length).__name__}")
     if length < 0:
         raise ValueError(f"length must not be negative, got {length}")
-    return masking.scatter_tokens(tokens, ids, length, _feature_row("fill", fill, tokens))
+    fill = _feature_row("fill", fill, tokens)
+    return _implementation("scatter_tokens")(tokens, ids, length, fill)
 
 
 def restore_tokens(
@@ -685,7 +686,12 @@ def restore_tokens(
             shape = tuple(pos_embed.shape)
             raise ValueError(f"pos_embed must have {length} x {dim} elements, a row for each place, got shape {shape}")
         pos_embed = pos_embed.reshape(length, dim)
-    return masking.restore_tokens(x_visible, ids_restore, mask_token, pos_embed)
+    return _implementation("restore_tokens")(x_visible, ids_restore, mask_token, pos_embed)
+
+
+def _implementation(name: str) -> Callable[..., Tensor]:
+    """Of masking, in the backend that is chosen."""
+    return getattr(reference.masking if current_backend() == "reference" else masking, name)
 
 
 def _feature_row(name: str, value: float | Tensor, tokens: Tensor) -> Tensor:

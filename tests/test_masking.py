@@ -184,6 +184,24 @@ def test_compiles(backend):
     torch.testing.assert_close(*results)
 
 
+def test_backends_agree():
+    visible, feature, pos_embed = torch.randn(2, 3, 4), torch.randn(4), torch.randn(5, 4)
+    ids, restore = _ids(2, 3, 6), torch.tensor([[3, 0, 2, 1, 4], [1, 2, 3, 0, 4]])
+    results = []
+    for name in ("auto", "portable", "reference"):
+        with fastssl.use_backend(name):
+            results.append(
+                (
+                    gather_tokens(visible, ids % 3),
+                    scatter_tokens(visible, ids, 6, feature),
+                    restore_tokens(visible, restore, feature, pos_embed),
+                    restore_tokens(visible, restore, feature),
+                )
+            )
+    for other in results[1:]:
+        torch.testing.assert_close(results[0], other)
+
+
 def test_threads_change_nothing(kernels):
     x, mask_token, pos_embed = torch.randn(200, 64, 32), torch.randn(32), torch.randn(64, 32)
     results = []
