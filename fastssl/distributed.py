@@ -17,6 +17,8 @@ Gradients are those of the sum of all processes' losses.
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,6 +31,17 @@ from fastssl.ops import current_backend
 
 ProcessGroup = dist.ProcessGroup if dist.is_available() else type(None)
 Tensors = tuple[Tensor, ...]
+
+
+def _uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compiler.disable, which imports torch._dynamo: only where something has, else nothing is compiled."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        run = torch.compiler.disable(function) if "torch._dynamo" in sys.modules else function
+        return run(*args, **kwargs)
+
+    return call
 
 
 def rank() -> int:
@@ -104,7 +117,7 @@ class Ring:
         self._suffix = "_portable" if current_backend() == "portable" else ""
         check_alike(group, tensors)
 
-    @torch.compiler.disable
+    @_uncompiled
     def similarity_logsumexp(
         self, x: Tensor, y: Tensor, scale: Tensor, exclude: Tensor | None, precision: str
     ) -> tuple[Tensor, Tensor]:
@@ -112,12 +125,12 @@ class Ring:
         weigh = torch.is_grad_enabled() and any(t.requires_grad for t in (x, y, scale))
         return _SimilarityLogsumexp.apply(self, x, y, scale, exclude, weigh, precision)
 
-    @torch.compiler.disable
+    @_uncompiled
     def pair_logsumexp(self, x: Tensor, y: Tensor, scale: Tensor, exclude: Tensor | None, precision: str) -> Tensors:
         """(row_total, row_shift, column_total, column_shift) of this process's x and y, with all others' y and x."""
         return _PairLogsumexp.apply(self, x, y, scale, exclude, precision)
 
-    @torch.compiler.disable
+    @_uncompiled
     def similarity_softplus(
         self, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, exclude: Tensor | None, precision: str
     ) -> Tensor:
@@ -196,7 +209,7 @@ def check_group(group: Any) -> None:
         raise TypeError(f"group must be a torch.distributed.ProcessGroup or None, got {type(group).__name__}")
 
 
-@torch.compiler.disable
+@_uncompiled
 def check_alike(group: ProcessGroup, tensors: dict[str, Tensor]) -> None:
     """Raises ValueError on every process, if the tensors differ: one exchange of a few integers, and a wait for it."""
     device = next(iter(tensors.values())).device

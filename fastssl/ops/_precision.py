@@ -23,9 +23,13 @@ def product_precision(x: Tensor) -> str:
     return _PRODUCTS[dtype]
 
 
-@torch.compiler.assume_constant_result  # torch.compile cannot trace it, and recompiles when it changes
 def _float32_matmul_precision() -> str:
     return torch.get_float32_matmul_precision()
+
+
+# torch.compile cannot trace it, and recompiles when it changes. This is what torch.compiler.assume_constant_result does
+# once it has imported torch._dynamo, which takes longer than all else here.
+_float32_matmul_precision._dynamo_marked_constant = True
 
 
 def autocast_enabled(x: Tensor) -> bool:
