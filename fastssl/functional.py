@@ -235,7 +235,8 @@ def info_nce(
     if group is not None and in_batch_negatives:
         ring = Ring(group, query=q, positive_key=k, temperature=scale)
     if symmetric:
-        loss, largest = _pair_loss(q, k, scale, None, label_smoothing, precision, ring)
+        loss, sums = _pair_loss(q, k, scale, None, label_smoothing, precision, ring)
+        directions = [[pair] for pair in sums]
     else:
         sums, shared = [], [k] if in_batch_negatives and ring is None else []
         if negative_mode == "unpaired" and others is not None:
@@ -253,11 +254,11 @@ def info_nce(
         loss = _cross_entropy(functools.reduce(torch.logaddexp, negatives), similarity * scale)
         if label_smoothing:
             loss = loss + label_smoothing * scale * (similarity - _dot(q, _mean(k, ring)))
-        largest = [_largest(*sums)]
+        directions = [sums]
     loss = _finish(loss, reduction, query)
     if not return_metrics:
         return loss
-    accuracy, metrics = _metrics(q, k, scale, largest)
+    accuracy, metrics = _metrics(q, k, scale, directions)
     return loss, {"accuracy": torch.stack(accuracy).mean(), **metrics}
 
 
@@ -332,11 +333,12 @@ def clip_loss(
     ring = None
     if group is not None:
         ring = Ring(group, image_features=image_features, text_features=text_features, logit_scale=scale)
-    loss, largest = _pair_loss(image_features, text_features, scale, labels, label_smoothing, precision, ring)
+    loss, sums = _pair_loss(image_features, text_features, scale, labels, label_smoothing, precision, ring)
     loss = _finish(loss, reduction, image_features)
     if not return_metrics:
         return loss
-    accuracies, metrics = _metrics(image_features, text_features, scale, [] if labels is not None else largest)
+    negatives = [] if labels is not None else [[pair] for pair in sums]
+    accuracies, metrics = _metrics(image_features, text_features, scale, negatives)
     return loss, {**dict(zip(("image_accuracy", "text_accuracy"), accuracies, strict=False)), **metrics}
 
 
@@ -380,11 +382,10 @@ def sup_con(
             features, labels, temperature=temperature, normalize=normalize, reduction=reduction
         )
     scale, precision = _inverse(temperature, features), product_precision(features)
-    z = _unit(features) if normalize else features
+    rows = features
     if views:
-        z, labels = z.flatten(0, 1), labels.repeat_interleave(z.shape[1])
-    lse = _logsumexp(*contrastive.self_logsumexp(z, scale, precision))
-    loss = _against_class(lse, z, z, labels, scale)
+        rows, labels = features.flatten(0, 1), labels.repeat_interleave(features.shape[1])
+    loss, _, _ = contrastive.sup_con(rows, labels, scale, normalize, precision)
     return _finish(loss.view(features.shape[:-1]), reduction, features)
 
 
@@ -496,7 +497,7 @@ def siglip_loss(
         own = torch.arange(batch, device=image_features.device)
         positive = _dot(image_features, text_features) * scale + bias
         loss = ring.similarity_softplus(*inputs, own, precision) - F.logsigmoid(positive).sum()
-    return _finish(loss / batch if reduction == "mean" else loss, "sum", image_features)
+    return _finish(loss / batch if reduction == "mean" else loss, "none", image_features)
 
 
 @torch.no_grad()
@@ -829,7 +830,7 @@ def _logsumexp(total: Tensor, shift: Tensor) -> Tensor:
     return total.where(some, 1).log().where(some, float("-inf")) + shift
 
 
-def _largest(*sums: Sums) -> Tensor | float:
+def _largest(sums: list[Sums]) -> Tensor | float:
     """The largest similarity that any of the sums has in each row, minus infinity where there is none."""
     shifts = [shift.where(total != 0, float("-inf")) for total, shift in sums]
     return torch.stack(shifts).amax(0) if shifts else float("-inf")
@@ -848,11 +849,11 @@ def _pair_loss(
     label_smoothing: float,
     precision: str,
     ring: Ring | None = None,
-) -> tuple[Tensor, list[Tensor]]:
-    """The mean of the cross-entropies of row i and of column i of scale x y^T, and the largest negatives of both.
+) -> tuple[Tensor, tuple[Sums, Sums]]:
+    """The mean of the cross-entropies of row i and of column i of scale x y^T, and the sums over the negatives of both.
 
-    The positive is the diagonal, or with labels all rows and columns of the same label alike, and then the largest
-    are those of all.
+    The positive is the diagonal, or with labels all rows and columns of the same label alike, and then the sums are
+    over all.
     """
     if labels is None and ring is None:
         loss, _, *sums = contrastive.clip_loss(x, y, scale, precision)
@@ -866,43 +867,32 @@ def _pair_loss(
             aligned = _dot(x, y)
             loss = (_cross_entropy(rows, aligned * scale) + _cross_entropy(columns, aligned * scale)) / 2
         else:
-            (of_y, count), (of_x, _) = _class_sums(y, labels), _class_sums(x, labels)
+            (of_y, count), (of_x, _) = (contrastive.class_sums(z, labels) for z in (y, x))
             aligned = (_dot(x, of_y) + _dot(y, of_x)) / (2 * count)
             loss = (rows + columns) / 2 - aligned * scale
     if label_smoothing:
         loss = loss + label_smoothing * scale * (aligned - (_dot(x, _mean(y, ring)) + _dot(y, _mean(x, ring))) / 2)
-    return loss, [_largest(pair) for pair in sums]
-
-
-def _class_sums(x: Tensor, labels: Tensor) -> Sums:
-    """For each row of x the sum of the rows of its label, and their number."""
-    labels = labels.contiguous()
-    order = labels.sort().values
-    first = torch.searchsorted(order, labels)
-    count = torch.searchsorted(order, labels, right=True) - first
-    x = x.to(accumulate_dtype(x.dtype))
-    # As many sums as rows, most of them empty, so that nobody need wait for the number of labels.
-    return torch.zeros_like(x).index_add(0, first, x).index_select(0, first), count
+    return loss, sums
 
 
 def _against_class(lse: Tensor, anchors: Tensor, z: Tensor, labels: Tensor, scale: float | Tensor) -> Tensor:
     """lse less the mean similarity with the others of the same label; 0 where there are none. The anchors are the
     first rows of z, or all."""
-    sums, count = (t[: anchors.shape[0]] for t in _class_sums(z, labels))
+    sums, count = (t[: anchors.shape[0]] for t in contrastive.class_sums(z, labels))
     aligned = (_dot(anchors, sums) - _dot(anchors, anchors)) / (count - 1).clamp_min(1)
     return (lse - aligned * scale).where(count > 1, 0)
 
 
 @torch.no_grad()
 def _metrics(
-    x: Tensor, y: Tensor, scale: Tensor, largest: list[Tensor | float]
+    x: Tensor, y: Tensor, scale: Tensor, negatives: list[list[Sums]]
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """The shares of rows whose positive is above the largest negative, for each of `largest`; and what pairs give."""
+    """The shares of rows whose positive is above the largest negative, for each set of these; and what pairs give."""
     x, y = (t.detach().to(accumulate_dtype(t.dtype)) for t in (x, y))
     similarity = _dot(x, y)
     distance = (x - y).square().sum(1)
     metrics = {"positive_similarity": similarity.mean(), "alignment": distance.mean()}
-    accuracies = [(similarity * scale > other).float().mean() for other in largest]
+    accuracies = [(similarity * scale > _largest(sums)).float().mean() for sums in negatives]
     return accuracies, {name: value.float() for name, value in metrics.items()}
 
 

@@ -15,6 +15,7 @@ import torch
 
 import fastssl
 from fastssl import _native
+from fastssl.reference import OPS
 from fastssl.reference import contrastive as reference
 
 PACKAGE = Path(fastssl.__file__).parent
@@ -82,6 +83,33 @@ def test_every_operation_with_a_kernel_says_so():
     report = python("-m", "fastssl")
     rows = [line.split() for line in report.splitlines()]
     assert ["nt_xent", "CPU", "C++,", "CUDA"] in [row[:4] for row in rows]
+
+
+@needs_library
+@pytest.mark.parametrize("spec", OPS.values(), ids=OPS)
+@pytest.mark.parametrize("some", [slice(None), slice(1), slice(1, 2), slice(2, None)])
+def test_autograd_is_the_portable_variants(spec, some):
+    """Which outputs are differentiable, and the gradients of all tensors, or of some, where the others ask for none."""
+    sample = next(sample for sample in spec.samples(torch.float32, "cpu") if len(sample.args[0]) > 2)
+    results = []
+    for name in (spec.op, f"{spec.op}_portable"):
+        arguments = [x.detach() if isinstance(x, torch.Tensor) else x for x in spec.op_args(sample)]
+        leaves = [x.requires_grad_() for x in arguments if isinstance(x, torch.Tensor) and x.is_floating_point()][some]
+        for x in (x for x in arguments if isinstance(x, torch.Tensor) and all(x is not y for y in leaves)):
+            x.requires_grad_(False)
+        outputs = getattr(torch.ops.fastssl, name)(*arguments)
+        differentiable = [x.requires_grad for x in outputs]
+        assert any(differentiable) == bool(leaves)
+        value = sum((i + 1) * x.log().sum() for i, x in enumerate(outputs) if x.requires_grad)
+        results.append((differentiable, torch.autograd.grad(value, leaves) if leaves else ()))
+    assert results[0][0] == results[1][0]
+    for gradient, expected in zip(*(gradients for _, gradients in results), strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_import_leaves_the_compiler_alone():
+    """torch._dynamo takes longer to import than all else."""
+    assert python("-c", "import sys, fastssl; print('torch._dynamo' in sys.modules)") == "False"
 
 
 @needs_library

@@ -7,6 +7,7 @@
 //     pair_logsumexp         the same, and log sum_i exp(S_ij)                of rows and columns
 //     clip_loss              the cross-entropy of rows and of columns, the diagonal being positive
 //     self_logsumexp         log sum_{j != i} exp(S_ij), X = Y = Z            S is symmetric
+//     sup_con                the same less the mean S_ij of the other rows j of row i's label
 //     nt_xent                the same less S_{i, pos(i)}, pos(i) = (i + B) mod N, Z the N = 2B rows of [z1; z2]
 //
 // Backward, given the gradients g of the rows' sums and h of the columns', of exponentials about shifts r and c,
@@ -43,6 +44,8 @@
 #include "contrastive.h"
 
 #include <torch/library.h>
+
+#include <vector>
 
 #include "common/tiled.h"
 #include "contrastive_tiles.h"
@@ -345,6 +348,132 @@ std::tuple<Tensor, Tensor> self_logsumexp_backward(const Tensor& grad_total, con
   return {dz, at::full({}, along / 2, scale.options())};
 }
 
+// Which rows have the same label.
+struct Classes {
+  Tensor rows;  // (N, D), (normalised) float32, unrounded
+  std::vector<int64_t> key;    // the same for rows of one label, in [0, N)
+  std::vector<double> others;  // how many other rows have the label
+
+  Classes(const Side& z, const Tensor& z_, const Tensor& labels_) : key(z.count), others(z.count) {
+    rows = z_.to(at::kFloat).contiguous();
+    if (z.normalize) rows = rows * z.inverse_norm.abs().unsqueeze(1);
+    const Tensor contiguous = labels_.contiguous();
+    const int64_t* const labels = contiguous.const_data_ptr<int64_t>();
+    std::vector<int64_t> order(labels, labels + z.count);
+    std::sort(order.begin(), order.end());
+    for (int64_t i = 0; i < z.count; ++i) {
+      const auto [first, last] = std::equal_range(order.begin(), order.end(), labels[i]);
+      key[i] = first - order.begin();
+      others[i] = static_cast<double>(last - first - 1);
+    }
+  }
+
+  // (N, D): for each key the sum of its rows, row i times weight(i).
+  template <typename Weight>
+  Tensor sum(const Weight& weight) const {
+    const Tensor sums = at::zeros_like(rows);
+    const float* const from = rows.const_data_ptr<float>();
+    float* const to = sums.mutable_data_ptr<float>();
+    const int64_t dim = rows.size(1);
+    for (size_t i = 0; i < key.size(); ++i) {
+      const float w = weight(i);
+      for (int64_t d = 0; d < dim; ++d) to[key[i] * dim + d] += w * from[i * dim + d];
+    }
+    return sums;
+  }
+};
+
+void check_labels(const Tensor& labels, const Tensor& z) {
+  TORCH_CHECK_VALUE(labels.scalar_type() == at::kLong && labels.dim() == 1 && labels.size(0) == z.size(0),
+                    "labels must be int64 of shape (", z.size(0), "), got ", labels.scalar_type(), " of shape ",
+                    labels.sizes());
+}
+
+std::tuple<Tensor, Tensor, Tensor> sup_con(const Tensor& z_, const Tensor& labels, const Tensor& scale, bool normalize,
+                                           c10::string_view precision) {
+  if (z_.scalar_type() == at::kDouble)
+    return portable<&sup_con>("fastssl::sup_con_portable", z_, labels, scale, normalize, precision);
+  check_sides("features and features", z_, z_, scale);
+  check_labels(labels, z_);
+  const Engine engine(precision);
+  const Side z(z_, z_.narrow(0, 0, 0), normalize, kRows | kColumns, engine,
+               threads_for(z_.size(0), z_.size(0), z_.size(1)));
+  const Exponent e(scale, z, z);
+  const Sums sums = sum_symmetric({z, z, e.excluded, nullptr, true}, e, [](int64_t, int64_t, float*) {});
+  if (e.shared) sums.extremes.fill_(e.origin);
+  const auto [total, shift] = finish_sums(sums, z.count, e);
+  const Classes classes(z, z_, labels);
+  const Tensor class_sums = classes.sum([](int64_t) { return 1.f; }), loss = at::empty({z.count}, at::kFloat);
+  const float* const rows = classes.rows.const_data_ptr<float>();
+  const float* const of_class = class_sums.const_data_ptr<float>();
+  float* const out = loss.mutable_data_ptr<float>();
+  const int64_t dim = z.rows.dim;
+  at::parallel_for(0, z.count, 256, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      double aligned = 0;
+      for (int64_t d = 0; d < dim; ++d)
+        aligned += double(rows[i * dim + d]) * (of_class[classes.key[i] * dim + d] - rows[i * dim + d]);
+      const double value = std::log(sums.total[i]) + e.step * (sums.extreme[i] - aligned / classes.others[i]);
+      out[i] = classes.others[i] ? static_cast<float>(value) : 0;
+    }
+  });
+  return {loss, shift, total};
+}
+
+// Of the positives, with p_i = g_i / (number of others) and sums over row i's label:
+// G_i -= p_i (sum_j z_j - z_i) + sum_j p_j z_j - p_i z_i
+std::tuple<Tensor, Tensor> sup_con_backward(const Tensor& grad_loss, const Tensor& z_, const Tensor& labels,
+                                            const Tensor& scale, const Tensor& shift, const Tensor& total,
+                                            bool normalize, c10::string_view precision) {
+  if (z_.scalar_type() == at::kDouble)
+    return portable<&sup_con_backward>("fastssl::sup_con_backward_portable", grad_loss, z_, labels, scale, shift,
+                                       total, normalize, precision);
+  check_sides("features and features", z_, z_, scale);
+  check_labels(labels, z_);
+  check_vectors("grad_loss, shift and total", z_.size(0), {grad_loss, shift, total});
+  const Engine engine(precision);
+  const Side z(z_, z_.narrow(0, 0, 0), normalize, kRows | kColumns | kWeighed | kWeighing, engine,
+               threads_for(z_.size(0), z_.size(0), z_.size(1)));
+  const Exponent e(scale, z, z);
+  const Classes classes(z, z_, labels);
+  const Tensor grad_total = grad_loss.div(total);
+  const Tensor gradient = grad_loss.contiguous();
+  const float* const g = gradient.const_data_ptr<float>();
+  std::vector<float> p(z.count);
+  for (int64_t i = 0; i < z.count; ++i) {
+    if (classes.others[i]) {
+      p[i] = static_cast<float>(g[i] / classes.others[i]);
+    } else {
+      grad_total.mutable_data_ptr<float>()[i] = 0;
+    }
+  }
+  const Tensor class_sums = classes.sum([](int64_t) { return 1.f; });
+  const Tensor class_gradients = classes.sum([&p](int64_t i) { return p[i]; });
+  const Blocks sums = z.zero_sums(), transposed = z.zero_sums();
+  const float* const rows = classes.rows.const_data_ptr<float>();
+  const float* const of_class = class_sums.const_data_ptr<float>();
+  const float* const gradient_of_class = class_gradients.const_data_ptr<float>();
+  const int64_t dim = z.rows.dim;
+  run(z.threads, z.cut.blocks, [&](int64_t b) {
+    for (int64_t r = 0; r < z.size(b); ++r) {
+      const int64_t i = z.first(b) + r, k = classes.key[i];
+      float* const gathered = sums.floats(b) + r * z.dim;
+      for (int64_t d = 0; d < dim; ++d)
+        gathered[d] = -(p[i] * (of_class[k * dim + d] - 2 * rows[i * dim + d]) + gradient_of_class[k * dim + d]);
+    }
+  });
+  const Coefficients coefficients(grad_total, shift, z, e);
+  const Similarities S{z, z, e.excluded, nullptr, true};
+  const Weights weights(S, e, &coefficients, &coefficients);
+  tournament(z.threads, z.cut, [&](int64_t I, int64_t J) {
+    S(I, J, weights.tile_of());
+    weights.multiply(I, J, &sums, I == J ? nullptr : &transposed);
+  }, [&] { engine.release(); });
+  const Tensor dz = at::empty(z_.sizes(), z_.options());
+  const double along = finish_side(z, &sums, &transposed, nullptr, e.scale, dz);
+  return {dz, at::full({}, along / 2, scale.options())};
+}
+
 // Sums of rows and of columns of all tiles of S.
 std::pair<Sums, Sums> sum_pair(const Similarities& S, const Exponent& e) {
   const Side &x = S.x, &y = S.y;
@@ -444,11 +573,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> clip_loss(const Tenso
   const Tensor positive = dot_rows(x, y).mul_(e.scale), loss = at::empty({x.count}, at::kFloat);
   const float* const p = positive.const_data_ptr<float>();
   float* const out = loss.mutable_data_ptr<float>();
-  const auto of = [p](const Tensor& total, const Tensor& shift, int64_t i) {
-    return cross_entropy(total.const_data_ptr<float>()[i], shift.const_data_ptr<float>()[i], p[i]).value;
-  };
-  for (int64_t i = 0; i < x.count; ++i)
-    out[i] = static_cast<float>((of(row_total, row_shift, i) + of(column_total, column_shift, i)) / 2);
+  const float *const r = row_total.const_data_ptr<float>(), *const c = column_total.const_data_ptr<float>();
+  const float *const r_shift = row_shift.const_data_ptr<float>(), *const c_shift = column_shift.const_data_ptr<float>();
+  for (int64_t i = 0; i < x.count; ++i) {
+    const Softplus row = cross_entropy(r[i], r_shift[i], p[i]), column = cross_entropy(c[i], c_shift[i], p[i]);
+    out[i] = static_cast<float>((row.value + column.value) / 2);
+  }
   return {loss, positive, row_total, row_shift, column_total, column_shift};
 }
 
@@ -468,15 +598,16 @@ std::tuple<Tensor, Tensor, Tensor> clip_loss_backward(const Tensor& grad_loss, c
   const Side x(x_, kRows | kWeighing, engine, threads), y(y_, kColumns | kWeighed, engine, threads);
   const Exponent e(scale, x, y);
   const Tensor g = grad_loss.contiguous(), p = positive.contiguous();
+  const float *const gradients = g.const_data_ptr<float>(), *const positives = p.const_data_ptr<float>();
   const Tensor weights = at::zeros({x.count}, at::kFloat);
   float* const weight = weights.mutable_data_ptr<float>();
   const auto gradient = [&](const Tensor& total_, const Tensor& shift_) {
     const Tensor total = total_.contiguous(), shift = shift_.contiguous(), grad_total = at::empty_like(total);
+    const float *const t = total.const_data_ptr<float>(), *const s = shift.const_data_ptr<float>();
+    float* const out = grad_total.mutable_data_ptr<float>();
     for (int64_t i = 0; i < x.count; ++i) {
-      const float t = total.const_data_ptr<float>()[i];
-      const double slope = cross_entropy(t, shift.const_data_ptr<float>()[i], p.const_data_ptr<float>()[i]).slope *
-          g.const_data_ptr<float>()[i] / 2;
-      grad_total.mutable_data_ptr<float>()[i] = t == 0 ? 0 : static_cast<float>(slope / t);
+      const double slope = cross_entropy(t[i], s[i], positives[i]).slope * gradients[i] / 2;
+      out[i] = t[i] == 0 ? 0 : static_cast<float>(slope / t[i]);
       weight[i] -= static_cast<float>(slope);
     }
     return grad_total;
@@ -603,6 +734,8 @@ TORCH_LIBRARY_IMPL(fastssl, CPU, m) {
   m.impl("nt_xent_backward", &nt_xent_backward);
   m.impl("self_logsumexp", &self_logsumexp);
   m.impl("self_logsumexp_backward", &self_logsumexp_backward);
+  m.impl("sup_con", &sup_con);
+  m.impl("sup_con_backward", &sup_con_backward);
   m.impl("pair_logsumexp", &pair_logsumexp);
   m.impl("pair_logsumexp_backward", &pair_logsumexp_backward);
   m.impl("clip_loss", &clip_loss);

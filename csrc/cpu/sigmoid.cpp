@@ -102,9 +102,22 @@ Results siglip_loss(const Tensor& x, const Tensor& y, const Tensor& scale, const
   return run_softplus(x, y, scale, bias, nullptr, true, derive, precision);
 }
 
+// Of both operations, for all dtypes: the forward pass has taken the gradients.
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_total, const Tensor& x, const Tensor& y,
+                                                    const Tensor& scale, const Tensor& bias,
+                                                    const std::optional<Tensor>&, const Tensor& dx, const Tensor& dy,
+                                                    const Tensor& dscale, const Tensor& dbias, c10::string_view) {
+  const auto times = [&](const Tensor& gradient, const Tensor& of) {
+    return gradient.mul(grad_total).to(of.scalar_type());
+  };
+  return {times(dx, x), times(dy, y), times(dscale, scale), times(dbias, bias)};
+}
+
 TORCH_LIBRARY_IMPL(fastssl, CPU, m) {
   m.impl("similarity_softplus", &similarity_softplus);
+  m.impl("similarity_softplus_backward", &backward);
   m.impl("siglip_loss", &siglip_loss);
+  m.impl("siglip_loss_backward", &backward);
 }
 
 }  // namespace

@@ -6,7 +6,9 @@
     fastssl::<name>_portable   the portable code on every device (`use_backend("portable")`)
 
 PyTorch's dispatcher picks the kernel. The C++ library adds its own under the CPU key when it is loaded
-(`fastssl/_native.py`), and hands float64 to the portable variant; `cuda` is a Triton or CUDA launcher.
+(`fastssl/_native.py`), and hands float64 to the portable variant; `cuda` is a Triton or CUDA launcher. It also adds,
+under AutogradCPU, the same autograd formula without Python (csrc/cpu/autograd.cpp lists the operations, and says by
+which names of arguments it knows the formula).
 """
 
 from __future__ import annotations

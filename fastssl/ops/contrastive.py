@@ -24,9 +24,12 @@ negatives, InfoNCE is softplus(n_i - S_ip), which loses nothing where a confiden
 
     similarity_logsumexp   of each row of S
     pair_logsumexp         of each row and of each column of S (CLIP)
-    self_logsumexp         of each row of S = scale z z^T without the diagonal (SupCon)
+    self_logsumexp         of each row of S = scale z z^T without the diagonal (SupCon, DCL)
 
-and clip_loss, which does that for pair_logsumexp in one operation: in a small batch the elementwise steps cost most.
+and clip_loss and sup_con, which do that in one operation: in a small batch the elementwise steps cost most. SupCon's
+positives are the other rows of row i's label, c_i of them, and need no product either:
+
+    loss_i = lse_i - <z_i, sum_j z_j - z_i> scale / c_i,  j of row i's label,    0 where there are none
 
 Each gives the log-sum-exp as a pair again, total_i = sum_j E_ij, E_ij = exp(S_ij - shift_i); here shift_i is the row's
 largest S_ij, which metrics read, or 0 where every column is excluded (not in self_logsumexp: any number near). What is
@@ -58,9 +61,9 @@ from fastssl.ops._precision import accumulate_dtype, round_operand, round_weight
 _EPS = 1e-12  # torch.nn.functional.normalize's
 
 
-def _normalized_rows(z1: Tensor, z2: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None]:
-    """(z, norms): the 2B rows in the dtype of sums, and the norms they were divided by (2B, 1), unclamped."""
-    z = torch.cat([z1, z2]).to(accumulate_dtype(z1.dtype))
+def _normalized_rows(z: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None]:
+    """(z, norms): the rows in the dtype of sums, and the norms they were divided by (N, 1), unclamped."""
+    z = z.to(accumulate_dtype(z.dtype))
     if not normalize:
         return z, None
     # Through float64, so that rows of 1e-30 or 1e30 have a norm in float32.
@@ -68,12 +71,20 @@ def _normalized_rows(z1: Tensor, z2: Tensor, normalize: bool) -> tuple[Tensor, T
     return (z / norms.clamp_min(_EPS)).to(z.dtype), norms.to(z.dtype)
 
 
+def _through_norms(gradient: Tensor, z: Tensor, norms: Tensor | None) -> Tensor:
+    """The gradient of the rows that `_normalized_rows` was given, from that of z."""
+    if norms is None:
+        return gradient
+    along = (gradient * z).sum(1, keepdim=True).where(norms > _EPS, 0)
+    return (gradient - along * z) / norms.clamp_min(_EPS)
+
+
 def _nt_xent_fake(z1: Tensor, z2: Tensor, scale: Tensor, normalize: bool, precision: str) -> tuple[Tensor, ...]:
     return tuple(z1.new_empty(2 * z1.shape[0], dtype=accumulate_dtype(z1.dtype)) for _ in range(3))
 
 
 def _nt_xent_portable(z1: Tensor, z2: Tensor, scale: Tensor, normalize: bool, precision: str) -> tuple[Tensor, ...]:
-    z = round_operand(_normalized_rows(z1, z2, normalize)[0], precision)
+    z = round_operand(_normalized_rows(torch.cat([z1, z2]), normalize)[0], precision)
     rows = z.shape[0]
     loss, shift, total = z.new_empty(rows), z.new_empty(rows), z.new_empty(rows)
     positive = torch.arange(rows, device=z.device).roll(rows // 2)
@@ -110,7 +121,7 @@ def _nt_xent_backward_portable(
     normalize: bool,
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    z, norms = _normalized_rows(z1, z2, normalize)
+    z, norms = _normalized_rows(torch.cat([z1, z2]), normalize)
     rounded = round_operand(z, precision)
     rows = z.shape[0]
     gradient, coefficient = torch.empty_like(z), grad_loss / total
@@ -123,10 +134,7 @@ def _nt_xent_backward_portable(
     half = rows // 2
     gradient -= (grad_loss + grad_loss.roll(half))[:, None] * z.roll(half, 0)
     grad_scale = (z * gradient).sum(dtype=torch.float64).mul(0.5).to(scale.dtype)
-    gradient *= scale
-    if norms is not None:
-        along = (gradient * z).sum(1, keepdim=True).where(norms > _EPS, 0)
-        gradient = (gradient - along * z) / norms.clamp_min(_EPS)
+    gradient = _through_norms(gradient.mul_(scale), z, norms)
     dz1, dz2 = gradient.to(z1.dtype).split(half) if half else (z1.clone(), z2.clone())
     return dz1.clone(), dz2.clone(), grad_scale
 
@@ -167,7 +175,7 @@ def _nt_xent_double_backward(ctx: Any, _: None, *directions: Tensor) -> tuple:
 
 _backward = Op(
     "nt_xent_backward(Tensor grad_loss, Tensor z1, Tensor z2, Tensor scale, Tensor shift, Tensor total, bool normalize,"
-    " str precision) -> (Tensor, Tensor, Tensor)",
+    " str precision) -> (Tensor grad_z1, Tensor grad_z2, Tensor grad_scale)",
     fake=_nt_xent_backward_fake,
     portable=_nt_xent_backward_portable,
     setup_context=_nt_xent_backward_setup_context,
@@ -296,7 +304,7 @@ def _similarity_logsumexp_double_backward(ctx: Any, _: None, *directions: Tensor
 
 _similarity_logsumexp_backward_op = Op(
     "similarity_logsumexp_backward(Tensor grad_total, Tensor x, Tensor y, Tensor scale, Tensor? exclude, Tensor shift,"
-    " Tensor weighted, bool needs_y, str precision) -> (Tensor, Tensor, Tensor)",
+    " Tensor weighted, bool needs_y, str precision) -> (Tensor grad_x, Tensor grad_y, Tensor grad_scale)",
     fake=_similarity_logsumexp_backward_fake,
     portable=_similarity_logsumexp_backward_portable,
     setup_context=_similarity_logsumexp_backward_setup_context,
@@ -413,7 +421,8 @@ def _pair_logsumexp_double_backward(ctx: Any, _: None, *directions: Tensor) -> t
 
 _pair_logsumexp_backward_op = Op(
     "pair_logsumexp_backward(Tensor grad_row_total, Tensor grad_column_total, Tensor x, Tensor y, Tensor scale,"
-    " Tensor? exclude, Tensor row_shift, Tensor column_shift, str precision) -> (Tensor, Tensor, Tensor)",
+    " Tensor? exclude, Tensor row_shift, Tensor column_shift, str precision)"
+    " -> (Tensor grad_x, Tensor grad_y, Tensor grad_scale)",
     fake=_pair_logsumexp_backward_fake,
     portable=_pair_logsumexp_backward_portable,
     setup_context=_pair_logsumexp_backward_setup_context,
@@ -498,7 +507,7 @@ def _self_logsumexp_double_backward(ctx: Any, _: None, *directions: Tensor) -> t
 
 _self_logsumexp_backward_op = Op(
     "self_logsumexp_backward(Tensor grad_total, Tensor z, Tensor scale, Tensor shift, str precision)"
-    " -> (Tensor, Tensor)",
+    " -> (Tensor grad_z, Tensor grad_scale)",
     fake=_self_logsumexp_backward_fake,
     portable=_self_logsumexp_backward_portable,
     setup_context=_self_logsumexp_backward_setup_context,
@@ -609,7 +618,8 @@ def _clip_loss_double_backward(ctx: Any, _: None, *directions: Tensor) -> tuple:
 
 _clip_loss_backward_op = Op(
     "clip_loss_backward(Tensor grad_loss, Tensor x, Tensor y, Tensor scale, Tensor positive, Tensor row_total,"
-    " Tensor row_shift, Tensor column_total, Tensor column_shift, str precision) -> (Tensor, Tensor, Tensor)",
+    " Tensor row_shift, Tensor column_total, Tensor column_shift, str precision)"
+    " -> (Tensor grad_x, Tensor grad_y, Tensor grad_scale)",
     fake=_clip_loss_backward_fake,
     portable=partial(_clip_loss_backward, _pair_logsumexp_backward_portable),
     setup_context=_clip_loss_backward_setup_context,
@@ -626,4 +636,122 @@ clip_loss = Op(
     backward=_clip_loss_derivative,
     backward_op=_clip_loss_backward_op,
     cuda=partial(_clip_loss, torch.ops.fastssl.pair_logsumexp),
+)
+
+
+def class_sums(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """For each row of x the sum of the rows of its label, in the dtype of sums, and their number."""
+    labels = labels.contiguous()
+    order = labels.sort().values
+    first = torch.searchsorted(order, labels)
+    count = torch.searchsorted(order, labels, right=True) - first
+    x = x.to(accumulate_dtype(x.dtype))
+    # As many sums as rows, most of them empty, so that nobody need wait for the number of labels.
+    return torch.zeros_like(x).index_add(0, first, x).index_select(0, first), count
+
+
+def _sup_con_fake(
+    z: Tensor, labels: Tensor, scale: Tensor, normalize: bool, precision: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    return tuple(z.new_empty(z.shape[0], dtype=accumulate_dtype(z.dtype)) for _ in range(3))
+
+
+def _sup_con(
+    logsumexp: Callable[..., Any], z: Tensor, labels: Tensor, scale: Tensor, normalize: bool, precision: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    z, _ = _normalized_rows(z, normalize)
+    total, shift = logsumexp(z, scale, precision)
+    sums, count = class_sums(z, labels)
+    aligned = torch.linalg.vecdot(z, sums - z) / (count - 1)
+    return (total.log() + (shift - aligned * scale)).where(count > 1, 0), shift, total
+
+
+def _sup_con_backward_fake(
+    grad_loss: Tensor,
+    z: Tensor,
+    labels: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    total: Tensor,
+    normalize: bool,
+    precision: str,
+) -> tuple[Tensor, Tensor]:
+    return z.new_empty(z.shape), scale.new_empty(())
+
+
+def _sup_con_backward(
+    logsumexp_backward: Callable[..., Any],
+    grad_loss: Tensor,
+    z: Tensor,
+    labels: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    total: Tensor,
+    normalize: bool,
+    precision: str,
+) -> tuple[Tensor, Tensor]:
+    rows, norms = _normalized_rows(z, normalize)
+    sums, count = class_sums(rows, labels)
+    grad_total, share = ((grad_loss / x).where(count > 1, 0) for x in (total, count - 1))
+    gradient, dscale = logsumexp_backward(grad_total, rows, scale, shift, precision)
+    share = share[:, None]
+    positives = share * (sums - 2 * rows) + class_sums(share * rows, labels)[0]
+    dscale = dscale - (rows * positives).sum(dtype=torch.float64).mul(0.5).to(scale.dtype)
+    return _through_norms(gradient - scale * positives, rows, norms).to(z.dtype), dscale
+
+
+def _sup_con_setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.normalize, ctx.precision = inputs
+    ctx.save_for_backward(*tensors, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _sup_con_derivative(ctx: Any, backward_op: Any, grad_loss: Tensor, *_: Tensor) -> tuple:
+    dz, dscale = backward_op(grad_loss, *ctx.saved_tensors, ctx.normalize, ctx.precision)
+    return dz, None, dscale, None, None
+
+
+def _sup_con_backward_setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    *tensors, _, _, ctx.normalize, _ = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _sup_con_double_backward(ctx: Any, _: None, *directions: Tensor) -> tuple:
+    grad_loss, z, labels, scale = ctx.saved_tensors
+    rows = z.shape[0]
+
+    def loss(block: slice, cotangents: Sequence[Tensor], point: Sequence[Tensor]) -> Tensor:
+        z, scale = point
+        z = F.normalize(z, dim=1, eps=_EPS) if ctx.normalize else z
+        own = torch.arange(rows, device=z.device)
+        S = similarity(block, z, z, scale, own)
+        positive = (labels[block, None] == labels) & (own[block, None] != own)
+        count = positive.sum(1)
+        losses = S.logsumexp(1) - S.where(positive, 0).sum(1) / count.clamp_min(1)
+        return (cotangents[0][block] * losses.where(count > 0, 0)).sum()
+
+    dtype = accumulate_dtype(z.dtype)
+    dgrad, dz, dscale = second_derivative(loss, row_blocks(rows, rows), [grad_loss], (z, scale), directions, dtype)
+    return dgrad, dz, None, dscale, None, None, None, None
+
+
+_sup_con_backward_op = Op(
+    "sup_con_backward(Tensor grad_loss, Tensor z, Tensor labels, Tensor scale, Tensor shift, Tensor total,"
+    " bool normalize, str precision) -> (Tensor grad_z, Tensor grad_scale)",
+    fake=_sup_con_backward_fake,
+    portable=partial(_sup_con_backward, _self_logsumexp_backward_portable),
+    setup_context=_sup_con_backward_setup_context,
+    backward=_sup_con_double_backward,
+    cuda=partial(_sup_con_backward, torch.ops.fastssl.self_logsumexp_backward),
+)
+
+sup_con = Op(
+    "sup_con(Tensor z, Tensor labels, Tensor scale, bool normalize, str precision)"
+    " -> (Tensor loss, Tensor shift, Tensor total)",
+    fake=_sup_con_fake,
+    portable=partial(_sup_con, _self_logsumexp_portable),
+    setup_context=_sup_con_setup_context,
+    backward=_sup_con_derivative,
+    backward_op=_sup_con_backward_op,
+    cuda=partial(_sup_con, torch.ops.fastssl.self_logsumexp),
 )

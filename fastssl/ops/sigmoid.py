@@ -117,7 +117,8 @@ def _backward_op(name: str, share: Callable[..., Tensor]) -> Op:
 
     return Op(
         f"{name}_backward(Tensor grad_total, Tensor x, Tensor y, Tensor scale, Tensor bias, Tensor? exclude,"
-        " Tensor dx, Tensor dy, Tensor dscale, Tensor dbias, str precision) -> (Tensor, Tensor, Tensor, Tensor)",
+        " Tensor dx, Tensor dy, Tensor dscale, Tensor dbias, str precision)"
+        " -> (Tensor grad_x, Tensor grad_y, Tensor grad_scale, Tensor grad_bias)",
         fake=_similarity_softplus_backward_fake,
         portable=_similarity_softplus_backward_portable,
         setup_context=_similarity_softplus_backward_setup_context,

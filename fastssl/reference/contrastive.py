@@ -487,8 +487,11 @@ def _sup_con_bad_inputs() -> Iterator[BadInput]:
 
 
 def _sup_con_op_args(sample: Sample) -> tuple:
-    z = sample.args[0] if sample.args[0].dim() == 2 else sample.args[0].flatten(0, 1)
-    return z, scale_of(z, sample.kwargs.get("temperature", 0.1)).reciprocal(), precision_of(z)
+    z, labels = sample.args
+    if z.dim() == 3:
+        z, labels = z.flatten(0, 1), labels.repeat_interleave(z.shape[1])
+    scale = scale_of(z, sample.kwargs.get("temperature", 0.1)).reciprocal()
+    return z, labels, scale, sample.kwargs.get("normalize", True), precision_of(z)
 
 
 def _dcl_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
@@ -603,7 +606,6 @@ OpSpec(
     _sup_con_bad_inputs,
     _sup_con_op_args,
     _temperature_magnitude(0.1),
-    op="self_logsumexp",
 )
 OpSpec(
     "dcl",

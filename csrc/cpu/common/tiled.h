@@ -371,7 +371,8 @@ struct Positives {
 };
 
 // The gradient G = sums + transposed^T [+ weights of positives] of a side, from what its blocks have gathered as it
-// lies, transposed, or both: dx = scale G, in dx's dtype. Returns sum_i <G_i, x_i>.
+// lies, transposed, or both: dx = scale G, in dx's dtype; where rows were normalised, through that. Returns
+// sum_i <G_i, z_i>, z the rows as they were multiplied.
 inline double finish_side(const Side& side, const Blocks* sums, const Blocks* transposed, const Positives* positives,
                           float scale, const Tensor& dx) {
   const Tensor alongs = at::zeros({side.cut.blocks}, at::kDouble);
@@ -380,6 +381,7 @@ inline double finish_side(const Side& side, const Blocks* sums, const Blocks* tr
   const Blocks scratch(side.threads, (side.dim + (transposed ? block : 0) + (sums ? 0 : block)) * 4);
   char* const out = static_cast<char*>(dx.mutable_data_ptr());
   const int64_t row_bytes = side.rows.dim * dx.element_size();
+  const float* const inverse_norm = side.inverse_norm.const_data_ptr<float>();
   run(side.threads, side.cut.blocks, [&](int64_t b) {
     float* const row = scratch.floats(slot(side.threads));
     float* const spare = row + side.dim;
@@ -388,10 +390,11 @@ inline double finish_side(const Side& side, const Blocks* sums, const Blocks* tr
     if (transposed) side.engine.tile.add_transposed(transposed->floats(b), side.padded(b), side.dim, gathered, spare);
     for (int64_t r = 0; r < side.size(b); ++r) {
       const int64_t i = side.first(b) + r;
-      along[b] += side.engine.tile.finish(side.rows[i], 1, positives ? positives->other.rows[i] : nullptr, 1,
-                                          positives ? positives->weight[i] : 0, scale, false, side.rows.element,
-                                          side.rows.dim, gathered + r * side.dim, row, Side::element_of(dx),
-                                          out + i * row_bytes);
+      along[b] += side.engine.tile.finish(side.rows[i], inverse_norm[i],
+                                          positives ? positives->other.rows[i] : nullptr, 1,
+                                          positives ? positives->weight[i] : 0, scale, side.normalize,
+                                          side.rows.element, side.rows.dim, gathered + r * side.dim, row,
+                                          Side::element_of(dx), out + i * row_bytes);
     }
   });
   double total = 0;
