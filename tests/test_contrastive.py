@@ -24,6 +24,7 @@ from fastssl.functional import (
     similarity_logsumexp,
     sup_con,
     topk_similarity,
+    uniformity,
 )
 from fastssl.reference import OPS, Sample
 
@@ -524,3 +525,22 @@ def test_use_backend_reference_is_the_formula():
     z1, z2 = _rows(9, 8), _rows(9, 8, seed=1)
     with fastssl.use_backend("reference"):
         assert torch.equal(nt_xent(z1, z2), reference.contrastive.nt_xent(z1, z2))
+
+
+def test_uniformity_of_fewer_than_two_rows_is_nan(backend):
+    for rows in (0, 1):
+        assert uniformity(_rows(rows, 8)).isnan()
+
+
+def test_uniformity_of_one_direction_is_zero(backend):
+    """Whatever the lengths, and without the rounding of a logarithm of the number of rows."""
+    x = _rows(1, 8) * torch.logspace(-3, 3, 200)[:, None]
+    for t in (2.0, 50.0):
+        assert uniformity(x, t=t).abs() < 4 * t * torch.finfo(torch.float32).eps
+
+
+def test_uniformity_is_the_authors(backend):
+    """Theirs is of the distances that `torch.pdist` gives."""
+    x = _rows(200, 16)
+    expected = torch.pdist(F.normalize(x.double())).square().mul(-2).exp().mean().log()
+    torch.testing.assert_close(uniformity(x).double(), expected, rtol=1e-6, atol=0)

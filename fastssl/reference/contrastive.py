@@ -10,7 +10,8 @@ NT-Xent (SimCLR, arXiv:2002.05709). With z the 2B rows of [z1; z2], each divided
 (CPC, arXiv:1807.03748), of MoCo's queue (arXiv:1911.05722), and of NT-Xent over several processes.
 
 The others build their logits, then take the cross-entropy: `info_nce`, `clip_loss` (arXiv:2103.00020; with labels
-UniCL, arXiv:2204.03610), `sup_con` (arXiv:2004.11362) and `dcl` (arXiv:2110.06848).
+UniCL, arXiv:2204.03610), `sup_con` (arXiv:2004.11362) and `dcl` (arXiv:2110.06848). `uniformity` (arXiv:2005.10242) has
+no positives.
 """
 
 from __future__ import annotations
@@ -183,6 +184,15 @@ def dcl(
         negatives = torch.cat([S.masked_fill(own, float("-inf")) for S in (within, across)], 1)
         losses.append(negatives.logsumexp(1) - weight * across.diagonal())
     return reduce(torch.cat(losses), reduction)
+
+
+def uniformity(x: Tensor, *, t: float | Tensor = 2.0) -> Tensor:
+    """The log-mean-exp of all distances between different rows."""
+    z = F.normalize(x, dim=1)
+    rows = z.shape[0]
+    itself = torch.eye(rows, dtype=torch.bool, device=z.device)
+    potential = (-t * (2 - 2 * z @ z.T)).masked_fill(itself, float("-inf"))
+    return potential.flatten().logsumexp(0) - z.new_full((), rows * (rows - 1), dtype=torch.float64).log().to(z.dtype)
 
 
 def _accuracy(logits: Tensor, target: Tensor) -> Tensor:
@@ -533,6 +543,48 @@ def _dcl_op_args(sample: Sample) -> tuple:
     return x, y, scale_of(x, sample.kwargs.get("temperature", 0.1)).reciprocal(), own, precision_of(x)
 
 
+def _uniformity_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
+    rows = generator(dtype, device)
+    for count, dim in [(2, 3), (3, 1), (5, 64), (32, 128), (65, 129), (129, 16)]:
+        yield Sample(f"{count}x{dim}", (leaf(rows(count, dim)),))
+    x = rows(33, 24)
+    for t in (0.5, 40.0, -1.0):
+        yield Sample(f"t={t}", (leaf(x),), {"t": t})
+    learnable = torch.tensor(1.5, device=device, requires_grad=True)
+    yield Sample("learnable t", (leaf(x[:7, :6]),), {"t": learnable})
+    yield Sample("near", (leaf(rows(1, 24) + rows(33, 24, scale=1e-2)),))
+    yield Sample("large", (leaf(100 * x),))
+    yield Sample("transposed", (leaf(rows(24, 33)).T,))
+    yield Sample("sliced", (leaf(rows(66, 50))[::2, 1:25],))
+    yield Sample("expanded", (leaf(rows(1, 24)).expand(9, 24),))
+    if dtype != torch.float16:  # F.normalize's 1e-12 is 0 in float16, where eager PyTorch divides 0 by 0
+        zero = x.clone()
+        zero[3] = 0
+        yield Sample("zero row", (leaf(zero),))
+
+
+def _uniformity_bad_inputs() -> Iterator[BadInput]:
+    x = torch.randn(8, 16)
+    for label, rows, error, match in (
+        ("one dimension", x[0], ValueError, r"x .*\(N, D\).*\(16,\)"),
+        ("no features", x[:, :0], ValueError, r"x .*at least one feature.*\(8, 0\)"),
+        ("integers", x.long(), ValueError, r"x .*floating.*int64"),
+        ("not a tensor", x.tolist(), TypeError, r"x .*Tensor.*list"),
+    ):
+        yield BadInput(label, (rows,), {}, error, match)
+    yield from scalar_bad_inputs("t", x)
+
+
+def _uniformity_op_args(sample: Sample) -> tuple:
+    z = F.normalize(sample.args[0], dim=1)
+    return z, 2 * scale_of(z, sample.kwargs.get("t", 2.0)), precision_of(z)
+
+
+def _uniformity_magnitude(sample: Sample) -> float:
+    """The largest |S_ij|."""
+    return 2 * abs(torch.as_tensor(sample.kwargs.get("t", 2.0)).item())
+
+
 def _temperature_magnitude(default: float) -> Callable[[Sample], float]:
     """The largest |S_ij| that lengths allow, of a loss with `temperature` and `normalize`."""
 
@@ -616,4 +668,15 @@ OpSpec(
     _dcl_op_args,
     _temperature_magnitude(0.1),
     op="pair_logsumexp",  # and self_logsumexp
+)
+OpSpec(
+    "uniformity",
+    "contrastive",
+    uniformity,
+    _uniformity_samples,
+    _uniformity_bad_inputs,
+    _uniformity_op_args,
+    _uniformity_magnitude,
+    reductions=(),
+    op="self_logsumexp",
 )
