@@ -173,6 +173,17 @@ def test_gradient_error_of_each_precision(precision, bound, rows, dim, kernels):
             assert _relative_error(results[1], truth[1]) > 1e-5
 
 
+@pytest.mark.parametrize("rows, dim", [(10, 30), (30, 10)])
+def test_autocast_rounds_the_products(rows, dim, kernels):
+    """Of the forward pass, and of the backward pass."""
+    views = _views(rows, dim)
+    for function in (redundancy_loss, lambda a, b: covariance_loss(a + b)):
+        exact = _with_gradients(function, *views)
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = _with_gradients(function, *views)
+        assert all(1e-6 < _relative_error(x, y.double()) < 1e-2 for x, y in zip(rounded, exact, strict=True))
+
+
 def test_what_is_off_the_diagonal_keeps_its_digits(kernels):
     """Correlations of 1e-4 beside a diagonal of 1."""
     z = torch.cat([torch.ones(4096, 1), _rows(4096, 64)], 1)
