@@ -247,7 +247,7 @@ barlow_twins = Op(
     backward_op=_backward_op(
         "barlow_twins_backward(Tensor grad_loss, Tensor z_a, Tensor z_b, Tensor kept_a, Tensor kept_b,"
         " float invariance_param, float lambda_param, float eps, bool unbiased, bool dual, str precision)"
-        " -> (Tensor, Tensor)",
+        " -> (Tensor grad_z_a, Tensor grad_z_b)",
         fake=_barlow_twins_backward_fake,
         portable=_barlow_twins_backward_portable,
         formula=_barlow_twins_formula,
@@ -361,7 +361,7 @@ variance_covariance = Op(
     backward=_derivative,
     backward_op=_backward_op(
         "variance_covariance_backward(Tensor grad_loss, Tensor z, Tensor kept, float mu_param, float nu_param,"
-        " float eps, bool unbiased, bool dual, str precision) -> Tensor",
+        " float eps, bool unbiased, bool dual, str precision) -> (Tensor grad_z)",
         fake=_variance_covariance_backward_fake,
         portable=_variance_covariance_backward_portable,
         formula=_variance_covariance_formula,
@@ -460,7 +460,8 @@ vicreg = Op(
     backward=_derivative,
     backward_op=_backward_op(
         "vicreg_backward(Tensor grad_loss, Tensor z_a, Tensor z_b, Tensor kept_a, Tensor kept_b, float lambda_param,"
-        " float mu_param, float nu_param, float eps, bool unbiased, bool dual, str precision) -> (Tensor, Tensor)",
+        " float mu_param, float nu_param, float eps, bool unbiased, bool dual, str precision)"
+        " -> (Tensor grad_z_a, Tensor grad_z_b)",
         fake=_barlow_twins_backward_fake,
         portable=_vicreg_backward_portable,
         formula=_vicreg_formula,
