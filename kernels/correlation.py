@@ -89,7 +89,8 @@ def multiply_needs(c: dict[str, int], named: dict[str, Any], size: int, capabili
     if capability // 10 == 10:
         spilled = (layout, tile) == ("TN", (128, 64, 16))
     if capability // 10 == 12:
-        spilled = size == 2 and layout == "NN" and tile in ((128, 128, 32), (64, 64, 64))
+        spilled = (layout, tile) == ("NT", (64, 64, 64))
+        spilled |= size == 2 and layout == "NN" and tile in ((128, 128, 32), (64, 64, 64))
     return None if spilled else c["stages"] * (c["BM"] + c["BN"]) * c["BK"] * size
 
 
