@@ -501,8 +501,8 @@ OTHERS = """(
     ],
 )
 def test_memory_is_linear_in_the_batch(backend, rows, losses, bound):
-    """The similarities would take 4,096, 1,024 and 256 MiB; the rows and their gradients take a few, the portable code's
-    blocks 16 each."""
+    """The similarities would take 4,096, 1,024 and 256 MiB; the rows and their gradients take a few, and the portable
+    code's blocks 16 each."""
     command = [sys.executable, "-c", textwrap.dedent(MEMORY), backend, losses, str(rows // 2), str(rows)]
     run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
     half, full = map(float, run.stdout.split())
