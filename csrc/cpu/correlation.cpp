@@ -224,51 +224,76 @@ void standardise_all(const Panels& panels) {
   });
 }
 
-// The Gram matrix of each view, (N, N). `cross`: that the two will be multiplied with each other.
-std::vector<Tensor> gram_matrices(const Panels& panels, bool cross) {
+struct GramTile {
+  int64_t view, I, J;  // blocks of rows I <= J
+};
+
+// The products of panels [first, last) of each view with themselves, tile by tile, into `sums` from `place` on.
+// `cross`: that two views' Gram matrices will be multiplied with each other.
+void add_panels(const Panels& panels, int threads, int64_t first, int64_t last, const std::vector<GramTile>& tiles,
+                bool cross, const Blocks& sums, int64_t place) {
   const Engine& engine = panels.engine;
-  const Cut& rows = panels.rows;
-  const int views = panels.views.count(), threads = panels.threads;
-  std::vector<std::array<int64_t, 3>> tiles;
-  for (int v = 0; v < views; ++v)
-    for (int64_t I = 0; I < rows.blocks; ++I)
-      for (int64_t J = I; J < rows.blocks; ++J) tiles.push_back({v, I, J});
-  const int64_t together = std::min<int64_t>(panels.count, 2 * threads);  // panels between two rounds of products
+  const int views = panels.views.count();
+  const int64_t together = std::min<int64_t>(last - first, 2 * threads);  // panels between two rounds of products
   const Blocks left(views * together, panels.elements() * engine.bytes());
   const Blocks right(views * together, panels.elements() * engine.bytes());
-  const Blocks sums(tiles.size(), rows.block * rows.block * 4);
   const int64_t wide = engine.half() ? views * panels.elements() : 0;
-  const int64_t spare = rows.block * panels.width;
-  const Blocks scratch(threads, (wide + spare) * 4);
-  for (int64_t first = 0; first < panels.count; first += together) {
-    const int64_t some = std::min(together, panels.count - first);
+  const Blocks scratch(threads, (wide + panels.rows.block * panels.width) * 4);
+  for (int64_t begin = first; begin < last; begin += together) {
+    const int64_t some = std::min(together, last - begin);
     run(threads, some, [&](int64_t t) {
       float* const own = scratch.floats(slot(threads));
       float* panel[2] = {};
       for (int v = 0; v < views; ++v)
         panel[v] = engine.half() ? own + v * panels.elements() : left.floats(t * views + v);
-      panels.standardise(first + t, panel, own + wide);
+      panels.standardise(begin + t, panel, own + wide);
       for (int v = 0; panels.rounded() && v < views; ++v)
         panels.tile.compare(panel[v], panel[cross ? 1 - v : v], panels.views.rows, panels.width,
-                            Comparison::RoundedProducts, panels.of(panels.rounded_squares[v], first + t));
+                            Comparison::RoundedProducts, panels.of(panels.rounded_squares[v], begin + t));
       for (int v = 0; v < views; ++v)
         panels.arrange(panel[v], own + wide, {left[t * views + v], right[t * views + v], nullptr, nullptr});
     });
     run(threads, tiles.size(), [&](int64_t k) {
       const auto [v, I, J] = tiles[k];
       for (int64_t t = 0; t < some; ++t)
-        engine.multiply(panels.padded(I), panels.padded(J), panels.width, first + t > 0,
+        engine.multiply(panels.padded(I), panels.padded(J), panels.width, begin + t > first,
                         panels.cell(left[t * views + v], I, engine.bytes()),
-                        panels.cell(right[t * views + v], J, engine.bytes()), sums.floats(k));
+                        panels.cell(right[t * views + v], J, engine.bytes()), sums.floats(place + k));
     }, [&] { engine.release(); });
   }
-  const int64_t count = panels.views.rows;
+}
+
+// The Gram matrix of each view, (N, N). Small ones are summed up by every thread for itself, of its panels; large ones
+// by all threads together, tile by tile.
+std::vector<Tensor> gram_matrices(const Panels& panels, bool cross) {
+  const Cut& rows = panels.rows;
+  const int threads = panels.threads;
+  const int64_t views = panels.views.count(), count = panels.views.rows;
+  std::vector<GramTile> tiles;
+  for (int64_t v = 0; v < views; ++v)
+    for (int64_t I = 0; I < rows.blocks; ++I)
+      for (int64_t J = I; J < rows.blocks; ++J) tiles.push_back({v, I, J});
+  const int64_t parts = count <= 512 ? std::min<int64_t>(threads, panels.count) : 1;
+  const int64_t places = tiles.size();
+  const Blocks sums(parts * places, rows.block * rows.block * 4);
+  if (parts == 1) {
+    add_panels(panels, threads, 0, panels.count, tiles, cross, sums, 0);
+  } else {
+    run(threads, parts, [&](int64_t part) {
+      add_panels(panels, 1, part * panels.count / parts, (part + 1) * panels.count / parts, tiles, cross, sums,
+                 part * places);
+    });
+  }
   std::vector<Tensor> grams;
-  for (int v = 0; v < views; ++v) grams.push_back(at::empty({count, count}, at::kFloat));
-  run(threads, tiles.size(), [&](int64_t k) {
+  for (int64_t v = 0; v < views; ++v) grams.push_back(at::empty({count, count}, at::kFloat));
+  run(threads, places, [&](int64_t k) {
     const auto [v, I, J] = tiles[k];
     float* const gram = grams[v].mutable_data_ptr<float>();
-    const float* const sum = sums.floats(k);
+    float* const sum = sums.floats(k);
+    for (int64_t part = 1; part < parts; ++part) {
+      const float* const more = sums.floats(part * places + k);
+      for (int64_t i = 0; i < panels.padded(I) * panels.padded(J); ++i) sum[i] += more[i];
+    }
     constexpr int64_t kSquare = 16;  // in squares of cache lines, for the sake of the mirrored ones
     for (int64_t r0 = 0; r0 < panels.size(I); r0 += kSquare)
       for (int64_t c0 = 0; c0 < panels.size(J); c0 += kSquare)
