@@ -15,6 +15,8 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <string>
+#include <vector>
 
 namespace fastssl {
 namespace {

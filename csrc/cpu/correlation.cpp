@@ -69,8 +69,8 @@ struct Panels {
   Cut rows;              // blocks of rows
   int64_t width, count;  // columns of a panel, panels
   int64_t padded_rows;
-  Tensor mean[2], variance[2], rstd[2];
-  Tensor compared;            // sum_n a_ni b_ni, or of (z_a - z_b)^2
+  Tensor variance[2], rstd[2];
+  Tensor compared;            // sum_n a_ni b_ni, or of (z_a - z_b)^2, of each column
   Tensor rounded_squares[2];  // sum_n a_ni b_ni, or a_ni^2, of rounded operands, where the products round them
   const CorrelationTiles& tile = FASTSSL_TABLE_IN_USE(correlation_tiles);
 
@@ -83,7 +83,7 @@ struct Panels {
         count(pieces(views.dim, width)),
         padded_rows((rows.blocks - 1) * rows.block + padded(rows.blocks - 1)) {
     for (int v = 0; v < views.count(); ++v)
-      for (Tensor* t : {&mean[v], &variance[v], &rstd[v]}) *t = at::empty({count * width}, at::kFloat);
+      for (Tensor* t : {&variance[v], &rstd[v]}) *t = at::empty({count * width}, at::kFloat);
     compared = at::empty({count * width}, at::kFloat);
     if (rounded())
       for (Tensor& t : rounded_squares) t = at::empty_like(compared);
@@ -101,29 +101,43 @@ struct Panels {
   float* cell(float* panel, int64_t I) const { return panel + I * rows.block * width; }
   float* of(const Tensor& statistic, int64_t p) const { return statistic.mutable_data_ptr<float>() + p * width; }
 
-  // Panel p of all views, one after the other. `scratch`: width floats.
+  int64_t scratch() const { return kScratchRows * width; }
+
+  Rows raw(int v) const {
+    const Tensor& z = views.z[v];
+    return {{z.const_data_ptr(), nullptr}, {z.stride(0), 0}, views.rows, views.dim, Side::element_of(z)};
+  }
+  Columns of(const Rows& view, int64_t p) const { return {view, p * width, columns(p), width}; }
+
+  // Panel p of all views, one after the other.
   void standardise(int64_t p, float* const* panels, float* scratch) const {
-    for (int v = 0; v < views.count(); ++v) {
-      const Tensor& z = views.z[v];
-      const Rows all{{z.const_data_ptr(), nullptr}, {z.stride(0), 0}, views.rows, views.dim, Side::element_of(z)};
-      tile.standardise(all, views.rows, padded_rows, p * width, columns(p), width, views.divide, views.eps,
-                       views.divisor, panels[v], of(mean[v], p), of(variance[v], p), of(rstd[v], p), scratch);
-    }
+    for (int v = 0; v < views.count(); ++v)
+      tile.standardise(of(raw(v), p), views.rows, padded_rows, views.divide, views.eps, views.divisor, panels[v],
+                       of(variance[v], p), of(rstd[v], p), scratch);
     if (views.count() == 1) return;
-    float* const sum = of(compared, p);
-    tile.compare(panels[0], panels[1], views.rows, width,
-                 views.divide ? Comparison::Products : Comparison::SquaredDistances, sum);
-    for (int64_t c = 0; c < width && !views.divide; ++c) {
-      const float apart = of(mean[0], p)[c] - of(mean[1], p)[c];
-      sum[c] += static_cast<float>(views.rows) * apart * apart;
+    if (views.divide) {
+      tile.multiply_columns(panels[0], panels[1], views.rows, width, false, of(compared, p));
+    } else {
+      tile.distances(of(raw(0), p), of(raw(1), p), views.rows, of(compared, p), scratch);
     }
+  }
+
+  // The gradient of view v's panel p, from its products P, as `finish` of the tiles has it.
+  void finish(int64_t p, int v, float* P, float* const* panels, const float* row_weight, float alpha,
+              const ColumnTerms& terms, double projection, float pull, float factor, float* scratch,
+              const Tensor& out) const {
+    const int other = views.count() - 1 - v;
+    const Rows x = raw(v), y = raw(other);
+    tile.finish(P, panels[v], panels[other], row_weight, views.rows, alpha, terms, projection, pull, of(x, p), of(y, p),
+                factor, scratch, Side::element_of(out), views.dim,
+                static_cast<char*>(out.mutable_data_ptr()) + p * width * out.element_size());
   }
 
   // The cells of a panel as operands; `out` are the panels' first.
   void arrange(const float* panel, float* spare, const Packed& out) const {
     for (int64_t I = 0; I < rows.blocks; ++I) {
       const auto at = [&](void* operand) { return cell(operand, I, engine.bytes()); };
-      engine.tile.arrange(panel + I * rows.block * width, padded(I), width, engine.operand, spare,
+      engine.tile.arrange(cell(const_cast<float*>(panel), I), padded(I), width, engine.operand, spare,
                           {at(out.left), at(out.right), at(out.right_pairs), at(out.left_columns)});
     }
   }
@@ -179,36 +193,33 @@ struct Loss {
     return sum([&](int64_t i) { return factor * value[i] * factor * value[i]; });
   }
 
-  // The terms of a panel's gradient that are not products of panels. With `dual` its products have the diagonal.
+  // What the distance of the two views counts in the gradient of either.
+  double pull() const {
+    return cross() || views.count() == 1 ? 0 : 2 * invariance_param / (double(views.rows) * views.dim);
+  }
+
+  // The terms of a panel's gradient that are not products of panels, into `out`, 2 width floats. With `dual` its
+  // products have the diagonal.
   ColumnTerms terms(const Panels& panels, int64_t p, int v, bool dual, float* out) const {
     const int64_t width = panels.width;
     float* const own = out;
     float* const other = out + width;
-    float* const constant = out + 2 * width;
     const double subtracted = dual ? alpha() : 0;
+    std::fill_n(out, 2 * width, 0.f);
     if (cross()) {
       const float* const compared = panels.of(panels.compared, p);
       const double rows = double(views.rows);
-      for (int64_t c = 0; c < width; ++c) {
-        own[c] = constant[c] = 0;
+      for (int64_t c = 0; c < width; ++c)
         other[c] = static_cast<float>(2 * invariance_param * (compared[c] / rows - 1) / rows - subtracted * compared[c]);
-      }
     } else {
-      const bool both = views.count() == 2;
-      const double apart = both ? 2 * invariance_param / (double(views.rows) * views.dim) : 0;
       const double hinge = variance_param / (double(views.dim) * views.count() * views.divisor);
       const float* const variance = panels.of(panels.variance[v], p);
-      const float* const mean = panels.of(panels.mean[v], p);
-      const float* const other_mean = panels.of(panels.mean[both ? 1 - v : v], p);
       for (int64_t c = 0; c < width; ++c) {
         const double deviation = std::sqrt(variance[c] + views.eps);
-        own[c] = static_cast<float>(apart - (deviation < 1 ? hinge / deviation : 0) -
-                                    subtracted * variance[c] * views.divisor);
-        other[c] = static_cast<float>(-apart);
-        constant[c] = static_cast<float>(apart * (mean[c] - other_mean[c]));
+        own[c] = static_cast<float>((deviation < 1 ? -hinge / deviation : 0) - subtracted * variance[c] * views.divisor);
       }
     }
-    return {own, other, constant, panels.of(panels.rstd[v], p)};
+    return {own, other, panels.of(panels.rstd[v], p)};
   }
 
   double projection() const { return cross() ? views.divisor : 0; }
@@ -216,7 +227,7 @@ struct Loss {
 
 // Standardises every panel and forgets it: for the statistics.
 void standardise_all(const Panels& panels) {
-  const Blocks scratch(panels.threads, (2 * panels.elements() + panels.width) * 4);
+  const Blocks scratch(panels.threads, (2 * panels.elements() + panels.scratch()) * 4);
   run(panels.threads, panels.count, [&](int64_t p) {
     float* const panel = scratch.floats(slot(panels.threads));
     float* const both[] = {panel, panel + panels.elements()};
@@ -238,7 +249,8 @@ void add_panels(const Panels& panels, int threads, int64_t first, int64_t last, 
   const Blocks left(views * together, panels.elements() * engine.bytes());
   const Blocks right(views * together, panels.elements() * engine.bytes());
   const int64_t wide = engine.half() ? views * panels.elements() : 0;
-  const Blocks scratch(threads, (wide + panels.rows.block * panels.width) * 4);
+  const int64_t spare = std::max(panels.rows.block * panels.width, panels.scratch());
+  const Blocks scratch(threads, (wide + spare) * 4);
   for (int64_t begin = first; begin < last; begin += together) {
     const int64_t some = std::min(together, last - begin);
     run(threads, some, [&](int64_t t) {
@@ -247,9 +259,9 @@ void add_panels(const Panels& panels, int threads, int64_t first, int64_t last, 
       for (int v = 0; v < views; ++v)
         panel[v] = engine.half() ? own + v * panels.elements() : left.floats(t * views + v);
       panels.standardise(begin + t, panel, own + wide);
-      for (int v = 0; panels.rounded() && v < views; ++v)
-        panels.tile.compare(panel[v], panel[cross ? 1 - v : v], panels.views.rows, panels.width,
-                            Comparison::RoundedProducts, panels.of(panels.rounded_squares[v], begin + t));
+      for (int v = 0; panels.rounded() && v < (cross ? 1 : views); ++v)
+        panels.tile.multiply_columns(panel[v], panel[cross ? 1 : v], panels.views.rows, panels.width, true,
+                                     panels.of(panels.rounded_squares[v], begin + t));
       for (int v = 0; v < views; ++v)
         panels.arrange(panel[v], own + wide, {left[t * views + v], right[t * views + v], nullptr, nullptr});
     });
@@ -349,7 +361,7 @@ void dual_gradients(const Panels& panels, const Loss& loss, const std::vector<Te
     }
   });
   const bool rounded = panels.rounded();
-  const int64_t spare = std::max(rows.block, int64_t(5)) * panels.width;
+  const int64_t terms_at = std::max(rows.block * panels.width, panels.scratch()), spare = terms_at + 2 * panels.width;
   const Blocks scratch(threads, ((views + 1) * elements + spare) * 4);
   const Blocks operands(threads, rounded ? elements * engine.bytes() : 0);
   run(threads, panels.count, [&](int64_t p) {
@@ -370,12 +382,9 @@ void dual_gradients(const Panels& panels, const Loss& loss, const std::vector<Te
                           static_cast<char*>(left[gram * rows.blocks + I]) +
                               J * rows.block * panels.padded(I) * engine.bytes(),
                           panels.cell(operand, J, engine.bytes()), panels.cell(product, I));
-      const ColumnTerms terms = loss.terms(panels, p, v, true, free);
-      panels.tile.finish(product, panel[v], panel[views - 1 - v], diagonals.const_data_ptr<float>() + gram * count,
-                         count, panels.width, panels.columns(p), static_cast<float>(loss.alpha()), terms,
-                         loss.projection(), factor, free + 3 * panels.width, Side::element_of(out[v]),
-                         panels.views.dim, static_cast<char*>(out[v].mutable_data_ptr()) +
-                             p * panels.width * out[v].element_size());
+      panels.finish(p, v, product, panel, diagonals.const_data_ptr<float>() + gram * count,
+                    static_cast<float>(loss.alpha()), loss.terms(panels, p, v, true, free + terms_at),
+                    loss.projection(), static_cast<float>(loss.pull()), factor, free, out[v]);
     }
   }, [&] { engine.release(); });
 }
@@ -451,7 +460,7 @@ double primal(const Panels& panels, const Cut& columns, const Loss& loss, bool d
     sums.emplace_back(panels.count, derive && second ? elements * 4 : 0);
     transposed.emplace_back(panels.count, derive && first ? elements * 4 : 0);
   }
-  const int64_t spare = std::max(cell, 5 * panels.width);
+  const int64_t terms_at = std::max(cell, panels.scratch()), spare = terms_at + 2 * panels.width;
   const Blocks scratch(threads, ((views + 1) * elements + spare) * 4);
   run(threads, panels.count, [&](int64_t p) {
     float* const own = scratch.floats(slot(threads));
@@ -486,11 +495,9 @@ double primal(const Panels& panels, const Cut& columns, const Loss& loss, bool d
       for (int64_t r = 0; transposed[v].floats(p) && r < panels.rows.blocks; ++r)
         engine.tile.add_transposed(panels.cell(transposed[v].floats(p), r), panels.padded(r), panels.width,
                                    panels.cell(product, r), free);
-      const ColumnTerms terms = loss.terms(panels, p, v, false, free);
-      panels.tile.finish(product, panel[v], panel[views - 1 - v], nullptr, panels.views.rows, panels.width,
-                         panels.columns(p), static_cast<float>(loss.alpha()), terms, loss.projection(), 1,
-                         free + 3 * panels.width, Element::Float32, panels.views.dim,
-                         out[v].mutable_data_ptr<float>() + p * panels.width);
+      panels.finish(p, v, product, panel, nullptr, static_cast<float>(loss.alpha()),
+                    loss.terms(panels, p, v, false, free + terms_at), loss.projection(),
+                    static_cast<float>(loss.pull()), 1, free, out[v]);
     }
   });
   return off;

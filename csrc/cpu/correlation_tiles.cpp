@@ -41,19 +41,21 @@ inline void sum_rows(int64_t rows, int64_t width, float* sums, const Term& term)
   sum_rows(rows, width, sums, [](int64_t, int64_t) {}, term);
 }
 
-void standardise(const Rows& z, int64_t rows, int64_t padded_rows, int64_t first, int64_t count, int64_t width,
-                 bool divide, double eps, double divisor, float* panel, float* mean, float* variance, float* rstd,
-                 float* scratch) {
+// Row n of some columns as float32, zero in padding.
+inline void load_columns(const Columns& z, int64_t n, float* out) {
+  load_row(static_cast<const char*>(z.z[n]) + z.first * bytes_of(z.z.element), z.z.element, z.count, 1, out);
+  fill(out + z.count, z.width - z.count, 0);
+}
+
+void standardise(const Columns& z, int64_t rows, int64_t padded_rows, bool divide, double eps, double divisor,
+                 float* panel, float* variance, float* rstd, float* scratch) {
+  const int64_t width = z.width;
   float* const shift = scratch;
-  const int64_t offset = first * (z.element == Element::Float32 ? 4 : 2);
-  const auto load_columns = [&](int64_t n, float* out) {
-    load_row(static_cast<const char*>(z[n]) + offset, z.element, count, 1, out);
-    for (int64_t c = count; c < width; ++c) out[c] = 0;
-  };
+  float* const mean = scratch + width;
   // Of what is left when the first row is subtracted: a constant column is then exactly 0.
-  load_columns(0, shift);
+  load_columns(z, 0, shift);
   const auto load_chunk = [&](int64_t from, int64_t to) {
-    for (int64_t n = from; n < to; ++n) load_columns(n, panel + n * width);
+    for (int64_t n = from; n < to; ++n) load_columns(z, n, panel + n * width);
   };
   sum_rows(rows, width, mean, load_chunk, [&](int64_t n, int64_t c) {
     float* const x = panel + n * width + c;
@@ -69,11 +71,10 @@ void standardise(const Rows& z, int64_t rows, int64_t padded_rows, int64_t first
     return v * v;
   });
   for (int64_t c = 0; c < width; ++c) {
-    mean[c] += shift[c];
     variance[c] = static_cast<float>(variance[c] / divisor);
     rstd[c] = divide ? static_cast<float>(1 / __builtin_sqrt(variance[c] + eps)) : 1;
   }
-  fill(rstd + count, width - count, 0);  // where eps is 0, padding would become NaN
+  fill(rstd + z.count, width - z.count, 0);  // where eps is 0, padding would become NaN
   for (int64_t n = 0; divide && n < rows; ++n)
     for (int64_t c = 0; c < width; c += kLanes) {
       float* const x = panel + n * width + c;
@@ -88,24 +89,44 @@ inline Vec round_to_bfloat16(Vec x) {
   return x == x ? reinterpret_cast<Vec>((u + 0x7fff + (u >> 16 & 1)) & 0xffff0000) : x;
 }
 
-void compare(const float* a, const float* b, int64_t rows, int64_t width, Comparison comparison, float* sums) {
+void multiply_columns(const float* a, const float* b, int64_t rows, int64_t width, bool rounded, float* sums) {
   sum_rows(rows, width, sums, [&](int64_t n, int64_t c) {
     const Vec x = load(a + n * width + c), y = load(b + n * width + c);
-    if (comparison == Comparison::SquaredDistances) return (x - y) * (x - y);
-    return comparison == Comparison::Products ? x * y : round_to_bfloat16(x) * round_to_bfloat16(y);
+    return rounded ? round_to_bfloat16(x) * round_to_bfloat16(y) : x * y;
   });
 }
 
-void finish(float* P, const float* a, const float* b, const float* row_weight, int64_t rows, int64_t width,
-            int64_t count, float alpha, const ColumnTerms& terms, double divisor, float factor, float* scratch,
-            Element element, int64_t stride, void* out) {
+void distances(const Columns& x, const Columns& y, int64_t rows, float* sums, float* scratch) {
+  static_assert(kScratchRows >= 2 * kChunk);
+  const int64_t width = x.width;
+  float* const of_y = scratch + kChunk * width;
+  int64_t first = 0;
+  const auto load_chunk = [&](int64_t from, int64_t to) {
+    first = from;
+    for (int64_t n = from; n < to; ++n) {
+      load_columns(x, n, scratch + (n - first) * width);
+      load_columns(y, n, of_y + (n - first) * width);
+    }
+  };
+  sum_rows(rows, width, sums, load_chunk, [&](int64_t n, int64_t c) {
+    const Vec apart = load(scratch + (n - first) * width + c) - load(of_y + (n - first) * width + c);
+    return apart * apart;
+  });
+}
+
+void finish(float* P, const float* a, const float* b, const float* row_weight, int64_t rows, float alpha,
+            const ColumnTerms& terms, double divisor, float pull, const Columns& x, const Columns& y, float factor,
+            float* scratch, Element element, int64_t stride, void* out) {
+  const int64_t width = x.width;
   float* const mean = scratch;
   float* const along = scratch + width;
+  float* const x_row = scratch + 2 * width;
+  float* const y_row = scratch + 3 * width;
   sum_rows(rows, width, mean, [&](int64_t n, int64_t c) {
     float* const p = P + n * width + c;
-    const Vec x = load(a + n * width + c), y = load(b + n * width + c);
+    const Vec own = load(a + n * width + c), other = load(b + n * width + c);
     const float weight = row_weight ? row_weight[n] : 0;
-    const Vec v = (load(p) + x * weight) * alpha + load(terms.own + c) * x + load(terms.other + c) * y;
+    const Vec v = (load(p) + own * weight) * alpha + load(terms.own + c) * own + load(terms.other + c) * other;
     store(p, v);
     return v;
   });
@@ -116,28 +137,31 @@ void finish(float* P, const float* a, const float* b, const float* row_weight, i
              [&](int64_t n, int64_t c) { return load(P + n * width + c) * load(a + n * width + c); });
     for (int64_t c = 0; c < width; ++c) along[c] = static_cast<float>(along[c] / divisor);
   }
-  const int64_t bytes = element == Element::Float32 ? 4 : 2;
   for (int64_t n = 0; n < rows; ++n) {
     float* const p = P + n * width;
     for (int64_t c = 0; c < width; c += kLanes) {
       const Vec v = load(p + c) - load(mean + c) - load(a + n * width + c) * load(along + c);
-      store(p + c, load(terms.rstd + c) * v + load(terms.constant + c));
+      store(p + c, load(terms.rstd + c) * v);
     }
-    store_row(p, element, count, factor, static_cast<char*>(out) + n * stride * bytes);
+    if (pull != 0) {
+      load_columns(x, n, x_row);
+      load_columns(y, n, y_row);
+      for (int64_t c = 0; c < width; c += kLanes)
+        store(p + c, load(p + c) + (load(x_row + c) - load(y_row + c)) * pull);
+    }
+    store_row(p, element, x.count, factor, static_cast<char*>(out) + n * stride * bytes_of(element));
   }
 }
 
+// In double: the squares of Gram matrices may be more than a float holds.
 double inner(const float* x, const float* y, int64_t count) {
+  double partial[4 * kLanes] = {};
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= count; i += 4 * kLanes)
+    for (int64_t k = 0; k < 4 * kLanes; ++k) partial[k] += static_cast<double>(x[i + k]) * y[i + k];
   double total = 0;
-  for (int64_t first = 0; first < count; first += 16 * kChunk) {  // float sums of a few products, double sums of those
-    const int64_t last = first + 16 * kChunk < count ? first + 16 * kChunk : count;
-    Vec some[4] = {};
-    int64_t i = first;
-    for (; i + 4 * kLanes <= last; i += 4 * kLanes)
-      for (int k = 0; k < 4; ++k) some[k] += load(x + i + k * kLanes) * load(y + i + k * kLanes);
-    for (; i < last; ++i) total += x[i] * y[i];
-    total += sum(some[0] + some[1] + (some[2] + some[3]));
-  }
+  for (; i < count; ++i) total += static_cast<double>(x[i]) * y[i];
+  for (const double p : partial) total += p;
   return total;
 }
 
@@ -152,6 +176,7 @@ void round_tile(const float* C, int64_t rows, int64_t columns, void* half, void*
 }  // namespace
 
 extern const CorrelationTiles correlation_tiles;
-const CorrelationTiles correlation_tiles = {standardise, compare, finish, inner, round_tile};
+const CorrelationTiles correlation_tiles = {standardise, multiply_columns, distances, finish, inner,
+                                            round_tile};
 
 }  // namespace fastssl::FASTSSL_ISA

@@ -41,8 +41,6 @@ struct Pair {
   int64_t count, end;  // elements; with those of all pairs before it
 };
 
-int64_t bytes(Element element) { return element == Element::Float32 ? 4 : 2; }
-
 void ema_update_(at::TensorList targets, at::TensorList sources, const Tensor& momentum_) {
   TORCH_CHECK_VALUE(targets.size() == sources.size(), "targets and sources must have the same length, got ",
                     targets.size(), " and ", sources.size());
@@ -88,8 +86,8 @@ void ema_update_(at::TensorList targets, at::TensorList sources, const Tensor& m
                                  [](int64_t i, const Pair& p) { return i < p.end; });
     for (; first < last; ++pair) {
       const int64_t offset = first - (pair->end - pair->count), count = std::min(last, pair->end) - first;
-      tile.blend(pair->target + offset * bytes(pair->target_element), pair->target_element,
-                 pair->source + offset * bytes(pair->source_element), pair->source_element, count, weight);
+      tile.blend(pair->target + offset * bytes_of(pair->target_element), pair->target_element,
+                 pair->source + offset * bytes_of(pair->source_element), pair->source_element, count, weight);
       first += count;
     }
   });

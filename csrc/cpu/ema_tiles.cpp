@@ -27,12 +27,12 @@ void blend(void* target, Element target_element, const void* source, Element sou
     return blend_floats(static_cast<float*>(target), static_cast<const float*>(source), count, weight);
   constexpr int64_t kRun = 512;  // elements at a time as float32, in the first-level cache
   float wide_target[kRun], wide_source[kRun];
-  const auto at = [](auto* x, Element element, int64_t i) { return x + i * (element == Element::Float32 ? 4 : 2); };
   for (int64_t i = 0; i < count; i += kRun) {
     const int64_t run = i + kRun < count ? kRun : count - i;
-    char* const t = at(static_cast<char*>(target), target_element, i);
+    char* const t = static_cast<char*>(target) + i * bytes_of(target_element);
+    const char* const s = static_cast<const char*>(source) + i * bytes_of(source_element);
     load_row(t, target_element, run, 1, wide_target);
-    load_row(at(static_cast<const char*>(source), source_element, i), source_element, run, 1, wide_source);
+    load_row(s, source_element, run, 1, wide_source);
     blend_floats(wide_target, wide_source, run, weight);
     store_row(wide_target, target_element, run, 1, t);
   }

@@ -9,6 +9,8 @@ namespace fastssl {
 
 enum class Element : int { Float32, BFloat16, Float16 };
 
+constexpr int64_t bytes_of(Element element) { return element == Element::Float32 ? 4 : 2; }
+
 // What the operands of products are: float32; float32 holding values rounded to bfloat16, where the
 // instruction set multiplies nothing narrower; or bfloat16.
 enum class Operand : int { Float32, RoundedToBFloat16, BFloat16 };
@@ -24,7 +26,7 @@ struct Rows {
   const void* operator[](int64_t i) const {
     const int side = i >= batch;
     const int64_t offset = (i - side * batch) * stride[side];
-    return static_cast<const char*>(data[side]) + offset * (element == Element::Float32 ? 4 : 2);
+    return static_cast<const char*>(data[side]) + offset * bytes_of(element);
   }
 };
 
