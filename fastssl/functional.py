@@ -541,15 +541,16 @@ def ema_update_(targets: Iterable[Tensor], sources: Iterable[Tensor], momentum: 
     of all pairs in one pass over memory, in float32 arithmetic where both are of 32 or 16 bits.
 
     Args:
-        targets: tensors of any shape, float32, bfloat16, float16 or float64, none of which share memory; changed.
-        sources: as many, each of its target's shape and device, and of any of those dtypes.
+        targets: tensors of any shape, float32, bfloat16, float16 or float64; changed.
+        sources: as many, each of its target's shape and device, and of any of those dtypes. From its first element to
+            its last, no target may share memory with another tensor, unless source and target are one.
         momentum: from 0, which copies, to 1, which leaves the targets as they are: a number, or a 0-d tensor, whose
             value is not checked and which no GPU waits for.
 
     Raises:
         TypeError: if a target or a source is no tensor, or momentum neither number nor tensor.
-        ValueError: if numbers, shapes, dtypes or devices do not fit, momentum is a number below 0 or above 1, or
-            a target is there twice.
+        ValueError: before anything is changed, if numbers, shapes, dtypes or devices do not fit, momentum is a number
+            below 0 or above 1, or a target shares memory.
     """
     targets, sources = list(targets), list(sources)
     check_tensors("targets", targets)
@@ -607,6 +608,8 @@ def random_masking_ids(
         if size < 0:
             raise ValueError(f"{name} must not be negative, got {size}")
     check_share("mask_ratio", mask_ratio)
+    if batch * length >= 1 << 62:
+        raise ValueError(f"batch x length must be below 2^62, got {batch} x {length}")
     source = generator.device if generator is not None else "cpu"
     seed = torch.randint(1 << 62, (), generator=generator, device=source).to(device or source)
     ids_keep, ids_restore, mask = masking.masking_ids(seed, batch, length, int(length * (1 - mask_ratio)))
@@ -622,7 +625,7 @@ def random_masking(
         x: (B, L, D) tokens; float32, bfloat16, float16 or float64.
         mask_ratio: the share that is masked, from 0 to 1: int(L (1 - mask_ratio)) stay.
         generator: the source of randomness; None: PyTorch's default one of the CPU. The same seed draws the same masks
-            on every device.
+            on every device. torch.compile cannot trace one.
 
     Returns:
         The triple of the paper's code: x_visible (B, L_keep, D), the tokens that stay, in random order; mask (B, L)
@@ -707,14 +710,18 @@ def restore_tokens(
     Raises:
         TypeError: if an argument is no tensor.
         ValueError: if shapes, dtypes or devices do not fit.
-        IndexError: on the CPU, if one of ids_restore is below 0. On CUDA PyTorch's assertion stops the process.
+        IndexError: on the CPU, if one of ids_restore is negative. On CUDA PyTorch's assertion stops the process.
     """
     check_rows("x_visible", x_visible, "(B, L_keep, D)", 3)
     check_ids("ids_restore", ids_restore, x_visible)
     length, dim = ids_restore.shape[1], x_visible.shape[2]
     mask_token = _feature_row("mask_token", mask_token, x_visible)
     if pos_embed is not None:
-        check_tensors("pos_embed", [pos_embed])
+        if not isinstance(pos_embed, Tensor):
+            raise TypeError(f"pos_embed must be a Tensor, got {type(pos_embed).__name__}")
+        if pos_embed.device != x_visible.device:
+            devices = f"{pos_embed.device} and {x_visible.device}"
+            raise ValueError(f"pos_embed and x_visible must be on the same device, got {devices}")
         if pos_embed.numel() != length * dim:
             shape = tuple(pos_embed.shape)
             raise ValueError(f"pos_embed must have {length} x {dim} elements, a row for each place, got shape {shape}")
@@ -1174,8 +1181,9 @@ def correlation_algorithm(batch: int, dim: int) -> str:
     The sum of the squares of A^T B, which is D x D, is the product of A A^T and B B^T, which are B x B, element by
     element. Where the batch is smaller than the features are many, that ("dual") costs a share of about B / D of the
     product that is written down; else the D x D correlations are made block by block, for the loss and its gradients
-    alike ("primal"). dual then subtracts the diagonal, which towards B = D may be nearly all of the sum: it runs where
-    4 B <= 3 D, and loses no digits there.
+    alike ("primal"). dual subtracts the diagonal from a sum with it, to which its rounding errors are relative. Towards
+    B = D the diagonal may be nearly all of the sum, so dual runs where 4 B <= 3 D. There it still is, where few
+    features vary and those do not correlate: `redundancy_loss` and `covariance_loss`, tiny then, have few digits.
 
     Args:
         batch: B, the number of rows, of all processes in a group that exchanges them.

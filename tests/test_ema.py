@@ -137,7 +137,7 @@ def test_compiles(backend):
         ([torch.ones(2)], [], 0.5, ValueError, "targets and sources .*same length.* 1 and 0"),
         ([torch.ones(2)], [torch.ones(3)], 0.5, ValueError, r"targets\[0\] and sources\[0\] .*shape.*\[2\] and \[3\]"),
         ([torch.ones(2)], [torch.ones(2, device="meta")], 0.5, ValueError, "same device.*cpu and meta"),
-        ([torch.ones(2)], [torch.ones(2).long()], 0.5, ValueError, "floating-point"),
+        ([torch.ones(2)], [torch.ones(2).long()], 0.5, ValueError, "16, 32 or 64 bits.*(int64|long)"),
         ([torch.ones(2), 1.0], [torch.ones(2)] * 2, 0.5, TypeError, r"targets\[1\] must be a Tensor, got float"),
         ([torch.ones(2)], [None], 0.5, TypeError, r"sources\[0\] must be a Tensor, got NoneType"),
         ([torch.ones(2)], [torch.ones(2)], 1.5, ValueError, "momentum must be from 0 to 1, got 1.5"),
@@ -154,11 +154,25 @@ def test_bad_input(targets, sources, momentum, error, match, chosen):
 
 
 @pytest.mark.parametrize("chosen", ["auto", "portable", "reference"])
-def test_a_target_twice_is_refused(chosen):
-    target = torch.ones(4)
-    with fastssl.use_backend(chosen), pytest.raises(ValueError, match=r"share memory.*targets\[1\]"):
-        ema_update_([target, target], [torch.zeros(4)] * 2, 0.5)
-    assert (target == 1).all()
+def test_shared_memory_is_refused_before_anything_changes(chosen):
+    memory, zeros = torch.ones(12), torch.zeros(4)
+    low, high, middle = memory[:4], memory[8:], memory[2:6]
+    shared = r"targets must not share memory, got .*\[\d\] and .*\[\d\]"
+    with fastssl.use_backend(chosen):
+        for targets, sources, match in (
+            ([low, low], [zeros, zeros], shared),
+            ([high, low, middle], [zeros, zeros, zeros], shared),
+            ([high, low], [zeros, middle], shared),
+            ([low, high], [high, zeros], shared),
+            ([high, memory[:1].expand(4)], [zeros, zeros], r"targets\[1\] must have no two elements in one place"),
+            ([high, memory.as_strided((2, 2), (1, 1))], [zeros, zeros.view(2, 2)], "no two elements"),
+        ):
+            with pytest.raises(ValueError, match=match):
+                ema_update_(targets, sources, 0.5)
+        assert (memory == 1).all()
+        ema_update_([low, high], [low, memory[4:8]], 0.5)  # one with itself
+        ema_update_([low, high], [zeros, zeros], 0.5)  # sources may share
+    assert memory.tolist() == [0.5] * 4 + [1] * 4 + [0.5] * 4
 
 
 def _model() -> nn.Module:
@@ -234,7 +248,15 @@ def test_bad_teachers():
     for options in ({"schedule": "cosine"}, {"total_steps": 5}, {"schedule": "cosine", "total_steps": 0}):
         with pytest.raises(ValueError, match="total_steps must be"):
             EMA(student, **options)
-    with pytest.raises(ValueError, match="same length"):
-        EMA(student).update(nn.Sequential(nn.BatchNorm1d(5)))
-    with pytest.raises(ValueError, match="as many buffers as the teacher, 3, got 0"):
-        EMA(student).update(nn.Linear(6, 5))
+    teacher = EMA(student)
+    before = copy.deepcopy(teacher.state_dict())
+    for other, match in (
+        (nn.Linear(6, 5), "as many buffers as the teacher, 3, got 0"),
+        (nn.Sequential(nn.BatchNorm1d(5)), "same length"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            teacher.update(other)
+    student[1].num_batches_tracked = torch.ones(2, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"buffers .*same shape, got \(\) and \(2,\)"):
+        teacher.update(student)
+    torch.testing.assert_close(teacher.state_dict(), before)

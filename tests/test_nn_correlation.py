@@ -212,3 +212,8 @@ def test_gathering_in_one_process(name):
 def test_repr():
     assert repr(ours.BarlowTwinsLoss(0.1)) == "BarlowTwinsLoss(lambda_param=0.1, gather_distributed=False)"
     assert "nu_param=2.0, gather_distributed=False, eps=0.0001" in repr(ours.VICRegLoss(nu_param=2.0))
+
+
+def test_vicreg_without_positions():
+    with pytest.raises(ValueError, match=r"at least one position, got shape \(4, 0, 5\)"):
+        ours.VICRegLoss()(torch.randn(4, 0, 5), torch.randn(4, 0, 5))

@@ -10,7 +10,6 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <unordered_set>
 #include <vector>
 
 #include "common/isa.h"
@@ -41,33 +40,83 @@ struct Pair {
   int64_t count, end;  // elements; with those of all pairs before it
 };
 
-void ema_update_(at::TensorList targets, at::TensorList sources, const Tensor& momentum_) {
+bool is_supported(const Tensor& x) { return has_kernel(x) || x.scalar_type() == at::kDouble; }
+
+// From the first to the last in memory.
+int64_t elements(const Tensor& x) {
+  int64_t count = 1;
+  for (int64_t d = 0; d < x.dim(); ++d) count += (x.size(d) - 1) * x.stride(d);
+  return count;
+}
+
+// The addresses of a tensor.
+struct Span {
+  const char *begin, *end;
+  const char* list;
+  size_t index;
+  bool written;
+
+  Span(const Tensor& x, const char* list, size_t index, bool written)
+      : begin(static_cast<const char*>(x.const_data_ptr())),
+        end(begin + elements(x) * x.element_size()),
+        list(list),
+        index(index),
+        written(written) {}
+};
+
+// No target may share memory with another tensor, but for its very source.
+void check_spans(std::vector<Span>& spans) {
+  std::sort(spans.begin(), spans.end(), [](const Span& x, const Span& y) { return x.begin < y.begin; });
+  const Span *last = nullptr, *last_target = nullptr;  // those that end last
+  for (const Span& span : spans) {
+    const Span* const before = span.written ? last : last_target;
+    TORCH_CHECK_VALUE(!before || span.begin >= before->end, "targets must not share memory, got ", span.list, "[",
+                      span.index, "] and ", before->list, "[", before->index, "]");
+    if (!last || span.end > last->end) last = &span;
+    if (span.written && (!last_target || span.end > last_target->end)) last_target = &span;
+  }
+}
+
+void check_pairs(at::TensorList targets, at::TensorList sources) {
   TORCH_CHECK_VALUE(targets.size() == sources.size(), "targets and sources must have the same length, got ",
                     targets.size(), " and ", sources.size());
-  std::unordered_set<const void*> seen;
+  std::vector<Span> spans;
   for (size_t i = 0; i < targets.size(); ++i) {
     const Tensor &target = targets[i], &source = sources[i];
     TORCH_CHECK_VALUE(target.sizes() == source.sizes(), "targets[", i, "] and sources[", i,
                       "] must have the same shape, got ", target.sizes(), " and ", source.sizes());
     TORCH_CHECK_VALUE(target.device() == source.device(), "targets[", i, "] and sources[", i,
                       "] must be on the same device, got ", target.device(), " and ", source.device());
-    TORCH_CHECK_VALUE(target.is_floating_point() && source.is_floating_point(), "targets[", i, "] and sources[", i,
-                      "] must be of floating-point dtypes, got ", target.scalar_type(), " and ", source.scalar_type());
-    TORCH_CHECK_VALUE(target.numel() == 0 || seen.insert(target.const_data_ptr()).second,
-                      "targets must not share memory, but targets[", i, "] is there twice");
+    TORCH_CHECK_VALUE(is_supported(target), "targets[", i, "] must be of 16, 32 or 64 bits, floating-point, got ",
+                      target.dtype());
+    TORCH_CHECK_VALUE(is_supported(source), "sources[", i, "] must be of 16, 32 or 64 bits, floating-point, got ",
+                      source.dtype());
+    if (target.numel() == 0) continue;
+    TORCH_CHECK_VALUE(elements(target) >= target.numel(), "targets[", i,
+                      "] must have no two elements in one place, got strides ", target.strides());
+    spans.emplace_back(target, "targets", i, true);
+    if (target.const_data_ptr() != source.const_data_ptr() || target.strides() != source.strides() ||
+        target.scalar_type() != source.scalar_type())
+      spans.emplace_back(source, "sources", i, false);
   }
+  check_spans(spans);
+}
+
+void ema_update_(at::TensorList targets, at::TensorList sources, const Tensor& momentum_) {
+  check_pairs(targets, sources);
   const double momentum = momentum_.item<double>();
   std::vector<Pair> pairs;
-  std::vector<Tensor> held;                        // copies of those that lay in another order
+  std::vector<Tensor> held;                        // copies of sources
   std::vector<std::pair<Tensor, Tensor>> strided;  // targets, and what is to be copied into them
   int64_t end = 0;
   for (size_t i = 0; i < targets.size(); ++i) {
     Tensor target = targets[i], source = sources[i];
     if (target.numel() == 0) continue;
-    if (!has_kernel(target) || !has_kernel(source)) {
+    if (!has_kernel(target)) {
       target.lerp_(source.to(target.scalar_type()), 1 - momentum);
       continue;
     }
+    if (!has_kernel(source)) held.push_back(source = source.to(at::kFloat));
     if (target.strides() != source.strides() || !target.is_non_overlapping_and_dense()) {
       held.push_back(source = source.contiguous());
       if (!target.is_contiguous()) {

@@ -77,7 +77,16 @@ Tensor checked_ids(const Tensor& ids_, int64_t length) {
   const Tensor ids = ids_.to(at::kLong).contiguous();
   const int64_t* const id = ids.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < ids.numel(); ++i)
-    TORCH_CHECK_INDEX(id[i] >= 0 && id[i] < length, "ids must be from 0 to ", length - 1, ", got ", id[i]);
+    TORCH_CHECK_INDEX(id[i] >= 0 && id[i] < length, "ids must be from 0 to below ", length, ", got ", id[i]);
+  return ids;
+}
+
+// ids_restore as int64, none negative, `keep` where they are that or above.
+Tensor checked_places(const Tensor& ids_, int64_t keep) {
+  const Tensor ids = ids_.to(at::kLong).clamp_max(keep).contiguous();
+  const int64_t* const id = ids.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < ids.numel(); ++i)
+    TORCH_CHECK_INDEX(id[i] >= 0, "ids_restore must not be negative, got ", id[i]);
   return ids;
 }
 
@@ -175,9 +184,11 @@ Tensor restore_tokens(const Tensor& x_, const Tensor& ids_, const Tensor& mask_t
   check_ids("ids_restore", ids_, x_);
   const Tensor x = x_.contiguous();
   const int64_t batch = ids_.size(0), length = ids_.size(1), keep = x.size(1), dim = x.size(2);
-  const Tensor ids = checked_ids(ids_.clamp_max(keep), keep + 1);
+  const Tensor ids = checked_places(ids_, keep);
   TORCH_CHECK_VALUE(mask_token_.numel() == dim, "mask_token must have one element for each feature, got shape ",
                     mask_token_.sizes());
+  TORCH_CHECK_VALUE(mask_token_.device() == x.device() && (!pos_embed_ || pos_embed_->device() == x.device()),
+                    "mask_token and pos_embed must be on the CPU, as x_visible is");
   TORCH_CHECK_VALUE(!pos_embed_ || pos_embed_->numel() == length * dim,
                     "pos_embed must have one row for each place, got shape ", pos_embed_ ? pos_embed_->sizes() : x.sizes());
   const Tensor mask_token = mask_token_.to(x.scalar_type()).contiguous();
@@ -210,7 +221,7 @@ std::tuple<Tensor, Tensor, Tensor> restore_tokens_backward(const Tensor& grad_, 
   check_ids("ids_restore", ids_, grad_);
   const Tensor grad = grad_.contiguous();
   const int64_t batch = ids_.size(0), length = ids_.size(1), dim = grad.size(2);
-  const Tensor ids = checked_ids(ids_.clamp_max(keep), keep + 1);
+  const Tensor ids = checked_places(ids_, keep);
   const at::ScalarType wide = at::toOpMathType(grad.scalar_type());
   const Tensor dx = at::empty({batch, keep, dim}, grad.options());
   // Each thread sums up its samples; then the threads' sums are united, in their order.

@@ -81,17 +81,23 @@ class EMA(nn.Module):
             self._steps = int(self.step)
         momentum = self._momentum_at(self._steps)
         targets, sources = list(self.module.parameters()), list(model.parameters())
+        copied = []
         if self.update_buffers:
             buffers, others = list(self.module.buffers()), list(model.buffers())
             if len(buffers) != len(others):
                 raise ValueError(f"model must have as many buffers as the teacher, {len(buffers)}, got {len(others)}")
             for buffer, other in zip(buffers, others, strict=True):
+                if buffer.shape != other.shape:
+                    shapes = f"{tuple(buffer.shape)} and {tuple(other.shape)}"
+                    raise ValueError(f"buffers of teacher and model must have the same shape, got {shapes}")
                 if buffer.is_floating_point():
                     targets.append(buffer)
                     sources.append(other)
                 else:
-                    buffer.copy_(other)
+                    copied.append((buffer, other))
         functional.ema_update_(targets, sources, momentum)
+        for buffer, other in copied:
+            buffer.copy_(other)
         self._steps += 1
         self.step += 1
         return momentum

@@ -67,6 +67,8 @@ class VICRegLoss(nn.Module):
         """
         if not isinstance(z_a, Tensor) or not isinstance(z_b, Tensor) or z_a.dim() < 3 or z_a.shape != z_b.shape:
             return self._loss(z_a, z_b)
+        if 0 in z_a.shape[1:-1]:
+            raise ValueError(f"z_a and z_b must have at least one position, got shape {tuple(z_a.shape)}")
         views = zip(*(z.flatten(1, -2).unbind(1) for z in (z_a, z_b)), strict=True)
         return torch.stack([self._loss(*pair) for pair in views]).mean()
 

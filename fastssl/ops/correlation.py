@@ -20,7 +20,8 @@ The sum over i != j is what costs. It is made in one of two ways, each in memory
              matrices, 3 U for kernels that make half of what is symmetric.
 
 Eager code makes 3 products of 2 N D^2, D / N times as much where N < D. dual is for 4 N <= 3 D: nearer to N = D the sum
-of all squares can be nearly all diagonal, and the difference of the two would lose its digits.
+of all squares can be nearly all diagonal, and the difference of the two would lose its digits, as else it does only
+where few features vary.
 
 The backward pass of the standardisation, with means over the rows (the last one over N - 1 rows where unbiased):
 
@@ -76,8 +77,8 @@ def _standardize_backward(da: Tensor, a: Tensor, rstd: Tensor, unbiased: bool) -
 
 def _gram_sums(a: Tensor, b: Tensor, gram_a: Tensor, gram_b: Tensor) -> Tensor:
     """gram_squares of the rounded a and b. NaN stays NaN."""
-    diagonal = (a * b).sum(0).square().sum(dtype=torch.float64)
-    return ((gram_a * gram_b).sum(dtype=torch.float64) - diagonal).clamp_min(0)
+    diagonal = (a * b).sum(0).double().square().sum()
+    return (torch.dot(gram_a.double().flatten(), gram_b.double().flatten()) - diagonal).clamp_min(0)
 
 
 def _gram_gradient(a: Tensor, b: Tensor, gram_b: Tensor, precision: str) -> Tensor:

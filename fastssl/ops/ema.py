@@ -15,13 +15,14 @@ from torch import Tensor
 from fastssl.ops._op import current_backend
 
 _library = torch.library.Library("fastssl", "FRAGMENT")
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_pairs(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     """What kernels check by themselves, lest every tensor be looked at in Python."""
     if len(targets) != len(sources):
         raise ValueError(f"targets and sources must have the same length, got {len(targets)} and {len(sources)}")
-    addresses = set()
+    spans = []
     for i, (target, source) in enumerate(zip(targets, sources, strict=True)):
         if target.shape != source.shape:
             shapes = f"{list(target.shape)} and {list(source.shape)}"
@@ -29,12 +30,34 @@ def check_pairs(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
         if target.device != source.device:
             devices = f"{target.device} and {source.device}"
             raise ValueError(f"targets[{i}] and sources[{i}] must be on the same device, got {devices}")
-        if not (target.is_floating_point() and source.is_floating_point()):
-            dtypes = f"{target.dtype} and {source.dtype}"
-            raise ValueError(f"targets[{i}] and sources[{i}] must be of floating-point dtypes, got {dtypes}")
-        if target.numel() and target.data_ptr() in addresses:
-            raise ValueError(f"targets must not share memory, but targets[{i}] is there twice")
-        addresses.add(target.data_ptr())
+        for name, x in (("targets", target), ("sources", source)):
+            if x.dtype not in _DTYPES:
+                raise ValueError(f"{name}[{i}] must be of 16, 32 or 64 bits, floating-point, got {x.dtype}")
+        if target.device.type == "meta" or target.numel() == 0:
+            continue
+        if _elements(target) < target.numel():
+            raise ValueError(f"targets[{i}] must have no two elements in one place, got strides {target.stride()}")
+        spans.append((*_span(target), f"targets[{i}]", True))
+        if (source.data_ptr(), source.stride(), source.dtype) != (target.data_ptr(), target.stride(), target.dtype):
+            spans.append((*_span(source), f"sources[{i}]", False))
+    last_end, last_name, target_end, target_name = 0, "", 0, ""
+    for begin, end, name, written in sorted(spans):
+        if begin < (last_end if written else target_end):
+            raise ValueError(f"targets must not share memory, got {name} and {last_name if written else target_name}")
+        if end > last_end:
+            last_end, last_name = end, name
+        if written and end > target_end:
+            target_end, target_name = end, name
+
+
+def _elements(x: Tensor) -> int:
+    """From the first to the last in memory."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+
+
+def _span(x: Tensor) -> tuple[int, int]:
+    """The addresses from its first to behind its last element."""
+    return x.data_ptr(), x.data_ptr() + _elements(x) * x.element_size()
 
 
 def _portable(targets: Sequence[Tensor], sources: Sequence[Tensor], momentum: Tensor) -> None:

@@ -65,10 +65,18 @@ masking_ids = Op(
 )
 
 
+def _places(ids_restore: Tensor, keep: int) -> Tensor:
+    """ids_restore, but `keep` where they are that or above."""
+    if ids_restore.device.type == "cpu" and ids_restore.numel() and ids_restore.min() < 0:
+        raise IndexError(f"ids_restore must not be negative, got {ids_restore.min()}")
+    return ids_restore.clamp_max(keep)
+
+
 def _rows_of(ids: Tensor, x: Tensor, length: int) -> Tensor:
     """ids (B, K), below length, as an index of (B, length, D) rows like x's."""
     if ids.device.type == "cpu" and ids.numel() and not 0 <= ids.min() <= ids.max() < length:
-        raise IndexError(f"ids must be from 0 to {length - 1}, got {ids.min()} to {ids.max()}")
+        worst = ids.min() if ids.min() < 0 else ids.max()
+        raise IndexError(f"ids must be from 0 to below {length}, got {worst}")
     return ids.long()[:, :, None].expand(-1, -1, x.shape[2])
 
 
@@ -150,7 +158,7 @@ def _restore_tokens_portable(
 ) -> Tensor:
     batch, keep, dim = x_visible.shape
     masked = mask_token.to(x_visible.dtype).expand(batch, 1, dim)
-    restored = torch.cat([x_visible, masked], 1).gather(1, _rows_of(ids_restore.clamp_max(keep), x_visible, keep + 1))
+    restored = torch.cat([x_visible, masked], 1).gather(1, _rows_of(_places(ids_restore, keep), x_visible, keep + 1))
     return restored if pos_embed is None else restored + pos_embed.to(restored.dtype)
 
 
@@ -172,7 +180,7 @@ def _restore_tokens_backward_portable(
     wide = torch.promote_types(grad.dtype, torch.float32)
     grads = grad.to(wide)
     sums = grads.new_zeros((grad.shape[0], keep + 1, grad.shape[2]))
-    sums.scatter_add_(1, _rows_of(ids_restore.clamp_max(keep), grad, keep + 1), grads)
+    sums.scatter_add_(1, _rows_of(_places(ids_restore, keep), grad, keep + 1), grads)
     dpos = grads.sum(0) if positions else grads.new_empty((0, grad.shape[2]))
     return sums[:, :keep].to(grad.dtype).contiguous(), sums[:, keep].sum(0), dpos
 

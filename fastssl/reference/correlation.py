@@ -118,6 +118,9 @@ def _views(dtype: torch.dtype, device: str, size: float = 1.0) -> Iterator[tuple
     yield "large, of few rows", leaf(rows(12, 24, scale=large)), leaf(rows(12, 24, scale=large))
     yield "tiny", leaf(rows(33, 16, scale=1e-3)), leaf(rows(33, 16, scale=1e-3))
     yield "tiny, of few rows", leaf(rows(12, 24, scale=1e-3)), leaf(rows(12, 24, scale=1e-3))
+    for label, shape in (("near each other", (40, 24)), ("near each other, of few rows", (24, 40))):
+        near = rows(*shape) + 3 * size
+        yield label, leaf(near), leaf(near + rows(*shape, scale=1e-2))
 
 
 def _pair_samples(options: dict[str, dict], dtype: torch.dtype, device: str, size: float = 1.0) -> Iterator[Sample]:
