@@ -203,3 +203,13 @@ Benchmark(
     peers={"lightly": lambda: peers.lightly().DCLLoss(LABEL_TEMPERATURE)},
     oracle=_dcl_oracle,
 )
+
+Benchmark(
+    "uniformity",
+    sizes=((64, 128), (512, 128), (4096, 128)),
+    memory_sizes=(),
+    inputs=lambda size, dtype: tuple(z.to(dtype).requires_grad_() for z in _rows(size)),
+    flops=_square_flops(2),  # as NT-Xent
+    traffic=lambda size, itemsize: 3 * size[0] * size[1] * itemsize,
+    needs=_matrices(naive=5, compile=3),
+)

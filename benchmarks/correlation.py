@@ -32,12 +32,15 @@ def _barlow_twins(z_a: Tensor, z_b: Tensor) -> Tensor:
     return invariance + LAMBDA * _squares_off_the_diagonal(a, b) / len(a) ** 2
 
 
+def _covariance_loss(z: Tensor) -> Tensor:
+    centred = z - z.mean(0)
+    return _squares_off_the_diagonal(centred, centred) / (len(z) - 1) ** 2 / z.shape[1]
+
+
 def _vicreg(z_a: Tensor, z_b: Tensor) -> Tensor:
     loss = 25 * F.mse_loss(z_a, z_b)
     for z in (z_a, z_b):
-        centred = z - z.mean(0)
-        covariance = _squares_off_the_diagonal(centred, centred) / (len(z) - 1) ** 2 / z.shape[1]
-        loss = loss + 25 / 2 * F.relu(1 - (z.var(0) + 1e-4).sqrt()).mean() + covariance
+        loss = loss + 25 / 2 * F.relu(1 - (z.var(0) + 1e-4).sqrt()).mean() + _covariance_loss(z)
     return loss
 
 
@@ -86,4 +89,16 @@ Benchmark(
     needs=_needs(naive=8, compile=5, lightly=12),
     peers={"lightly": lambda: peers.lightly().VICRegLoss()},
     oracle=_oracle(_vicreg),
+)
+
+Benchmark(
+    "covariance_loss",
+    sizes=_SIZES,
+    memory_sizes=((256, 16384),),
+    inputs=lambda size, dtype: _views(size, dtype)[:1],
+    flops=lambda size: _flops(size) / 2,
+    traffic=lambda size, itemsize: 3 * size[0] * size[1] * itemsize,
+    needs=_needs(naive=5, compile=3, lightly=6),
+    peers={"lightly": lambda: peers.lightly().vicreg_loss.covariance_loss},
+    oracle=_oracle(_covariance_loss),
 )
