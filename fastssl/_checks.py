@@ -138,6 +138,13 @@ def check_scalar(name: str, scalar: float | Tensor) -> None:
         raise ValueError(f"{name} must be finite, got {scalar}")
 
 
+def check_size(name: str, size: int) -> None:
+    if not isinstance(size, int):
+        raise TypeError(f"{name} must be an integer, got {type(size).__name__}")
+    if size < 0:
+        raise ValueError(f"{name} must not be negative, got {size}")
+
+
 def check_number(name: str, number: float) -> None:
     if not isinstance(number, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(number).__name__}")

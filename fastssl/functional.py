@@ -30,6 +30,7 @@ from fastssl._checks import (
     check_rows,
     check_scalar,
     check_share,
+    check_size,
     check_temperature,
     check_tensors,
     check_vector,
@@ -602,11 +603,8 @@ def random_masking_ids(
         TypeError: if mask_ratio is no number, or batch or length no integer.
         ValueError: if mask_ratio is not from 0 to 1, or batch or length is negative.
     """
-    for name, size in (("batch", batch), ("length", length)):
-        if not isinstance(size, int):
-            raise TypeError(f"{name} must be an integer, got {type(size).__name__}")
-        if size < 0:
-            raise ValueError(f"{name} must not be negative, got {size}")
+    check_size("batch", batch)
+    check_size("length", length)
     check_share("mask_ratio", mask_ratio)
     if batch * length >= 1 << 62:
         raise ValueError(f"batch x length must be below 2^62, got {batch} x {length}")
@@ -683,10 +681,7 @@ def scatter_tokens(tokens: Tensor, ids: Tensor, length: int, fill: float | Tenso
     check_ids("ids", ids, tokens)
     if ids.shape != tokens.shape[:2]:
         raise ValueError(f"ids must have shape {tuple(tokens.shape[:2])}, one for each token, got {tuple(ids.shape)}")
-    if not isinstance(length, int):
-        raise TypeError(f"length must be an integer, got {type(length).__name__}")
-    if length < 0:
-        raise ValueError(f"length must not be negative, got {length}")
+    check_size("length", length)
     fill = _feature_row("fill", fill, tokens)
     return _implementation("scatter_tokens")(tokens, ids, length, fill)
 
@@ -798,9 +793,7 @@ def topk_similarity(query: Tensor, bank: Tensor, k: int, *, normalize: bool = Tr
 def _similarity(x: Tensor, y: Tensor, normalize: bool) -> Tensor:
     """x y^T, in the dtype of sums, under autocast too."""
     x, y = (_unit(t) if normalize else t.to(accumulate_dtype(t.dtype)) for t in (x, y))
-    if not autocast_enabled(x):
-        return x @ y.T
-    with torch.autocast(x.device.type, enabled=False):
+    with _without_autocast(x):
         return x @ y.T
 
 
@@ -912,14 +905,6 @@ def _pair_loss(
     if label_smoothing:
         loss = loss + label_smoothing * scale * (aligned - (_dot(x, _mean(y, ring)) + _dot(y, _mean(x, ring))) / 2)
     return loss, sums
-
-
-def _against_class(lse: Tensor, anchors: Tensor, z: Tensor, labels: Tensor, scale: float | Tensor) -> Tensor:
-    """lse less the mean similarity with the others of the same label; 0 where there are none. The anchors are the
-    first rows of z, or all."""
-    sums, count = (t[: anchors.shape[0]] for t in contrastive.class_sums(z, labels))
-    aligned = (_dot(anchors, sums) - _dot(anchors, anchors)) / (count - 1).clamp_min(1)
-    return (lse - aligned * scale).where(count > 1, 0)
 
 
 @torch.no_grad()

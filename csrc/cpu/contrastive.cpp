@@ -325,6 +325,23 @@ std::tuple<Tensor, Tensor> self_logsumexp(const Tensor& z_, const Tensor& scale,
   return finish_sums(sums, z.count, e);
 }
 
+// The gradients (dz, dscale) of a symmetric S, given those of its sums; what has been gathered in `sums` is added.
+std::tuple<Tensor, Tensor> differentiate_self(const Side& z, const Exponent& e, const Tensor& grad_total,
+                                              const Tensor& shift, const Blocks& sums, const Tensor& z_,
+                                              const Tensor& scale) {
+  const Coefficients p(grad_total, shift, z, e);
+  const Similarities S{z, z, e.excluded, nullptr, true};
+  const Weights weights(S, e, &p, &p);
+  const Blocks transposed = z.zero_sums();
+  tournament(z.threads, z.cut, [&](int64_t I, int64_t J) {
+    S(I, J, weights.tile_of());
+    weights.multiply(I, J, &sums, I == J ? nullptr : &transposed);
+  }, [&] { z.engine.release(); });
+  const Tensor dz = at::empty(z_.sizes(), z_.options());
+  const double along = finish_side(z, &sums, &transposed, nullptr, e.scale, dz);
+  return {dz, at::full({}, along / 2, scale.options())};
+}
+
 std::tuple<Tensor, Tensor> self_logsumexp_backward(const Tensor& grad_total, const Tensor& z_, const Tensor& scale,
                                                    const Tensor& shift, c10::string_view precision) {
   if (z_.scalar_type() == at::kDouble)
@@ -334,18 +351,7 @@ std::tuple<Tensor, Tensor> self_logsumexp_backward(const Tensor& grad_total, con
   check_vectors("grad_total and shift", z_.size(0), {grad_total, shift});
   const Engine engine(precision);
   const Side z(z_, kRows | kColumns | kWeighed | kWeighing, engine, threads_for(z_.size(0), z_.size(0), z_.size(1)));
-  const Exponent e(scale, z, z);
-  const Coefficients p(grad_total, shift, z, e);
-  const Similarities S{z, z, e.excluded, nullptr, true};
-  const Weights weights(S, e, &p, &p);
-  const Blocks sums = z.zero_sums(), transposed = z.zero_sums();
-  tournament(z.threads, z.cut, [&](int64_t I, int64_t J) {
-    S(I, J, weights.tile_of());
-    weights.multiply(I, J, &sums, I == J ? nullptr : &transposed);
-  }, [&] { engine.release(); });
-  const Tensor dz = at::empty(z_.sizes(), z_.options());
-  const double along = finish_side(z, &sums, &transposed, nullptr, e.scale, dz);
-  return {dz, at::full({}, along / 2, scale.options())};
+  return differentiate_self(z, Exponent(scale, z, z), grad_total, shift, z.zero_sums(), z_, scale);
 }
 
 // Which rows have the same label.
@@ -449,7 +455,7 @@ std::tuple<Tensor, Tensor> sup_con_backward(const Tensor& grad_loss, const Tenso
   }
   const Tensor class_sums = classes.sum([](int64_t) { return 1.f; });
   const Tensor class_gradients = classes.sum([&p](int64_t i) { return p[i]; });
-  const Blocks sums = z.zero_sums(), transposed = z.zero_sums();
+  const Blocks sums = z.zero_sums();
   const float* const rows = classes.rows.const_data_ptr<float>();
   const float* const of_class = class_sums.const_data_ptr<float>();
   const float* const gradient_of_class = class_gradients.const_data_ptr<float>();
@@ -462,16 +468,7 @@ std::tuple<Tensor, Tensor> sup_con_backward(const Tensor& grad_loss, const Tenso
         gathered[d] = -(p[i] * (of_class[k * dim + d] - 2 * rows[i * dim + d]) + gradient_of_class[k * dim + d]);
     }
   });
-  const Coefficients coefficients(grad_total, shift, z, e);
-  const Similarities S{z, z, e.excluded, nullptr, true};
-  const Weights weights(S, e, &coefficients, &coefficients);
-  tournament(z.threads, z.cut, [&](int64_t I, int64_t J) {
-    S(I, J, weights.tile_of());
-    weights.multiply(I, J, &sums, I == J ? nullptr : &transposed);
-  }, [&] { engine.release(); });
-  const Tensor dz = at::empty(z_.sizes(), z_.options());
-  const double along = finish_side(z, &sums, &transposed, nullptr, e.scale, dz);
-  return {dz, at::full({}, along / 2, scale.options())};
+  return differentiate_self(z, e, grad_total, shift, sums, z_, scale);
 }
 
 // Sums of rows and of columns of all tiles of S.

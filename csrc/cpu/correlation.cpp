@@ -49,7 +49,7 @@ struct Views {
     for (Tensor& x : z) {
       TORCH_CHECK_VALUE(x.dim() == 2 && x.size(0) > 1 && x.size(1) > 0 && x.sizes() == first.sizes(),
                         "views must have shape (N, D), N > 1, D > 0, got ", first.sizes(), " and ", x.sizes());
-      TORCH_CHECK_VALUE(x.scalar_type() == dtype && (dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf),
+      TORCH_CHECK_VALUE(x.scalar_type() == dtype && has_element(x),
                         "views must be float32, bfloat16 or float16, got ", dtype, " and ", x.scalar_type());
       if (x.stride(1) != 1) x = x.contiguous();
     }
@@ -105,15 +105,19 @@ struct Panels {
 
   Rows raw(int v) const {
     const Tensor& z = views.z[v];
-    return {{z.const_data_ptr(), nullptr}, {z.stride(0), 0}, views.rows, views.dim, Side::element_of(z)};
+    return {{z.const_data_ptr(), nullptr}, {z.stride(0), 0}, views.rows, views.dim, element_of(z)};
   }
   Columns of(const Rows& view, int64_t p) const { return {view, p * width, columns(p), width}; }
 
-  // Panel p of all views, one after the other.
+  // Panel p of all views, and their statistics.
   void standardise(int64_t p, float* const* panels, float* scratch) const {
     for (int v = 0; v < views.count(); ++v)
       tile.standardise(of(raw(v), p), views.rows, padded_rows, views.divide, views.eps, views.divisor, panels[v],
                        of(variance[v], p), of(rstd[v], p), scratch);
+  }
+
+  // What the two views' panels p give together, once they are standardised.
+  void compare(int64_t p, float* const* panels, float* scratch) const {
     if (views.count() == 1) return;
     if (views.divide) {
       tile.multiply_columns(panels[0], panels[1], views.rows, width, false, of(compared, p));
@@ -129,15 +133,15 @@ struct Panels {
     const int other = views.count() - 1 - v;
     const Rows x = raw(v), y = raw(other);
     tile.finish(P, panels[v], panels[other], row_weight, views.rows, alpha, terms, projection, pull, of(x, p), of(y, p),
-                factor, scratch, Side::element_of(out), views.dim,
+                factor, scratch, element_of(out), views.dim,
                 static_cast<char*>(out.mutable_data_ptr()) + p * width * out.element_size());
   }
 
   // The cells of a panel as operands; `out` are the panels' first.
-  void arrange(const float* panel, float* spare, const Packed& out) const {
+  void arrange(float* panel, float* spare, const Packed& out) const {
     for (int64_t I = 0; I < rows.blocks; ++I) {
       const auto at = [&](void* operand) { return cell(operand, I, engine.bytes()); };
-      engine.tile.arrange(cell(const_cast<float*>(panel), I), padded(I), width, engine.operand, spare,
+      engine.tile.arrange(cell(panel, I), padded(I), width, engine.operand, spare,
                           {at(out.left), at(out.right), at(out.right_pairs), at(out.left_columns)});
     }
   }
@@ -232,6 +236,7 @@ void standardise_all(const Panels& panels) {
     float* const panel = scratch.floats(slot(panels.threads));
     float* const both[] = {panel, panel + panels.elements()};
     panels.standardise(p, both, panel + 2 * panels.elements());
+    panels.compare(p, both, panel + 2 * panels.elements());
   });
 }
 
@@ -259,6 +264,7 @@ void add_panels(const Panels& panels, int threads, int64_t first, int64_t last, 
       for (int v = 0; v < views; ++v)
         panel[v] = engine.half() ? own + v * panels.elements() : left.floats(t * views + v);
       panels.standardise(begin + t, panel, own + wide);
+      panels.compare(begin + t, panel, own + wide);
       for (int v = 0; panels.rounded() && v < (cross ? 1 : views); ++v)
         panels.tile.multiply_columns(panel[v], panel[cross ? 1 : v], panels.views.rows, panels.width, true,
                                      panels.of(panels.rounded_squares[v], begin + t));
@@ -369,6 +375,7 @@ void dual_gradients(const Panels& panels, const Loss& loss, const std::vector<Te
     float* const panel[2] = {product + elements, product + views * elements};
     float* const free = product + (views + 1) * elements;
     panels.standardise(p, panel, free);
+    if (loss.cross()) panels.compare(p, panel, free);  // for the terms
     for (int v = 0; v < views; ++v) {
       void* const operand = rounded ? operands[slot(threads)] : panel[v];
       if (rounded)
@@ -469,6 +476,7 @@ double primal(const Panels& panels, const Cut& columns, const Loss& loss, bool d
     for (int v = 0; v < views; ++v)
       panel[v] = half || !cells[v].left[p] ? own + v * elements : cells[v].left.floats(p);
     panels.standardise(p, panel, free);
+    panels.compare(p, panel, free);
     for (int v = 0; v < views; ++v) {
       panels.arrange(panel[v], free, cells[v][p]);
       for (const Blocks* zero : {&sums[v], &transposed[v]})  // first touched by the threads that will use them

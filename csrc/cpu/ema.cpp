@@ -12,25 +12,13 @@
 #include <algorithm>
 #include <vector>
 
-#include "common/isa.h"
+#include "common/tiled.h"
 #include "ema_tiles.h"
 
 namespace fastssl {
 namespace {
 
-using at::Tensor;
-
 constexpr int64_t kRun = 1 << 15;  // elements of a run; fewer are one thread's
-
-Element element_of(const Tensor& x) {
-  return x.scalar_type() == at::kFloat ? Element::Float32
-      : x.scalar_type() == at::kHalf   ? Element::Float16
-                                       : Element::BFloat16;
-}
-
-bool has_kernel(const Tensor& x) {
-  return x.scalar_type() == at::kFloat || x.scalar_type() == at::kHalf || x.scalar_type() == at::kBFloat16;
-}
 
 // A pair whose elements lie in memory in one order.
 struct Pair {
@@ -40,7 +28,7 @@ struct Pair {
   int64_t count, end;  // elements; with those of all pairs before it
 };
 
-bool is_supported(const Tensor& x) { return has_kernel(x) || x.scalar_type() == at::kDouble; }
+bool is_supported(const Tensor& x) { return has_element(x) || x.scalar_type() == at::kDouble; }
 
 // From the first to the last in memory.
 int64_t elements(const Tensor& x) {
@@ -112,11 +100,11 @@ void ema_update_(at::TensorList targets, at::TensorList sources, const Tensor& m
   for (size_t i = 0; i < targets.size(); ++i) {
     Tensor target = targets[i], source = sources[i];
     if (target.numel() == 0) continue;
-    if (!has_kernel(target)) {
+    if (!has_element(target)) {
       target.lerp_(source.to(target.scalar_type()), 1 - momentum);
       continue;
     }
-    if (!has_kernel(source)) held.push_back(source = source.to(at::kFloat));
+    if (!has_element(source)) held.push_back(source = source.to(at::kFloat));
     if (target.strides() != source.strides() || !target.is_non_overlapping_and_dense()) {
       held.push_back(source = source.contiguous());
       if (!target.is_contiguous()) {

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from fastssl._checks import check_labels, check_rows
-from fastssl.functional import _against_class, _finish, similarity_logsumexp, sup_con
+from fastssl.functional import _dot, _finish, similarity_logsumexp, sup_con
+from fastssl.ops.contrastive import class_sums
 
 
 class SupConLoss(nn.Module):
@@ -70,7 +71,9 @@ class SupConLoss(nn.Module):
     def _of_first_views(self, rows: Tensor, labels: Tensor, batch: int) -> Tensor:
         anchors, scale = rows[:batch], 1 / self.temperature
         lse = similarity_logsumexp(anchors, rows, scale=scale, exclude=torch.arange(batch, device=rows.device))
-        return _finish(_against_class(lse, anchors, rows, labels, scale), "mean", rows)
+        sums, count = (t[:batch] for t in class_sums(rows, labels))
+        aligned = (_dot(anchors, sums) - _dot(anchors, anchors)) / (count - 1).clamp_min(1)
+        return _finish((lse - aligned * scale).where(count > 1, 0), "mean", rows)
 
     def extra_repr(self) -> str:
         return (

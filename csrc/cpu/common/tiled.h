@@ -179,6 +179,16 @@ enum Role : int {
   kWeighing = 8,  // Z in Z^T W
 };
 
+// Whether elements of x have kernels; and which they are then.
+inline bool has_element(const Tensor& x) {
+  return x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kHalf;
+}
+
+inline Element element_of(const Tensor& x) {
+  return x.scalar_type() == at::kFloat ? Element::Float32 : x.scalar_type() == at::kHalf ? Element::Float16
+                                                                                         : Element::BFloat16;
+}
+
 // One side of S: the rows of a tensor, or of two on top of each other, (normalised and) packed block by block. A lazy
 // one is not packed as a whole: a thread calls prepare(b) before it uses block b, and keeps one block at a time.
 struct Side {
@@ -241,10 +251,6 @@ struct Side {
   int64_t places() const { return lazy ? threads : cut.blocks; }
   int64_t place(int64_t b) const { return lazy ? slot(threads) : b; }
 
-  static Element element_of(const Tensor& x) {
-    return x.scalar_type() == at::kFloat ? Element::Float32 : x.scalar_type() == at::kHalf ? Element::Float16
-                                                                                          : Element::BFloat16;
-  }
   int64_t block_bytes() const { return cut.block * dim * engine.bytes(); }
   int64_t first(int64_t b) const { return b * cut.block; }
   int64_t size(int64_t b) const { return std::min(cut.block, count - first(b)); }
@@ -310,7 +316,7 @@ inline void check_sides(const char* names, const Tensor& x, const Tensor& y, con
   TORCH_CHECK_VALUE(x.dim() == 2 && y.dim() == 2 && x.size(1) > 0 && x.size(1) == y.size(1), names,
                     " must have shapes (M, D) and (N, D), D > 0, got ", x.sizes(), " and ", y.sizes());
   const at::ScalarType dtype = x.scalar_type();
-  TORCH_CHECK_VALUE(dtype == y.scalar_type() && (dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf),
+  TORCH_CHECK_VALUE(dtype == y.scalar_type() && has_element(x),
                     names, " must both be float32, bfloat16 or float16, got ", dtype, " and ", y.scalar_type());
   TORCH_CHECK_VALUE(scale.numel() == 1, "scale must have one element, got shape ", scale.sizes());
 }
@@ -394,7 +400,7 @@ inline double finish_side(const Side& side, const Blocks* sums, const Blocks* tr
                                           positives ? positives->other.rows[i] : nullptr, 1,
                                           positives ? positives->weight[i] : 0, scale, side.normalize,
                                           side.rows.element, side.rows.dim, gathered + r * side.dim, row,
-                                          Side::element_of(dx), out + i * row_bytes);
+                                          element_of(dx), out + i * row_bytes);
     }
   });
   double total = 0;
