@@ -7,7 +7,9 @@ from torch import Tensor, nn
 
 from fastssl._checks import check_batch, check_number, check_pair
 from fastssl.distributed import check_alike, default_group, gather_rows, rank, world_size
-from fastssl.functional import _correlate, _finish, _standardize, _without_autocast, barlow_twins, correlation_algorithm
+from fastssl.functional import barlow_twins, correlation_algorithm
+from fastssl.functional._shared import finish, without_autocast
+from fastssl.functional.correlation import _correlate, _standardize
 from fastssl.ops import correlation
 
 
@@ -63,12 +65,12 @@ class BarlowTwinsLoss(nn.Module):
         if correlation_algorithm(world_size() * a.shape[0], a.shape[1]) == "dual":
             a, b = gather_rows(a, group), gather_rows(b, group)
             diagonal = (a * b).mean(0)
-            with _without_autocast(a):
+            with without_autocast(a):
                 redundancy = correlation.gram_squares(a, b) / a.shape[0] ** 2
         else:
             C = _correlate(a, b, group)
             diagonal, redundancy = C.diagonal(), correlation.off_diagonal_squares(C)
-        return _finish((diagonal - 1).square().sum() + self.lambda_param * redundancy, "none", z_a)
+        return finish((diagonal - 1).square().sum() + self.lambda_param * redundancy, "none", z_a)
 
     def extra_repr(self) -> str:
         return f"lambda_param={self.lambda_param}, gather_distributed={self.gather_distributed}"

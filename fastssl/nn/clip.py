@@ -14,15 +14,9 @@ from fastssl.distributed import (
     with_mean_gradient,
     with_scaled_gradient,
 )
-from fastssl.functional import (
-    _cross_entropy,
-    _dot,
-    _finish,
-    _logsumexp,
-    _scalar,
-    clip_loss,
-    siglip_loss,
-)
+from fastssl.functional import clip_loss, siglip_loss
+from fastssl.functional._shared import as_scalar, dot, finish, logsumexp
+from fastssl.functional.contrastive import _cross_entropy
 from fastssl.ops._precision import product_precision
 
 _IMPLEMENTATIONS = ("bidir", "shift", "reduce", "gather")
@@ -199,11 +193,11 @@ def _against_constants(image: Tensor, text: Tensor, logit_scale: float | Tensor,
     """CLIP's loss of this process's pairs, all rows on the other side being constants."""
     check_pair(image, text, "image_features", "text_features")
     check_scalar("logit_scale", logit_scale)
-    scale, precision = _scalar(logit_scale, image), product_precision(image)
+    scale, precision = as_scalar(logit_scale, image), product_precision(image)
     ring = Ring(group, image_features=image, text_features=text, logit_scale=scale)
     own = torch.arange(image.shape[0], device=image.device)
     loss = 0
     for rows, columns in ((image, text.detach()), (text, image.detach())):
-        negatives = _logsumexp(*ring.similarity_logsumexp(rows, columns, scale, own, precision))
-        loss = loss + _cross_entropy(negatives, _dot(rows, columns) * scale) / 2
-    return _finish(loss, "mean", image)
+        negatives = logsumexp(*ring.similarity_logsumexp(rows, columns, scale, own, precision))
+        loss = loss + _cross_entropy(negatives, dot(rows, columns) * scale) / 2
+    return finish(loss, "mean", image)

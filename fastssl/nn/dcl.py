@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from fastssl._checks import check_pair, check_temperature
 from fastssl.distributed import Ring, default_group, rank, world_size
-from fastssl.functional import _dot, _finish, _inverse, _logsumexp, _unit, dcl
+from fastssl.functional import dcl
+from fastssl.functional._shared import dot, finish, inverse, logsumexp, unit
 from fastssl.ops._precision import product_precision
 
 
@@ -61,15 +62,15 @@ class DCLLoss(nn.Module):
             return dcl(out0, out1, temperature=self.temperature, weight_fn=self.weight_fn)
         check_pair(out0, out1, "out0", "out1")
         check_temperature(self.temperature)
-        scale, precision = _inverse(self.temperature, out0), product_precision(out0)
-        views = [_unit(out) for out in (out0, out1)]
+        scale, precision = inverse(self.temperature, out0), product_precision(out0)
+        views = [unit(out) for out in (out0, out1)]
         ring = Ring(default_group(rank(), world_size()), out0=views[0], out1=views[1], temperature=scale)
         rows, own = torch.cat(views), torch.arange(out0.shape[0], device=out0.device).repeat(2)
-        negatives = [_logsumexp(*ring.similarity_logsumexp(rows, y, scale, own, precision)) for y in views]
-        positive = _dot(rows, torch.cat(views[::-1])) * scale
+        negatives = [logsumexp(*ring.similarity_logsumexp(rows, y, scale, own, precision)) for y in views]
+        positive = dot(rows, torch.cat(views[::-1])) * scale
         if self.weight_fn is not None:
             positive = positive * torch.cat([self.weight_fn(*views), self.weight_fn(*views[::-1])])
-        return _finish(torch.logaddexp(*negatives) - positive, "mean", out0)
+        return finish(torch.logaddexp(*negatives) - positive, "mean", out0)
 
     def extra_repr(self) -> str:
         return f"temperature={self.temperature}, gather_distributed={self.gather_distributed}"
@@ -97,4 +98,4 @@ class DCLWLoss(DCLLoss):
 
 @torch.no_grad()
 def _von_mises_fisher(out0: Tensor, out1: Tensor, sigma: float) -> Tensor:
-    return 2 - out0.shape[0] * (_dot(out0, out1) / sigma).softmax(0)
+    return 2 - out0.shape[0] * (dot(out0, out1) / sigma).softmax(0)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from fastssl._checks import check_pair
 from fastssl.distributed import gather_rows, rank, world_size
-from fastssl.functional import _dot, _finish, _unit, nt_xent, similarity_logsumexp
+from fastssl.functional import nt_xent, similarity_logsumexp
+from fastssl.functional._shared import dot, finish, unit
 
 
 class NTXentLoss(nn.Module):
@@ -69,11 +70,11 @@ class NTXentLoss(nn.Module):
         else:
             return nt_xent(out0, out1, temperature=self.temperature)
         check_pair(out0, out1)
-        return _finish(losses(out0, out1), "mean", out0)
+        return finish(losses(out0, out1), "mean", out0)
 
     def _against_memory_bank(self, out0: Tensor, out1: Tensor) -> Tensor:
-        scale, z0, z1 = 1 / self.temperature, _unit(out0), _unit(out1)
-        positive = _dot(z0, z1) * scale
+        scale, z0, z1 = 1 / self.temperature, unit(out0), unit(out1)
+        positive = dot(z0, z1) * scale
         # No copy of the bank: the gradient of z0 does not read it again.
         negatives = self.memory_bank.bank.to(out0)
         lse = similarity_logsumexp(z0.to(out0.dtype), negatives, scale=scale, offset=positive)
@@ -82,9 +83,9 @@ class NTXentLoss(nn.Module):
         return -F.logsigmoid(-lse)
 
     def _against_all_processes(self, out0: Tensor, out1: Tensor) -> Tensor:
-        scale, z = 1 / self.temperature, _unit(torch.cat([out0, out1]))
+        scale, z = 1 / self.temperature, unit(torch.cat([out0, out1]))
         rows = z.shape[0]
-        positive = _dot(z, z.roll(rows // 2, 0)) * scale
+        positive = dot(z, z.roll(rows // 2, 0)) * scale
         own = torch.arange(rows, device=z.device) + rank() * rows
         z = z.to(out0.dtype)
         return similarity_logsumexp(z, gather_rows(z), scale=scale, exclude=own, offset=positive)

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from fastssl._checks import check_labels, check_rows
-from fastssl.functional import _dot, _finish, similarity_logsumexp, sup_con
+from fastssl.functional import similarity_logsumexp, sup_con
+from fastssl.functional._shared import dot, finish
 from fastssl.ops.contrastive import class_sums
 
 
@@ -72,8 +73,8 @@ class SupConLoss(nn.Module):
         anchors, scale = rows[:batch], 1 / self.temperature
         lse = similarity_logsumexp(anchors, rows, scale=scale, exclude=torch.arange(batch, device=rows.device))
         sums, count = (t[:batch] for t in class_sums(rows, labels))
-        aligned = (_dot(anchors, sums) - _dot(anchors, anchors)) / (count - 1).clamp_min(1)
-        return _finish((lse - aligned * scale).where(count > 1, 0), "mean", rows)
+        aligned = (dot(anchors, sums) - dot(anchors, anchors)) / (count - 1).clamp_min(1)
+        return finish((lse - aligned * scale).where(count > 1, 0), "mean", rows)
 
     def extra_repr(self) -> str:
         return (

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from fastssl._checks import check_eps, check_number, check_pair
 from fastssl.distributed import default_group, rank, world_size
-from fastssl.functional import _finish, vicreg
+from fastssl.functional import vicreg
+from fastssl.functional._shared import finish
 from fastssl.ops._precision import accumulate_dtype
 
 
@@ -81,7 +82,7 @@ class VICRegLoss(nn.Module):
         invariance = F.mse_loss(z_a.to(dtype), z_b.to(dtype))
         group = default_group(rank(), world_size())
         loss = vicreg(z_a, z_b, lambda_param=0.0, **options, group=group)
-        return _finish(self.lambda_param * invariance + loss, "none", z_a)
+        return finish(self.lambda_param * invariance + loss, "none", z_a)
 
     def extra_repr(self) -> str:
         return (

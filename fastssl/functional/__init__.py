@@ -1,0 +1,53 @@
+"""One function per loss or operation: the face of the package.
+
+Every function checks its arguments before any kernel runs, follows `torch.set_float32_matmul_precision`
+and autocast for the precision of its products, and sums in float32.
+"""
+
+from fastssl.functional.contrastive import (
+    clip_loss,
+    dcl,
+    info_nce,
+    nt_xent,
+    similarity_logsumexp,
+    sup_con,
+    topk_similarity,
+    uniformity,
+)
+from fastssl.functional.correlation import (
+    barlow_twins,
+    correlation_algorithm,
+    covariance_loss,
+    cross_correlation,
+    redundancy_loss,
+    variance_loss,
+    vicreg,
+)
+from fastssl.functional.ema import ema_update_
+from fastssl.functional.masking import gather_tokens, random_masking, random_masking_ids, restore_tokens, scatter_tokens
+from fastssl.functional.sigmoid import siglip_loss
+
+__all__ = [
+    "barlow_twins",
+    "clip_loss",
+    "correlation_algorithm",
+    "covariance_loss",
+    "cross_correlation",
+    "dcl",
+    "ema_update_",
+    "gather_tokens",
+    "info_nce",
+    "nt_xent",
+    "random_masking",
+    "random_masking_ids",
+    "redundancy_loss",
+    "restore_tokens",
+    "scatter_tokens",
+    "siglip_loss",
+    "similarity_logsumexp",
+    "sup_con",
+    "topk_similarity",
+    "uniformity",
+    "variance_loss",
+    "vicreg",
+]

@@ -1,0 +1,55 @@
+"""What the functions of several families share."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastssl import reference
+from fastssl.ops._precision import accumulate_dtype, autocast_enabled
+
+
+def as_scalar(scalar: float | Tensor, x: Tensor) -> Tensor:
+    """0-d, on x's device, in the dtype of sums."""
+    dtype = accumulate_dtype(x.dtype)
+    if isinstance(scalar, Tensor):
+        return scalar.to(device=x.device, dtype=dtype)
+    return torch.full((), scalar, dtype=dtype, device=x.device)
+
+
+def inverse(temperature: float | Tensor, x: Tensor) -> Tensor:
+    if isinstance(temperature, Tensor):
+        return as_scalar(temperature, x).reciprocal()
+    return as_scalar(1 / temperature, x)
+
+
+def unit(x: Tensor) -> Tensor:
+    """Unit rows, in the dtype of sums."""
+    return F.normalize(x.to(accumulate_dtype(x.dtype)), dim=-1)
+
+
+def dot(x: Tensor, y: Tensor) -> Tensor:
+    """Products of rows with rows, in the dtype of sums, under autocast too, where vecdot would not be."""
+    dtype = accumulate_dtype(x.dtype)
+    return (x.to(dtype) * y.to(dtype)).sum(-1)
+
+
+def needs_gradient(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+def logsumexp(total: Tensor, shift: Tensor) -> Tensor:
+    some = total != 0  # the gradient of log(0) is NaN
+    return total.where(some, 1).log().where(some, float("-inf")) + shift
+
+
+def finish(loss: Tensor, reduction: str, x: Tensor) -> Tensor:
+    loss = reference.contrastive.reduce(loss, reduction)
+    return loss if autocast_enabled(x) else loss.to(x.dtype)
+
+
+def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
+    return torch.autocast(x.device.type, enabled=False) if autocast_enabled(x) else contextlib.nullcontext()

@@ -1,0 +1,81 @@
+"""Contrastive losses by sigmoid."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastssl import reference
+from fastssl._checks import (
+    check_group,
+    check_pair,
+    check_scalar,
+)
+from fastssl.distributed import ProcessGroup, Ring
+from fastssl.functional._shared import (
+    as_scalar,
+    dot,
+    finish,
+    needs_gradient,
+)
+from fastssl.ops import current_backend, sigmoid
+from fastssl.ops._precision import product_precision
+
+
+def siglip_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: float | Tensor,
+    logit_bias: float | Tensor = 0.0,
+    *,
+    reduction: str = "mean",
+    group: ProcessGroup | None = None,
+) -> Tensor:
+    r"""The sigmoid loss of SigLIP (arXiv:2303.15343): every pair of an image and a text is a decision of its own.
+
+        loss = -sum_ij log sigmoid(l_ij (logit_scale <image_i, text_j> + logit_bias)),    l_ij = 1 if i = j, else -1
+
+    divided by B for the mean. The B x B logits are never stored: memory is O(B D). Gradients are taken in the
+    forward pass, if any is needed.
+
+    Args:
+        image_features: (B, D) rows, normalised by the caller; float32, bfloat16, float16 or float64.
+        text_features: (B, D), of image_features' dtype and device.
+        logit_scale: multiplies the similarities (in SigLIP exp of a parameter): a number, or a 0-d tensor, which
+            gets its exact gradient.
+        logit_bias: added to the similarities: a number, or a 0-d tensor, which gets its exact gradient.
+        reduction: "mean" over the B images, or "sum".
+        group: processes that hold B pairs each of one batch: an image's decisions are on the texts of all of them.
+            What is returned, and what it is to be differentiated, is as in `clip_loss`.
+
+    Returns:
+        0-d loss in image_features' dtype, float32 under autocast. The mean over an empty batch is NaN.
+
+    Raises:
+        TypeError: if features are no tensors, or logit_scale or logit_bias neither number nor tensor.
+        ValueError: if shapes, dtypes or devices do not fit, logit_scale or logit_bias is a number that is not finite,
+            or reduction is unknown, or on every process, if those of group differ in shapes, dtypes or requires_grad.
+    """
+    check_pair(image_features, text_features, "image_features", "text_features")
+    check_scalar("logit_scale", logit_scale)
+    check_scalar("logit_bias", logit_bias)
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
+    check_group(group)
+    if current_backend() == "reference":
+        return reference.sigmoid.siglip_loss(
+            image_features, text_features, logit_scale, logit_bias, reduction=reduction
+        )
+    scale, bias = as_scalar(logit_scale, image_features), as_scalar(logit_bias, image_features)
+    batch = image_features.shape[0]
+    inputs, precision = (image_features, text_features, scale, bias), product_precision(image_features)
+    if group is None:
+        loss, *_ = sigmoid.siglip_loss(*inputs, needs_gradient(*inputs), precision)
+    else:
+        names = "image_features", "text_features", "logit_scale", "logit_bias"
+        ring = Ring(group, **dict(zip(names, inputs, strict=True)))
+        own = torch.arange(batch, device=image_features.device)
+        positive = dot(image_features, text_features) * scale + bias
+        loss = ring.similarity_softplus(*inputs, own, precision) - F.logsigmoid(positive).sum()
+    return finish(loss / batch if reduction == "mean" else loss, "none", image_features)
