@@ -17,7 +17,7 @@ from pathlib import Path
 import registry
 import torch
 from machine import OtherProcesses, Rates, available_memory
-from registry import MODES, Benchmark, Contestant, Size, forward_backward
+from registry import MODES, Benchmark, Contestant, Size
 from torch import Tensor
 
 _SECONDS_PER_CONTESTANT = 2.0
@@ -39,11 +39,16 @@ class Measurement:
     quartile3: float = math.nan
     repeats: int = 0
     floor: float = math.nan
-    loss_error: float = math.nan
+    value_error: float = math.nan
     gradient_error: float = math.nan
     extra_memory: float = math.nan
     other_processes_cores: float = math.nan
     note: str = ""
+
+    @property
+    def error(self) -> float:
+        """Of outputs and gradients, the larger; NaN if one is."""
+        return max(self.value_error, self.gradient_error, key=lambda error: (math.isnan(error), error))
 
     @property
     def floor_fraction(self) -> float:
@@ -64,7 +69,7 @@ def measure(
     """
     dtype = MODES[mode].dtype
     inputs = benchmark.inputs(size, dtype)
-    expected = benchmark.expected(inputs)
+    expected = benchmark.expected(benchmark.inputs(size, dtype))
     products = torch.bfloat16 if mode == "medium" else dtype
     floor = benchmark.floor(size, dtype.itemsize, rates.product[products][0], rates.copy)
     results, steps = {r.contestant: r for r in unmeasured(benchmark, size, mode, contestants)}, {}
@@ -75,19 +80,18 @@ def measure(
             continue
         torch.set_float32_matmul_precision(contestant.precision)
         try:
-            loss = contestant.make()
-            value, gradients = forward_backward(loss, inputs)
+            function = contestant.make()
+            found = benchmark.run(function, benchmark.inputs(size, dtype))  # of its own, which it may change
         except Exception as error:
             result.note = _failure(error)
             continue
-        result.loss_error = relative_error((value,), expected[:1])
-        result.gradient_error = relative_error(gradients, expected[1])
+        result.value_error, result.gradient_error = map(relative_error, found, expected)
         if contestant.compiled and torch._dynamo.utils.counters["stats"]["unique_graphs"] != 1:
             result.note = "failed: torch.compile ran eager code"
-        elif not max(result.loss_error, result.gradient_error) <= MODES[mode].tolerance:
-            result.note = f"wrong: loss error {result.loss_error:.1e}, gradient error {result.gradient_error:.1e}"
+        elif not result.error <= MODES[mode].tolerance:
+            result.note = f"wrong: error {result.value_error:.1e}, of gradients {result.gradient_error:.1e}"
         else:
-            steps[name] = (contestant.precision, lambda loss=loss: forward_backward(loss, inputs))
+            steps[name] = (contestant.precision, functools.partial(benchmark.step, function, inputs))
     with OtherProcesses() as others:
         timed = interleaved_seconds(steps, repeats)
     for name, seconds in timed.items():
@@ -134,7 +138,7 @@ def interleaved_seconds(
 def unmeasured(benchmark: Benchmark, size: Size, mode: str, contestants: dict[str, Contestant]) -> list[Measurement]:
     """A measurement still to be taken for each contestant; its note is set where the contestant would not fit."""
     label = "x".join(map(str, size))
-    return [Measurement(benchmark.op, label, mode, n, note=_too_large(c)) for n, c in contestants.items()]
+    return [Measurement(benchmark.name, label, mode, n, note=_too_large(c)) for n, c in contestants.items()]
 
 
 def add_memory(result: Measurement, size: Size) -> None:
@@ -152,7 +156,7 @@ def add_memory(result: Measurement, size: Size) -> None:
 @functools.cache
 def kernel_of(op: str) -> str:
     """What computes fastssl's side on this machine's CPU."""
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"fastssl::{registry.OPS[op].op}", "CPU"):
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"fastssl::{registry.BENCHMARKS[op].kernel}", "CPU"):
         return "in portable PyTorch"
     from fastssl import _C
 
@@ -166,15 +170,15 @@ def worth_measuring_memory(benchmark: Benchmark, size: Size, mode: str) -> bool:
 
 def _memory_of(op: str, size: Size, mode: str, name: str, kernel: str) -> float:
     """Runs in the new process. Libraries and threads are warmed up on the smallest size, compiled code on its own."""
+    benchmark = registry.load()[op]
     if kernel_of(op) != kernel:
         raise RuntimeError(f"{op} is {kernel_of(op)} in a new process, and {kernel} in this one")
-    benchmark = registry.load()[op]
     contestant = benchmark.contestants(size, mode)[name]
     torch.set_float32_matmul_precision(contestant.precision)
-    loss, dtype = contestant.make(), MODES[mode].dtype
-    forward_backward(loss, benchmark.inputs(size if contestant.compiled else benchmark.sizes[0], dtype))
+    function, dtype = contestant.make(), MODES[mode].dtype
+    benchmark.step(function, benchmark.inputs(size if contestant.compiled else benchmark.sizes[0], dtype))
     inputs = benchmark.inputs(size, dtype)
-    return extra_memory(lambda: forward_backward(loss, inputs))
+    return extra_memory(lambda: benchmark.step(function, inputs))
 
 
 def extra_memory(run: Callable[[], object]) -> float:
@@ -193,10 +197,10 @@ def _peak_resident() -> float:
 
 
 def relative_error(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> float:
-    """The largest relative error (Frobenius norm) among pairs of tensors."""
+    """The largest relative error (Frobenius norm) among pairs of tensors, 0 where there are none."""
     pairs = zip(found, expected, strict=True)
     errors = [((a.double() - b.double()).norm() / b.double().norm()).item() for a, b in pairs]
-    return math.nan if any(map(math.isnan, errors)) else max(errors)
+    return math.nan if any(map(math.isnan, errors)) else max(errors, default=0.0)
 
 
 def _too_large(contestant: Contestant) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import pkgutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,26 +17,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastssl import functional
+from fastssl import functional, reference
 from fastssl.reference import OPS
 
 Size = tuple[int, ...]
 Loss = Callable[..., Tensor]
+Function = Callable[..., Any]  # a loss, or what else takes a benchmark's inputs
+Inputs = tuple[Any, ...]  # tensors, lists of them, numbers
 LossAndGradients = tuple[Tensor, tuple[Tensor, ...]]
+Results = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]  # outputs, gradients
 
 _FLOAT64_ELEMENTS = 1 << 28  # above, an oracle works in float32
 _BLOCK_ELEMENTS = 1 << 22
 
 BENCHMARKS: dict[str, Benchmark] = {}
-BASELINES = ("naive", "compile", "lightly", "open_clip", "metric_learning")
+BASELINES = ("naive", "compile", "lightly", "open_clip", "metric_learning", "assign", "foreach")
 
 
 @dataclass(frozen=True)
 class Mode:
     """A precision: the inputs' dtype, fastssl's and the baselines' float32 matmul precision, the largest error.
 
-    A contestant whose loss or gradient has a larger relative error (Frobenius norm) than `tolerance` is wrong. That of
-    bfloat16 admits what eager code loses where it rounds log-sum-exps to bfloat16.
+    A contestant whose outputs or gradients have a larger relative error (Frobenius norm) than `tolerance` is wrong.
+    That of bfloat16 admits what eager code loses where it rounds log-sum-exps to bfloat16.
     """
 
     dtype: torch.dtype
@@ -53,72 +57,128 @@ MODES = {
 
 @dataclass(frozen=True)
 class Contestant:
-    """A loss to build, the float32 matmul precision it runs under, and the bytes it needs at its peak."""
+    """A function to build, the float32 matmul precision it runs under, and the bytes it needs at its peak."""
 
-    make: Callable[[], Loss]
+    make: Callable[[], Function]
     precision: str
     needs: float = 0
     compiled: bool = False
 
 
+def loss_and_gradients(loss: Loss, inputs: Inputs) -> Results:
+    """The step of a loss: its value, averaged where there is one per row, and its gradients."""
+    value = loss(*inputs)
+    if value.dim():
+        value = value.mean()
+    return (value.detach(),), torch.autograd.grad(value, [x for x in inputs if x.requires_grad])
+
+
+def output_and_gradients(function: Function, inputs: Inputs) -> Results:
+    """The step of a layer. The last of its inputs is the gradient that the next layer sends back."""
+    *arguments, gradient = inputs
+    output = function(*arguments)
+    return (output.detach(),), torch.autograd.grad(output, [x for x in arguments if x.requires_grad], gradient)
+
+
+def outputs(function: Function, inputs: Inputs) -> Results:
+    """The step of an operation of several outputs, without gradients."""
+    return function(*inputs), ()
+
+
+def in_place(function: Function, inputs: Inputs) -> Results:
+    """The step of an operation that changes its first input, a tensor or a list of tensors."""
+    function(*inputs)
+    return (inputs[0],) if isinstance(inputs[0], Tensor) else tuple(inputs[0]), ()
+
+
 @dataclass(frozen=True)
 class Benchmark:
-    """One operation, forward and backward.
+    """One operation, and the step that is timed: of a loss forward and backward.
 
     Attributes:
-        op: name in `fastssl.functional` and `fastssl.reference.OPS`.
+        op: name in `fastssl.functional`.
         sizes: what is timed unless the user says otherwise; what a shorter size leaves out is the first one's.
         memory_sizes: what only the peak memory is measured at.
-        inputs: (size, dtype) -> tensors; those that require gradients get them.
-        flops: (size) -> floating-point operations of the matrix products of forward + backward at best.
-        traffic: (size, bytes per element) -> bytes that forward + backward must read and write.
-        needs: (size, bytes per element) -> estimate of each baseline's peak extra memory.
-        arguments: keyword arguments of fastssl's function and of the reference.
-        call: (loss, *inputs) -> the loss with what people compute in front of it; peers that do so themselves lack it.
-        peers: baseline -> its loss, from another library.
-        oracle: (*inputs) -> mean loss and gradients, exact to float32 or better; None: the reference in float64.
+        inputs: (size, dtype) -> tensors, lists of them, numbers: the same at every call; tensors that require gradients
+            get them.
+        traffic: (size, bytes per element) -> bytes that the step must read and write.
+        needs: (size, bytes per element) -> estimate of the peak extra memory of "naive", and of every other baseline
+            that is to run.
+        flops: (size) -> floating-point operations of the step's matrix products at best.
+        arguments: keyword arguments of fastssl's function and of the naive one.
+        call: (function, *inputs) -> its result with what people compute in front of it; peers that do so themselves
+            lack it.
+        naive: eager code; None: the reference in `fastssl.reference.OPS`.
+        peers: baseline -> its function, from another library.
+        step: (function, inputs) -> outputs and gradients, a function of this module.
+        timed: the step, in words.
+        settle: (inputs, outputs) -> tensors of which everybody's must equal the oracle's, where the outputs are random.
+        oracle: (*inputs) -> mean loss and gradients, exact to float32 or better; None: the naive code in float64.
+        modes: the precisions that make a difference.
+        kernel: the operation of `torch.ops.fastssl` that does the work; "": that in `OPS`, or of the name.
+        name: what it is called, where `op` has another benchmark; "": as `op`.
     """
 
     op: str
     sizes: tuple[Size, ...]
     memory_sizes: tuple[Size, ...]
-    inputs: Callable[[Size, torch.dtype], tuple[Tensor, ...]]
-    flops: Callable[[Size], float]
+    inputs: Callable[[Size, torch.dtype], Inputs]
     traffic: Callable[[Size, int], float]
     needs: Callable[[Size, int], dict[str, float]]
+    flops: Callable[[Size], float] = lambda size: 0.0
     arguments: dict[str, Any] = field(default_factory=dict)
-    call: Callable[..., Tensor] | None = None
-    peers: dict[str, Callable[[], Loss]] = field(default_factory=dict)
+    call: Function | None = None
+    naive: Function | None = None
+    peers: dict[str, Callable[[], Function]] = field(default_factory=dict)
+    step: Callable[[Function, Inputs], Results] = loss_and_gradients
+    timed: str = "forward + backward, normalisation included"
+    settle: Callable[[Inputs, tuple[Tensor, ...]], tuple[Tensor, ...]] | None = None
     oracle: Callable[..., LossAndGradients] | None = None
+    modes: tuple[str, ...] = tuple(MODES)
+    kernel: str = ""
+    name: str = ""
 
     def __post_init__(self) -> None:
-        BENCHMARKS[self.op] = self
+        spec = OPS.get(self.op)
+        object.__setattr__(self, "naive", self.naive or spec.reference)
+        object.__setattr__(self, "kernel", self.kernel or (spec.op if spec else self.op))
+        object.__setattr__(self, "name", self.name or self.op)
+        BENCHMARKS[self.name] = self
+
+    @property
+    def family(self) -> str:
+        """The module that the operation lives in."""
+        return getattr(functional, self.op).__module__.rpartition(".")[2]
 
     def contestants(self, size: Size, mode: str, against: tuple[str, ...] = BASELINES) -> dict[str, Contestant]:
         """fastssl first, then the baselines that `against` names and this operation has."""
         settings = MODES[mode]
-        naive, ours = self._loss(OPS[self.op].reference), self._loss(getattr(functional, self.op))
+        naive, ours = self._complete(self.naive), self._complete(getattr(functional, self.op))
         needs = self.needs(size, settings.dtype.itemsize)
         makers = {"naive": lambda: naive, "compile": lambda: compiled(naive), **self.peers}
         found = {"fastssl": Contestant(lambda: ours, settings.precision)}
         for name in against:
-            if name in makers:
+            if name in makers and name in needs:
                 found[name] = Contestant(makers[name], settings.baseline_precision, needs[name], name == "compile")
         if "naive" in found and settings.precision != settings.baseline_precision:
             found[f"naive, {settings.precision}"] = Contestant(makers["naive"], settings.precision, needs["naive"])
         return found
 
-    def expected(self, inputs: tuple[Tensor, ...]) -> LossAndGradients:
-        """The oracle's answer."""
-        if self.oracle:
-            return self.oracle(*inputs)
-        exact = (x.detach().double() if x.is_floating_point() else x for x in inputs)
-        leaves = tuple(y.requires_grad_(x.requires_grad) for x, y in zip(inputs, exact, strict=True))
-        return forward_backward(self._loss(OPS[self.op].reference), leaves)
+    def run(self, function: Function, inputs: Inputs) -> Results:
+        """The step, and of outputs what must equal the oracle's."""
+        values, gradients = self.step(function, inputs)
+        return self.settle(inputs, values) if self.settle else values, gradients
 
-    def _loss(self, function: Loss) -> Loss:
-        loss = functools.partial(function, **self.arguments)
-        return functools.partial(self.call, loss) if self.call else loss
+    def expected(self, inputs: Inputs) -> Results:
+        """The oracle's answer. It changes what the step changes."""
+        if self.oracle:
+            loss, gradients = self.oracle(*inputs)
+            return (loss,), gradients
+        return self.run(self._complete(self.naive), tuple(map(_exact, inputs)))
+
+    def _complete(self, function: Function) -> Function:
+        function = functools.partial(function, **self.arguments)
+        return functools.partial(self.call, function) if self.call else function
 
     def floor(self, size: Size, itemsize: int, product_rate: float, bandwidth: float) -> float:
         """Seconds of the products at `product_rate` FLOP/s, then of the traffic at `bandwidth` bytes/s."""
@@ -126,20 +186,20 @@ class Benchmark:
 
 
 def load(names: Sequence[str] = ()) -> dict[str, Benchmark]:
-    """The benchmarks of the families and operations in `names`, or all, by operation."""
-    family = {name: spec.family for name, spec in OPS.items()}
-    for name in set(family.values()):
-        if Path(__file__).with_name(f"{name}.py").exists():
-            importlib.import_module(name)
-    return {op: b for op, b in BENCHMARKS.items() if not names or op in names or family[op] in names}
+    """The benchmarks whose family, operation or name is among `names`, or all, by name."""
+    for module in pkgutil.iter_modules(reference.__path__):
+        if Path(__file__).with_name(f"{module.name}.py").exists():
+            importlib.import_module(module.name)
+    return {b.name: b for b in BENCHMARKS.values() if not names or not {b.family, b.op, b.name}.isdisjoint(names)}
 
 
-def forward_backward(loss: Loss, inputs: tuple[Tensor, ...]) -> LossAndGradients:
-    """The step that is timed: the loss, averaged where there is one per row, and its gradients."""
-    value = loss(*inputs)
-    if value.dim():
-        value = value.mean()
-    return value.detach(), torch.autograd.grad(value, [x for x in inputs if x.requires_grad])
+def _exact(x: Any) -> Any:
+    """`x`, its floating-point numbers in float64."""
+    if isinstance(x, (list, tuple)):
+        return [_exact(y) for y in x]
+    if isinstance(x, Tensor) and x.is_floating_point():
+        return x.detach().double().requires_grad_(x.requires_grad)
+    return x
 
 
 def unit_pairs(size: Size, dtype: torch.dtype) -> tuple[Tensor, ...]:

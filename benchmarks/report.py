@@ -14,20 +14,24 @@ from rich.console import Console
 from rich.table import Table
 
 _QUIET = 0.1  # cores; the system's own housekeeping
+_MODES = {
+    "float32": "float32 products for all",
+    "medium": "fastssl under set_float32_matmul_precision('medium'), baselines under 'highest' unless named",
+    "bfloat16": "bfloat16 inputs for all",
+}
 Grid = tuple[list[str], list[list[str]]]
 
 
 def preamble(
-    op: str, machine: dict[str, str | int | float], rates: Rates, results: list[Measurement], command: str
+    op: str, timed: str, machine: dict[str, str | int | float], rates: Rates, results: list[Measurement], command: str
 ) -> list[str]:
     """What must be known to read the tables: the machine, its rates, how figures were taken, how to repeat them."""
     lines = [
         "{cpu} ({instruction_sets}), {cores} cores, {threads} threads, PyTorch {torch}; ".format(**machine)
         + f"fastssl {machine['fastssl']}, {op} {machine['kernels']}.",
-        "Forward + backward, normalisation included: medians of interleaved repeats in one process, on the same "
+        f"{timed[0].upper()}{timed[1:]}: medians of interleaved repeats in one process, on the same "
         "inputs; a ratio is the baseline's time, in brackets, over fastssl's.",
-        "float32: float32 products for all. medium: fastssl under set_float32_matmul_precision('medium'), baselines "
-        "under 'highest' unless named. bfloat16: bfloat16 inputs for all.",
+        " ".join(f"{mode}: {_MODES[mode]}." for mode in dict.fromkeys(r.mode for r in results)),
         "Floor: the products at the machine's best measured rate, plus the traffic at its copy bandwidth; exponentials "
         f"count nothing. Copy {rates.copy / 1e9:.0f} GB/s; "
         + "; ".join(
@@ -51,7 +55,7 @@ def times(results: list[Measurement]) -> Grid:
     rows = []
     for (mode, size), case in _cases(timed).items():
         ours = case["fastssl"]
-        errors = (f"{case[n].gradient_error:.0e}" for n in ("fastssl", "naive") if n in case)
+        errors = (f"{case[n].error:.0e}" for n in ("fastssl", "naive") if n in case)
         rows.append(
             [mode, size, ours.note if math.isnan(ours.median) else _seconds(ours.median), _quartiles(ours)]
             + [_against(case.get(name), ours) for name in names[1:]]
@@ -59,7 +63,7 @@ def times(results: list[Measurement]) -> Grid:
         )
     columns = [f"against {name}" for name in names[1:]]
     header = ["precision", "size", "fastssl", "quartiles", *columns]
-    return [*header, "floor / time", "gradient error (naive's)"], rows
+    return [*header, "floor / time", "error (naive's)"], rows
 
 
 def memory(results: list[Measurement]) -> Grid:
@@ -99,7 +103,7 @@ def write_csv(path: Path, results: list[Measurement], machine: dict[str, str | i
         writer.writerows(rows)
 
 
-def plot(path: Path, results: list[Measurement], title: str) -> None:
+def plot(path: Path, results: list[Measurement], title: str, timed: str) -> None:
     """Time, and below it peak extra memory, over the first dimension of the size; one column for each of the rest."""
     import matplotlib
 
@@ -130,12 +134,12 @@ def plot(path: Path, results: list[Measurement], title: str) -> None:
                 column[0].plot(x, [1e3 * r.floor for r in y], "k:", label="floor")
             if with_memory:
                 column[1].plot(x, [r.extra_memory / 2**20 for r in y], **style)
-        column[0].set_title(mode + (f", rows x {rest}" if rest else ""))
+        column[0].set_title(mode + (f", n x {rest}" if rest else ""))
         column[0].legend(fontsize=8)
         for axis in column:
-            axis.set(xscale="log", yscale="log", xlabel="rows")
+            axis.set(xscale="log", yscale="log", xlabel="n")
             axis.grid(True, which="major", alpha=0.4)
-    for axis, label in zip(axes[:, 0], ("forward + backward [ms]", "peak extra memory [MiB]")):  # noqa: B905
+    for axis, label in zip(axes[:, 0], (f"{timed.partition(',')[0]} [ms]", "peak extra memory [MiB]")):  # noqa: B905
         axis.set_ylabel(label)
     figure.suptitle(textwrap.fill(title, 65 * len(curves)), fontsize=9)
     figure.tight_layout()

@@ -35,7 +35,7 @@ def _sizes(text: str) -> list[registry.Size]:
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:
-    known = sorted({spec.family for spec in registry.OPS.values()} | set(registry.OPS))
+    known = sorted({name for b in registry.load().values() for name in (b.family, b.op, b.name)})
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("family", nargs="*", help=f"families or operations ({', '.join(known)}); all by default")
     parser.add_argument("--dtype", type=_names(tuple(registry.MODES)), default=tuple(registry.MODES))
@@ -61,10 +61,10 @@ def _run(benchmark: registry.Benchmark, arguments: argparse.Namespace, rates: ma
     default = benchmark.sizes[0]
     timed = [size + default[len(size) :] for size in arguments.sizes or benchmark.sizes]
     untimed = () if arguments.sizes else benchmark.memory_sizes
-    for mode in arguments.dtype:
+    for mode in (m for m in arguments.dtype if m in benchmark.modes):
         for size in (*timed, *untimed):
             contestants = benchmark.contestants(size, mode, arguments.against)
-            with console.status(f"{benchmark.op} {mode} {size}"):
+            with console.status(f"{benchmark.name} {mode} {size}"):
                 if size in timed:
                     results = measure.measure(benchmark, size, mode, contestants, rates, arguments.repeats)
                 else:
@@ -90,16 +90,18 @@ def main(argv: list[str]) -> int:
     for op, benchmark in registry.load(arguments.family).items():
         described["kernels"] = measure.kernel_of(op)
         results = list(_run(benchmark, arguments, rates, console))
-        lines = report.preamble(op, described, rates, results, command)
+        if not results:
+            continue
+        lines = report.preamble(op, benchmark.timed, described, rates, results, command)
         grids = {f"{op}: time": report.times(results)}
         if (grid := report.memory(results))[1]:
-            grids[f"{op}: peak extra memory, gradients included, inputs not; each in a process of its own"] = grid
+            grids[f"{op}: peak extra memory, results included, inputs not; each in a process of its own"] = grid
         for line in lines:
             console.print(line, highlight=False, soft_wrap=True)
         for title, grid in grids.items():
             report.show(console, title, grid)
         report.write_csv(arguments.output / f"{op}.csv", results, described, rates)
-        report.plot(arguments.output / f"{op}.png", results, lines[0])
+        report.plot(arguments.output / f"{op}.png", results, lines[0], benchmark.timed)
         if arguments.markdown:
             text = "\n\n".join(lines) + "\n\n" + "\n".join(report.markdown(*item) for item in grids.items())
             (arguments.output / f"{op}.md").write_text(text)

@@ -11,7 +11,7 @@ import pytest
 import registry
 import torch
 
-CASES = [(op, size, mode) for op, b in registry.load().items() for mode in registry.MODES for size in b.sizes]
+CASES = [(name, size, mode) for name, b in registry.load().items() for mode in b.modes for size in b.sizes]
 
 
 @pytest.fixture(autouse=True)
@@ -21,9 +21,9 @@ def _restore_precision() -> Iterator[None]:
     torch.set_float32_matmul_precision(before)
 
 
-@pytest.mark.parametrize("op, size, mode", CASES, ids=lambda x: "x".join(map(str, x)) if isinstance(x, tuple) else x)
-def test_fastssl(benchmark, op: str, size: registry.Size, mode: str) -> None:
-    case = registry.BENCHMARKS[op]
+@pytest.mark.parametrize("name, size, mode", CASES, ids=lambda x: "x".join(map(str, x)) if isinstance(x, tuple) else x)
+def test_fastssl(benchmark, name: str, size: registry.Size, mode: str) -> None:
+    case = registry.BENCHMARKS[name]
     contestant = case.contestants(size, mode, ())["fastssl"]
     torch.set_float32_matmul_precision(contestant.precision)
-    benchmark(registry.forward_backward, contestant.make(), case.inputs(size, registry.MODES[mode].dtype))
+    benchmark(case.step, contestant.make(), case.inputs(size, registry.MODES[mode].dtype))
