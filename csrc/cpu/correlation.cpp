@@ -14,9 +14,10 @@
 // next. In the backward pass a panel is read once more and its gradient finished, the standardisation's derivative
 // included, since that needs nothing but the column. All that is kept between the two is the Gram matrices.
 //
-// Primal, where D is: tiles of A^T B, each computed once, for the loss and for both gradients: 3 V. A^T A is symmetric:
-// half the tiles, 3/2 V for each view. Tiles are forgotten; operands and gradients are kept packed, in cells of a block
-// of rows by a block of columns, so that every product's operands fit the second-level cache.
+// Primal, where D is: A^T B in squares, each computed once and in the forward pass, for the loss and for both
+// gradients: 3 V. A^T A is symmetric: half the tiles, 3/2 V for each view. Squares are forgotten; what is kept are the
+// products A (A^T B) and B (A^T B)^T, which the backward pass finishes, panel by panel. Operands are packed in cells of
+// a block of rows by a block of columns, so that those of every product fit the second-level cache.
 //
 // Threads. No two that run at once write the same Gram tile, panel, or gradient, and sums come in one order: the bits
 // are the same in every run with as many threads.
@@ -109,11 +110,10 @@ struct Panels {
   }
   Columns of(const Rows& view, int64_t p) const { return {view, p * width, columns(p), width}; }
 
-  // Panel p of all views, and their statistics.
-  void standardise(int64_t p, float* const* panels, float* scratch) const {
-    for (int v = 0; v < views.count(); ++v)
-      tile.standardise(of(raw(v), p), views.rows, padded_rows, views.divide, views.eps, views.divisor, panels[v],
-                       of(variance[v], p), of(rstd[v], p), scratch);
+  // Panel p of view v, and its statistics.
+  void standardise(int v, int64_t p, float* panel, float* scratch) const {
+    tile.standardise(of(raw(v), p), views.rows, padded_rows, views.divide, views.eps, views.divisor, panel,
+                     of(variance[v], p), of(rstd[v], p), scratch);
   }
 
   // What the two views' panels p give together, once they are standardised.
@@ -235,7 +235,7 @@ void standardise_all(const Panels& panels) {
   run(panels.threads, panels.count, [&](int64_t p) {
     float* const panel = scratch.floats(slot(panels.threads));
     float* const both[] = {panel, panel + panels.elements()};
-    panels.standardise(p, both, panel + 2 * panels.elements());
+    for (int v = 0; v < panels.views.count(); ++v) panels.standardise(v, p, both[v], panel + 2 * panels.elements());
     panels.compare(p, both, panel + 2 * panels.elements());
   });
 }
@@ -263,7 +263,7 @@ void add_panels(const Panels& panels, int threads, int64_t first, int64_t last, 
       float* panel[2] = {};
       for (int v = 0; v < views; ++v)
         panel[v] = engine.half() ? own + v * panels.elements() : left.floats(t * views + v);
-      panels.standardise(begin + t, panel, own + wide);
+      for (int v = 0; v < views; ++v) panels.standardise(v, begin + t, panel[v], own + wide);
       panels.compare(begin + t, panel, own + wide);
       for (int v = 0; panels.rounded() && v < (cross ? 1 : views); ++v)
         panels.tile.multiply_columns(panel[v], panel[cross ? 1 : v], panels.views.rows, panels.width, true,
@@ -337,9 +337,34 @@ double inner(const Panels& panels, const Tensor& x, const Tensor& y) {
   return sum;
 }
 
-// The gradients of the views, times `factor`, into `out`, from their Gram matrices.
-void dual_gradients(const Panels& panels, const Loss& loss, const std::vector<Tensor>& grams, float factor,
-                    const std::vector<Tensor>& out) {
+// The gradients of the views, times `factor`, into `out`. `product(v, p, panel, free, out)` makes what P of `finish` is,
+// for panel p of view v; `done` is called by each thread that has made some.
+template <typename Product, typename Done>
+void derive(const Panels& panels, const Loss& loss, bool dual, const Tensor& diagonals, float factor,
+            const std::vector<Tensor>& out, const Product& product, const Done& done) {
+  const int views = panels.views.count(), threads = panels.threads;
+  const int64_t elements = panels.elements();
+  const int64_t terms_at = std::max(panels.rows.block * panels.width, panels.scratch());
+  const Blocks scratch(threads, ((views + 1) * elements + terms_at + 2 * panels.width) * 4);
+  run(threads, panels.count, [&](int64_t p) {
+    float* const P = scratch.floats(slot(threads));
+    float* const panel[2] = {P + elements, P + views * elements};
+    float* const free = P + (views + 1) * elements;
+    for (int v = 0; v < views; ++v) panels.standardise(v, p, panel[v], free);
+    if (loss.cross()) panels.compare(p, panel, free);  // for the terms
+    for (int v = 0; v < views; ++v) {
+      product(v, p, panel, free, P);
+      const int gram = loss.cross() ? 1 - v : v;
+      panels.finish(p, v, P, panel, dual ? diagonals[gram].const_data_ptr<float>() : nullptr,
+                    static_cast<float>(loss.alpha()), loss.terms(panels, p, v, dual, free + terms_at),
+                    loss.projection(), static_cast<float>(loss.pull()), factor, free, out[v]);
+    }
+  }, done);
+}
+
+// The same from the views' Gram matrices.
+void derive_dual(const Panels& panels, const Loss& loss, const std::vector<Tensor>& grams, float factor,
+                 const std::vector<Tensor>& out) {
   const Engine& engine = panels.engine;
   const Cut& rows = panels.rows;
   const int views = panels.views.count(), threads = panels.threads;
@@ -367,147 +392,158 @@ void dual_gradients(const Panels& panels, const Loss& loss, const std::vector<Te
     }
   });
   const bool rounded = panels.rounded();
-  const int64_t terms_at = std::max(rows.block * panels.width, panels.scratch()), spare = terms_at + 2 * panels.width;
-  const Blocks scratch(threads, ((views + 1) * elements + spare) * 4);
   const Blocks operands(threads, rounded ? elements * engine.bytes() : 0);
-  run(threads, panels.count, [&](int64_t p) {
-    float* const product = scratch.floats(slot(threads));
-    float* const panel[2] = {product + elements, product + views * elements};
-    float* const free = product + (views + 1) * elements;
-    panels.standardise(p, panel, free);
-    if (loss.cross()) panels.compare(p, panel, free);  // for the terms
-    for (int v = 0; v < views; ++v) {
-      void* const operand = rounded ? operands[slot(threads)] : panel[v];
-      if (rounded)
-        panels.arrange(panel[v], free, {engine.half() ? nullptr : operand, nullptr, engine.half() ? operand : nullptr,
-                                        nullptr});
-      const int gram = loss.cross() ? 1 - v : v;
-      if (!products) std::fill_n(product, elements, 0.f);
-      for (int64_t I = 0; products && I < rows.blocks; ++I)
-        for (int64_t J = 0; J < rows.blocks; ++J)
-          engine.multiply(panels.padded(I), panels.width, panels.padded(J), J > 0,
-                          static_cast<char*>(left[gram * rows.blocks + I]) +
-                              J * rows.block * panels.padded(I) * engine.bytes(),
-                          panels.cell(operand, J, engine.bytes()), panels.cell(product, I));
-      panels.finish(p, v, product, panel, diagonals.const_data_ptr<float>() + gram * count,
-                    static_cast<float>(loss.alpha()), loss.terms(panels, p, v, true, free + terms_at),
-                    loss.projection(), static_cast<float>(loss.pull()), factor, free, out[v]);
-    }
+  derive(panels, loss, true, diagonals, factor, out, [&](int v, int64_t, float* const* panel, float* free, float* P) {
+    void* const operand = rounded ? operands[slot(threads)] : panel[v];
+    if (rounded)
+      panels.arrange(panel[v], free,
+                     {engine.half() ? nullptr : operand, nullptr, engine.half() ? operand : nullptr, nullptr});
+    const int gram = loss.cross() ? 1 - v : v;
+    if (!products) std::fill_n(P, elements, 0.f);
+    for (int64_t I = 0; products && I < rows.blocks; ++I)
+      for (int64_t J = 0; J < rows.blocks; ++J)
+        engine.multiply(panels.padded(I), panels.width, panels.padded(J), J > 0,
+                        static_cast<char*>(left[gram * rows.blocks + I]) +
+                            J * rows.block * panels.padded(I) * engine.bytes(),
+                        panels.cell(operand, J, engine.bytes()), panels.cell(P, I));
   }, [&] { engine.release(); });
 }
 
-// All panels of a view as operands.
-struct Cells {
-  Blocks left, right, right_pairs, left_columns;
+// The same from the products B (A^T B)^T and A (A^T B), (N, D) each.
+void derive_primal(const Panels& panels, const Loss& loss, const std::vector<Tensor>& products, float factor,
+                   const std::vector<Tensor>& out) {
+  const int64_t rows = panels.views.rows, dim = panels.views.dim, width = panels.width;
+  derive(panels, loss, false, Tensor(), factor, out, [&](int v, int64_t p, float* const*, float*, float* P) {
+    const float* from = products[v].const_data_ptr<float>() + p * width;
+    const int64_t columns = panels.columns(p);
+    for (int64_t n = 0; n < rows; ++n, from += dim, P += width) {
+      std::copy_n(from, columns, P);
+      std::fill(P + columns, P + width, 0.f);
+    }
+  }, [] {});
+}
 
-  Cells(const Panels& panels, bool as_left, bool as_right, bool as_right_pairs, bool as_left_columns)
-      : left(panels.count, bytes(panels, as_left)),
-        right(panels.count, bytes(panels, as_right)),
-        right_pairs(panels.count, bytes(panels, as_right_pairs)),
-        left_columns(panels.count, bytes(panels, as_left_columns)) {}
+// All panels of a view Z as operands: of Z^T Z' from the left (`columns`) and from the right, and of Z W from the left
+// (`rows`). In float32 the last two are one.
+struct Operands {
+  Blocks rows, columns, pairs;
+  bool half;
+
+  Operands(const Panels& panels, bool from_left, bool from_right, bool derive)
+      : rows(panels.count, bytes(panels, derive || (from_right && !panels.engine.half()))),
+        columns(panels.count, bytes(panels, from_left)),
+        pairs(panels.count, bytes(panels, from_right && panels.engine.half())),
+        half(panels.engine.half()) {}
 
   static int64_t bytes(const Panels& panels, bool wanted) { return wanted ? panels.elements() * panels.engine.bytes() : 0; }
-  Packed operator[](int64_t p) const { return {left[p], right[p], right_pairs[p], left_columns[p]}; }
+  // Panel p, to be written.
+  Packed operator[](int64_t p) const {
+    return half ? Packed{rows[p], nullptr, pairs[p], columns[p]} : Packed{rows[p], columns[p], nullptr, nullptr};
+  }
+  const void* from_right(int64_t p) const { return half ? pairs[p] : rows[p]; }
 };
 
-// The sum of squares of A^T B off its diagonal; and where the views' gradients are wanted, A (A^T B) into `sums` of B's
-// panels, and (B (A^T B)^T)^T, cell by cell, into `transposed` of A's. If `self`, a and b are one.
-double multiply_tiles(const Panels& panels, const Cut& columns, const Cells& a, const Cells& b, bool self,
-                      const Blocks* sums, const Blocks* transposed) {
+// The sum of squares of C = A^T B off its diagonal; and if gradients are wanted, A C into `db` and B C^T into `da`,
+// (N, D) each. If a and b are one, so are da and db, which gets C^T's share but once.
+//
+// A square of C is made, tile by tile, which the third-level cache holds; then every block of rows is multiplied with
+// it. So operands are read from memory once for each square, and nobody writes what another does.
+double multiply_views(const Panels& panels, const Operands& a, const Operands& b, const Tensor& da, const Tensor& db) {
+  constexpr int64_t kSquare = 1024;  // columns
   const Engine& engine = panels.engine;
   const int threads = panels.threads;
+  const bool self = &a == &b, derive = db.defined(), half = engine.half();
   const int64_t width = panels.width, blocks = panels.rows.blocks, area = width * width;
-  const Blocks tile(threads, area * 4), narrow(threads, engine.half() ? 2 * area * 2 : 0);
-  const Tensor totals = at::zeros({columns.blocks}, at::kDouble);
-  double* const total = totals.mutable_data_ptr<double>();
-  const auto at = [&](void* operand, int64_t r) { return panels.cell(operand, r, engine.bytes()); };
-  const auto visit = [&](int64_t I, int64_t J) {
-    float* const C = tile.floats(slot(threads));
-    void* const a_columns = engine.half() ? a.left_columns[I] : a.right[I];
-    void* const b_rows = engine.half() ? b.right_pairs[J] : b.left[J];
-    for (int64_t r = 0; r < blocks; ++r)
-      engine.multiply(width, width, panels.padded(r), r > 0, at(a_columns, r), at(b_rows, r), C);
-    for (int64_t i = 0; I == J && i < width; ++i) C[i * width + i] = 0;
-    total[I] += (self && I != J ? 2 : 1) * panels.tile.inner(C, C, area);
-    if (!sums) return;
-    auto* const half = static_cast<at::BFloat16*>(narrow[slot(threads)]);
-    if (half) panels.tile.round_tile(C, width, width, half, half + area);
-    const void* const as_left = half ? static_cast<void*>(half) : C;
-    const void* const as_right = half ? static_cast<void*>(half + area) : C;
-    for (int64_t r = 0; r < blocks; ++r)
-      engine.multiply(panels.padded(r), width, width, true, at(a.left[I], r), as_right,
-                      panels.cell(sums->floats(J), r));
-    for (int64_t r = 0; !(self && I == J) && r < blocks; ++r)
-      engine.multiply(width, panels.padded(r), width, true, as_left, at(b.right[J], r),
-                      panels.cell(transposed->floats(I), r));
+  const int64_t side = std::clamp<int64_t>(kSquare / width, 1, panels.count);
+  const Blocks forth(derive ? side * side : 0, area * engine.bytes()), back(derive ? side * side : 0, area * engine.bytes());
+  const Blocks scratch(threads, (area + std::max(area, panels.rows.block * width)) * 4);
+  const auto at = [&](const void* panel, int64_t r) { return panels.cell(const_cast<void*>(panel), r, engine.bytes()); };
+  // cell (r, p) of a gradient [+]= sum_k z_k W_k
+  const auto add_products = [&](const Operands& z, int64_t first, int64_t last, const Blocks& W, int64_t column,
+                                int64_t r, int64_t p, bool add, const Tensor& out) {
+    float* cell = scratch.floats(slot(threads));
+    for (int64_t k = first; k < last; ++k)
+      engine.multiply(panels.padded(r), width, width, k > first, at(z.rows[k], r), W[(k - first) * side + column], cell);
+    float* to = out.mutable_data_ptr<float>() + r * panels.rows.block * panels.views.dim + p * width;
+    const int64_t columns = panels.columns(p);
+    for (int64_t n = 0; n < panels.size(r); ++n, to += panels.views.dim, cell += width)
+      for (int64_t c = 0; c < columns; ++c) to[c] = add ? to[c] + cell[c] : cell[c];
   };
-  const auto done = [&] { engine.release(); };
-  if (self) {
-    tournament(threads, columns, visit, done);
-  } else {
-    match(threads, columns, columns, visit, done);
-  }
   double sum = 0;
-  for (int64_t I = 0; I < columns.blocks; ++I) sum += total[I];
+  for (int64_t p0 = 0; p0 < panels.count; p0 += side)
+    for (int64_t q0 = self ? p0 : 0; q0 < panels.count; q0 += side) {
+      const int64_t p1 = std::min(p0 + side, panels.count), q1 = std::min(q0 + side, panels.count);
+      const bool symmetric = self && p0 == q0;
+      std::vector<std::pair<int64_t, int64_t>> tiles;
+      for (int64_t I = p0; I < p1; ++I)
+        for (int64_t J = symmetric ? I : q0; J < q1; ++J) tiles.emplace_back(I, J);
+      std::vector<double> squares(tiles.size());
+      const auto done = [&] { engine.release(); };
+      run(threads, tiles.size(), [&](int64_t k) {
+        const auto [I, J] = tiles[k];
+        const int64_t place = (I - p0) * side + J - q0, mirrored = (J - q0) * side + I - p0;
+        float* const spare = scratch.floats(slot(threads));
+        float* const C = half || !derive ? spare + std::max(area, panels.rows.block * width) : forth.floats(place);
+        for (int64_t r = 0; r < blocks; ++r)
+          engine.multiply(width, width, panels.padded(r), r > 0, at(a.columns[I], r), at(b.from_right(J), r), C);
+        for (int64_t i = 0; I == J && i < width; ++i) C[i * width + i] = 0;
+        squares[k] = (self && I != J ? 2 : 1) * panels.tile.inner(C, C, area);
+        if (!derive) return;
+        void* const transposed = !symmetric ? back[mirrored] : I == J ? nullptr : forth[mirrored];
+        engine.tile.arrange(C, width, width, engine.operand, spare,
+                            {half ? nullptr : C, transposed, half ? forth[place] : nullptr, nullptr});
+      }, done);
+      for (const double square : squares) sum += square;
+      const int64_t of_b = q1 - q0, cells = of_b + (symmetric ? 0 : p1 - p0);
+      run(threads, derive ? blocks * cells : 0, [&](int64_t k) {
+        const int64_t r = k / cells, c = k % cells;
+        if (c < of_b) {
+          add_products(a, p0, p1, forth, c, r, q0 + c, p0 > 0, db);
+        } else {
+          add_products(b, q0, q1, back, c - of_b, r, p0 + c - of_b, self || q0 > 0, da);
+        }
+      }, done);
+    }
   return sum;
 }
 
-// The sums of squares off the diagonals, together, and if `derive` the views' gradients into `out`.
-double primal(const Panels& panels, const Cut& columns, const Loss& loss, bool derive, const std::vector<Tensor>& out) {
-  const Engine& engine = panels.engine;
+// The sums of squares off the diagonals, together; and if `products` are defined, B (A^T B)^T and A (A^T B) into them, or
+// A (A^T A) and B (B^T B).
+double primal(const Panels& panels, const Loss& loss, const std::vector<Tensor>& products) {
   const int views = panels.views.count(), threads = panels.threads;
-  const int64_t elements = panels.elements(), cell = panels.rows.block * panels.width;
-  const bool self = !loss.cross(), half = engine.half();
-  std::vector<Cells> cells;
-  std::vector<Blocks> sums, transposed;  // of views that are multiplied from the right, and from the left
-  for (int v = 0; v < views; ++v) {
-    const bool first = self || v == 0, second = self || v == 1;
-    cells.emplace_back(panels, (first && derive) || (second && !half), (second && derive) || (first && !half),
-                       half && second, half && first);
-    sums.emplace_back(panels.count, derive && second ? elements * 4 : 0);
-    transposed.emplace_back(panels.count, derive && first ? elements * 4 : 0);
+  const int64_t elements = panels.elements();
+  const bool derive = products[0].defined();
+  const Blocks scratch(threads, (2 * elements + std::max(panels.rows.block * panels.width, panels.scratch())) * 4);
+  // Panel p of view v, and its operands. In float32 it stays where its rows are.
+  const auto pack = [&](int v, int64_t p, const Operands& z, float* own, float* free) {
+    float* const panel = z.half || !z.rows[p] ? own : z.rows.floats(p);
+    panels.standardise(v, p, panel, free);
+    return panel;
+  };
+  if (loss.cross()) {
+    const Operands a(panels, true, false, derive), b(panels, false, true, derive);
+    run(threads, panels.count, [&](int64_t p) {
+      float* const own = scratch.floats(slot(threads));
+      float* const free = own + 2 * elements;
+      float* const panel[] = {pack(0, p, a, own, free), pack(1, p, b, own + elements, free)};
+      panels.compare(p, panel, free);
+      panels.arrange(panel[0], free, a[p]);
+      panels.arrange(panel[1], free, b[p]);
+    });
+    return loss.off_param != 0 ? multiply_views(panels, a, b, products[0], products[1]) : 0;
   }
-  const int64_t terms_at = std::max(cell, panels.scratch()), spare = terms_at + 2 * panels.width;
-  const Blocks scratch(threads, ((views + 1) * elements + spare) * 4);
-  run(threads, panels.count, [&](int64_t p) {
-    float* const own = scratch.floats(slot(threads));
-    float* const free = own + views * elements;
-    float* panel[2] = {};
-    for (int v = 0; v < views; ++v)
-      panel[v] = half || !cells[v].left[p] ? own + v * elements : cells[v].left.floats(p);
-    panels.standardise(p, panel, free);
-    panels.compare(p, panel, free);
-    for (int v = 0; v < views; ++v) {
-      panels.arrange(panel[v], free, cells[v][p]);
-      for (const Blocks* zero : {&sums[v], &transposed[v]})  // first touched by the threads that will use them
-        if (zero->floats(p)) std::fill_n(zero->floats(p), elements, 0.f);
-    }
-  });
   double off = 0;
-  for (int v = 0; loss.off_param != 0 && v < (self ? views : 1); ++v) {
-    const int other = self ? v : 1;
-    off += multiply_tiles(panels, columns, cells[v], cells[other], self, derive ? &sums[other] : nullptr, &transposed[v]);
+  for (int v = 0; v < views; ++v) {
+    const Operands z(panels, true, true, derive);
+    run(threads, panels.count, [&](int64_t p) {
+      float* const own = scratch.floats(slot(threads));
+      float* const free = own + 2 * elements;
+      float* const panel = pack(v, p, z, own, free);
+      if (v == 0) panels.compare(p, nullptr, free);
+      panels.arrange(panel, free, z[p]);
+    });
+    if (loss.off_param != 0) off += multiply_views(panels, z, z, products[v], products[v]);
   }
-  if (!derive) return off;
-  run(threads, panels.count, [&](int64_t p) {
-    float* const own = scratch.floats(slot(threads));
-    float* const panel[2] = {own, own + (views - 1) * elements};
-    float* const free = own + (views + 1) * elements;
-    panels.standardise(p, panel, free);
-    for (int v = 0; v < views; ++v) {
-      float* product = sums[v].floats(p);
-      if (!product) {
-        product = own + views * elements;
-        std::fill_n(product, elements, 0.f);
-      }
-      for (int64_t r = 0; transposed[v].floats(p) && r < panels.rows.blocks; ++r)
-        engine.tile.add_transposed(panels.cell(transposed[v].floats(p), r), panels.padded(r), panels.width,
-                                   panels.cell(product, r), free);
-      panels.finish(p, v, product, panel, nullptr, static_cast<float>(loss.alpha()),
-                    loss.terms(panels, p, v, false, free + terms_at), loss.projection(),
-                    static_cast<float>(loss.pull()), 1, free, out[v]);
-    }
-  });
   return off;
 }
 
@@ -518,6 +554,13 @@ struct Result {
 
 // Panels of that many columns keep a view's rows in the second-level cache.
 int64_t panel_columns(int64_t rows) { return std::clamp<int64_t>((1 << 19) / rows / kPadding * kPadding, 64, 256); }
+
+// Tiles of that many columns are products worth their operands, and enough of them for all threads.
+int64_t tile_columns(int64_t dim, int threads) {
+  int64_t columns = 256;
+  while (columns > 64 && pieces(dim, columns) * pieces(dim, columns) < 8 * threads) columns /= 2;
+  return columns;
+}
 
 Result forward(const Loss& loss, bool dual, bool derive, c10::string_view precision) {
   const Views& views = loss.views;
@@ -539,11 +582,12 @@ Result forward(const Loss& loss, bool dual, bool derive, c10::string_view precis
       for (Tensor& kept : result.kept) kept = at::empty({0, views.rows}, at::kFloat);
   } else {
     const int threads = threads_for(views.dim, views.dim, views.rows);
-    const Cut columns(views.dim, 256, threads);
-    const Panels panels(views, engine, threads, columns.block);
+    const Panels panels(views, engine, threads, tile_columns(views.dim, threads));
+    const bool products = derive && loss.off_param != 0;
     for (int v = 0; v < views.count(); ++v)
-      result.kept.push_back(at::empty({derive ? views.rows : 0, views.dim}, at::kFloat));
-    result.off = primal(panels, columns, loss, derive, result.kept);
+      result.kept.push_back(products ? at::empty({views.rows, views.dim}, at::kFloat)
+                                     : at::zeros({derive ? views.rows : 0, views.dim}, at::kFloat));
+    result.off = primal(panels, loss, products ? result.kept : std::vector<Tensor>(views.count()));
     result.invariance = views.count() == 2 ? loss.invariance(panels) : 0;
     result.variance = loss.cross() ? 0 : loss.variance(panels);
   }
@@ -562,18 +606,13 @@ std::vector<Tensor> backward(const Loss& loss, const Tensor& grad_loss, const st
     TORCH_CHECK_VALUE(kept[v].scalar_type() == at::kFloat && kept[v].dim() == 2 && kept[v].size(0) == views.rows &&
                           kept[v].size(1) == (dual ? views.rows : views.dim),
                       "kept must be what the forward pass kept, got shape ", kept[v].sizes());
-    if (dual) {
-      held.push_back(kept[v].contiguous());
-      gradients.push_back(at::empty({views.rows, views.dim}, views.z[v].options()));
-    } else {
-      gradients.push_back((kept[v] * grad_loss).to(views.z[v].scalar_type()));
-    }
+    held.push_back(kept[v].contiguous());
+    gradients.push_back(at::empty({views.rows, views.dim}, views.z[v].options()));
   }
-  if (dual) {
-    const Engine engine(precision);
-    const Panels panels(views, engine, threads_for(views.rows, views.rows, views.dim), panel_columns(views.rows));
-    dual_gradients(panels, loss, held, grad_loss.item<float>(), gradients);
-  }
+  const Engine engine(precision);
+  const int64_t smaller = std::min(views.rows, views.dim);
+  const Panels panels(views, engine, threads_for(smaller, views.rows, views.dim), panel_columns(views.rows));
+  (dual ? derive_dual : derive_primal)(panels, loss, held, grad_loss.item<float>(), gradients);
   return gradients;
 }
 

@@ -165,18 +165,9 @@ double inner(const float* x, const float* y, int64_t count) {
   return total;
 }
 
-void round_tile(const float* C, int64_t rows, int64_t columns, void* half, void* pairs) {
-  for (int64_t r = 0; r < rows; r += 2)
-    for (int64_t j = 0; j < columns; j += kLanes)
-      store_pair(load(C + r * columns + j), load(C + (r + 1) * columns + j),
-                 static_cast<uint16_t*>(half) + r * columns + j, columns,
-                 static_cast<uint16_t*>(pairs) + r * columns + 2 * j);
-}
-
 }  // namespace
 
 extern const CorrelationTiles correlation_tiles;
-const CorrelationTiles correlation_tiles = {standardise, multiply_columns, distances, finish, inner,
-                                            round_tile};
+const CorrelationTiles correlation_tiles = {standardise, multiply_columns, distances, finish, inner};
 
 }  // namespace fastssl::FASTSSL_ISA

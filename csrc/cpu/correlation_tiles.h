@@ -45,10 +45,6 @@ struct CorrelationTiles {
 
   // sum_i x_i y_i.
   double (*inner)(const float* x, const float* y, int64_t count);
-
-  // A tile as the products that follow want it, rounded to bfloat16 into half (rows, columns) and pairs (rows / 2,
-  // columns, 2).
-  void (*round_tile)(const float* C, int64_t rows, int64_t columns, void* half, void* pairs);
 };
 
 FASTSSL_TABLE(CorrelationTiles, correlation_tiles)
