@@ -10,24 +10,9 @@ from importlib.util import find_spec
 if missing := [name for name in ("rich", "sklearn") if find_spec(name) is None]:
     raise ImportError(f"fastssl.train needs {', '.join(missing)}: pip install 'fastssl-kernels[demo]'")
 
-from fastssl.train.barlow_twins import BarlowTwins
 from fastssl.train.data import DataError, Images, load
-from fastssl.train.evaluate import knn_accuracy
 from fastssl.train.loop import Step, fit
-from fastssl.train.simclr import SimCLR
-from fastssl.train.vicreg import VICReg
+from fastssl.train.method import Method, twins
+from fastssl.train.methods import METHODS, create
 
-METHODS = {"simclr": SimCLR, "barlow_twins": BarlowTwins, "vicreg": VICReg}
-
-__all__ = [
-    "METHODS",
-    "BarlowTwins",
-    "DataError",
-    "Images",
-    "SimCLR",
-    "Step",
-    "VICReg",
-    "fit",
-    "knn_accuracy",
-    "load",
-]
+__all__ = ["METHODS", "DataError", "Images", "Method", "Step", "create", "fit", "load", "twins"]

@@ -1,65 +1,121 @@
-"""`python -m fastssl.train METHOD`: train one method on real images and say what its features are worth."""
+"""`python -m fastssl.train METHOD`: train one method on real data and say what its features are worth."""
 
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 
-from fastssl.train import METHODS, fit, knn_accuracy, load
-from fastssl.train.cli import Parser, RunParser, positive_float, positive_int, run
-from fastssl.train.two_views import IMPLEMENTATIONS
+from fastssl.train import METHODS, create, fit
+from fastssl.train.cli import Parser, RunParser, not_negative_float, positive_float, positive_int, run
+from fastssl.train.method import IMPLEMENTATIONS
+from fastssl.train.optimizers import OPTIMIZERS
 
 
 def _parser() -> Parser:
     """A command for each method, which takes the arguments of its constructor as options."""
-    parser = Parser("python -m fastssl.train", description="Train a self-supervised method on Fashion-MNIST.")
+    parser = Parser("python -m fastssl.train", description="Train a self-supervised method.")
     methods = parser.add_subparsers(dest="method", required=True, parser_class=RunParser)
     for name, method in METHODS.items():
         command = methods.add_parser(name, description=inspect.getmodule(method).__doc__)
         command.add_argument(
-            "--impl", choices=IMPLEMENTATIONS, default="fastssl", help="what computes the loss (default: %(default)s)"
+            "--impl",
+            choices=IMPLEMENTATIONS,
+            default="fastssl",
+            help="what computes losses, masks and moving averages (default: %(default)s)",
         )
         length = command.add_mutually_exclusive_group()
         length.add_argument(
-            "--epochs", type=positive_int, default=5, help="passes over the images (default: %(default)s)"
+            "--epochs", type=positive_int, default=5, help="passes over the data (default: %(default)s)"
         )
         length.add_argument("--steps", type=positive_int, help="instead of --epochs")
         command.add_argument(
+            "--optimizer", choices=OPTIMIZERS, default="adamw", help="what updates the weights (default: %(default)s)"
+        )
+        command.add_argument(
             "--learning-rate",
             type=positive_float,
-            default=2e-3,
-            help="the cosine schedule's highest (default: %(default)s)",
+            default=method.learning_rate,
+            help="the cosine schedule's highest (default: %(default)s, for AdamW)",
         )
-        for option in inspect.signature(method).parameters.values():
-            if option.name != "impl":
-                flag, default = f"--{option.name.replace('_', '-')}", option.default
-                command.add_argument(
-                    flag, type=positive_float, default=default, help="of the loss (default: %(default)s)"
-                )
+        command.add_argument(
+            "--weight-decay",
+            type=not_negative_float,
+            default=method.weight_decay,
+            help="of weights that are matrices (default: %(default)s)",
+        )
+        command.add_argument("--clip", type=positive_float, metavar="NORM", help="cut gradients longer than that")
+        command.add_argument("--amp", action="store_true", help="forward pass and loss under autocast to bfloat16")
+        command.add_argument("--compile", action="store_true", help="torch.compile the encoder")
+        command.add_argument(
+            "--checkpoint", type=Path, metavar="FILE", help="save there at times, at the end and on Ctrl-C"
+        )
+        command.add_argument(
+            "--save-every", type=positive_int, default=200, metavar="STEPS", help="how often (default: %(default)s)"
+        )
+        command.add_argument("--resume", action="store_true", help="go on from the checkpoint")
+        command.add_argument("--tensorboard", metavar="DIR", help="log there")
+        command.add_arguments_of(method)
     return parser
 
 
+def _writer(directory: str | None) -> Any:
+    if directory is None:
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError("--tensorboard needs tensorboard: pip install tensorboard") from None
+    return SummaryWriter(directory)
+
+
 def main() -> None:
-    args = _parser().parse_args()
+    parser = _parser()
+    args = parser.parse_args()
+    if args.resume and args.checkpoint is None:
+        parser.error("--resume needs --checkpoint")
+    if not args.resume and args.checkpoint is not None and args.checkpoint.exists():
+        parser.error(f"--checkpoint: {args.checkpoint} exists; --resume goes on from it")
+    writer = _writer(args.tensorboard)
     console = Console()
-    images = load(args.data)
-    console.print(f"{images.name}: {len(images.train):,} training images, {len(images.test):,} test images")
+    kind = METHODS[args.method]
+    dataset = kind.load(args.data)
+    data = kind.training_data(dataset)
+    console.print(f"{dataset.name}: {len(data):,} training examples")
+    steps = args.steps or args.epochs * max(1, len(data) // args.batch_size)
     torch.manual_seed(args.seed)
-    options = inspect.signature(METHODS[args.method]).parameters
-    method = METHODS[args.method](**{name: getattr(args, name) for name in options})
-    untrained = knn_accuracy(method.encoder, images)
-    fit(
-        {args.impl: method},
-        images.train,
+    options = inspect.signature(kind).parameters.keys() - {"total_steps"}
+    method = create(args.method, steps, **{name: getattr(args, name) for name in options})
+    method.impl = args.impl
+    untrained = method.evaluate(dataset)
+    if args.compile:
+        method.encoder.compile()
+    history = fit(
+        {args.method: method},
+        data,
         batch_size=args.batch_size,
-        steps=args.steps or args.epochs * max(1, len(images.train) // args.batch_size),
+        steps=steps,
+        optimizer=args.optimizer,
         learning_rate=args.learning_rate,
+        weight_decay=args.weight_decay,
+        clip=args.clip,
+        amp=args.amp,
         seed=args.seed,
+        checkpoint=args.checkpoint,
+        save_every=args.save_every,
+        resume=args.resume,
+        writer=writer,
         console=console,
     )
-    console.print(f"kNN accuracy {knn_accuracy(method.encoder, images):.1%}, with random weights {untrained:.1%}")
+    if writer is not None:
+        writer.close()
+    for test, value in method.evaluate(dataset).items():
+        console.print(f"{test} {value:.1%}, with random weights {untrained[test]:.1%}")
+    if history[args.method][-1].health.collapsed:
+        console.print("The features have collapsed.")
 
 
 if __name__ == "__main__":

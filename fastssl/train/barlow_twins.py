@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from fastssl.functional import barlow_twins
 from fastssl.train.models import Expander
-from fastssl.train.two_views import TwoViews, implementation
+from fastssl.train.two_views import TwoViews
 
 
 class BarlowTwins(TwoViews):
@@ -13,13 +14,11 @@ class BarlowTwins(TwoViews):
 
     Args:
         lambda_param: weight of what other features correlate.
-        impl: what computes the loss: "fastssl", or "naive", eager PyTorch that builds the correlation matrix.
     """
 
-    def __init__(self, *, lambda_param: float = 5e-3, impl: str = "fastssl") -> None:
+    def __init__(self, *, lambda_param: float = 5e-3) -> None:
         super().__init__(Expander)
         self.lambda_param = lambda_param
-        self.barlow_twins = implementation("barlow_twins", impl)
 
     def loss(self, z1: Tensor, z2: Tensor) -> Tensor:
-        return self.barlow_twins(z1, z2, lambda_param=self.lambda_param)
+        return barlow_twins(z1, z2, lambda_param=self.lambda_param)

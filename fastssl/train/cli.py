@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import inspect
+import re
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -26,7 +28,7 @@ class RunParser(Parser):
             "--batch-size",
             type=positive_int,
             default=1024,
-            help="images per step, two views of each (default: %(default)s)",
+            help="examples per step, before they are made two views each (default: %(default)s)",
         )
         self.add_argument(
             "--seed", type=int, default=0, help="of initial weights, data order and augmentation (default: %(default)s)"
@@ -37,6 +39,24 @@ class RunParser(Parser):
             help="folder that has Fashion-MNIST's four idx files (default: FASTSSL_DATA, else found or fetched)",
         )
 
+    def add_arguments_of(self, constructor: type) -> None:
+        """An option for each argument of a class, but total_steps; its help is in the docstring of the class."""
+        for argument in inspect.signature(constructor, eval_str=True).parameters.values():
+            if argument.name == "total_steps":
+                continue
+            lines = re.search(rf"^ +{argument.name}: (.*(?:\n {{12}}.*)*)", constructor.__doc__, re.MULTILINE)[1]
+            kinds = {
+                int: {"type": positive_int},
+                float: {"type": positive_float},
+                bool: {"action": argparse.BooleanOptionalAction},
+            }
+            self.add_argument(
+                f"--{argument.name.replace('_', '-')}",
+                default=argument.default,
+                help=f"{' '.join(lines.split()).replace('%', '%%').rstrip('.')} (default: %(default)s)",
+                **kinds[argument.annotation],
+            )
+
 
 def positive_int(text: str) -> int:
     return _positive(int, text)
@@ -44,6 +64,10 @@ def positive_int(text: str) -> int:
 
 def positive_float(text: str) -> float:
     return _positive(float, text)
+
+
+def not_negative_float(text: str) -> float:
+    return 0.0 if text == "0" else _positive(float, text)
 
 
 def _positive(kind: type, text: str):

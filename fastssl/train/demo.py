@@ -14,11 +14,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from fastssl.train import Step, fit, knn_accuracy, load
+from fastssl import use_backend
+from fastssl.functional import nt_xent
+from fastssl.train import Step, fit, load, twins
 from fastssl.train.cli import RunParser, positive_float, positive_int, run
 from fastssl.train.meter import Meter, available_memory
+from fastssl.train.method import IMPLEMENTATIONS
 from fastssl.train.simclr import SimCLR
-from fastssl.train.two_views import implementation
 
 FEATURES = 128
 COLORS = {"naive": "tab:orange", "fastssl": "tab:blue"}
@@ -46,14 +48,12 @@ def train_twins(
 ) -> tuple[dict[str, SimCLR], dict[str, list[Step]]]:
     """SimCLR with either loss, from the same weights, on the same views; `steps` None fills `minutes`."""
     torch.manual_seed(seed)
-    first = SimCLR()
-    twins = {"naive": SimCLR(impl="naive"), "fastssl": first}
-    twins["naive"].load_state_dict(first.state_dict())
+    both = twins(SimCLR())
     if steps is None:
         with Meter() as trial:
-            fit(copy.deepcopy(twins), images, batch_size=batch_size, steps=4, console=Console(quiet=True))
+            fit(copy.deepcopy(both), images, batch_size=batch_size, steps=4, console=Console(quiet=True))
         steps = max(1, round(60 * minutes / (trial.seconds / 4)))
-    return twins, fit(twins, images, batch_size=batch_size, steps=steps, seed=seed, console=console)
+    return both, fit(both, images, batch_size=batch_size, steps=steps, seed=seed, console=console)
 
 
 def training_table(history: dict[str, list[Step]], accuracy: dict[str, float], untrained: float) -> Table:
@@ -112,8 +112,8 @@ def _cost(rows: int, names: Sequence[str]) -> dict[str, Cost]:
 
     def measure(name: str, memory: bool) -> Meter:
         z1.grad = z2.grad = None
-        with Meter(memory) as meter:
-            implementation("nt_xent", name)(z1, z2).backward()
+        with Meter(memory) as meter, use_backend(IMPLEMENTATIONS[name]):
+            nt_xent(z1, z2).backward()
         return meter
 
     first = {name: measure(name, memory=True) for name in names}
@@ -189,11 +189,11 @@ def main() -> None:
     console = Console()
     images = load(args.data)
     console.print(f"{images.name}: {len(images.train):,} training images, {len(images.test):,} test images")
-    twins, history = train_twins(images.train, args.batch_size, args.steps, args.minutes, args.seed, console)
+    trained, history = train_twins(images.train, args.batch_size, args.steps, args.minutes, args.seed, console)
     with console.status("kNN accuracy"):
         torch.manual_seed(args.seed)
-        untrained = knn_accuracy(SimCLR().encoder, images)
-        accuracy = {name: knn_accuracy(twin.encoder, images) for name, twin in twins.items()}
+        untrained = SimCLR().evaluate(images)["kNN accuracy"]
+        accuracy = {name: method.evaluate(images)["kNN accuracy"] for name, method in trained.items()}
     console.print(training_table(history, accuracy, untrained))
     gap = max(abs(a.loss - b.loss) for a, b in zip(*history.values(), strict=True))
     console.print(f"The two loss curves differ by at most {gap:.1e}.")

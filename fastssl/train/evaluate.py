@@ -1,13 +1,22 @@
-"""How good an encoder's features are, without training anything on them."""
+"""How good an encoder's features are: by their neighbours, by a linear classifier, and whether they have collapsed."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
-from sklearn.neighbors import KNeighborsClassifier
+from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
+from fastssl.functional import topk_similarity, uniformity
 from fastssl.train.data import Images
+
+
+def pooled(features: Tensor) -> Tensor:
+    """(B, D) features as they are, of tokens (B, L, D) the mean."""
+    return features.mean(1) if features.dim() == 3 else features
 
 
 @torch.no_grad()
@@ -15,14 +24,66 @@ def features(encoder: nn.Module, images: Tensor, batch_size: int = 2048) -> Tens
     """(N, H, W) uint8 images, not augmented -> (N, features) of the encoder in evaluation mode."""
     training = encoder.training
     encoder.eval()
-    outputs = [encoder(batch.unsqueeze(1).float() / 255) for batch in images.split(batch_size)]
+    outputs = [pooled(encoder(batch.unsqueeze(1).float() / 255)) for batch in images.split(batch_size)]
     encoder.train(training)
     return torch.cat(outputs)
 
 
-def knn_accuracy(encoder: nn.Module, images: Images, k: int = 20) -> float:
-    """Share of test images whose label is the most frequent among their `k` nearest training images (cosine)."""
-    train, test = (F.normalize(features(encoder, x)).numpy() for x in (images.train, images.test))
-    # Between unit vectors, Euclidean distance ranks as cosine similarity does.
-    classifier = KNeighborsClassifier(k, algorithm="brute").fit(train, images.train_labels.numpy())
-    return float(classifier.score(test, images.test_labels.numpy()))
+def accuracies(encoder: nn.Module, images: Images) -> dict[str, float]:
+    """`knn_accuracy` and `probe_accuracy` of the encoder's features."""
+    train, test = (features(encoder, x) for x in (images.train, images.test))
+    labels = images.train_labels, images.test_labels
+    return {"kNN accuracy": knn_accuracy(train, test, *labels), "linear probe": probe_accuracy(train, test, *labels)}
+
+
+def knn_accuracy(train: Tensor, test: Tensor, train_labels: Tensor, test_labels: Tensor, k: int = 20) -> float:
+    """Share of test rows whose label is the most frequent among their `k` nearest training rows (cosine)."""
+    _, nearest = topk_similarity(test, train, k)
+    votes = F.one_hot(train_labels)[nearest].sum(1)
+    return (votes.argmax(1) == test_labels).float().mean().item()
+
+
+def probe_accuracy(train: Tensor, test: Tensor, train_labels: Tensor, test_labels: Tensor) -> float:
+    """Share of test rows that a linear classifier labels rightly, a logistic regression on standardised features."""
+    mean, std = train.mean(0), train.std(0).clamp_min(1e-6)
+    train, test = (((x - mean) / std).numpy() for x in (train, test))
+    classifier = LogisticRegression(max_iter=200, tol=1e-3).fit(train, train_labels.numpy())
+    return float(classifier.score(test, test_labels.numpy()))
+
+
+@dataclass(frozen=True)
+class Health:
+    """How an encoder's features are spread.
+
+    Attributes:
+        rank: the effective rank, exp of the entropy of the singular values' shares (RankMe, arXiv:2210.02885): from 1,
+            where all rows have one direction, to the number of features.
+        uniformity: see `fastssl.functional.uniformity` (arXiv:2005.10242): 0 where all rows have one direction, and
+            the lower the more evenly they are spread.
+        alignment: mean squared distance of the unit features of two views of one image, from the same paper; None
+            where there is one view.
+    """
+
+    rank: float
+    uniformity: float
+    alignment: float | None
+
+    @property
+    def collapsed(self) -> bool:
+        """Whether all inputs have nearly the same features."""
+        return not (self.rank >= 1.5 and self.uniformity <= -0.01)
+
+    def __str__(self) -> str:
+        alignment = "" if self.alignment is None else f", alignment {self.alignment:.3f}"
+        return f"effective rank {self.rank:.1f}, uniformity {self.uniformity:.2f}{alignment}"
+
+
+@torch.no_grad()
+def health(views: Sequence[Tensor]) -> Health:
+    """Of the (B, D) features of one view of B inputs, or of two."""
+    units = [F.normalize(view.float(), dim=1) for view in views]
+    shares = torch.linalg.svdvals(units[0])
+    shares = shares / shares.sum()
+    rank = torch.special.entr(shares).sum().exp()
+    alignment = (units[0] - units[1]).square().sum(1).mean().item() if len(units) > 1 else None
+    return Health(rank.item(), uniformity(units[0]).item(), alignment)

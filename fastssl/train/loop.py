@@ -1,26 +1,55 @@
-"""The training loop.
+"""The training loop, and what it asks of methods and data.
 
-A method is a torch.nn.Module with an `encoder` and three steps, kept apart so that the loss can be measured alone:
+A method is a `fastssl.train.method.Method`, a torch.nn.Module. One step calls, in this order,
 
-    views(images, generator) -> inputs      random views of a batch of uint8 images; a static method
-    forward(*inputs) -> embeddings          the networks
-    loss(*embeddings) -> 0-d tensor         what the method is about
+    views(batch, generator) -> inputs       a batch of the data -> the model's inputs, random; a static method
+    forward(*inputs) -> embeddings          the networks: a tuple of tensors, of which at least one has a gradient;
+                                            others are constants of the loss, such as a teacher's output or labels
+    loss(*embeddings) -> 0-d tensor         what the method is about, apart so that it can be measured alone
+    after_step(*embeddings)                 after the optimiser's step: moves the teacher, fills the queue
+
+inputs are a tuple of tensors with a row for each example of the batch. What the optimiser does not train, such as a
+teacher, has no requires_grad. All that a step depends on must be in state_dict, for checkpoints. Random numbers come
+from views' generator, or from PyTorch's default one (dropout), which has a seed for each step.
+
+The data are anything with len() that an int64 tensor of positions indexes: data[positions] is the batch that `views`
+gets. A tensor of images is such, and torch.utils.data.TensorDataset(images, labels), whose batches are tuples.
+
+Beside that, the command line calls `load`, `training_data` and `evaluate`, which say what data a method learns from and
+what it is worth; for images they have defaults. Its options are the arguments of the method's constructor: each has a
+type annotation, float, int or bool, a default, and a line under "Args:". `total_steps` is no option, but the length of
+the run. `--impl naive` runs the whole step in the backend "reference" of `fastssl.use_backend`: a method calls the
+functions and modules of fastssl and nothing else for its losses, masks, moving averages and queues.
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import math
+import os
+import random
+import signal
+import threading
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor, nn
+from torch import Tensor
 
+from fastssl import use_backend
+from fastssl.train import checkpoint as checkpoints
+from fastssl.train.evaluate import Health, health
 from fastssl.train.meter import Meter
+from fastssl.train.method import IMPLEMENTATIONS, Method
+from fastssl.train.optimizers import make_optimizer
 
 _MEMORY_EVERY = 25  # steps
+_REPORTS = 10  # of a run
 
 
 @dataclass(frozen=True)
@@ -33,6 +62,7 @@ class Step:
         loss_seconds: the loss's share: its forward and backward, from the embeddings to their gradients.
         peak_bytes, loss_peak_bytes: resident memory (see `Meter`) that the step and its loss added at their
             highest; None except in every 25th step, whose times therefore should not be compared.
+        health: of the encoder's features after the step; None except about ten times in a run, and in its last step.
     """
 
     loss: float
@@ -40,88 +70,257 @@ class Step:
     loss_seconds: float
     peak_bytes: int | None
     loss_peak_bytes: int | None
+    health: Health | None = None
 
 
 def fit(
-    methods: Mapping[str, nn.Module],
-    images: Tensor,
+    methods: Mapping[str, Method],
+    data: Any,
     *,
     batch_size: int,
     steps: int,
-    learning_rate: float = 2e-3,
+    optimizer: str = "adamw",
+    learning_rate: float | None = None,
+    weight_decay: float | None = None,
+    clip: float | None = None,
+    amp: bool = False,
     seed: int = 0,
+    checkpoint: str | os.PathLike[str] | None = None,
+    save_every: int = 200,
+    resume: bool = False,
+    writer: Any = None,
     console: Console | None = None,
 ) -> dict[str, list[Step]]:
     """Train one or more methods side by side: each step, all of them learn from the same views of the same batch.
 
     Training twins that way lets their losses be compared step by step and their times fairly, since whatever
-    else the machine does falls on both; the order in which they go alternates. AdamW, cosine schedule, warm-up.
+    else the machine does falls on both; the order in which they go alternates. Cosine schedule with warm-up.
+
+    A run that was stopped and resumed has the losses of one that was not: the randomness of a step depends on the seed
+    and the step's number alone, and everything else is in the checkpoint.
 
     Args:
         methods: name -> method (see the module's docstring); changed in place.
-        images: (N, H, W) uint8.
-        batch_size: from 1 to N images; an epoch drops the last N mod batch_size.
+        data: what the first method's `views` takes batches of (see there).
+        batch_size: from 1 to len(data); an epoch drops the last len(data) mod batch_size.
         steps: number of batches, at least 1.
-        learning_rate: the schedule's highest.
-        seed: of data order and augmentation.
+        optimizer: "adamw" or "lars".
+        learning_rate: the schedule's highest; None: each method's own.
+        weight_decay: None: each method's own.
+        clip: the norm to which longer gradients are cut, that of all parameters together; None: they are not.
+        amp: forward pass and loss under autocast to bfloat16.
+        seed: of data order, augmentation and dropout.
+        checkpoint: file to save to every `save_every` steps, at the end, and on Ctrl-C when the step is done; None:
+            nothing is saved.
+        resume: go on from the checkpoint.
+        writer: a torch.utils.tensorboard.SummaryWriter, or what has its add_scalar, for the losses and the rest.
         console: where the progress bar goes.
 
     Returns:
-        What each method did, by name, one Step per batch.
+        What each method did, by name, one Step per batch, those before a resumed checkpoint included.
 
     Raises:
-        ValueError: if batch_size or steps is out of range.
-        FloatingPointError: if a loss is NaN or infinite.
+        ValueError: if batch_size or steps is out of range, the optimizer is unknown, or the checkpoint is of another
+            run.
+        FloatingPointError: if a loss or a gradient is NaN or infinite, before the step that would spoil the weights.
+        OSError: if the checkpoint cannot be read or written.
+        KeyboardInterrupt: on Ctrl-C, after saving.
     """
-    if not 1 <= batch_size <= len(images):
-        raise ValueError(f"batch_size must be from 1 to the number of images ({len(images)}), got {batch_size}")
+    if not 1 <= batch_size <= len(data):
+        raise ValueError(f"batch_size must be from 1 to the number of examples ({len(data)}), got {batch_size}")
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
-    generator = torch.Generator().manual_seed(seed)
-    optimizers = {n: torch.optim.AdamW(m.parameters(), learning_rate, weight_decay=1e-4) for n, m in methods.items()}
+    if save_every < 1:
+        raise ValueError(f"save_every must be at least 1, got {save_every}")
+    rates = {name: m.learning_rate if learning_rate is None else learning_rate for name, m in methods.items()}
+    decays = {name: m.weight_decay if weight_decay is None else weight_decay for name, m in methods.items()}
+    optimizers = {name: make_optimizer(optimizer, m, rates[name], decays[name]) for name, m in methods.items()}
     history: dict[str, list[Step]] = {name: [] for name in methods}
+    run = {
+        "examples": len(data), "batch_size": batch_size, "steps": steps, "optimizer": optimizer, "clip": clip,
+        "learning_rate": rates, "weight_decay": decays, "amp": amp, "seed": seed,
+        "methods": {name: _options(method) for name, method in methods.items()},
+    }  # fmt: skip
+    path = None if checkpoint is None else Path(checkpoint)
+    if resume:
+        _restore(path, run, methods, optimizers, history)
+    first = len(next(iter(history.values())))
+    report_every = max(1, steps // _REPORTS)
     make_views = next(iter(methods.values())).views
     columns = TextColumn("training"), BarColumn(20), MofNCompleteColumn(), TextColumn("{task.fields[status]}")
-    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
-        task = progress.add_task("", total=steps, status="")
-        for step, batch in zip(range(steps), _batches(len(images), batch_size, generator), strict=False):
-            views = make_views(images[batch], generator)
+    progress = Progress(*columns, TimeRemainingColumn(), console=console)
+    with progress, torch.random.fork_rng(devices=[]), _deferred_interrupt(path is not None) as interrupted:
+        task = progress.add_task("", total=steps, completed=first, status="")
+        for step, batch in zip(range(first, steps), _batches(len(data), batch_size, seed, first), strict=False):
+            views = make_views(data[batch], torch.Generator().manual_seed(_seed(seed, "views", step)))
             for name in sorted(methods, reverse=bool(step % 2)):
+                method = methods[name]
                 for group in optimizers[name].param_groups:
-                    group["lr"] = learning_rate * _schedule(step, steps)
+                    group["lr"] = rates[name] * _schedule(step, steps)
+                torch.manual_seed(_seed(seed, "dropout", step))
                 memory = step % _MEMORY_EVERY == 1  # not in step 0, which also pays for the optimiser's state
-                done = _train_step(methods[name], views, optimizers[name], memory)
-                if not math.isfinite(done.loss):
-                    raise FloatingPointError(f"{name}: the loss of step {step} is {done.loss}")
+                try:
+                    done = _train_step(method, views, optimizers[name], memory, clip, amp)
+                except FloatingPointError as error:
+                    raise FloatingPointError(f"{name}: in step {step} {error}") from None
+                if step % report_every == 0 or step == steps - 1:
+                    done = Step(**{**vars(done), "health": _health(method, views)})
+                    _report(progress.console, name, step, done)
+                if writer is not None:
+                    _write(writer, name, step, done)
                 history[name].append(done)
+            if path is not None and ((step + 1) % save_every == 0 or step == steps - 1 or interrupted.is_set()):
+                _save(path, run, methods, optimizers, history)
+            if interrupted.is_set():
+                raise KeyboardInterrupt
             last = {name: history[name][-1] for name in methods}
             status = (f"{n:8}loss {s.loss:.4f} {batch_size / s.seconds:7,.0f} images/s" for n, s in last.items())
             progress.update(task, advance=1, status="\n".join(status))
     return history
 
 
-def _train_step(method: nn.Module, views: tuple[Tensor, ...], optimizer: torch.optim.Optimizer, memory: bool) -> Step:
+def _train_step(
+    method: Method,
+    views: tuple[Tensor, ...],
+    optimizer: torch.optim.Optimizer,
+    memory: bool = False,
+    clip: float | None = None,
+    amp: bool = False,
+) -> Step:
     """forward, loss and update, measured apart: the graph is cut at the embeddings and sewn up with their gradients."""
-    with Meter(memory) as forward:
-        embeddings = method(*views)
-    with Meter(memory) as objective:
-        leaves = [z.detach().requires_grad_(z.requires_grad) for z in embeddings]
-        loss = method.loss(*leaves)
-        loss.backward()
-    with Meter(memory) as update:
-        pairs = [(z, leaf.grad) for z, leaf in zip(embeddings, leaves, strict=True) if z.requires_grad]
-        torch.autograd.backward(*zip(*pairs, strict=True))
-        optimizer.step()
-        optimizer.zero_grad()
+    autocast = torch.autocast(views[0].device.type, torch.bfloat16, enabled=amp)
+    with use_backend(IMPLEMENTATIONS[method.impl]):
+        with Meter(memory) as forward, autocast:
+            embeddings = method(*views)
+        with Meter(memory) as objective:
+            leaves = [z.detach().requires_grad_(z.requires_grad) for z in embeddings]
+            with autocast:
+                loss = method.loss(*leaves)
+            value = loss.item()
+            if not math.isfinite(value):
+                raise FloatingPointError(f"the loss is {value}")
+            loss.backward()
+        with Meter(memory) as update:
+            pairs = [(z, leaf.grad) for z, leaf in zip(embeddings, leaves, strict=True) if z.requires_grad]
+            torch.autograd.backward(*zip(*pairs, strict=True))
+            _check_and_clip(method, clip)
+            optimizer.step()
+            optimizer.zero_grad()
+            method.after_step(*(leaf.detach() for leaf in leaves))
     meters = (forward, objective, update)
     peak = max(m.peak for m in meters) - forward.before if forward.peak is not None else None
-    return Step(loss.item(), sum(m.seconds for m in meters), objective.seconds, peak, objective.extra)
+    return Step(value, sum(m.seconds for m in meters), objective.seconds, peak, objective.extra)
 
 
-def _batches(images: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    while True:
-        order = torch.randperm(images, generator=generator)
-        yield from order[: images - images % batch_size].split(batch_size)
+def _check_and_clip(method: Method, clip: float | None) -> None:
+    parameters = {name: p for name, p in method.named_parameters() if p.grad is not None}
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters.values()])
+    if not norm.isfinite():
+        spoilt = [name for name, p in parameters.items() if not p.grad.isfinite().all()]
+        raise FloatingPointError(f"the gradient of {spoilt[0] if spoilt else 'all parameters'} is NaN or infinite")
+    if clip is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters.values(), clip, norm)
+
+
+@torch.no_grad()
+def _health(method: Method, views: tuple[Tensor, ...]) -> Health:
+    """In evaluation mode, so that nothing about the method changes, batch normalisation's statistics included."""
+    modes = {module: module.training for module in method.modules()}
+    method.eval()
+    measured = health(method.embed(*views))
+    for module, training in modes.items():
+        module.training = training
+    return measured
+
+
+def _report(console: Console, name: str, step: int, done: Step) -> None:
+    alarm = ": COLLAPSED, all inputs have nearly the same features" if done.health.collapsed else ""
+    console.print(f"{name} step {step}: loss {done.loss:.4f}, {done.health}{alarm}", highlight=False)
+
+
+def _write(writer: Any, name: str, step: int, done: Step) -> None:
+    values = {"loss": done.loss, "seconds": done.seconds, "loss_seconds": done.loss_seconds}
+    for label, value in {**values, **(vars(done.health) if done.health else {})}.items():
+        if value is not None:
+            writer.add_scalar(f"{name}/{label}", value, step)
+
+
+def _options(method: Method) -> dict[str, Any]:
+    """What kind of method it is, and the numbers and names it was made with."""
+    numbers = {name: value for name, value in vars(method).items() if isinstance(value, (int, float, str))}
+    return {"class": type(method).__name__, **numbers}
+
+
+def _save(
+    path: Path,
+    run: dict[str, Any],
+    methods: Mapping[str, Method],
+    optimizers: Mapping[str, torch.optim.Optimizer],
+    history: Mapping[str, list[Step]],
+) -> None:
+    state = {
+        "run": run,
+        "weights": {name: method.state_dict() for name, method in methods.items()},
+        "optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers.items()},
+        "history": {name: [asdict(step) for step in steps] for name, steps in history.items()},
+    }
+    checkpoints.save(state, path)
+
+
+def _restore(
+    path: Path | None,
+    run: dict[str, Any],
+    methods: Mapping[str, Method],
+    optimizers: Mapping[str, torch.optim.Optimizer],
+    history: dict[str, list[Step]],
+) -> None:
+    """Put back what `_save` saved, all of it or nothing."""
+    if path is None:
+        raise ValueError("resume needs a checkpoint, got None")
+    state = checkpoints.load(path)
+    if not isinstance(state, dict) or state.keys() != {"run", "weights", "optimizers", "history"}:
+        raise ValueError(f"{path} is no checkpoint of a training run")
+    for name, value in run.items():
+        if state["run"][name] != value:
+            raise ValueError(f"{path} is of a run with {name} {state['run'][name]}, got {value}")
+    for name, method in methods.items():
+        method.load_state_dict(state["weights"][name])
+        optimizers[name].load_state_dict(state["optimizers"][name])
+        for step in state["history"][name]:
+            history[name].append(Step(**{**step, "health": step["health"] and Health(**step["health"])}))
+
+
+@contextlib.contextmanager
+def _deferred_interrupt(defer: bool) -> Iterator[threading.Event]:
+    """With `defer`, Ctrl-C sets the event; a second one interrupts at once, as the first does without `defer`."""
+    interrupted = threading.Event()
+    if not defer or threading.current_thread() is not threading.main_thread():
+        yield interrupted
+        return
+
+    def handle(*_: Any) -> None:
+        interrupted.set()
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield interrupted
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _batches(examples: int, batch_size: int, seed: int, first: int) -> Iterator[Tensor]:
+    """The positions of every batch from number `first` on: each epoch in an order of its own."""
+    order = torch.empty(0)
+    for step in itertools.count(first):
+        epoch, place = divmod(step, examples // batch_size)
+        if place == 0 or step == first:
+            order = torch.randperm(examples, generator=torch.Generator().manual_seed(_seed(seed, "order", epoch)))
+        yield order[place * batch_size : (place + 1) * batch_size]
+
+
+def _seed(seed: int, purpose: str, number: int) -> int:
+    return random.Random(f"{seed} {purpose} {number}").getrandbits(63)
 
 
 def _schedule(step: int, steps: int, warmup: float = 0.1) -> float:

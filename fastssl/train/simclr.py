@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from fastssl.functional import nt_xent
 from fastssl.train.models import Projector
-from fastssl.train.two_views import TwoViews, implementation
+from fastssl.train.two_views import TwoViews
 
 
 class SimCLR(TwoViews):
@@ -13,13 +14,11 @@ class SimCLR(TwoViews):
 
     Args:
         temperature: of NT-Xent.
-        impl: what computes the loss: "fastssl", or "naive", eager PyTorch that builds the similarity matrix.
     """
 
-    def __init__(self, *, temperature: float = 0.2, impl: str = "fastssl") -> None:
+    def __init__(self, *, temperature: float = 0.2) -> None:
         super().__init__(Projector)
         self.temperature = temperature
-        self.nt_xent = implementation("nt_xent", impl)
 
     def loss(self, z1: Tensor, z2: Tensor) -> Tensor:
-        return self.nt_xent(z1, z2, temperature=self.temperature)
+        return nt_xent(z1, z2, temperature=self.temperature)

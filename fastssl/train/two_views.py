@@ -1,4 +1,4 @@
-"""What methods share that compare two random views of each image: SimCLR, Barlow Twins, VICReg."""
+"""What methods share that compare two random views of each image."""
 
 from __future__ import annotations
 
@@ -7,21 +7,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from fastssl import functional, reference
 from fastssl.train.augment import random_view
+from fastssl.train.method import Method
 from fastssl.train.models import Encoder
 
-IMPLEMENTATIONS = ("fastssl", "naive")
 
-
-def implementation(name: str, impl: str) -> Callable[..., Tensor]:
-    """The function `name`, fused ("fastssl") or in eager PyTorch as the papers write it ("naive")."""
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLEMENTATIONS))}, got {impl!r}")
-    return getattr(functional, name) if impl == "fastssl" else reference.OPS[name].reference
-
-
-class TwoViews(nn.Module):
+class TwoViews(Method):
     """Two random views of each image, one encoder, one projector. A subclass has the `loss` of their projections.
 
     Args:
@@ -33,11 +24,16 @@ class TwoViews(nn.Module):
         self.encoder = Encoder()
         self.projector = projector(self.encoder.features)
 
-    @staticmethod
-    def views(images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """(B, H, W) uint8 images -> the model's inputs."""
-        return random_view(images, generator), random_view(images, generator)
+    @property
+    def student(self) -> nn.Module:
+        """The networks that a teacher follows: images -> projections."""
+        return nn.Sequential(self.encoder, self.projector)
 
-    def forward(self, view1: Tensor, view2: Tensor) -> tuple[Tensor, Tensor]:
+    @staticmethod
+    def views(batch: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """(B, H, W) uint8 images -> the model's inputs."""
+        return random_view(batch, generator), random_view(batch, generator)
+
+    def forward(self, view1: Tensor, view2: Tensor) -> tuple[Tensor, ...]:
         """The model's inputs -> the loss's inputs, (B, outputs of the projector) each."""
-        return self.projector(self.encoder(torch.cat([view1, view2]))).chunk(2)
+        return self.student(torch.cat([view1, view2])).chunk(2)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from fastssl.functional import vicreg
 from fastssl.train.models import Expander
-from fastssl.train.two_views import TwoViews, implementation
+from fastssl.train.two_views import TwoViews
 
 
 class VICReg(TwoViews):
@@ -15,15 +16,11 @@ class VICReg(TwoViews):
         lambda_param: weight of the invariance term.
         mu_param: weight of the variance term.
         nu_param: weight of the covariance term.
-        impl: what computes the loss: "fastssl", or "naive", eager PyTorch that builds the covariance matrices.
     """
 
-    def __init__(
-        self, *, lambda_param: float = 25.0, mu_param: float = 25.0, nu_param: float = 1.0, impl: str = "fastssl"
-    ) -> None:
+    def __init__(self, *, lambda_param: float = 25.0, mu_param: float = 25.0, nu_param: float = 1.0) -> None:
         super().__init__(Expander)
-        self.weights = {"lambda_param": lambda_param, "mu_param": mu_param, "nu_param": nu_param}
-        self.vicreg = implementation("vicreg", impl)
+        self.lambda_param, self.mu_param, self.nu_param = lambda_param, mu_param, nu_param
 
     def loss(self, z1: Tensor, z2: Tensor) -> Tensor:
-        return self.vicreg(z1, z2, **self.weights)
+        return vicreg(z1, z2, lambda_param=self.lambda_param, mu_param=self.mu_param, nu_param=self.nu_param)
