@@ -45,7 +45,7 @@ def check_tensors(name: str, tensors: list[Tensor]) -> None:
             raise TypeError(f"{name}[{i}] must be a Tensor, got {type(x).__name__}")
 
 
-def check_ids(name: str, ids: Tensor, x: Tensor) -> None:
+def check_ids(name: str, ids: Tensor, x: Tensor, name_x: str = "tokens") -> None:
     if not isinstance(ids, Tensor):
         raise TypeError(f"{name} must be a Tensor, got {type(ids).__name__}")
     if ids.dtype not in (torch.int64, torch.int32):
@@ -53,7 +53,7 @@ def check_ids(name: str, ids: Tensor, x: Tensor) -> None:
     if ids.dim() != 2 or ids.shape[0] != x.shape[0]:
         raise ValueError(f"{name} must have shape ({x.shape[0]}, K), a row for each sample, got {tuple(ids.shape)}")
     if ids.device != x.device:
-        raise ValueError(f"{name} and tokens must be on the same device, got {ids.device} and {x.device}")
+        raise ValueError(f"{name} and {name_x} must be on the same device, got {ids.device} and {x.device}")
 
 
 def check_negatives(query: Tensor, negative_keys: Tensor | None, negative_mode: str) -> None:
@@ -143,6 +143,23 @@ def check_size(name: str, size: int) -> None:
         raise TypeError(f"{name} must be an integer, got {type(size).__name__}")
     if size < 0:
         raise ValueError(f"{name} must not be negative, got {size}")
+
+
+def check_positive(name: str, size: int) -> None:
+    if not isinstance(size, int):
+        raise TypeError(f"{name} must be an integer, got {type(size).__name__}")
+    if size < 1:
+        raise ValueError(f"{name} must be positive, got {size}")
+
+
+def check_pair_of_sizes(name: str, sizes: int | tuple[int, int]) -> tuple[int, int]:
+    """Height and width, which are one number where they are equal."""
+    pair = (sizes, sizes) if isinstance(sizes, int) else sizes
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(isinstance(size, int) for size in pair):
+        raise TypeError(f"{name} must be an integer or two, got {sizes!r}")
+    if min(pair) < 1:
+        raise ValueError(f"{name} must be positive, got {sizes}")
+    return pair[0], pair[1]
 
 
 def check_number(name: str, number: float) -> None:

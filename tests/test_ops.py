@@ -34,7 +34,8 @@ POISONED = ("5x64", "33x16", "not normalized", "5x7x64", "scale=14.0", "labels",
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 KINDS = ("1x1", "1x9", "2x3", "transposed", "sliced", "expanded", "empty", "learnable")  # that differ to a tracer
 OPTIONS = ("queue and batch", "paired and batch", "labels, smoothed", "views", "weighted")  # and so do these
-WITHOUT_PRODUCTS = ("variance_loss",)  # whose precision could change anything
+PATCHES = ("2x3x8x12", "3x3x15x14", "2x3x5, mse", "3x7x129, mse")
+WITHOUT_PRODUCTS = ("variance_loss", "masked_patch_loss", "masked_feature_loss")  # whose precision would matter
 
 
 @functools.cache
@@ -221,7 +222,7 @@ def test_compile_inductor(spec, sample):
 def test_compile_dynamic_shapes(spec):
     torch._dynamo.reset()
     compiled = torch.compile(public(spec), fullgraph=True, backend="aot_eager", dynamic=True)
-    shapes = ("2x3", "5x64", "32x128", "33x16", "5x7x64", "32x64x128", "64x65x127")
+    shapes = ("2x3", "5x64", "32x128", "33x16", "5x7x64", "32x64x128", "64x65x127", *PATCHES)
     samples = [sample for label, sample in _samples(spec.name, torch.float32).items() if label in shapes]
     assert len(samples) > 1
     for sample in samples:

@@ -25,6 +25,7 @@ from fastssl.functional.correlation import (
 )
 from fastssl.functional.ema import ema_update_
 from fastssl.functional.masking import gather_tokens, random_masking, random_masking_ids, restore_tokens, scatter_tokens
+from fastssl.functional.patches import masked_feature_loss, masked_patch_loss, patch_embed
 from fastssl.functional.sigmoid import siglip_loss
 
 __all__ = [
@@ -37,7 +38,10 @@ __all__ = [
     "ema_update_",
     "gather_tokens",
     "info_nce",
+    "masked_feature_loss",
+    "masked_patch_loss",
     "nt_xent",
+    "patch_embed",
     "random_masking",
     "random_masking_ids",
     "redundancy_loss",

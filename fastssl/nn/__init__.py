@@ -7,6 +7,7 @@ from fastssl.nn.ema import EMA
 from fastssl.nn.info_nce import InfoNCELoss
 from fastssl.nn.memory_bank import MemoryBank
 from fastssl.nn.ntxent import NTXentLoss
+from fastssl.nn.patch_embed import PatchEmbed
 from fastssl.nn.supcon import SupConLoss
 from fastssl.nn.vicreg import VICRegLoss
 
@@ -19,6 +20,7 @@ __all__ = [
     "InfoNCELoss",
     "MemoryBank",
     "NTXentLoss",
+    "PatchEmbed",
     "SigLipLoss",
     "SupConLoss",
     "VICRegLoss",
