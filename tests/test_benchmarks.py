@@ -59,7 +59,7 @@ def test_each_mode_takes_the_rate_of_its_products(nt_xent, mode, rate):
     assert result.floor_fraction == result.floor / result.median
 
 
-SMALL = {2: (60, 24), 3: (70, 30, 24)}  # by the numbers that a size has
+SMALL = {2: (60, 24), 3: (70, 30, 24), 4: (6, 3, 32, 8)}  # by the numbers that a size has
 
 
 @pytest.mark.parametrize("op", [name for name, b in registry.load().items() if b.oracle])
