@@ -16,6 +16,13 @@ def random_view(images: Tensor, generator: torch.Generator) -> Tensor:
     return color_jitter(view, generator)
 
 
+def strong_view(images: Tensor, generator: torch.Generator) -> Tensor:
+    """The same with smaller crops, and half of them blurred (MoCo v2, arXiv:2003.04297)."""
+    view = images.unsqueeze(1).float().div_(255)
+    view = random_resized_crop_flip(view, generator, scale=(0.3, 1.0))
+    return random_blur(color_jitter(view, generator), generator)
+
+
 def random_resized_crop_flip(
     images: Tensor,
     generator: torch.Generator,
@@ -45,6 +52,20 @@ def color_jitter(images: Tensor, generator: torch.Generator, brightness: float =
     images = images * _uniform(shape, (1 - brightness, 1 + brightness), generator)
     mean = images.mean((1, 2, 3), keepdim=True)
     return ((images - mean) * _uniform(shape, (1 - contrast, 1 + contrast), generator) + mean).clamp_(0, 1)
+
+
+def random_blur(
+    images: Tensor, generator: torch.Generator, sigma: tuple[float, float] = (0.1, 1.0), share: float = 0.5
+) -> Tensor:
+    """Each image convolved with a Gaussian of its own width in pixels; on the average `share` of them, others stay."""
+    batch, channels, height, width = images.shape
+    chosen = torch.rand(batch, generator=generator) < share
+    widths = torch.where(chosen, _uniform(batch, sigma, generator), 1e-3)
+    distance = torch.arange(-2.0, 3.0)
+    kernels = (-distance.square() / (2 * widths[:, None].square())).softmax(1).repeat_interleave(channels, 0)
+    rows = F.pad(images.reshape(1, -1, height, width), (2, 2, 2, 2), mode="replicate")
+    rows = F.conv2d(rows, kernels[:, None, :, None], groups=batch * channels)
+    return F.conv2d(rows, kernels[:, None, None, :], groups=batch * channels).view_as(images)
 
 
 def _uniform(shape: int | tuple[int, ...], between: tuple[float, float], generator: torch.Generator) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastssl.functional import barlow_twins
-from fastssl.train.models import Expander
 from fastssl.train.two_views import TwoViews
 
 
@@ -17,7 +16,7 @@ class BarlowTwins(TwoViews):
     """
 
     def __init__(self, *, lambda_param: float = 5e-3) -> None:
-        super().__init__(Expander)
+        super().__init__(1024, 1024, 1024)
         self.lambda_param = lambda_param
 
     def loss(self, z1: Tensor, z2: Tensor) -> Tensor:

@@ -18,22 +18,18 @@ class Encoder(nn.Sequential):
         self.features = features
 
 
-class Projector(nn.Sequential):
-    """SimCLR's head (arXiv:2002.05709, section 4.2): (B, features) -> (B, outputs) by two layers.
+def mlp(*widths: int, last_norm: bool = False) -> nn.Sequential:
+    """Linear layers from each width to the next, batch normalisation and ReLU between them: the methods' heads.
 
-    The hidden layer is batch-normalised, as in the authors' code. It is not used after training.
+    Args:
+        widths: of the input, the hidden layers and the output.
+        last_norm: normalise the output too, without a scale and a shift of its own.
     """
-
-    def __init__(self, features: int, outputs: int = 128) -> None:
-        hidden = nn.Linear(features, features, bias=False), nn.BatchNorm1d(features), nn.ReLU(inplace=True)
-        super().__init__(*hidden, nn.Linear(features, outputs))
-
-
-class Expander(nn.Sequential):
-    """The head of Barlow Twins and VICReg: (B, features) -> (B, outputs), three layers as wide as the output."""
-
-    def __init__(self, features: int, outputs: int = 1024) -> None:
-        layers = []
-        for inputs in (features, outputs):
-            layers += [nn.Linear(inputs, outputs, bias=False), nn.BatchNorm1d(outputs), nn.ReLU(inplace=True)]
-        super().__init__(*layers, nn.Linear(outputs, outputs, bias=False))
+    *hidden, outputs = widths
+    layers = []
+    for inputs, width in zip(hidden[:-1], hidden[1:], strict=True):
+        layers += [nn.Linear(inputs, width, bias=False), nn.BatchNorm1d(width), nn.ReLU(inplace=True)]
+    layers.append(nn.Linear(hidden[-1], outputs, bias=not last_norm))
+    if last_norm:
+        layers.append(nn.BatchNorm1d(outputs, affine=False))
+    return nn.Sequential(*layers)

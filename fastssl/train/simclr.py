@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastssl.functional import nt_xent
-from fastssl.train.models import Projector
 from fastssl.train.two_views import TwoViews
 
 
@@ -17,7 +16,7 @@ class SimCLR(TwoViews):
     """
 
     def __init__(self, *, temperature: float = 0.2) -> None:
-        super().__init__(Projector)
+        super().__init__(256, 128)
         self.temperature = temperature
 
     def loss(self, z1: Tensor, z2: Tensor) -> Tensor:

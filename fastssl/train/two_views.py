@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
 from fastssl.train.augment import random_view
 from fastssl.train.method import Method
-from fastssl.train.models import Encoder
+from fastssl.train.models import Encoder, mlp
 
 
 class TwoViews(Method):
     """Two random views of each image, one encoder, one projector. A subclass has the `loss` of their projections.
 
     Args:
-        projector: makes the projector, given the encoder's number of features.
+        widths: of the projector's hidden layers and its output.
+        last_norm: whether its output is batch-normalised.
     """
 
-    def __init__(self, projector: Callable[[int], nn.Module]) -> None:
+    def __init__(self, *widths: int, last_norm: bool = False) -> None:
         super().__init__()
         self.encoder = Encoder()
-        self.projector = projector(self.encoder.features)
+        self.projector = mlp(self.encoder.features, *widths, last_norm=last_norm)
 
     @property
     def student(self) -> nn.Module:
@@ -35,5 +34,5 @@ class TwoViews(Method):
         return random_view(batch, generator), random_view(batch, generator)
 
     def forward(self, view1: Tensor, view2: Tensor) -> tuple[Tensor, ...]:
-        """The model's inputs -> the loss's inputs, (B, outputs of the projector) each."""
+        """The model's inputs -> the loss's inputs, (B, outputs) each."""
         return self.student(torch.cat([view1, view2])).chunk(2)

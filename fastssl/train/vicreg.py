@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastssl.functional import vicreg
-from fastssl.train.models import Expander
 from fastssl.train.two_views import TwoViews
 
 
@@ -19,7 +18,7 @@ class VICReg(TwoViews):
     """
 
     def __init__(self, *, lambda_param: float = 25.0, mu_param: float = 25.0, nu_param: float = 1.0) -> None:
-        super().__init__(Expander)
+        super().__init__(1024, 1024, 1024)
         self.lambda_param, self.mu_param, self.nu_param = lambda_param, mu_param, nu_param
 
     def loss(self, z1: Tensor, z2: Tensor) -> Tensor:

@@ -1,0 +1,47 @@
+"""BYOL: bootstrap your own latent, a new approach to self-supervised learning (arXiv:2006.07733)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastssl.nn import EMA
+from fastssl.train.augment import strong_view
+from fastssl.train.models import mlp
+from fastssl.train.two_views import TwoViews
+
+
+class BYOL(TwoViews):
+    """From one view of an image predict the projection that a slowly moving teacher makes of the other. No negatives.
+
+    Args:
+        total_steps: the length of the run, over which the teacher's momentum rises to 1.
+        momentum: of the teacher at first; the paper's 0.996 is for longer runs.
+    """
+
+    def __init__(self, *, total_steps: int, momentum: float = 0.98) -> None:
+        super().__init__(512, 128)
+        self.predictor = mlp(128, 512, 128)
+        # In training mode, as in the paper: its batch normalisation has statistics of its own.
+        self.teacher = EMA(
+            self.student, momentum, schedule="cosine", total_steps=total_steps, update_buffers=False
+        ).train()
+
+    @staticmethod
+    def views(batch: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        return strong_view(batch, generator), strong_view(batch, generator)
+
+    def forward(self, view1: Tensor, view2: Tensor) -> tuple[Tensor, ...]:
+        views = torch.cat([view1, view2])
+        predictions = self.predictor(self.student(views))
+        with torch.no_grad():
+            targets = self.teacher(views)
+        return *predictions.chunk(2), *targets.chunk(2)
+
+    def loss(self, prediction1: Tensor, prediction2: Tensor, target1: Tensor, target2: Tensor) -> Tensor:
+        similarity = F.cosine_similarity(prediction1, target2) + F.cosine_similarity(prediction2, target1)
+        return (4 - 2 * similarity).mean()
+
+    def after_step(self, *embeddings: Tensor) -> None:
+        self.teacher.update(self.student)

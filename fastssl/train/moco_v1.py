@@ -1,0 +1,45 @@
+"""MoCo: momentum contrast for unsupervised visual representation learning (arXiv:1911.05722)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastssl.functional import info_nce
+from fastssl.nn import EMA, MemoryBank
+from fastssl.train.two_views import TwoViews
+
+
+class MoCoV1(TwoViews):
+    """A query finds the key of the same image among a queue of past keys; a slowly moving teacher makes the keys.
+
+    The teacher is in evaluation mode: statistics of a batch, from which keys could be told (against which the paper
+    shuffles batches among GPUs), do not enter its keys.
+
+    Args:
+        temperature: of InfoNCE.
+        momentum: of the teacher; the paper's 0.999 is for longer runs.
+        queue: number of keys.
+    """
+
+    head = (128,)
+
+    def __init__(self, *, temperature: float = 0.07, momentum: float = 0.99, queue: int = 4096) -> None:
+        super().__init__(*self.head)
+        self.temperature = temperature
+        self.teacher = EMA(self.student, momentum)
+        self.queue = MemoryBank(queue, 128)
+
+    def forward(self, view1: Tensor, view2: Tensor) -> tuple[Tensor, Tensor]:
+        query = F.normalize(self.student(view1).float(), dim=1)
+        with torch.no_grad():
+            key = F.normalize(self.teacher(view2).float(), dim=1)
+        return query, key
+
+    def loss(self, query: Tensor, key: Tensor) -> Tensor:
+        return info_nce(query, key, self.queue.keys, temperature=self.temperature, normalize=False)
+
+    def after_step(self, query: Tensor, key: Tensor) -> None:
+        self.teacher.update(self.student)
+        self.queue.update(key)

@@ -1,0 +1,30 @@
+"""MoCo v2: improved baselines with momentum contrastive learning (arXiv:2003.04297)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastssl.train.augment import strong_view
+from fastssl.train.moco_v1 import MoCoV1
+
+
+class MoCoV2(MoCoV1):
+    """MoCo with a projector of two layers, stronger augmentation and a higher temperature.
+
+    The paper's third change, a cosine schedule, is what the training loop has for all methods.
+
+    Args:
+        temperature: of InfoNCE.
+        momentum: of the teacher; the paper's 0.999 is for longer runs.
+        queue: number of keys.
+    """
+
+    head = (256, 128)
+
+    def __init__(self, *, temperature: float = 0.2, momentum: float = 0.99, queue: int = 4096) -> None:
+        super().__init__(temperature=temperature, momentum=momentum, queue=queue)
+
+    @staticmethod
+    def views(batch: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        return strong_view(batch, generator), strong_view(batch, generator)

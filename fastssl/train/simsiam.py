@@ -1,0 +1,34 @@
+"""SimSiam: exploring simple Siamese representation learning (arXiv:2011.10566)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastssl.train.augment import strong_view
+from fastssl.train.models import mlp
+from fastssl.train.two_views import TwoViews
+
+
+class SimSiam(TwoViews):
+    """From one view of an image predict the projection of the other, which is taken as a constant. No teacher.
+
+    That, the stop-gradient, is what keeps all images from getting the same projection.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(512, 512, 512, last_norm=True)
+        self.predictor = mlp(512, 128, 512)
+
+    @staticmethod
+    def views(batch: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        return strong_view(batch, generator), strong_view(batch, generator)
+
+    def forward(self, view1: Tensor, view2: Tensor) -> tuple[Tensor, ...]:
+        projections = self.student(torch.cat([view1, view2]))
+        return *self.predictor(projections).chunk(2), *projections.detach().chunk(2)
+
+    def loss(self, prediction1: Tensor, prediction2: Tensor, projection1: Tensor, projection2: Tensor) -> Tensor:
+        similarity = F.cosine_similarity(prediction1, projection2) + F.cosine_similarity(prediction2, projection1)
+        return -similarity.mean() / 2

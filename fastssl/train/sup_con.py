@@ -1,0 +1,43 @@
+"""SupCon: supervised contrastive learning (arXiv:2004.11362)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.data import TensorDataset
+
+from fastssl.functional import sup_con
+from fastssl.train.data import Images
+from fastssl.train.two_views import TwoViews
+
+
+class SupCon(TwoViews):
+    """All views of all images of a class attract each other, and repel those of other classes.
+
+    Args:
+        temperature: of the loss.
+    """
+
+    def __init__(self, *, temperature: float = 0.1) -> None:
+        super().__init__(256, 128)
+        self.temperature = temperature
+
+    @staticmethod
+    def training_data(dataset: Images) -> TensorDataset:
+        return TensorDataset(dataset.train, dataset.train_labels)
+
+    @staticmethod
+    def views(batch: tuple[Tensor, Tensor], generator: torch.Generator) -> tuple[Tensor, ...]:
+        images, labels = batch
+        return *TwoViews.views(images, generator), labels
+
+    def forward(self, view1: Tensor, view2: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.stack(super().forward(view1, view2), 1), labels
+
+    def loss(self, projections: Tensor, labels: Tensor) -> Tensor:
+        return sup_con(projections, labels, temperature=self.temperature)
+
+    def embed(self, view1: Tensor, view2: Tensor, labels: Tensor) -> Sequence[Tensor]:
+        return super().embed(view1, view2)
