@@ -1,0 +1,213 @@
+"""Huge batches in small memory: every chunk is embedded twice, in the manner of GradCache (arXiv:2101.06983).
+
+A contrastive loss L needs the embeddings z of all samples at once, but the encoder's activations, which take the
+memory, only chunk by chunk, since its parameters theta get
+
+    dL/dtheta = sum over chunks c of  (dz_c/dtheta)^T dL/dz_c
+
+So embed every chunk without a graph, take L and dL/dz, which the fused losses do in O(B D) memory, and embed every
+chunk again, now with a graph, to go back from dL/dz_c. That costs a second forward pass, about a third of a plain step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+Inputs = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
+Encoder = Callable[..., Tensor | Sequence[Tensor]]
+RandomState = tuple[Tensor, list[Tensor]]  # of the CPU, and of every CUDA device
+
+
+def grad_cache(
+    encoders: Encoder | Sequence[Encoder],
+    inputs: Inputs | Sequence[Inputs],
+    loss_fn: Callable[..., Tensor],
+    *,
+    chunk_size: int,
+) -> Tensor:
+    """The loss of a batch and its gradients, with the activations of one chunk in memory (arXiv:2101.06983).
+
+    In place of this, with gradients that are equal but for rounding:
+
+        loss = loss_fn(*(encoder(x) for encoder, x in zip(encoders, inputs)))
+        loss.backward()
+
+    - Dropout and augmentation: a chunk finds the same random state both times, of the default generators of the CPU
+      and of CUDA.
+    - Buffers are set back in between, so that a chunk updates them once. Batch normalisation takes its statistics
+      from the chunk, as in gradient accumulation, not from the batch: this differs from the above.
+    - Autocast: both passes run as the surrounding block says, backward passes without it. Gradient scaling:
+      `loss_fn=lambda *z: scaler.scale(clip_loss(*z))`.
+    - DistributedDataParallel, as an encoder or inside one, reduces gradients once, with its last chunk; in a function,
+      where it cannot be seen, with every chunk, to the same result. Parameters that only loss_fn uses are not reduced.
+
+    A batch of a single chunk is embedded once.
+
+    Args:
+        encoders: a module, a method of one, or a function; or a tuple or list of them, in which one may occur twice.
+            Each returns embeddings, a tensor or a tuple or list of tensors, with a row for each sample.
+        inputs: of the encoder: a tensor x for encoder(x), a tuple or list for encoder(*x), a mapping for encoder(**x).
+            It is cut along the first dimension of its tensors, and gets no gradient. Of several encoders: a tuple
+            or list with one such input for each; they may differ in length, as queries and documents do.
+        loss_fn: the loss of the embeddings of all encoders, in their order. Other tensors in it, such as a learnable
+            temperature, get their gradients too.
+        chunk_size: the most samples that a chunk may have, at least 1. Chunks are alike in size, but for one sample.
+
+    Returns:
+        0-d loss without a graph. As after `backward`, gradients have been added to `.grad`.
+
+    Raises:
+        TypeError: if an encoder is not callable, inputs are not as above, chunk_size is no integer, or an encoder or
+            loss_fn returns no tensors.
+        ValueError: if there is not one input for each encoder, an input has no tensors or tensors that differ in
+            length, chunk_size is below 1, an embedding has not a row for each sample, or the loss is not 0-d.
+        RuntimeError: if the loss depends on nothing that requires a gradient.
+    """
+    if not isinstance(encoders, (tuple, list)):
+        encoders, inputs = [encoders], [inputs]
+    _check(encoders, inputs, chunk_size)
+    tasks = [(encoder, _split(x, chunk_size)) for encoder, x in zip(encoders, inputs, strict=True)]
+    if all(len(chunks) == 1 for _, chunks in tasks):
+        return _differentiate(loss_fn, [z for encoder, (x,) in tasks for z in _embed(encoder, x)])
+
+    modules = {module for encoder in encoders for module in _modules(encoder)}
+    buffers = [(module, name, b.clone()) for module in modules for name, b in module.named_buffers(recurse=False)]
+    states, leaves = zip(*(_embed_without_graph(encoder, chunks) for encoder, chunks in tasks), strict=True)
+    loss = _differentiate(loss_fn, [z for embeddings in leaves for z in embeddings])
+
+    state = _random_state()
+    with torch.no_grad():
+        for module, name, value in buffers:
+            getattr(module, name).copy_(value)
+    passes = [
+        (encoder, *chunk)
+        for (encoder, chunks), chunk_states, embeddings in zip(tasks, states, leaves, strict=True)
+        if any(z.grad is not None for z in embeddings)
+        for chunk in zip(chunks, chunk_states, _gradients(embeddings, len(chunks)), strict=True)
+    ]
+    last = {ddp: i for i, (encoder, *_) in enumerate(passes) for ddp in _parallel(encoder)}
+    for i, (encoder, x, chunk_state, gradients) in enumerate(passes):
+        _set_random_state(chunk_state)
+        with _no_reduction(ddp for ddp in _parallel(encoder) if i != last[ddp]):
+            _backward(_embed(encoder, x), gradients)
+    _set_random_state(state)
+    return loss
+
+
+def _check(encoders: Sequence[Encoder], inputs: Sequence[Inputs], chunk_size: int) -> None:
+    for encoder in encoders:
+        if not callable(encoder):
+            raise TypeError(f"encoders must be callable, got {_type(encoder)}")
+    if not isinstance(inputs, (tuple, list)):
+        raise TypeError(f"inputs of several encoders must be a tuple or list, got {_type(inputs)}")
+    if not encoders or len(encoders) != len(inputs):
+        raise ValueError(f"encoders and inputs must be as many, at least one, got {len(encoders)} and {len(inputs)}")
+    for x in inputs:
+        tensors = _tensors(x)
+        for tensor in tensors:
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"inputs must be tensors, or tuples, lists or mappings of tensors, got {_type(tensor)}")
+        shapes = [tuple(tensor.shape) for tensor in tensors]
+        if len({shape[:1] for shape in shapes}) != 1 or not shapes[0]:
+            raise ValueError(f"inputs of an encoder must have one length in common, got shapes {shapes}")
+    if not isinstance(chunk_size, int):
+        raise TypeError(f"chunk_size must be an integer, got {_type(chunk_size)}")
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+
+
+def _tensors(x: Inputs) -> list[Tensor]:
+    return list(x.values() if isinstance(x, Mapping) else x if isinstance(x, (tuple, list)) else [x])
+
+
+def _split(x: Inputs, chunk_size: int) -> list[Inputs]:
+    tensors = _tensors(x)
+    count = max(1, math.ceil(len(tensors[0]) / chunk_size))
+    chunks = zip(*(tensor.detach().tensor_split(count) for tensor in tensors), strict=True)
+    if isinstance(x, Mapping):
+        return [dict(zip(x, chunk, strict=True)) for chunk in chunks]
+    return [chunk[0] if isinstance(x, Tensor) else chunk for chunk in chunks]
+
+
+def _embed(encoder: Encoder, x: Inputs) -> Sequence[Tensor]:
+    embeddings = encoder(x) if isinstance(x, Tensor) else encoder(**x) if isinstance(x, Mapping) else encoder(*x)
+    embeddings = [embeddings] if isinstance(embeddings, Tensor) else embeddings
+    if not isinstance(embeddings, (tuple, list)) or not all(isinstance(z, Tensor) for z in embeddings):
+        raise TypeError(f"encoders must return a tensor, or a tuple or list of tensors, got {_type(embeddings)}")
+    rows = len(_tensors(x)[0])
+    for z in embeddings:
+        if z.shape[:1] != (rows,):
+            raise ValueError(f"encoders must return a row for each of {rows} samples, got shape {tuple(z.shape)}")
+    return embeddings
+
+
+def _embed_without_graph(encoder: Encoder, chunks: list[Inputs]) -> tuple[list[RandomState], list[Tensor]]:
+    """The random state before each chunk, and the embeddings of all chunks, as leaves."""
+    states, embeddings = [], []
+    for x in chunks:
+        states.append(_random_state())
+        # The graph of the first chunk, dropped at once, tells which embeddings require a gradient.
+        with torch.set_grad_enabled(not embeddings), _no_reduction(_parallel(encoder)):
+            embeddings.append([z.detach().requires_grad_(z.requires_grad) for z in _embed(encoder, x)])
+    return states, [torch.cat(z).detach().requires_grad_(z[0].requires_grad) for z in zip(*embeddings, strict=True)]
+
+
+def _differentiate(loss_fn: Callable[..., Tensor], embeddings: list[Tensor]) -> Tensor:
+    """The loss, whose gradients are added to those of the embeddings and of the loss's parameters."""
+    loss = loss_fn(*embeddings)
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"loss_fn must return a tensor, got {_type(loss)}")
+    if loss.dim() != 0:
+        raise ValueError(f"loss_fn must return a 0-d tensor, got shape {tuple(loss.shape)}")
+    _backward([loss], [torch.ones_like(loss)])
+    return loss.detach()
+
+
+def _gradients(embeddings: list[Tensor], chunks: int) -> Iterable[tuple[Tensor | None, ...]]:
+    """For each chunk the gradients of its embeddings; None of those that the loss does not depend on."""
+    nothing = [None] * chunks
+    return zip(*(nothing if z.grad is None else z.grad.tensor_split(chunks) for z in embeddings), strict=True)
+
+
+def _backward(tensors: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
+    """Back from those tensors that have a gradient; without autocast, which is for forward passes."""
+    pairs = [(z, gradient) for z, gradient in zip(tensors, gradients, strict=True) if gradient is not None]
+    with torch.autocast(pairs[0][0].device.type, enabled=False):
+        torch.autograd.backward(*zip(*pairs, strict=True))
+
+
+def _modules(encoder: Encoder) -> list[nn.Module]:
+    """All modules of a module, or of the one that a method belongs to."""
+    owner = getattr(encoder, "__self__", encoder)
+    return list(owner.modules()) if isinstance(owner, nn.Module) else []
+
+
+def _parallel(encoder: Encoder) -> list[DistributedDataParallel]:
+    return [module for module in _modules(encoder) if isinstance(module, DistributedDataParallel)]
+
+
+def _no_reduction(parallel: Iterable[DistributedDataParallel]) -> ExitStack:
+    """Context in which their gradients stay in this process."""
+    stack = ExitStack()
+    for module in parallel:
+        stack.enter_context(module.no_sync())
+    return stack
+
+
+def _random_state() -> RandomState:
+    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+
+
+def _set_random_state(state: RandomState) -> None:
+    torch.set_rng_state(state[0])
+    torch.cuda.set_rng_state_all(state[1])
+
+
+def _type(value: object) -> str:
+    return type(value).__name__
