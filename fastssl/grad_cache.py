@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 Inputs = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 Encoder = Callable[..., Tensor | Sequence[Tensor]]
+Buffers = list[tuple[nn.Module, str, Tensor]]
 RandomState = tuple[Tensor, list[Tensor]]  # of the CPU, and of every CUDA device
 
 
@@ -72,32 +73,72 @@ def grad_cache(
     if not isinstance(encoders, (tuple, list)):
         encoders, inputs = [encoders], [inputs]
     _check(encoders, inputs, chunk_size)
-    tasks = [(encoder, _split(x, chunk_size)) for encoder, x in zip(encoders, inputs, strict=True)]
-    if all(len(chunks) == 1 for _, chunks in tasks):
-        return _differentiate(loss_fn, [z for encoder, (x,) in tasks for z in _embed(encoder, x)])
+    tasks = [_Task(encoder, x, chunk_size) for encoder, x in zip(encoders, inputs, strict=True)]
+    if all(len(task.chunks) == 1 for task in tasks):
+        return _differentiate(loss_fn, [z for task in tasks for z in task.embed(task.chunks[0])])
 
-    modules = {module for encoder in encoders for module in _modules(encoder)}
-    buffers = [(module, name, b.clone()) for module in modules for name, b in module.named_buffers(recurse=False)]
-    states, leaves = zip(*(_embed_without_graph(encoder, chunks) for encoder, chunks in tasks), strict=True)
-    loss = _differentiate(loss_fn, [z for embeddings in leaves for z in embeddings])
-
-    state = _random_state()
-    with torch.no_grad():
-        for module, name, value in buffers:
-            getattr(module, name).copy_(value)
-    passes = [
-        (encoder, *chunk)
-        for (encoder, chunks), chunk_states, embeddings in zip(tasks, states, leaves, strict=True)
-        if any(z.grad is not None for z in embeddings)
-        for chunk in zip(chunks, chunk_states, _gradients(embeddings, len(chunks)), strict=True)
-    ]
-    last = {ddp: i for i, (encoder, *_) in enumerate(passes) for ddp in _parallel(encoder)}
-    for i, (encoder, x, chunk_state, gradients) in enumerate(passes):
-        _set_random_state(chunk_state)
-        with _no_reduction(ddp for ddp in _parallel(encoder) if i != last[ddp]):
-            _backward(_embed(encoder, x), gradients)
-    _set_random_state(state)
+    loss = _differentiate(loss_fn, [z for task in tasks for z in task.first_pass()])
+    random_state, buffers = _random_state(), [buffer for task in tasks for buffer in task.copy_of_buffers()]
+    learning = [task for task in tasks if any(z.grad is not None for z in task.embeddings)]
+    last = {ddp: task for task in learning for ddp in task.parallel}
+    for task in learning:
+        task.second_pass(reduced=[ddp for ddp in task.parallel if last[ddp] is task])
+    _set_random_state(random_state)
+    _set_buffers(buffers)
     return loss
+
+
+class _Task:
+    """An encoder and its input, in chunks.
+
+    Attributes:
+        embeddings: after the first pass, as leaves.
+    """
+
+    def __init__(self, encoder: Encoder, x: Inputs, chunk_size: int) -> None:
+        self.encoder = encoder
+        self.chunks = _split(x, chunk_size)
+        owner = getattr(encoder, "__self__", encoder)  # of a method
+        self.modules = list(owner.modules()) if isinstance(owner, nn.Module) else []
+        self.parallel = [module for module in self.modules if isinstance(module, DistributedDataParallel)]
+
+    def copy_of_buffers(self) -> Buffers:
+        return [(module, name, b.clone()) for module in self.modules for name, b in module.named_buffers(recurse=False)]
+
+    def embed(self, x: Inputs) -> Sequence[Tensor]:
+        encoder = self.encoder
+        embeddings = encoder(x) if isinstance(x, Tensor) else encoder(**x) if isinstance(x, Mapping) else encoder(*x)
+        embeddings = [embeddings] if isinstance(embeddings, Tensor) else embeddings
+        if not isinstance(embeddings, (tuple, list)) or not all(isinstance(z, Tensor) for z in embeddings):
+            raise TypeError(f"encoders must return a tensor, or a tuple or list of tensors, got {_type(embeddings)}")
+        rows = len(_tensors(x)[0])
+        for z in embeddings:
+            if z.shape[:1] != (rows,):
+                raise ValueError(f"encoders must return a row for each of {rows} samples, got shape {tuple(z.shape)}")
+        return embeddings
+
+    def first_pass(self) -> list[Tensor]:
+        """Embeds all chunks without a graph."""
+        self.buffers, self.random_states, embeddings = self.copy_of_buffers(), [], []
+        for x in self.chunks:
+            self.random_states.append(_random_state())
+            # The first chunk has a graph, dropped at once, which tells what embeddings require a gradient.
+            with torch.set_grad_enabled(not embeddings), _no_reduction(self.parallel):
+                embeddings.append([z.detach().requires_grad_(z.requires_grad) for z in self.embed(x)])
+        whole = zip(*embeddings, strict=True)
+        self.embeddings = [torch.cat(z).detach().requires_grad_(z[0].requires_grad) for z in whole]
+        return self.embeddings
+
+    def second_pass(self, reduced: list[DistributedDataParallel]) -> None:
+        """Embeds all chunks again and goes back from the gradients of their embeddings; the last chunk reduces."""
+        count = len(self.chunks)
+        none = [None] * count
+        gradients = zip(*(none if z.grad is None else z.grad.tensor_split(count) for z in self.embeddings), strict=True)
+        _set_buffers(self.buffers)
+        for i, (x, state, z_gradients) in enumerate(zip(self.chunks, self.random_states, gradients, strict=True)):
+            _set_random_state(state)
+            with _no_reduction(ddp for ddp in self.parallel if ddp not in reduced or i < count - 1):
+                _backward(self.embed(x), z_gradients)
 
 
 def _check(encoders: Sequence[Encoder], inputs: Sequence[Inputs], chunk_size: int) -> None:
@@ -135,29 +176,6 @@ def _split(x: Inputs, chunk_size: int) -> list[Inputs]:
     return [chunk[0] if isinstance(x, Tensor) else chunk for chunk in chunks]
 
 
-def _embed(encoder: Encoder, x: Inputs) -> Sequence[Tensor]:
-    embeddings = encoder(x) if isinstance(x, Tensor) else encoder(**x) if isinstance(x, Mapping) else encoder(*x)
-    embeddings = [embeddings] if isinstance(embeddings, Tensor) else embeddings
-    if not isinstance(embeddings, (tuple, list)) or not all(isinstance(z, Tensor) for z in embeddings):
-        raise TypeError(f"encoders must return a tensor, or a tuple or list of tensors, got {_type(embeddings)}")
-    rows = len(_tensors(x)[0])
-    for z in embeddings:
-        if z.shape[:1] != (rows,):
-            raise ValueError(f"encoders must return a row for each of {rows} samples, got shape {tuple(z.shape)}")
-    return embeddings
-
-
-def _embed_without_graph(encoder: Encoder, chunks: list[Inputs]) -> tuple[list[RandomState], list[Tensor]]:
-    """The random state before each chunk, and the embeddings of all chunks, as leaves."""
-    states, embeddings = [], []
-    for x in chunks:
-        states.append(_random_state())
-        # The graph of the first chunk, dropped at once, tells which embeddings require a gradient.
-        with torch.set_grad_enabled(not embeddings), _no_reduction(_parallel(encoder)):
-            embeddings.append([z.detach().requires_grad_(z.requires_grad) for z in _embed(encoder, x)])
-    return states, [torch.cat(z).detach().requires_grad_(z[0].requires_grad) for z in zip(*embeddings, strict=True)]
-
-
 def _differentiate(loss_fn: Callable[..., Tensor], embeddings: list[Tensor]) -> Tensor:
     """The loss, whose gradients are added to those of the embeddings and of the loss's parameters."""
     loss = loss_fn(*embeddings)
@@ -169,27 +187,11 @@ def _differentiate(loss_fn: Callable[..., Tensor], embeddings: list[Tensor]) -> 
     return loss.detach()
 
 
-def _gradients(embeddings: list[Tensor], chunks: int) -> Iterable[tuple[Tensor | None, ...]]:
-    """For each chunk the gradients of its embeddings; None of those that the loss does not depend on."""
-    nothing = [None] * chunks
-    return zip(*(nothing if z.grad is None else z.grad.tensor_split(chunks) for z in embeddings), strict=True)
-
-
 def _backward(tensors: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
     """Back from those tensors that have a gradient; without autocast, which is for forward passes."""
     pairs = [(z, gradient) for z, gradient in zip(tensors, gradients, strict=True) if gradient is not None]
     with torch.autocast(pairs[0][0].device.type, enabled=False):
         torch.autograd.backward(*zip(*pairs, strict=True))
-
-
-def _modules(encoder: Encoder) -> list[nn.Module]:
-    """All modules of a module, or of the one that a method belongs to."""
-    owner = getattr(encoder, "__self__", encoder)
-    return list(owner.modules()) if isinstance(owner, nn.Module) else []
-
-
-def _parallel(encoder: Encoder) -> list[DistributedDataParallel]:
-    return [module for module in _modules(encoder) if isinstance(module, DistributedDataParallel)]
 
 
 def _no_reduction(parallel: Iterable[DistributedDataParallel]) -> ExitStack:
@@ -207,6 +209,12 @@ def _random_state() -> RandomState:
 def _set_random_state(state: RandomState) -> None:
     torch.set_rng_state(state[0])
     torch.cuda.set_rng_state_all(state[1])
+
+
+def _set_buffers(buffers: Buffers) -> None:
+    with torch.no_grad():
+        for module, name, value in buffers:
+            getattr(module, name).copy_(value)
 
 
 def _type(value: object) -> str:

@@ -120,6 +120,19 @@ def test_random_numbers_and_buffers_repeat_themselves(extra):
     assert all(torch.equal(*pair) for pair in zip(ours.buffers(), plain.buffers(), strict=True))
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_buffers_of_encoders_without_a_second_pass(frozen):
+    """A teacher, or an embedding that the loss ignores: its batch statistics are taken all the same, and once."""
+    ours = encoder(extra=lambda: nn.BatchNorm1d(16)).requires_grad_(not frozen)
+    plain, student, views = copy.deepcopy(ours), encoder(1), (samples(), samples(seed=2), samples(seed=3))
+    grad_cache((ours, student, ours), views, lambda a, b, c: (b * c).var(), chunk_size=4)
+    z = by_chunks(plain, views[0], 4), by_chunks(plain, views[2], 4)
+    (encoder(1)(views[1]) * z[1]).var().backward()
+    assert all(torch.equal(*pair) for pair in zip(ours.buffers(), plain.buffers(), strict=True))
+    if not frozen:
+        torch.testing.assert_close(gradients(ours), gradients(plain))
+
+
 def nt_xent_with_noise(z1: Tensor, z2: Tensor) -> Tensor:
     return nt_xent(z1 + torch.rand_like(z1), z2)
 
