@@ -4,29 +4,33 @@
 //     scatter_tokens   out[b, l] = sum of tokens[b, k] with ids[b, k] = l, `fill` where there is none
 //     restore_tokens   out[b, l] = x_visible[b, ids_restore[b, l]] or the mask token, + pos_embed[l]
 //
-// Every element is read once and written once, by one thread: each output is written whole, so nothing is zeroed first.
-// Where several terms are summed up, it is in float32 and in one order.
+// Every element is read once and written once, by one thread: each output is written whole, so nothing is zeroed first,
+// into large pages: else the system would take longer to hand out its memory than the kernel to fill it. Where several
+// terms are summed up, it is in float32 and in one order, by samples, then groups of samples, then threads: the error
+// grows with the length of the longest of these sums, not with that of all.
 //
 // masking_ids draws a permutation of each sample: a hash of the seed and the position (SplitMix64), whose lowest bits
 // give way to the position itself, is sorted. The same on every device; fastssl/ops/masking.py has it in PyTorch.
 #include <ATen/ATen.h>
-#include <ATen/Dispatch.h>
-#include <ATen/OpMathType.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <cstring>
+#include <optional>
+#include <type_traits>
 #include <vector>
+
+#include "common/pages.h"
+#include "common/tiled.h"
+#include "masking_tiles.h"
 
 namespace fastssl {
 namespace {
 
-using at::Tensor;
-
 constexpr int64_t kGrain = 1 << 15;  // elements that are worth a thread
 
-int64_t samples_per_thread(int64_t elements) { return std::max<int64_t>(1, kGrain / std::max<int64_t>(elements, 1)); }
+int64_t per_thread(int64_t elements) { return std::max<int64_t>(1, kGrain / std::max<int64_t>(elements, 1)); }
 
 std::tuple<Tensor, Tensor, Tensor> masking_ids(const Tensor& seed, int64_t batch, int64_t length, int64_t keep) {
   TORCH_CHECK_VALUE(seed.scalar_type() == at::kLong && seed.numel() == 1, "seed must be one int64, got ",
@@ -42,7 +46,7 @@ std::tuple<Tensor, Tensor, Tensor> masking_ids(const Tensor& seed, int64_t batch
   int64_t* const kept = ids_keep.mutable_data_ptr<int64_t>();
   int64_t* const restore = ids_restore.mutable_data_ptr<int64_t>();
   float* const masked = mask.mutable_data_ptr<float>();
-  at::parallel_for(0, batch, samples_per_thread(16 * length), [&](int64_t first, int64_t last) {
+  at::parallel_for(0, batch, per_thread(16 * length), [&](int64_t first, int64_t last) {
     std::vector<uint64_t> order(length);
     for (int64_t b = first; b < last; ++b) {
       for (int64_t l = 0; l < length; ++l) {
@@ -81,7 +85,7 @@ Tensor checked_ids(const Tensor& ids_, int64_t length) {
   return ids;
 }
 
-// ids_restore as int64, none negative, `keep` where they are that or above.
+// ids_restore as int64, from 0 to `keep`, which stands for all above.
 Tensor checked_places(const Tensor& ids_, int64_t keep) {
   const Tensor ids = ids_.to(at::kLong).clamp_max(keep).contiguous();
   const int64_t* const id = ids.const_data_ptr<int64_t>();
@@ -90,21 +94,24 @@ Tensor checked_places(const Tensor& ids_, int64_t keep) {
   return ids;
 }
 
+void check_dtype(const char* name, const Tensor& tokens) {
+  TORCH_CHECK_VALUE(has_element(tokens), name, " must be float32, bfloat16 or float16, got ", tokens.scalar_type());
+}
+
 Tensor gather_tokens(const Tensor& x_, const Tensor& ids_) {
   check_ids("ids", ids_, x_);
   const Tensor ids = checked_ids(ids_, x_.size(1));
   const Tensor x = x_.stride(2) == 1 ? x_ : x_.contiguous();
   const int64_t batch = ids.size(0), count = ids.size(1);
-  const Tensor out = at::empty({batch, count, x.size(2)}, x.options());
+  const Tensor out = empty_in_large_pages({batch, count, x.size(2)}, x.options());
   const int64_t bytes = x.size(2) * x.element_size();
   const int64_t* const id = ids.const_data_ptr<int64_t>();
   const char* const from = static_cast<const char*>(x.const_data_ptr());
   char* const to = static_cast<char*>(out.mutable_data_ptr());
   const int64_t sample = x.stride(0) * x.element_size(), row = x.stride(1) * x.element_size();
-  at::parallel_for(0, batch, samples_per_thread(count * x.size(2)), [&](int64_t first, int64_t last) {
-    for (int64_t b = first; b < last; ++b)
-      for (int64_t k = 0; k < count; ++k)
-        std::memcpy(to + (b * count + k) * bytes, from + b * sample + id[b * count + k] * row, bytes);
+  at::parallel_for(0, batch * count, per_thread(x.size(2)), [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i)
+      std::memcpy(to + i * bytes, from + i / count * sample + id[i] * row, bytes);
   });
   return out;
 }
@@ -124,27 +131,47 @@ struct Places {
   }
 };
 
-template <typename scalar_t, typename Wide>
-void add(const scalar_t* row, int64_t dim, Wide* sums) {
-  for (int64_t d = 0; d < dim; ++d) sums[d] += static_cast<Wide>(row[d]);
-}
+// Rows of `dim` elements, one after another: to read, of const char; to write, of char.
+template <typename Byte>
+struct Tokens {
+  Byte* data;
+  int64_t dim, bytes;
+  Element element;
 
-// The sum of the rows that go to place l, 0 where none does.
-template <typename scalar_t, typename Wide>
-void write_sum(const Places& places, int64_t l, const scalar_t* rows, int64_t dim, std::vector<Wide>& sums,
-               scalar_t* out) {
-  const int64_t k = places.head[l];
-  if (k >= 0 && places.next[k] < 0) {
-    std::memcpy(out, rows + k * dim, dim * sizeof(scalar_t));
+  explicit Tokens(const Tensor& x) : dim(x.size(-1)), bytes(dim * x.element_size()), element(element_of(x)) {
+    if constexpr (std::is_const_v<Byte>) {
+      data = static_cast<Byte*>(x.const_data_ptr());
+    } else {
+      data = static_cast<Byte*>(x.mutable_data_ptr());
+    }
+  }
+
+  Byte* operator[](int64_t i) const { return data + i * bytes; }
+};
+
+using Source = Tokens<const char>;
+using Target = Tokens<char>;
+
+// out = the sum of the rows of one list, which is not empty. `sums`: dim floats.
+void write_sum(const MaskingTiles& tile, const Places& places, int64_t head, const Source& rows, int64_t first,
+               std::vector<float>& sums, char* out) {
+  if (places.next[head] < 0) {
+    std::memcpy(out, rows[first + head], rows.bytes);
     return;
   }
-  std::fill(sums.begin(), sums.end(), Wide(0));
-  for (int64_t i = k; i >= 0; i = places.next[i]) add(rows + i * dim, dim, sums.data());
-  for (int64_t d = 0; d < dim; ++d) out[d] = static_cast<scalar_t>(sums[d]);
+  std::fill(sums.begin(), sums.end(), 0.f);
+  for (int64_t i = head; i >= 0; i = places.next[i]) {
+    const void* const row = rows[first + i];
+    tile.accumulate(&row, 1, rows.element, rows.dim, sums.data());
+  }
+  tile.round(sums.data(), rows.element, rows.dim, out);
 }
 
 Tensor scatter_tokens(const Tensor& tokens_, const Tensor& ids_, int64_t length, const Tensor& fill_) {
+  if (tokens_.scalar_type() == at::kDouble)
+    return portable<&scatter_tokens>("fastssl::scatter_tokens_portable", tokens_, ids_, length, fill_);
   check_ids("ids", ids_, tokens_);
+  check_dtype("tokens", tokens_);
   TORCH_CHECK_VALUE(ids_.size(1) == tokens_.size(1), "ids must have as many columns as there are tokens, got ",
                     ids_.sizes(), " and ", tokens_.sizes());
   TORCH_CHECK_VALUE(fill_.numel() == tokens_.size(2), "fill must have one element for each feature, got shape ",
@@ -153,35 +180,34 @@ Tensor scatter_tokens(const Tensor& tokens_, const Tensor& ids_, int64_t length,
   const Tensor ids = checked_ids(ids_, length), tokens = tokens_.contiguous();
   const Tensor fill = fill_.to(tokens.scalar_type()).contiguous();
   const int64_t batch = ids.size(0), count = ids.size(1), dim = tokens.size(2);
-  const Tensor out = at::empty({batch, length, dim}, tokens.options());
+  const Tensor out = empty_in_large_pages({batch, length, dim}, tokens.options());
   const int64_t* const id = ids.const_data_ptr<int64_t>();
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, tokens.scalar_type(), "scatter_tokens", [&] {
-    using Wide = at::opmath_type<scalar_t>;
-    const scalar_t* const from = tokens.const_data_ptr<scalar_t>();
-    const scalar_t* const empty = fill.const_data_ptr<scalar_t>();
-    scalar_t* const to = out.mutable_data_ptr<scalar_t>();
-    at::parallel_for(0, batch, samples_per_thread(length * dim), [&](int64_t first, int64_t last) {
-      Places places(length, count);
-      std::vector<Wide> sums(dim);
-      for (int64_t b = first; b < last; ++b) {
-        places.fill(id + b * count);
-        for (int64_t l = 0; l < length; ++l) {
-          scalar_t* const row = to + (b * length + l) * dim;
-          if (places.head[l] < 0) {
-            std::memcpy(row, empty, dim * sizeof(scalar_t));
-          } else {
-            write_sum(places, l, from + b * count * dim, dim, sums, row);
-          }
+  const Source from(tokens);
+  const Target to(out);
+  const MaskingTiles& tile = FASTSSL_TABLE_IN_USE(masking_tiles);
+  at::parallel_for(0, batch, per_thread(length * dim), [&](int64_t first, int64_t last) {
+    Places places(length, count);
+    std::vector<float> sums(dim);
+    for (int64_t b = first; b < last; ++b) {
+      places.fill(id + b * count);
+      for (int64_t l = 0; l < length; ++l) {
+        if (places.head[l] < 0) {
+          std::memcpy(to[b * length + l], fill.const_data_ptr(), to.bytes);
+        } else {
+          write_sum(tile, places, places.head[l], from, b * count, sums, to[b * length + l]);
         }
       }
-    });
+    }
   });
   return out;
 }
 
 Tensor restore_tokens(const Tensor& x_, const Tensor& ids_, const Tensor& mask_token_,
                       const std::optional<Tensor>& pos_embed_) {
+  if (x_.scalar_type() == at::kDouble)
+    return portable<&restore_tokens>("fastssl::restore_tokens_portable", x_, ids_, mask_token_, pos_embed_);
   check_ids("ids_restore", ids_, x_);
+  check_dtype("x_visible", x_);
   const Tensor x = x_.contiguous();
   const int64_t batch = ids_.size(0), length = ids_.size(1), keep = x.size(1), dim = x.size(2);
   const Tensor ids = checked_places(ids_, keep);
@@ -192,62 +218,76 @@ Tensor restore_tokens(const Tensor& x_, const Tensor& ids_, const Tensor& mask_t
   TORCH_CHECK_VALUE(!pos_embed_ || pos_embed_->numel() == length * dim,
                     "pos_embed must have one row for each place, got shape ", pos_embed_ ? pos_embed_->sizes() : x.sizes());
   const Tensor mask_token = mask_token_.to(x.scalar_type()).contiguous();
-  const Tensor pos_embed = pos_embed_ ? pos_embed_->to(x.scalar_type()).contiguous() : Tensor();
-  const Tensor out = at::empty({batch, length, dim}, x.options());
+  const Tensor pos_embed = pos_embed_ ? pos_embed_->to(x.scalar_type()).reshape({length, dim}).contiguous() : x;
+  const Tensor out = empty_in_large_pages({batch, length, dim}, x.options());
   const int64_t* const id = ids.const_data_ptr<int64_t>();
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "restore_tokens", [&] {
-    const scalar_t* const visible = x.const_data_ptr<scalar_t>();
-    const scalar_t* const masked = mask_token.const_data_ptr<scalar_t>();
-    const scalar_t* const positions = pos_embed.defined() ? pos_embed.const_data_ptr<scalar_t>() : nullptr;
-    scalar_t* const to = out.mutable_data_ptr<scalar_t>();
-    at::parallel_for(0, batch, samples_per_thread(length * dim), [&](int64_t first, int64_t last) {
-      for (int64_t i = first * length; i < last * length; ++i) {
-        const scalar_t* const from = id[i] < keep ? visible + (i / length * keep + id[i]) * dim : masked;
-        scalar_t* const row = to + i * dim;
-        if (!positions) {
-          std::memcpy(row, from, dim * sizeof(scalar_t));
-          continue;
-        }
-        const scalar_t* const position = positions + i % length * dim;
-        for (int64_t d = 0; d < dim; ++d) row[d] = from[d] + position[d];
+  const Source visible(x), masked(mask_token), positions(pos_embed);
+  const Target to(out);
+  const MaskingTiles& tile = FASTSSL_TABLE_IN_USE(masking_tiles);
+  at::parallel_for(0, batch * length, per_thread(dim), [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      const char* const from = id[i] < keep ? visible[i / length * keep + id[i]] : masked[0];
+      if (pos_embed_) {
+        tile.add(from, positions[i % length], to.element, dim, to[i]);
+      } else {
+        std::memcpy(to[i], from, to.bytes);
       }
-    });
+    }
   });
   return out;
 }
 
 std::tuple<Tensor, Tensor, Tensor> restore_tokens_backward(const Tensor& grad_, const Tensor& ids_, int64_t keep,
                                                            bool positions) {
+  if (grad_.scalar_type() == at::kDouble)
+    return portable<&restore_tokens_backward>("fastssl::restore_tokens_backward_portable", grad_, ids_, keep,
+                                              positions);
   check_ids("ids_restore", ids_, grad_);
+  check_dtype("grad", grad_);
   const Tensor grad = grad_.contiguous();
   const int64_t batch = ids_.size(0), length = ids_.size(1), dim = grad.size(2);
   const Tensor ids = checked_places(ids_, keep);
-  const at::ScalarType wide = at::toOpMathType(grad.scalar_type());
-  const Tensor dx = at::empty({batch, keep, dim}, grad.options());
-  // Each thread sums up its samples; then the threads' sums are united, in their order.
+  const Tensor dx = empty_in_large_pages({batch, keep, dim}, grad.options());
+  // Each thread sums up its samples, in groups; then the threads' sums are united, in their order.
+  constexpr int64_t kGroup = 8;
   const int threads = at::get_num_threads();
-  const Tensor dmask = at::zeros({threads, dim}, grad.options().dtype(wide));
-  const Tensor dpos = at::zeros({positions ? threads : 0, length, dim}, grad.options().dtype(wide));
+  const Tensor dmask = at::zeros({threads, dim}, grad.options().dtype(at::kFloat));
+  const Tensor dpos = at::zeros({positions ? threads : 0, length, dim}, grad.options().dtype(at::kFloat));
   const int64_t* const id = ids.const_data_ptr<int64_t>();
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, grad.scalar_type(), "restore_tokens_backward", [&] {
-    using Wide = at::opmath_type<scalar_t>;
-    const scalar_t* const from = grad.const_data_ptr<scalar_t>();
-    scalar_t* const visible = dx.mutable_data_ptr<scalar_t>();
-    at::parallel_for(0, batch, samples_per_thread(length * dim), [&](int64_t first, int64_t last) {
-      Wide* const masked = dmask.mutable_data_ptr<Wide>() + at::get_thread_num() * dim;
-      Wide* const position = positions ? dpos.mutable_data_ptr<Wide>() + at::get_thread_num() * length * dim : nullptr;
-      Places places(keep + 1, length);  // the last: of masked ones
-      std::vector<Wide> sums(dim);
-      for (int64_t b = first; b < last; ++b) {
-        const scalar_t* const rows = from + b * length * dim;
-        places.fill(id + b * length);
-        for (int64_t k = 0; k < keep; ++k) write_sum(places, k, rows, dim, sums, visible + (b * keep + k) * dim);
-        for (int64_t l = 0; l < length; ++l) {
-          if (id[b * length + l] >= keep) add(rows + l * dim, dim, masked);
-          if (position) add(rows + l * dim, dim, position + l * dim);
-        }
+  const Source from(grad);
+  const Target visible(dx);
+  const MaskingTiles& tile = FASTSSL_TABLE_IN_USE(masking_tiles);
+  at::parallel_for(0, batch, per_thread(length * dim), [&](int64_t first, int64_t last) {
+    const int thread = at::get_thread_num();
+    float* const masked = dmask.mutable_data_ptr<float>() + thread * dim;
+    float* const position = positions ? dpos.mutable_data_ptr<float>() + thread * length * dim : nullptr;
+    std::vector<Places> places(kGroup, Places(keep + 1, length));  // the last place: of masked ones
+    std::vector<float> sums(dim), group(dim);
+    for (int64_t begin = first; begin < last; begin += kGroup) {
+      const int64_t count = std::min(kGroup, last - begin);
+      for (int64_t j = 0; j < count; ++j) {
+        places[j].fill(id + (begin + j) * length);
+        for (int64_t k = 0; k < keep; ++k)
+          if (places[j].head[k] < 0) std::memset(visible[(begin + j) * keep + k], 0, visible.bytes);
       }
-    });
+      std::fill(group.begin(), group.end(), 0.f);
+      for (int64_t l = 0; l < length; ++l) {
+        const void *rows[kGroup], *masked_rows[kGroup];
+        int64_t masked_count = 0;
+        for (int64_t j = 0; j < count; ++j) {
+          const int64_t b = begin + j, k = id[b * length + l];
+          rows[j] = from[b * length + l];
+          if (k == keep) {
+            masked_rows[masked_count++] = rows[j];
+          } else if (places[j].head[k] == l) {
+            write_sum(tile, places[j], l, from, b * length, sums, visible[b * keep + k]);
+          }
+        }
+        tile.accumulate(masked_rows, masked_count, from.element, dim, group.data());
+        if (position) tile.accumulate(rows, count, from.element, dim, position + l * dim);
+      }
+      for (int64_t d = 0; d < dim; ++d) masked[d] += group[d];
+    }
   });
   return {dx, dmask.sum(0), positions ? dpos.sum(0) : dmask.new_empty({0, dim})};
 }
