@@ -62,33 +62,54 @@ def tool(name: str) -> str:
     return path
 
 
+def find_nvcc() -> str | None:
+    """The CUDA compiler: CUDACXX, as CMake has it, or what lies where it usually does."""
+    places = [os.environ.get("PATH", ""), Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")]
+    return shutil.which(os.environ.get("CUDACXX", "nvcc"), path=os.pathsep.join(map(str, places)))
+
+
 class BuildNative(build_ext):
     def run(self) -> None:
         package = ROOT / "fastssl" if self.inplace else Path(self.build_lib).resolve() / "fastssl"
         package.mkdir(parents=True, exist_ok=True)
-        library = package / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
-        library.unlink(missing_ok=True)  # an old one must not outlive a failed build
-        record = {"torch": None, "error": None}
+        cpu, cuda = package / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}", package / "_C_cuda.so"
+        cpu.unlink(missing_ok=True)  # an old one must not outlive a failed build
+        cuda.unlink(missing_ok=True)
+        record = {"torch": None, "error": None, "cuda_error": None}
         try:
             record["torch"], torch_dir = find_torch()
-            shutil.copy2(self.compile(torch_dir) / library.name, library)
+            shutil.copy2(self.compile("_C", torch_dir) / cpu.name, cpu)
         except BuildError as error:
             if REQUIRE:
                 raise
             record["error"] = str(error)
             print(f"fastssl: installing without its C++ kernels: {error}", file=sys.stderr, flush=True)
+        nvcc = find_nvcc()
+        if nvcc is None:
+            record["cuda_error"] = "no nvcc when fastssl was installed"
+        elif record["torch"] is None:
+            record["cuda_error"] = record["error"]
+        else:
+            try:
+                shutil.copy2(self.compile("_C_cuda", torch_dir, f"-DCMAKE_CUDA_COMPILER={nvcc}") / cuda.name, cuda)
+            except BuildError as error:
+                if REQUIRE:
+                    raise
+                record["cuda_error"] = str(error)
+                print(f"fastssl: installing without its CUDA kernels: {error}", file=sys.stderr, flush=True)
         (package / "_build.json").write_text(json.dumps(record))
 
-    def compile(self, torch_dir: str) -> Path:
+    def compile(self, target: str, torch_dir: str, *options: str) -> Path:
         # setuptools gives editable builds a temporary directory; here they keep theirs, to compile only what changed.
-        build = (ROOT / "build" / "editable" if self.editable_mode else Path(self.build_temp)).resolve()
+        build = (ROOT / "build" / "editable" if self.editable_mode else Path(self.build_temp)).resolve() / target
         cmake, ninja = tool("cmake"), tool("ninja")
         run(
             cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}",
             f"-DPython_EXECUTABLE={sys.executable}", f"-DTORCH_DIR={torch_dir}",
             f"-DCMAKE_CXX_FLAGS={os.environ.get('CXXFLAGS', '')}",  # CMake itself reads it only once per directory
+            *options,
         )  # fmt: skip
-        run(cmake, "--build", str(build))
+        run(cmake, "--build", str(build), "--target", target)
         return build
 
     def get_outputs(self) -> list[str]:

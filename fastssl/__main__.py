@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import re
 from pathlib import Path
 
 import torch
@@ -54,18 +55,18 @@ def _cuda_devices() -> str:
 def _kernels() -> list[tuple[str, str]]:
     """For each operation what computes it, as PyTorch's dispatcher has it."""
     names = sorted(n for n in torch._C._dispatch_get_all_op_names() if n.startswith("fastssl::"))
-    kernels = {"CPU": "C++", "CUDA": "Triton"}
     return [
-        (
-            name.removeprefix("fastssl::"),
-            ", ".join(
-                f"{key} {kernel if torch._C._dispatch_has_kernel_for_dispatch_key(name, key) else 'portable PyTorch'}"
-                for key, kernel in kernels.items()
-            ),
-        )
+        (name.removeprefix("fastssl::"), f"CPU {_kernel(name, 'CPU')}, CUDA {_kernel(name, 'CUDA')}")
         for name in names
-        if not name.endswith("_portable")
+        if not re.search("_portable_?$", name)
     ]
+
+
+def _kernel(name: str, key: str) -> str:
+    registered = re.search(f"^{key}: registered at (.*)", torch._C._dispatch_dump(name), re.MULTILINE)
+    if registered is None:
+        return "portable PyTorch"
+    return "C++" if registered[1].startswith("csrc/") else "Triton"
 
 
 def main() -> None:

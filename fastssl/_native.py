@@ -22,7 +22,9 @@ def _load(name: str, package: Path) -> str | None:
     build = json.loads(record.read_text()) if record.exists() else {"torch": None, "error": None}
     path = next((p for p in (package / f"{name}{suffix}" for suffix in EXTENSION_SUFFIXES) if p.exists()), None)
     if path is None:
-        return (name == "_C" and build["error"]) or "not built"
+        return build.get("error" if name == "_C" else "cuda_error") or "not built"
+    if name == "_C_cuda" and torch.version.cuda is None:
+        return f"torch {torch.__version__} was built without CUDA"
     # _C speaks torch's C++ ABI, which changes between minor versions; _C_cuda keeps to the stable one.
     if name == "_C" and _minor(build["torch"]) != _minor(torch.__version__):
         return f"built with torch {build['torch']}, which torch {torch.__version__} does not match"
