@@ -20,7 +20,7 @@ needs_nvcc = pytest.mark.skipif(nvcc() is None, reason="nvcc not found")
 
 def _run_kernels(**environment: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--capture=sys", "cuda_host/kernels.py"],
+        [sys.executable, "-m", "pytest", "-q", "-pno:cacheprovider", "-pno:faulthandler", "cuda_host/kernels.py"],
         cwd=TESTS,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), **environment},
         capture_output=True,

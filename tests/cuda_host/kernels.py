@@ -1,9 +1,9 @@
 """The operations of csrc/cuda, compared with the portable ones.
 
 Run by tests/test_cuda.py in a process of its own, where FASTSSL_CUDA_HOST names the library that was compiled for the
-CPU (cuda_runtime.h beside this says how): the sanitizers must be there from the start. Every test runs three times, with
-the threads of a block in another order. Without that variable it runs once, on the GPU. Memory that nobody has written
-is NaN.
+CPU (cuda_runtime.h beside this says how): the sanitizers must be there from the start. Every test runs three times,
+with the threads of a block in another order. Without that variable it runs once, on the GPU. Memory that nobody has
+written is NaN.
 """
 
 from __future__ import annotations
@@ -51,6 +51,10 @@ def _layouts(*shape: int, dtype: torch.dtype) -> list[Tensor]:
     return [x, shifted, gaps, x.mT.contiguous().mT]
 
 
+def _permutations(batch: int, length: int) -> Tensor:
+    return torch.rand(batch, length).argsort(1)
+
+
 def _combinations(shape: tuple[int, ...]) -> list[tuple[torch.dtype, int]]:
     """Each dtype with one of `_layouts`, another one for each shape."""
     return [(dtype, (SHAPES.index(shape) + i) % 4) for i, dtype in enumerate(DTYPES)]
@@ -91,14 +95,10 @@ def test_gather_and_scatter(shape):
         x, tokens = (_layouts(*size, dim, dtype=dtype)[layout] for size in ((batch, length), (batch, count)))
         assert torch.equal(cuda.gather_tokens(x, ids), x.gather(1, ids.long()[:, :, None].expand(-1, -1, dim)))
         fill = torch.randn(dim)
-        results = (
-            cuda.scatter_tokens(tokens, ids, length, fill),
-            portable.scatter_tokens_portable(tokens, ids, length, fill),
-        )
+        results = [op(tokens, ids, length, fill) for op in (cuda.scatter_tokens, portable.scatter_tokens_portable)]
         torch.testing.assert_close(*results, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
-        some = torch.stack([torch.randperm(length + 1)[: length // 2] for _ in range(batch)]) if batch else ids[:, :0]
-        unique = cuda.scatter_tokens(tokens[:, : some.shape[1]], some, length + 1, fill)
-        assert torch.equal(unique, portable.scatter_tokens_portable(tokens[:, : some.shape[1]], some, length + 1, fill))
+        args = tokens[:, : length // 2], _permutations(batch, length + 1)[:, : length // 2], length + 1, fill
+        assert torch.equal(cuda.scatter_tokens(*args), portable.scatter_tokens_portable(*args))
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -106,8 +106,7 @@ def test_restore(shape):
     batch, length, dim = shape
     for dtype, layout in _combinations(shape):
         keep = (length + 1) // 2
-        ids = torch.stack([torch.randperm(length) for _ in range(batch)]) if batch else torch.empty(0, length).long()
-        ids = ids.to((torch.int64, torch.int32)[layout % 2])
+        ids = _permutations(batch, length).to((torch.int64, torch.int32)[layout % 2])
         x, grad = (_layouts(batch, n, dim, dtype=dtype)[layout] for n in (keep, length))
         mask_token, pos_embed = torch.randn(dim), torch.randn(length, dim).to(dtype)
         for positions in (None, pos_embed):
@@ -124,7 +123,7 @@ def test_restore(shape):
 
 def test_gradients_of_many_samples_are_summed_in_parts():
     for batch in (32, 33, 97):
-        grad, ids = torch.randn(batch, 9, 12), torch.stack([torch.randperm(9) for _ in range(batch)])
+        grad, ids = torch.randn(batch, 9, 12), _permutations(batch, 9)
         for positions in (False, True):
             args = grad, ids, 4, positions
             _assert_as_accurate(cuda.restore_tokens_backward(*args), "restore_tokens_backward_portable", *args)
