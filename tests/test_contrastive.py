@@ -414,8 +414,8 @@ def test_topk_similarity(dtype, normalize, monkeypatch):
     exact = [F.normalize(z.double()) if normalize else z.double() for z in (query, bank)]
     S = exact[0] @ exact[1].T
     for columns, elements in ((1 << 14, 1 << 22), (7, 50), (13, 1)):
-        monkeypatch.setattr(fastssl.functional, "_TOPK_COLUMNS", columns)
-        monkeypatch.setattr(fastssl.functional, "_TOPK_ELEMENTS", elements)
+        monkeypatch.setattr(fastssl.functional.contrastive, "_TOPK_COLUMNS", columns)
+        monkeypatch.setattr(fastssl.functional.contrastive, "_TOPK_ELEMENTS", elements)
         for k in (1, 5, 100, 101):
             values, indices = topk_similarity(query, bank, k, normalize=normalize)
             assert values.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)

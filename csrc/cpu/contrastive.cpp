@@ -22,8 +22,8 @@
 // gradient, where wanted, is another 2 U, by threads that own columns.
 //
 // Rows and columns. Forward, a tile's exponentials go into the sums of its rows and of its columns: 1 U. Backward, the
-// tile is computed again, turned into weights, and multiplied twice, G_I += W Y_J and H_J^T += X_I^T W, the second
-// kept transposed so that W is a right operand as it lies: no tile is ever transposed. 4 U in all.
+// tile is computed again, turned into weights, and multiplied twice, for its rows' gradients, W Y_J, and for its
+// columns', W^T X_I. 4 U in all.
 //
 // Symmetric. Only tiles (I, J) with I <= J are visited, each for its rows and for its columns: the forward pass costs
 // U / 2 and the backward pass 3 U / 2. 2 U in all, where eager PyTorch takes 3 U and keeps several N x N matrices.
@@ -132,7 +132,7 @@ struct Coefficients {
   }
 };
 
-// The weights of tiles, and their products: W Y into sums of x's rows, W^T X into transposed sums of y's.
+// The weights of tiles, and their products: W Y, which x's rows gather, and W^T X, which y's do.
 struct Weights {
   const Similarities& S;
   const Exponent& e;
@@ -152,10 +152,10 @@ struct Weights {
   // Tile (I, J) of S is `tile_of()`, excluded entries and all; it is overwritten.
   float* tile_of() const { return tiles.floats(slot(S.x.threads)); }
 
-  void multiply(int64_t I, int64_t J, const Blocks* sums, const Blocks* transposed) const {
+  void multiply(int64_t I, int64_t J, Gathered* of_x, Gathered* of_y) const {
     float* const s = tile_of();
     const Engine& engine = S.x.engine;
-    const int64_t m = S.x.padded(I), n = S.y.padded(J), dim = S.x.dim;
+    const int64_t m = S.x.padded(I), n = S.y.padded(J);
     auto* half = engine.half() ? static_cast<at::BFloat16*>(narrow[slot(S.x.threads)]) : nullptr;
     auto* pairs = engine.half() ? half + m * n : nullptr;
     const float* const a = rows->a + S.x.first(I);
@@ -166,10 +166,8 @@ struct Weights {
       tile.weights_online(s, n, m, n, e.c, a, rows->origin + S.x.first(I), b,
                           columns ? columns->origin + S.y.first(J) : nullptr, half, pairs);
     }
-    if (sums)
-      engine.multiply(m, dim, n, true, half ? static_cast<void*>(half) : s, S.y.weighed(J), sums->floats(I));
-    if (transposed)
-      engine.multiply(dim, n, m, true, S.x.weighing(I), half ? static_cast<void*>(pairs) : s, transposed->floats(J));
+    if (of_x) of_x->add(I, half ? static_cast<void*>(half) : s, S.y, J);
+    if (of_y) of_y->add_columns(J, half ? static_cast<void*>(pairs) : s, S.x, I);
   }
 };
 
@@ -274,7 +272,7 @@ std::tuple<Tensor, Tensor, Tensor> nt_xent_backward(const Tensor& grad_loss, con
   float* const positive_weight = positive_weights.mutable_data_ptr<float>();
   const Similarities S{z, z, e.excluded, nullptr, true};
   const Weights weights(S, e, &p, &p);
-  const Blocks sums = z.zero_sums(), transposed = z.zero_sums();
+  Gathered gathered(z, true, &z);
   tournament(z.threads, z.cut, [&](int64_t I, int64_t J) {
     float* s = weights.tile_of();
     S.compute(I, J, s);
@@ -287,7 +285,7 @@ std::tuple<Tensor, Tensor, Tensor> nt_xent_backward(const Tensor& grad_loss, con
       entry = e.excluded;
     });
     S.exclude_from(I, J, s);
-    weights.multiply(I, J, &sums, I == J ? nullptr : &transposed);
+    weights.multiply(I, J, &gathered, I == J ? nullptr : &gathered);
   }, [&] { engine.release(); });
 
   const Tensor dz1 = at::empty(z1.sizes(), z1.options()), dz2 = at::empty(z2.sizes(), z2.options());
@@ -296,16 +294,15 @@ std::tuple<Tensor, Tensor, Tensor> nt_xent_backward(const Tensor& grad_loss, con
   const Tensor alongs = at::zeros({z.cut.blocks}, at::kDouble);
   double* const along = alongs.mutable_data_ptr<double>();
   const float* const inverse_norm = z.inverse_norm.const_data_ptr<float>();
-  const Blocks scratches(z.threads, z.cut.block * z.dim * 4);
+  const Blocks scratches(z.threads, (z.dim + z.cut.block * z.dim) * 4);
   run(z.threads, z.cut.blocks, [&](int64_t b) {
     float* const scratch = scratches.floats(slot(z.threads));
-    float* const gathered = sums.floats(b);
-    engine.tile.add_transposed(transposed.floats(b), z.padded(b), z.dim, gathered, scratch);
+    float* const sums = gathered(b, scratch + z.dim);
     for (int64_t r = 0; r < z.size(b); ++r) {
       const int64_t i = z.first(b) + r, partner = i < z.rows.batch ? i + z.rows.batch : i - z.rows.batch;
       along[b] += engine.tile.finish(z.rows[i], inverse_norm[i], z.rows[partner], inverse_norm[partner],
                                      positive_weight[i], e.scale, normalize, z.rows.element, z.rows.dim,
-                                     gathered + r * z.dim, scratch, z.rows.element, const_cast<void*>(out[i]));
+                                     sums + r * z.dim, scratch, z.rows.element, const_cast<void*>(out[i]));
     }
   });
   double dscale = 0;
@@ -325,20 +322,19 @@ std::tuple<Tensor, Tensor> self_logsumexp(const Tensor& z_, const Tensor& scale,
   return finish_sums(sums, z.count, e);
 }
 
-// The gradients (dz, dscale) of a symmetric S, given those of its sums; what has been gathered in `sums` is added.
+// The gradients (dz, dscale) of a symmetric S, given those of its sums; they are added to what has been gathered.
 std::tuple<Tensor, Tensor> differentiate_self(const Side& z, const Exponent& e, const Tensor& grad_total,
-                                              const Tensor& shift, const Blocks& sums, const Tensor& z_,
+                                              const Tensor& shift, Gathered& gathered, const Tensor& z_,
                                               const Tensor& scale) {
   const Coefficients p(grad_total, shift, z, e);
   const Similarities S{z, z, e.excluded, nullptr, true};
   const Weights weights(S, e, &p, &p);
-  const Blocks transposed = z.zero_sums();
   tournament(z.threads, z.cut, [&](int64_t I, int64_t J) {
     S(I, J, weights.tile_of());
-    weights.multiply(I, J, &sums, I == J ? nullptr : &transposed);
+    weights.multiply(I, J, &gathered, I == J ? nullptr : &gathered);
   }, [&] { z.engine.release(); });
   const Tensor dz = at::empty(z_.sizes(), z_.options());
-  const double along = finish_side(z, &sums, &transposed, nullptr, e.scale, dz);
+  const double along = finish_side(gathered, nullptr, e.scale, dz);
   return {dz, at::full({}, along / 2, scale.options())};
 }
 
@@ -351,7 +347,8 @@ std::tuple<Tensor, Tensor> self_logsumexp_backward(const Tensor& grad_total, con
   check_vectors("grad_total and shift", z_.size(0), {grad_total, shift});
   const Engine engine(precision);
   const Side z(z_, kRows | kColumns | kWeighed | kWeighing, engine, threads_for(z_.size(0), z_.size(0), z_.size(1)));
-  return differentiate_self(z, Exponent(scale, z, z), grad_total, shift, z.zero_sums(), z_, scale);
+  Gathered gathered(z, true, &z);
+  return differentiate_self(z, Exponent(scale, z, z), grad_total, shift, gathered, z_, scale);
 }
 
 // Which rows have the same label.
@@ -455,20 +452,22 @@ std::tuple<Tensor, Tensor> sup_con_backward(const Tensor& grad_loss, const Tenso
   }
   const Tensor class_sums = classes.sum([](int64_t) { return 1.f; });
   const Tensor class_gradients = classes.sum([&p](int64_t i) { return p[i]; });
-  const Blocks sums = z.zero_sums();
+  Gathered gathered(z, true, &z);
   const float* const rows = classes.rows.const_data_ptr<float>();
   const float* const of_class = class_sums.const_data_ptr<float>();
   const float* const gradient_of_class = class_gradients.const_data_ptr<float>();
   const int64_t dim = z.rows.dim;
   run(z.threads, z.cut.blocks, [&](int64_t b) {
+    gathered.has_sums[b] = 1;
+    float* const sums = gathered.sums.floats(b);
+    std::fill_n(sums, z.padded(b) * z.dim, 0.f);
     for (int64_t r = 0; r < z.size(b); ++r) {
       const int64_t i = z.first(b) + r, k = classes.key[i];
-      float* const gathered = sums.floats(b) + r * z.dim;
       for (int64_t d = 0; d < dim; ++d)
-        gathered[d] = -(p[i] * (of_class[k * dim + d] - 2 * rows[i * dim + d]) + gradient_of_class[k * dim + d]);
+        sums[r * z.dim + d] = -(p[i] * (of_class[k * dim + d] - 2 * rows[i * dim + d]) + gradient_of_class[k * dim + d]);
     }
   });
-  return differentiate_self(z, e, grad_total, shift, sums, z_, scale);
+  return differentiate_self(z, e, grad_total, shift, gathered, z_, scale);
 }
 
 // Sums of rows and of columns of all tiles of S.
@@ -500,15 +499,15 @@ std::tuple<Tensor, Tensor, Tensor> differentiate_pair(const Similarities& S, con
                                                       const Tensor& scale) {
   const Side &x = S.x, &y = S.y;
   const Weights weights(S, e, &rows, &columns);
-  const Blocks sums = x.zero_sums(), transposed = y.zero_sums();
+  Gathered of_x(x, true, nullptr), of_y(y, false, &x);
   match(x.threads, x.cut, y.cut, [&](int64_t I, int64_t J) {
     S(I, J, weights.tile_of());
-    weights.multiply(I, J, &sums, &transposed);
+    weights.multiply(I, J, &of_x, &of_y);
   }, [&] { x.engine.release(); });
   const Tensor dx = at::empty(x_.sizes(), x_.options()), dy = at::empty(y_.sizes(), y_.options());
-  const Positives of_x{y, positive_weight}, of_y{x, positive_weight};
-  const double dscale = finish_side(x, &sums, nullptr, positive_weight ? &of_x : nullptr, e.scale, dx);
-  finish_side(y, nullptr, &transposed, positive_weight ? &of_y : nullptr, e.scale, dy);
+  const Positives columns_of{y, positive_weight}, rows_of{x, positive_weight};
+  const double dscale = finish_side(of_x, positive_weight ? &columns_of : nullptr, e.scale, dx);
+  finish_side(of_y, positive_weight ? &rows_of : nullptr, e.scale, dy);
   return {dx, dy, at::full({}, dscale, scale.options())};
 }
 
@@ -714,15 +713,15 @@ std::tuple<Tensor, Tensor, Tensor> similarity_logsumexp_backward(
   const Coefficients rows(gradient, shift, x, e);
   const Similarities S{x, y, e.excluded, data_of(exclude), false};
   const Weights weights(S, e, &rows, nullptr);
-  const Blocks transposed = y.zero_sums();
+  Gathered gathered(y, false, &x);
   run(threads, y.cut.blocks, [&](int64_t J) {
     y.prepare(J);
     for (int64_t I = 0; I < x.cut.blocks; ++I) {
       S(I, J, weights.tile_of());
-      weights.multiply(I, J, nullptr, &transposed);
+      weights.multiply(I, J, nullptr, &gathered);
     }
   }, [&] { engine.release(); });
-  finish_side(y, nullptr, &transposed, nullptr, e.scale, dy);
+  finish_side(gathered, nullptr, e.scale, dy);
   return {dx, dy, dscale};
 }
 

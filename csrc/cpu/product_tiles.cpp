@@ -89,9 +89,8 @@ float largest_square(const Rows& rows, int64_t first, int64_t count, float* scra
   return static_cast<float>(largest);
 }
 
-void add_transposed(const float* transposed, int64_t rows, int64_t dim, float* sums, float* scratch) {
-  transpose(reinterpret_cast<const int32_t*>(transposed), rows, dim, rows, reinterpret_cast<int32_t*>(scratch), dim);
-  for (int64_t i = 0; i < rows * dim; i += kLanes) store(sums + i, load(sums + i) + load(scratch + i));
+void transposed(const float* x, int64_t rows, int64_t columns, float* out) {
+  transpose(reinterpret_cast<const int32_t*>(x), rows, columns, rows, reinterpret_cast<int32_t*>(out), columns);
 }
 
 double finish(const void* x, float inverse_norm, const void* positive, float positive_inverse_norm,
@@ -121,6 +120,6 @@ double dot_rows(const void* x, const void* y, Element element, int64_t dim, floa
 }  // namespace
 
 extern const ProductTiles product_tiles;
-const ProductTiles product_tiles = {arrange, pack, largest_square, add_transposed, finish, dot_rows, gemm};
+const ProductTiles product_tiles = {arrange, pack, largest_square, transposed, finish, dot_rows, gemm};
 
 }  // namespace fastssl::FASTSSL_ISA

@@ -53,8 +53,8 @@ struct ProductTiles {
   // The largest |x|^2 of rows [first, first + count). `scratch`: padded dim floats.
   float (*largest_square)(const Rows& rows, int64_t first, int64_t count, float* scratch);
 
-  // sums (rows, dim) += transposed (dim, rows)^T, all padded. `scratch`: rows x dim floats.
-  void (*add_transposed)(const float* transposed, int64_t rows, int64_t dim, float* sums, float* scratch);
+  // out (rows, columns) = x (columns, rows)^T, both multiples of 16, of float32 or of pairs of bfloat16.
+  void (*transposed)(const float* x, int64_t rows, int64_t columns, float* out);
 
   // One row of a gradient: with z = x |inverse_norm|, z' likewise of `positive` (which may be null), and
   // G = sums + positive_weight z',   out = scale (G - <G, z> z) |inverse_norm|,   without the projection if not

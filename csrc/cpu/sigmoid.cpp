@@ -37,7 +37,7 @@ Results run_softplus(const Tensor& x_, const Tensor& y_, const Tensor& scale_, c
   double* const weight = total + x.cut.blocks;
   const Blocks tile(threads, x.cut.block * y.cut.block * 4);
   const Blocks narrow(threads, derive && engine.half() ? 2 * x.cut.block * y.cut.block * 2 : 0);
-  const auto sum_up = [&](const Blocks* sums, const Blocks* transposed) {
+  const auto sum_up = [&](Gathered* of_x, Gathered* of_y) {
     match(threads, x.cut, y.cut, [&](int64_t I, int64_t J) {
       float* const s = tile.floats(slot(threads));
       const int64_t m = x.padded(I), n = y.padded(J);
@@ -49,8 +49,8 @@ Results run_softplus(const Tensor& x_, const Tensor& y_, const Tensor& scale_, c
       auto* half = static_cast<at::BFloat16*>(narrow[slot(threads)]);
       auto* pairs = half ? half + m * n : nullptr;
       total[I] += f.softplus_and_weights(s, n, m, n, factor, bias, weight + I, half, pairs);
-      engine.multiply(m, x.dim, n, true, half ? static_cast<void*>(half) : s, y.weighed(J), sums->floats(I));
-      engine.multiply(x.dim, n, m, true, x.weighing(I), half ? static_cast<void*>(pairs) : s, transposed->floats(J));
+      of_x->add(I, half ? static_cast<void*>(half) : s, y, J);
+      of_y->add_columns(J, half ? static_cast<void*>(pairs) : s, x, I);
     }, [&] { engine.release(); });
   };
 
@@ -67,11 +67,11 @@ Results run_softplus(const Tensor& x_, const Tensor& y_, const Tensor& scale_, c
   const Tensor dx = at::empty({derive ? x.count : 0, dim}, at::kFloat);
   const Tensor dy = at::empty({derive ? y.count : 0, dim}, at::kFloat);
   if (derive) {
-    const Blocks sums = x.zero_sums(), transposed = y.zero_sums();
-    sum_up(&sums, &transposed);
-    const Positives of_x{y, positive_weight}, of_y{x, positive_weight};
-    dscale = finish_side(x, &sums, nullptr, diagonal ? &of_x : nullptr, scale, dx);
-    finish_side(y, nullptr, &transposed, diagonal ? &of_y : nullptr, scale, dy);
+    Gathered of_x(x, true, nullptr), of_y(y, false, &x);
+    sum_up(&of_x, &of_y);
+    const Positives texts{y, positive_weight}, images{x, positive_weight};
+    dscale = finish_side(of_x, diagonal ? &texts : nullptr, scale, dx);
+    finish_side(of_y, diagonal ? &images : nullptr, scale, dy);
   } else {
     sum_up(nullptr, nullptr);
     dbias = 0;

@@ -15,6 +15,8 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <utility>
+#include <vector>
 
 #include "common/isa.h"
 #include "product_tiles.h"
@@ -66,7 +68,7 @@ struct Engine {
 
 // How many threads share M x N similarities of D features: one where more cost more than they bring.
 inline int threads_for(int64_t M, int64_t N, int64_t D, int threads = at::get_num_threads()) {
-  return double(M) * double(N) * double(D) < double(1 << 22) ? 1 : threads;
+  return double(M) * double(N) * double(D) < double(1 << 20) ? 1 : threads;
 }
 
 // `task(i)` for i in [0, count), on that many threads; `done()` by each thread when it has no more.
@@ -101,6 +103,7 @@ struct Cut {
     block = padded <= 256 ? 256 : padded <= 768 ? 128 : 64;
     // Every thread gets work in every round: two blocks per thread, and some more to even out.
     while (block > 64 && rows < 4 * threads * block) block /= 2;
+    if (threads > 1 && rows < threads * block) block = 32;
     block = std::min(block, round_up(std::max<int64_t>(rows, 1), kPadding));
     blocks = pieces(rows, block);
     group = 1;
@@ -176,7 +179,7 @@ enum Role : int {
   kRows = 1,      // Z in S = Z Y^T
   kColumns = 2,   // Z in S = X Z^T
   kWeighed = 4,   // Z in W Z
-  kWeighing = 8,  // Z in Z^T W
+  kWeighing = 8,  // Z in W^T Z; see `Gathered`
 };
 
 // Whether elements of x have kernels; and which they are then.
@@ -200,14 +203,16 @@ struct Side {
   int threads;
   Cut cut;
   bool normalize, lazy;
+  bool turned;  // W^T Z is a product of turned W, else of Z^T
+  int roles;
   Blocks left, right, right_pairs, left_columns, scratch;
   Tensor inverse_norm;
   float largest_square = 0;  // max |z_i|^2, 1 where rows are normalised, NaN where one is
 
-  Side(const Tensor& x, int roles, const Engine& engine, int threads, bool lazy = false)
-      : Side(x, x.narrow(0, 0, 0), false, roles, engine, threads, lazy) {}
+  Side(const Tensor& x, int wanted, const Engine& engine, int threads, bool lazy = false)
+      : Side(x, x.narrow(0, 0, 0), false, wanted, engine, threads, lazy) {}
 
-  Side(const Tensor& x1, const Tensor& x2, bool normalize, int roles, const Engine& engine, int threads,
+  Side(const Tensor& x1, const Tensor& x2, bool normalize, int wanted, const Engine& engine, int threads,
        bool lazy = false)
       : first_part(x1.stride(1) == 1 ? x1 : x1.contiguous()),
         second_part(x2.stride(1) == 1 ? x2 : x2.contiguous()),
@@ -223,6 +228,8 @@ struct Side {
         cut(count, x1.size(1), threads),
         normalize(normalize),
         lazy(lazy),
+        turned(count <= 2 * dim),
+        roles(turned && (wanted & kWeighing) ? (wanted & ~kWeighing) | kWeighed : wanted),
         left(places(), roles & (kRows | (engine.half() ? 0 : kWeighed)) ? block_bytes() : 0),
         right(places(), roles & (kColumns | (engine.half() ? 0 : kWeighing)) ? block_bytes() : 0),
         right_pairs(places(), engine.half() && (roles & kWeighed) ? block_bytes() : 0),
@@ -242,9 +249,15 @@ struct Side {
   // Packs block b, and returns its largest |z|^2.
   float prepare(int64_t b) const {
     const int64_t at = place(b);
-    const Packed out{left[at], right[at], right_pairs[at], left_columns[at]};
+    const Packed out{as_they_lie(b) ? nullptr : left[at], right[at], right_pairs[at], left_columns[at]};
     return engine.tile.pack(rows, first(b), size(b), padded(b), dim, normalize, engine.operand,
                             inverse_norm.mutable_data_ptr<float>() + first(b), scratch.floats(slot(threads)), out);
+  }
+
+  // Whether block b is an operand without being packed.
+  bool as_they_lie(int64_t b) const {
+    return engine.operand == Operand::Float32 && rows.element == Element::Float32 && !normalize && rows.dim == dim &&
+        rows.stride[0] == dim && size(b) == padded(b) && rows.batch == count;
   }
 
   // Where block b is packed.
@@ -258,18 +271,61 @@ struct Side {
   int64_t padded_count() const { return cut.blocks * cut.block; }
 
   // Block b as each operand.
-  const void* as_rows(int64_t b) const { return left[place(b)]; }
+  const void* as_rows(int64_t b) const { return as_they_lie(b) ? rows[first(b)] : left[place(b)]; }
   const void* as_columns(int64_t b) const { return right[place(b)]; }
-  const void* weighed(int64_t b) const { return engine.half() ? right_pairs[place(b)] : left[place(b)]; }
+  const void* weighed(int64_t b) const { return engine.half() ? right_pairs[place(b)] : as_rows(b); }
   const void* weighing(int64_t b) const { return engine.half() ? left_columns[place(b)] : right[place(b)]; }
+};
 
-  // Sums of dim floats per row, zero; or with `transposed` per block (dim, rows).
-  Blocks zero_sums() const {
-    Blocks sums(cut.blocks, cut.block * dim * 4);
-    run(threads, cut.blocks, [&](int64_t b) {  // first touched by the threads that will use it
-      std::fill_n(sums.floats(b), padded(b) * dim, 0.f);
-    });
-    return sums;
+// What the blocks of a side gather of their gradient from weights W of tiles of S: W Y of its columns where the side is
+// X, W^T X of its rows where it is Y.
+//
+// W^T X is gathered transposed, as X^T W: W is then a right operand as it lies, and X is packed transposed, once. Where
+// X has few rows, at most twice its features, to turn the tiles is less work.
+struct Gathered {
+  const Side& side;
+  Blocks sums, transposed;  // (rows, dim) and (dim, rows) floats each
+  Blocks turned;
+  std::vector<char> has_sums, has_transposed;  // the first term of a sum is stored, not added
+
+  // Of rows' tiles, if `of_rows`, and of columns' unless `x` is null, the side that S has as rows then.
+  Gathered(const Side& side, bool of_rows, const Side* x)
+      : side(side),
+        sums(side.cut.blocks, of_rows || (x && x->turned) ? side.cut.block * side.dim * 4 : 0),
+        transposed(side.cut.blocks, x && !x->turned ? side.cut.block * side.dim * 4 : 0),
+        turned(side.threads, x && x->turned ? x->cut.block * side.cut.block * side.engine.bytes() : 0),
+        has_sums(side.cut.blocks),
+        has_transposed(side.cut.blocks) {}
+
+  // Block I gathers W Y_J, W being (rows, columns) of float32 or bfloat16.
+  void add(int64_t I, const void* W, const Side& y, int64_t J) {
+    side.engine.multiply(side.padded(I), side.dim, y.padded(J), std::exchange(has_sums[I], 1), W, y.weighed(J),
+                         sums.floats(I));
+  }
+
+  // Block J gathers W^T X_I, W being float32, or bfloat16 in pairs.
+  void add_columns(int64_t J, const void* W, const Side& x, int64_t I) {
+    const int64_t m = x.padded(I), n = side.padded(J);
+    if (!x.turned) {
+      side.engine.multiply(side.dim, n, m, std::exchange(has_transposed[J], 1), x.weighing(I), W, transposed.floats(J));
+      return;
+    }
+    float* const turn = turned.floats(slot(side.threads));
+    side.engine.tile.transposed(static_cast<const float*>(W), n, side.engine.half() ? m / 2 : m, turn);
+    side.engine.multiply(n, side.dim, m, std::exchange(has_sums[J], 1), turn, x.weighed(I), sums.floats(J));
+  }
+
+  // What block b has gathered, (rows, dim). `spare` has room for it.
+  float* operator()(int64_t b, float* spare) const {
+    const int64_t elements = side.padded(b) * side.dim;
+    if (has_transposed[b]) side.engine.tile.transposed(transposed.floats(b), side.padded(b), side.dim, spare);
+    if (!has_sums[b]) {
+      if (!has_transposed[b]) std::fill_n(spare, elements, 0.f);
+      return spare;
+    }
+    float* const sum = sums.floats(b);
+    for (int64_t i = 0; has_transposed[b] && i < elements; ++i) sum[i] += spare[i];
+    return sum;
   }
 };
 
@@ -376,30 +432,25 @@ struct Positives {
   const float* weight;
 };
 
-// The gradient G = sums + transposed^T [+ weights of positives] of a side, from what its blocks have gathered as it
-// lies, transposed, or both: dx = scale G, in dx's dtype; where rows were normalised, through that. Returns
-// sum_i <G_i, z_i>, z the rows as they were multiplied.
-inline double finish_side(const Side& side, const Blocks* sums, const Blocks* transposed, const Positives* positives,
-                          float scale, const Tensor& dx) {
+// The gradient G of a side, what its blocks have gathered [+ weights of positives]: dx = scale G, in dx's dtype; where
+// rows were normalised, through that. Returns sum_i <G_i, z_i>, z the rows as they were multiplied.
+inline double finish_side(const Gathered& gathered, const Positives* positives, float scale, const Tensor& dx) {
+  const Side& side = gathered.side;
   const Tensor alongs = at::zeros({side.cut.blocks}, at::kDouble);
   double* const along = alongs.mutable_data_ptr<double>();
-  const int64_t block = side.cut.block * side.dim;
-  const Blocks scratch(side.threads, (side.dim + (transposed ? block : 0) + (sums ? 0 : block)) * 4);
+  const Blocks scratch(side.threads, (side.dim + side.cut.block * side.dim) * 4);
   char* const out = static_cast<char*>(dx.mutable_data_ptr());
   const int64_t row_bytes = side.rows.dim * dx.element_size();
   const float* const inverse_norm = side.inverse_norm.const_data_ptr<float>();
   run(side.threads, side.cut.blocks, [&](int64_t b) {
     float* const row = scratch.floats(slot(side.threads));
-    float* const spare = row + side.dim;
-    float* const gathered = sums ? sums->floats(b) : spare + block;
-    if (!sums) std::fill_n(gathered, side.padded(b) * side.dim, 0.f);
-    if (transposed) side.engine.tile.add_transposed(transposed->floats(b), side.padded(b), side.dim, gathered, spare);
+    float* const sums = gathered(b, row + side.dim);
     for (int64_t r = 0; r < side.size(b); ++r) {
       const int64_t i = side.first(b) + r;
       along[b] += side.engine.tile.finish(side.rows[i], inverse_norm[i],
                                           positives ? positives->other.rows[i] : nullptr, 1,
                                           positives ? positives->weight[i] : 0, scale, side.normalize,
-                                          side.rows.element, side.rows.dim, gathered + r * side.dim, row,
+                                          side.rows.element, side.rows.dim, sums + r * side.dim, row,
                                           element_of(dx), out + i * row_bytes);
     }
   });
