@@ -58,6 +58,8 @@ def _parser() -> Parser:
         )
         command.add_argument("--resume", action="store_true", help="go on from the checkpoint")
         command.add_argument("--tensorboard", metavar="DIR", help="log there")
+        if hasattr(method, "pictures"):
+            command.add_argument("--pictures", type=Path, metavar="FILE", help="draw what it has learnt (PNG)")
         command.add_arguments_of(method)
     return parser
 
@@ -114,8 +116,10 @@ def main() -> None:
         writer.close()
     for test, value in method.evaluate(dataset).items():
         console.print(f"{test} {value:.1%}, with random weights {untrained[test]:.1%}")
+    if getattr(args, "pictures", None) is not None:
+        method.pictures(dataset, args.pictures)
     if history[args.method][-1].health.collapsed:
-        console.print("The features have collapsed.")
+        console.print("The run has collapsed: all inputs have nearly the same embedding.")
 
 
 if __name__ == "__main__":

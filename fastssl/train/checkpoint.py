@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import pickle
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import torch
 
@@ -32,7 +30,9 @@ def load(path: Path) -> dict[str, Any]:
         OSError: if it cannot be read.
         ValueError: if it is no checkpoint.
     """
-    try:
-        return torch.load(path, weights_only=True)
-    except (RuntimeError, EOFError, BadZipFile, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} is no checkpoint, or damaged: {str(error).splitlines()[0]}") from None
+    with open(path, "rb") as file:
+        try:
+            return torch.load(file, weights_only=True)
+        except Exception as error:  # a damaged file can make it raise almost anything
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ValueError(f"{path} is no checkpoint, or damaged: {reason}") from None

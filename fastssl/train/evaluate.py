@@ -53,14 +53,14 @@ def probe_accuracy(train: Tensor, test: Tensor, train_labels: Tensor, test_label
 
 @dataclass(frozen=True)
 class Health:
-    """How an encoder's features are spread.
+    """How embeddings are spread.
 
     Attributes:
         rank: the effective rank, exp of the entropy of the singular values' shares (RankMe, arXiv:2210.02885): from 1,
-            where all rows have one direction, to the number of features.
+            where all rows have one direction or its opposite, to D.
         uniformity: see `fastssl.functional.uniformity` (arXiv:2005.10242): 0 where all rows have one direction, and
             the lower the more evenly they are spread.
-        alignment: mean squared distance of the unit features of two views of one image, from the same paper; None
+        alignment: mean squared distance of the unit embeddings of two views of one image, from the same paper; None
             where there is one view.
     """
 
@@ -70,20 +70,20 @@ class Health:
 
     @property
     def collapsed(self) -> bool:
-        """Whether all inputs have nearly the same features."""
-        return not (self.rank >= 1.5 and self.uniformity <= -0.01)
+        """Whether all inputs have nearly one direction, within about 2 degrees, or its opposite; or NaN."""
+        return not (self.uniformity < -1e-3 and self.rank > 1.2)
 
     def __str__(self) -> str:
         alignment = "" if self.alignment is None else f", alignment {self.alignment:.3f}"
-        return f"effective rank {self.rank:.1f}, uniformity {self.uniformity:.2f}{alignment}"
+        return f"effective rank {self.rank:.1f}, uniformity {self.uniformity:.3f}{alignment}"
 
 
 @torch.no_grad()
 def health(views: Sequence[Tensor]) -> Health:
-    """Of the (B, D) features of one view of B inputs, or of two."""
-    units = [F.normalize(view.float(), dim=1) for view in views]
-    shares = torch.linalg.svdvals(units[0])
-    shares = shares / shares.sum()
+    """Of (B, D) embeddings of one view of B inputs, or of two or more, the first of which count."""
+    units = [F.normalize(view.float(), dim=1) for view in views[:2]]
+    spectrum = torch.linalg.svdvals(views[0].float().nan_to_num())
+    shares = spectrum / spectrum.sum()
     rank = torch.special.entr(shares).sum().exp()
     alignment = (units[0] - units[1]).square().sum(1).mean().item() if len(units) > 1 else None
     return Health(rank.item(), uniformity(units[0]).item(), alignment)

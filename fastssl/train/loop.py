@@ -62,7 +62,7 @@ class Step:
         loss_seconds: the loss's share: its forward and backward, from the embeddings to their gradients.
         peak_bytes, loss_peak_bytes: resident memory (see `Meter`) that the step and its loss added at their
             highest; None except in every 25th step, whose times therefore should not be compared.
-        health: of the encoder's features after the step; None except about ten times in a run, and in its last step.
+        health: of the embeddings, as `loss` gets them; None except about ten times in a run, and in its last step.
     """
 
     loss: float
@@ -159,12 +159,12 @@ def fit(
                     group["lr"] = rates[name] * _schedule(step, steps)
                 torch.manual_seed(_seed(seed, "dropout", step))
                 memory = step % _MEMORY_EVERY == 1  # not in step 0, which also pays for the optimiser's state
+                report = step % report_every == 0 or step == steps - 1
                 try:
-                    done = _train_step(method, views, optimizers[name], memory, clip, amp)
+                    done = _train_step(method, views, optimizers[name], memory, clip, amp, report)
                 except FloatingPointError as error:
                     raise FloatingPointError(f"{name}: in step {step} {error}") from None
-                if step % report_every == 0 or step == steps - 1:
-                    done = Step(**{**vars(done), "health": _health(method, views)})
+                if done.health is not None:
                     _report(progress.console, name, step, done)
                 if writer is not None:
                     _write(writer, name, step, done)
@@ -186,6 +186,7 @@ def _train_step(
     memory: bool = False,
     clip: float | None = None,
     amp: bool = False,
+    report: bool = False,
 ) -> Step:
     """forward, loss and update, measured apart: the graph is cut at the embeddings and sewn up with their gradients."""
     autocast = torch.autocast(views[0].device.type, torch.bfloat16, enabled=amp)
@@ -209,7 +210,8 @@ def _train_step(
             method.after_step(*(leaf.detach() for leaf in leaves))
     meters = (forward, objective, update)
     peak = max(m.peak for m in meters) - forward.before if forward.peak is not None else None
-    return Step(value, sum(m.seconds for m in meters), objective.seconds, peak, objective.extra)
+    found = health([z.detach() for z in method.monitored(*leaves)]) if report else None
+    return Step(value, sum(m.seconds for m in meters), objective.seconds, peak, objective.extra, found)
 
 
 def _check_and_clip(method: Method, clip: float | None) -> None:
@@ -222,19 +224,8 @@ def _check_and_clip(method: Method, clip: float | None) -> None:
         torch.nn.utils.clip_grads_with_norm_(parameters.values(), clip, norm)
 
 
-@torch.no_grad()
-def _health(method: Method, views: tuple[Tensor, ...]) -> Health:
-    """In evaluation mode, so that nothing about the method changes, batch normalisation's statistics included."""
-    modes = {module: module.training for module in method.modules()}
-    method.eval()
-    measured = health(method.embed(*views))
-    for module, training in modes.items():
-        module.training = training
-    return measured
-
-
 def _report(console: Console, name: str, step: int, done: Step) -> None:
-    alarm = ": COLLAPSED, all inputs have nearly the same features" if done.health.collapsed else ""
+    alarm = ": COLLAPSED, all inputs have nearly the same embedding" if done.health.collapsed else ""
     console.print(f"{name} step {step}: loss {done.loss:.4f}, {done.health}{alarm}", highlight=False)
 
 

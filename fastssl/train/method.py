@@ -57,9 +57,9 @@ class Method(nn.Module):
     def after_step(self, *embeddings: Tensor) -> None:
         """Called after the optimiser's step with what `loss` was given: moves a teacher, fills a queue."""
 
-    def embed(self, *inputs: Tensor) -> Sequence[Tensor]:
-        """The model's inputs -> the encoder's features of each view, in which `fit` looks for a collapse."""
-        return [evaluate.pooled(self.encoder(view)) for view in inputs]
+    def monitored(self, *embeddings: Tensor) -> Sequence[Tensor]:
+        """What `loss` was given -> (B, D) embeddings of one view or of two, in which `fit` looks for a collapse."""
+        return embeddings[:2]
 
 
 def twins(method: Method) -> dict[str, Method]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from fastssl.train.barlow_twins import BarlowTwins
 from fastssl.train.byol import BYOL
+from fastssl.train.mae import MAE
 from fastssl.train.method import Method
 from fastssl.train.moco_v1 import MoCoV1
 from fastssl.train.moco_v2 import MoCoV2
@@ -19,6 +20,7 @@ from fastssl.train.vicreg import VICReg
 METHODS: dict[str, type[Method]] = {
     "barlow_twins": BarlowTwins,
     "byol": BYOL,
+    "mae": MAE,
     "moco_v1": MoCoV1,
     "moco_v2": MoCoV2,
     "moco_v3": MoCoV3,

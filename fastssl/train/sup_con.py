@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
@@ -39,5 +37,5 @@ class SupCon(TwoViews):
     def loss(self, projections: Tensor, labels: Tensor) -> Tensor:
         return sup_con(projections, labels, temperature=self.temperature)
 
-    def embed(self, view1: Tensor, view2: Tensor, labels: Tensor) -> Sequence[Tensor]:
-        return super().embed(view1, view2)
+    def monitored(self, projections: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        return projections.unbind(1)

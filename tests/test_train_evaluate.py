@@ -1,0 +1,125 @@
+"""What features are worth: neighbours, linear probe, and the alarm that goes off when they collapse."""
+
+import io
+import math
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("rich")
+pytest.importorskip("sklearn")
+
+from rich.console import Console
+from sklearn.neighbors import KNeighborsClassifier
+
+from fastssl.train import Method, fit
+from fastssl.train.evaluate import features, health, knn_accuracy, probe_accuracy
+
+IMAGES = torch.randint(256, (64, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+def clusters(rows: int, spread: float) -> tuple[torch.Tensor, torch.Tensor]:
+    centres = torch.randn(7, 12, generator=torch.Generator().manual_seed(1))
+    labels = torch.randint(7, (rows,))
+    return centres[labels] + spread * torch.randn(rows, 12), labels
+
+
+def test_knn_accuracy_is_scikit_learns():
+    (train, train_labels), (test, test_labels) = clusters(300, 1.5), clusters(120, 1.5)
+    classifier = KNeighborsClassifier(5, metric="cosine").fit(train, train_labels)
+    expected = classifier.score(test, test_labels)
+    assert 0.3 < expected < 0.9
+    assert knn_accuracy(train, test, train_labels, test_labels, k=5) == pytest.approx(expected, abs=0.02)  # ties
+    assert knn_accuracy(train, test, train_labels, test_labels, k=1) == pytest.approx(
+        KNeighborsClassifier(1, metric="cosine").fit(train, train_labels).score(test, test_labels)
+    )
+
+
+def test_probe_finds_a_direction_that_neighbours_do_not():
+    x, y = torch.randn(400, 30), torch.randint(2, (400,))
+    x[:, 0] = 0.05 * (2 * y - 1) + 0.01 * torch.randn(400)
+    parts = x[:300], x[300:], y[:300], y[300:]
+    assert probe_accuracy(*parts) > 0.97 > 0.7 > knn_accuracy(*parts)
+    x[:, 1] = 3  # a constant feature is no trouble
+    assert probe_accuracy(*parts) > 0.97
+
+
+def test_features_are_those_of_evaluation_mode_and_means_of_tokens():
+    class Tokens(nn.Module):
+        def forward(self, x):
+            return torch.stack([x.flatten(1), 3 * x.flatten(1)], 1)
+
+    encoder = nn.Sequential(nn.Dropout(0.5), Tokens())
+    torch.testing.assert_close(features(encoder, IMAGES, batch_size=17), IMAGES.flatten(1) / 127.5)
+    assert encoder.training
+
+
+def test_effective_rank_uniformity_and_alignment_of_known_embeddings():
+    orthonormal, _ = torch.linalg.qr(torch.randn(64, 16))
+    assert health([orthonormal]).rank == pytest.approx(16, rel=1e-3)
+    assert health([orthonormal[:, :3] @ torch.eye(3, 16)]).rank == pytest.approx(3, rel=1e-3)
+    circle = torch.arange(4096) * (2 * math.pi / 4096)
+    measured = health([torch.stack([circle.cos(), circle.sin()], 1), torch.stack([-circle.sin(), circle.cos()], 1)])
+    assert measured.alignment == pytest.approx(2, rel=1e-3)  # a right angle
+    assert measured.uniformity == pytest.approx(math.log(torch.special.i0e(torch.tensor(4.0))), rel=1e-2)
+    assert health([orthonormal]).alignment is None
+
+
+@pytest.mark.parametrize(
+    "embeddings, collapsed",
+    [
+        (torch.ones(64, 16), True),
+        (torch.ones(64, 16) + 1e-3 * torch.randn(64, 16), True),
+        (torch.ones(64, 16) * torch.tensor([1.0, -1.0]).repeat(32)[:, None], True),
+        (torch.zeros(64, 16), True),
+        (torch.full((64, 16), math.nan), True),
+        (torch.ones(64, 16) + 0.1 * torch.randn(64, 16), False),
+        (torch.randn(64, 16), False),
+        (torch.randn(64, 2), False),
+    ],
+    ids=["one", "nearly one", "one or its opposite", "zeros", "nan", "a cone", "all over", "a plane"],
+)
+def test_collapse_is_told_from_its_like(embeddings, collapsed):
+    assert health([embeddings]).collapsed is collapsed
+
+
+class Attract(Method):
+    """Two views of an image attract each other, and nothing keeps all images from becoming one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Flatten(), nn.Linear(784, 8))
+        nn.init.constant_(self.encoder[1].bias, 3)
+
+    @staticmethod
+    def views(batch, generator):
+        return tuple(batch.unsqueeze(1) / 255 + torch.rand(len(batch), 1, 28, 28, generator=generator) for _ in "ab")
+
+    def forward(self, view1, view2):
+        return self.encoder(view1), self.encoder(view2)
+
+    def loss(self, z1, z2):
+        return (z1 - z2).square().mean()
+
+
+class Repel(Attract):
+    def loss(self, z1, z2):
+        return super().loss(z1, z2) + z1.std(0).sub(1).square().mean()
+
+
+@pytest.mark.parametrize("method, collapses", [(Attract, True), (Repel, False)])
+def test_a_collapsed_run_says_so(method, collapses):
+    console = Console(file=io.StringIO(), width=200)
+    history = fit({"mine": method()}, IMAGES, batch_size=32, steps=200, learning_rate=3e-3, console=console)
+    reports = [line for line in console.file.getvalue().splitlines() if line.startswith("mine step")]
+    assert len(reports) == 11 and "step 199" in reports[-1] and "effective rank" in reports[-1]
+    assert ("COLLAPSED" in reports[-1]) is collapses and "COLLAPSED" not in reports[0]
+    assert history["mine"][-1].health.collapsed is collapses
+    assert sum(step.health is not None for step in history["mine"]) == 11
