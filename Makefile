@@ -9,8 +9,9 @@ NATIVE := setup.py CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 demo: .venv/demo
 	$(BIN)/python -m fastssl.train.demo
 
+# In two processes, whose threads do not wait for each other by turning in circles.
 test: .venv/test
-	$(BIN)/python -m pytest
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
 
 bench: .venv/bench
 	$(BIN)/python benchmarks/run.py
