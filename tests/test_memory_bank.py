@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import io
+import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastssl.functional import info_nce, similarity_logsumexp
+import fastssl
+from fastssl.functional import enqueue_, info_nce, similarity_logsumexp
 from fastssl.nn import InfoNCELoss, MemoryBank
+from fastssl.reference import memory_bank as reference
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def _unit(*shape: int, seed: int = 0) -> Tensor:
@@ -29,6 +34,118 @@ def test_the_last_keys_are_kept(size):
             position = (position + 1) % size
         bank.update(keys)
         assert torch.equal(bank.keys, expected) and bank.position == position, seed
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("new", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_as_the_reference(dtype, new, normalize, backend):
+    """Numbers of features about a vector's length, any start, batches that wrap around, new keys with gaps."""
+    for dim, start, count in ((1, 0, 3), (15, 6, 0), (16, 6, 4), (33, 13, 7), (130, -2, 20), (5, 3, 1)):
+        memory = torch.full((count, dim + 3), math.nan, dtype=new)
+        new_keys = memory[:, 1:-2].copy_(3 * torch.randn(count, dim, generator=torch.Generator().manual_seed(dim)))
+        for rows in (new_keys, new_keys.T.contiguous().T):
+            keys, position = torch.randn(7, dim, dtype=torch.float64).to(dtype), torch.tensor(start)
+            expected, end = keys.clone(), torch.tensor(start % 7)
+            reference.enqueue_(expected, end, rows, normalize)
+            enqueue_(keys, position, rows, normalize)
+            wide = torch.finfo(torch.promote_types(new, torch.float32)).eps
+            tolerance = 2 * torch.finfo(dtype).eps + 4 * wide if normalize else 0
+            torch.testing.assert_close(keys, expected, rtol=tolerance, atol=0)
+            assert position == end
+
+
+def test_a_row_is_normalised_as_accurately_as_by_eager_code(backend):
+    x = torch.randn(500, 2000, generator=torch.Generator().manual_seed(0))
+    keys = torch.full((500, 2000), math.nan)
+    enqueue_(keys, torch.tensor(0), x, True)
+    exact = F.normalize(x.double(), dim=1)
+    assert (keys - exact).norm() <= 2 * (F.normalize(x, dim=1) - exact).norm()
+
+
+def test_rows_without_length_and_nan(backend):
+    """Rows of zeros stay, short ones are x / 1e-12, NaN comes through."""
+    keys = torch.ones(4, 3)
+    enqueue_(keys, torch.tensor(0), torch.tensor([[0.0, 0, 0], [1e-13, 0, 0], [math.nan, 1, 1], [0, 3, 4]]), True)
+    assert keys[0].tolist() == [0, 0, 0] and keys[1].tolist() == pytest.approx([0.1, 0, 0])
+    assert keys[2].isnan().all() and keys[3].tolist() == pytest.approx([0, 0.6, 0.8])
+
+
+def test_new_keys_may_be_old_ones(backend):
+    keys = torch.arange(8.0).view(8, 1).repeat(1, 4)
+    enqueue_(keys, torch.tensor(6), keys[:4])
+    assert keys[:, 0].tolist() == [2, 3, 2, 3, 4, 5, 0, 1]
+
+
+def test_only_the_queue_is_written(backend):
+    """Of a queue with gaps, or transposed: the last `size` keys, and nothing between rows."""
+    memory = torch.full((10, 9), math.nan)
+    for keys in (memory[1:9:2, 2:7], memory[1:6, 2:8:2].T):
+        keys.zero_()
+        size, dim = keys.shape
+        new_keys = torch.arange(1.0, size + 3)[:, None].expand(-1, dim)
+        position = torch.tensor(1)
+        enqueue_(keys, position, new_keys)
+        assert position == (size + 3) % size
+        assert sorted(keys[:, 0].tolist()) == list(range(3, size + 3)) and (keys == keys[:, :1]).all()
+        assert memory.isnan().sum() == memory.numel() - keys.numel()
+        memory.fill_(math.nan)
+
+
+def test_autograd_sees_the_change(backend):
+    weight, keys = torch.ones(2, 3, requires_grad=True), torch.ones(4, 3)
+    kept = (weight @ keys.T).sum()
+    enqueue_(keys, torch.tensor(0), torch.zeros(1, 3))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        kept.backward()
+
+
+def test_backends_agree():
+    results = []
+    for name in ("auto", "portable", "reference"):
+        keys, position = torch.zeros(5, 3), torch.tensor(3)
+        with fastssl.use_backend(name):
+            enqueue_(keys, position, torch.arange(12.0).view(4, 3), True)
+        results.append((keys, position))
+    for other in results[1:]:
+        torch.testing.assert_close(results[0], other)
+
+
+@pytest.mark.parametrize("suffix", ["_", "_portable_"])
+def test_opcheck(suffix):
+    args = torch.zeros(5, 3), torch.tensor(3), torch.randn(4, 3), True
+    torch.library.opcheck(getattr(torch.ops.fastssl, "enqueue" + suffix).default, args)
+
+
+KEYS, ZERO = torch.zeros(5, 3), torch.tensor(0)
+
+
+@pytest.mark.parametrize("chosen", ["auto", "portable", "reference"])
+@pytest.mark.parametrize(
+    "args, error, match",
+    [
+        ((KEYS, ZERO, [1.0]), TypeError, "new_keys must be a Tensor, got list"),
+        ((KEYS, 0, KEYS), TypeError, "position must be a Tensor, got int"),
+        ((KEYS, ZERO.float(), KEYS), ValueError, r"position must be 0-d int64, got torch.float32 of shape \(\)"),
+        ((KEYS, ZERO[None], KEYS), ValueError, r"position must be 0-d int64, got torch.int64 of shape \(1,\)"),
+        ((KEYS, ZERO, KEYS[:, :2]), ValueError, r"new_keys must have shape \(B, 3\), as keys has it, got \(5, 2\)"),
+        ((KEYS, ZERO, KEYS[0]), ValueError, r"new_keys must have shape \(B, D\), got \(3,\)"),
+        ((KEYS[:0], ZERO, KEYS), ValueError, r"keys must have at least one row, got shape \(0, 3\)"),
+        ((KEYS.long(), ZERO, KEYS), ValueError, "keys must have a floating-point dtype.*int64"),
+        ((KEYS, ZERO, KEYS.to("meta")), ValueError, "same device, got cpu, cpu and meta"),
+        ((torch.zeros(3).expand(5, 3), ZERO, KEYS), ValueError, r"keys must have no two .*strides \(0, 1\)"),
+    ],
+)
+def test_bad_queues(args, error, match, chosen):
+    with fastssl.use_backend(chosen), pytest.raises(error, match=match):
+        enqueue_(*args)
+
+
+def test_may_normalise_what_it_is_given():
+    bank = MemoryBank(4, 3, normalize=True)
+    keys = 5 * _unit(2, 3)
+    bank.update(keys)
+    torch.testing.assert_close(bank.keys[:2], _unit(2, 3))
 
 
 def test_is_updated_in_place():

@@ -10,12 +10,15 @@
 // grows with the length of the longest of these sums, not with that of all.
 //
 // masking_ids draws a permutation of each sample: a hash of the seed and the position (SplitMix64), whose lowest bits
-// give way to the position itself, is sorted. The same on every device; fastssl/ops/masking.py has it in PyTorch.
+// give way to the position itself, is sorted. block_masking_ids masks rectangles of random area, aspect and place, until
+// as many tokens are masked as shall be, or ten rectangles in a row did not fit; then single tokens (BEiT,
+// arXiv:2106.08254). Both are the same on every device; fastssl/ops/masking.py has them in PyTorch.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <optional>
 #include <type_traits>
@@ -32,36 +35,125 @@ constexpr int64_t kGrain = 1 << 15;  // elements that are worth a thread
 
 int64_t per_thread(int64_t elements) { return std::max<int64_t>(1, kGrain / std::max<int64_t>(elements, 1)); }
 
-std::tuple<Tensor, Tensor, Tensor> masking_ids(const Tensor& seed, int64_t batch, int64_t length, int64_t keep) {
+constexpr uint64_t kStep = 0x9E3779B97F4A7C15;
+
+uint64_t mix(uint64_t x) {
+  x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9;
+  x = (x ^ x >> 27) * 0x94D049BB133111EB;
+  return x ^ x >> 31;
+}
+
+// Random number i of a seed, of 63 bits.
+uint64_t number(uint64_t seed, int64_t i) { return mix(seed + (static_cast<uint64_t>(i) + 1) * kStep) >> 1; }
+
+// The lowest bits that hold positions below `length`.
+uint64_t position_bits(int64_t length) {
+  int bits = 0;
+  while (length > int64_t(1) << bits) ++bits;
+  return (uint64_t(1) << bits) - 1;
+}
+
+void check_masking(const Tensor& seed, int64_t batch, int64_t length, int64_t keep) {
   TORCH_CHECK_VALUE(seed.scalar_type() == at::kLong && seed.numel() == 1, "seed must be one int64, got ",
                     seed.scalar_type(), " of shape ", seed.sizes());
   TORCH_CHECK_VALUE(batch >= 0 && length >= 0 && keep >= 0 && keep <= length, "keep must be from 0 to length, got ",
                     keep, " of ", length);
+}
+
+std::tuple<Tensor, Tensor, Tensor> masking_ids(const Tensor& seed, int64_t batch, int64_t length, int64_t keep) {
+  check_masking(seed, batch, length, keep);
   const Tensor ids_keep = at::empty({batch, keep}, at::kLong), ids_restore = at::empty({batch, length}, at::kLong);
   const Tensor mask = at::empty({batch, length}, at::kFloat);
   const uint64_t start = static_cast<uint64_t>(seed.item<int64_t>());
-  int bits = 0;
-  while (length > int64_t(1) << bits) ++bits;
-  const uint64_t low = (uint64_t(1) << bits) - 1;
+  const uint64_t low = position_bits(length);
   int64_t* const kept = ids_keep.mutable_data_ptr<int64_t>();
   int64_t* const restore = ids_restore.mutable_data_ptr<int64_t>();
   float* const masked = mask.mutable_data_ptr<float>();
   at::parallel_for(0, batch, per_thread(16 * length), [&](int64_t first, int64_t last) {
     std::vector<uint64_t> order(length);
     for (int64_t b = first; b < last; ++b) {
-      for (int64_t l = 0; l < length; ++l) {
-        uint64_t x = start + (static_cast<uint64_t>(b * length + l) + 1) * 0x9E3779B97F4A7C15;
-        x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9;
-        x = (x ^ x >> 27) * 0x94D049BB133111EB;
-        x = (x ^ x >> 31) >> 1;
-        order[l] = (x & ~low) | static_cast<uint64_t>(l);
-      }
+      for (int64_t l = 0; l < length; ++l)
+        order[l] = (number(start, b * length + l) & ~low) | static_cast<uint64_t>(l);
       std::sort(order.begin(), order.end());
       for (int64_t k = 0; k < length; ++k) {
         const int64_t l = static_cast<int64_t>(order[k] & low);
         if (k < keep) kept[b * keep + k] = l;
         restore[b * length + l] = k;
         masked[b * length + l] = k >= keep;
+      }
+    }
+  });
+  return {ids_keep, ids_restore, mask};
+}
+
+// A sample's masked tokens, drawn from its own seed.
+struct BlockMask {
+  int64_t height, width, low, high;
+  at::IntArrayRef aspect_ratios;
+  std::vector<uint64_t> order;  // of single tokens
+
+  // `masked`: height x width, of which `target` become 1, the others 0.
+  void draw(uint64_t seed, int64_t target, char* masked) {
+    constexpr int kAttempts = 10;
+    constexpr int64_t kAspectOne = 1 << 16;
+    const int64_t length = height * width;
+    std::fill(masked, masked + length, 0);
+    int64_t left = target, next = length;
+    for (int failures = 0; left > 0 && failures < kAttempts; ++failures, next += 4) {
+      const int64_t most = std::min(left, high), fewest = std::min(low, most);
+      const int64_t area = fewest + below(std::max(low, most) - fewest + 1, seed, next);
+      const int64_t ratio = aspect_ratios[below(aspect_ratios.size(), seed, next + 1)];
+      const int64_t h = static_cast<int64_t>(std::sqrt(static_cast<double>(area * ratio) / kAspectOne) + 0.5);
+      const int64_t w = static_cast<int64_t>(std::sqrt(static_cast<double>(area * kAspectOne) / ratio) + 0.5);
+      if (h < 1 || h > height || w < 1 || w > width) continue;
+      char* const block = masked + below(height - h + 1, seed, next + 2) * width + below(width - w + 1, seed, next + 3);
+      int64_t added = 0;
+      for (int64_t y = 0; y < h; ++y)
+        for (int64_t x = 0; x < w; ++x) added += !block[y * width + x];
+      if (added == 0 || added > most) continue;
+      for (int64_t y = 0; y < h; ++y) std::fill(block + y * width, block + y * width + w, 1);
+      left -= added;
+      failures = -1;
+    }
+    if (left == 0) return;
+    order.clear();
+    const uint64_t position = position_bits(length);
+    for (int64_t l = 0; l < length; ++l)
+      if (!masked[l]) order.push_back((number(seed, l) & ~position) | static_cast<uint64_t>(l));
+    std::nth_element(order.begin(), order.begin() + (left - 1), order.end());
+    for (int64_t i = 0; i < left; ++i) masked[order[i] & position] = 1;
+  }
+
+  static int64_t below(int64_t bound, uint64_t seed, int64_t i) {
+    return static_cast<int64_t>(number(seed, i) % static_cast<uint64_t>(bound));
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor> block_masking_ids(const Tensor& seed, int64_t batch, int64_t height, int64_t width,
+                                                     int64_t keep, int64_t low, int64_t high,
+                                                     at::IntArrayRef aspect_ratios) {
+  const int64_t length = height * width;
+  check_masking(seed, batch, length, keep);
+  TORCH_CHECK_VALUE(height >= 0 && width >= 0 && low >= 1 && high >= low, "low must be from 1 to high, got ", low,
+                    " and ", high);
+  TORCH_CHECK_VALUE(!aspect_ratios.empty() && *std::min_element(aspect_ratios.begin(), aspect_ratios.end()) > 0,
+                    "aspect_ratios must be positive, got ", aspect_ratios);
+  const Tensor ids_keep = at::empty({batch, keep}, at::kLong), ids_restore = at::empty({batch, length}, at::kLong);
+  const Tensor mask = at::empty({batch, length}, at::kFloat);
+  const uint64_t start = static_cast<uint64_t>(seed.item<int64_t>());
+  int64_t* const kept = ids_keep.mutable_data_ptr<int64_t>();
+  int64_t* const restore = ids_restore.mutable_data_ptr<int64_t>();
+  float* const mask_out = mask.mutable_data_ptr<float>();
+  at::parallel_for(0, batch, per_thread(16 * length), [&](int64_t first, int64_t last) {
+    BlockMask blocks{height, width, low, high, aspect_ratios, {}};
+    std::vector<char> masked(length);
+    for (int64_t b = first; b < last; ++b) {
+      blocks.draw(mix(start + (static_cast<uint64_t>(b) + 1) * kStep), length - keep, masked.data());
+      int64_t visible = 0, hidden = keep;
+      for (int64_t l = 0; l < length; ++l) {
+        mask_out[b * length + l] = masked[l];
+        if (!masked[l]) kept[b * keep + visible] = l;
+        restore[b * length + l] = masked[l] ? hidden++ : visible++;
       }
     }
   });
@@ -294,6 +386,7 @@ std::tuple<Tensor, Tensor, Tensor> restore_tokens_backward(const Tensor& grad_, 
 
 TORCH_LIBRARY_IMPL(fastssl, CPU, m) {
   m.impl("masking_ids", &masking_ids);
+  m.impl("block_masking_ids", &block_masking_ids);
   m.impl("gather_tokens", &gather_tokens);
   m.impl("scatter_tokens", &scatter_tokens);
   m.impl("restore_tokens", &restore_tokens);

@@ -24,18 +24,30 @@ from fastssl.functional.correlation import (
     vicreg,
 )
 from fastssl.functional.ema import ema_update_
-from fastssl.functional.masking import gather_tokens, random_masking, random_masking_ids, restore_tokens, scatter_tokens
+from fastssl.functional.masking import (
+    block_masking_ids,
+    gather_tokens,
+    random_masking,
+    random_masking_ids,
+    restore_tokens,
+    scatter_tokens,
+    span_masking_ids,
+    tube_masking_ids,
+)
+from fastssl.functional.memory_bank import enqueue_
 from fastssl.functional.patches import masked_feature_loss, masked_patch_loss, patch_embed
 from fastssl.functional.sigmoid import siglip_loss
 
 __all__ = [
     "barlow_twins",
+    "block_masking_ids",
     "clip_loss",
     "correlation_algorithm",
     "covariance_loss",
     "cross_correlation",
     "dcl",
     "ema_update_",
+    "enqueue_",
     "gather_tokens",
     "info_nce",
     "masked_feature_loss",
@@ -49,8 +61,10 @@ __all__ = [
     "scatter_tokens",
     "siglip_loss",
     "similarity_logsumexp",
+    "span_masking_ids",
     "sup_con",
     "topk_similarity",
+    "tube_masking_ids",
     "uniformity",
     "variance_loss",
     "vicreg",

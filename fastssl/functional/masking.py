@@ -10,11 +10,14 @@ from torch import Tensor
 from fastssl import reference
 from fastssl._checks import (
     check_ids,
+    check_number,
     check_rows,
     check_share,
     check_size,
 )
 from fastssl.ops import current_backend, masking
+
+_ASPECT_RATIOS = 256  # of equal probability, between which a block's is drawn
 
 
 def random_masking_ids(
@@ -44,15 +47,166 @@ def random_masking_ids(
         TypeError: if mask_ratio is no number, or batch or length no integer.
         ValueError: if mask_ratio is not from 0 to 1, or batch or length is negative.
     """
-    check_size("batch", batch)
     check_size("length", length)
+    keep = _visible(batch, length, mask_ratio)
+    ids_keep, ids_restore, mask = masking.masking_ids(_seed(generator, device), batch, length, keep)
+    return ids_keep, mask, ids_restore
+
+
+def tube_masking_ids(
+    batch: int,
+    frames: int,
+    length: int,
+    mask_ratio: float,
+    *,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Which tokens of each video stay: the same of every frame (tube masking; VideoMAE, arXiv:2203.12602).
+
+    Args:
+        batch: B, the number of videos.
+        frames: T, the number of frames, or of groups of frames that share tokens.
+        length: N, the number of tokens of each; those of a video are numbered frame by frame, L = T N.
+        mask_ratio: the share that is masked, from 0 to 1: int(N (1 - mask_ratio)) of each frame stay.
+        generator, device: as of `random_masking_ids`, whose masks these are, repeated.
+
+    Returns:
+        ids_keep (B, L_keep), frame by frame, the tokens of each in the same random order, mask (B, L) and ids_restore
+        (B, L), as of `random_masking_ids`.
+
+    Raises:
+        TypeError: if mask_ratio is no number, or batch, frames or length no integer.
+        ValueError: if mask_ratio is not from 0 to 1, or batch, frames or length is negative.
+    """
+    check_size("frames", frames)
+    ids_keep, mask, ids_restore = random_masking_ids(batch, length, mask_ratio, generator=generator, device=device)
+    keep = ids_keep.shape[1]
+    frame = torch.arange(frames, device=ids_keep.device)[:, None]
+    masked = ids_restore[:, None] >= keep
+    before = torch.where(masked, (frames - 1) * keep + frame * (length - keep), frame * keep)
+    return (
+        (ids_keep[:, None] + frame * length).flatten(1),
+        mask.repeat(1, frames),
+        (ids_restore[:, None] + before).flatten(1),
+    )
+
+
+def span_masking_ids(
+    batch: int,
+    length: int,
+    mask_ratio: float,
+    span_length: int,
+    *,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Which time steps of each sequence stay, where spans are masked (wav2vec 2.0, arXiv:2006.11477; HuBERT,
+    arXiv:2106.07447).
+
+    The first steps of spans are drawn without replacement, all equally likely; spans have one length and may overlap.
+    They are added until as many steps are masked as shall be; of the last one only what is wanting is, its first steps.
+
+    Args:
+        batch: B, the number of sequences.
+        length: L, the number of steps of each.
+        mask_ratio: the share that is masked, overlaps counted once, from 0 to 1: int(L (1 - mask_ratio)) stay.
+        span_length: M, the number of steps of a span, from 1 to L.
+        generator, device: as of `random_masking_ids`.
+
+    Returns:
+        ids_keep (B, L_keep) in ascending order, mask (B, L) and ids_restore (B, L), as of `random_masking_ids`.
+
+    Raises:
+        TypeError: if mask_ratio is no number, or batch, length or span_length no integer.
+        ValueError: if mask_ratio is not from 0 to 1, batch or length is negative, or span_length not from 1 to L.
+    """
+    check_size("length", length)
+    check_size("span_length", span_length)
+    if not 1 <= span_length <= length:
+        raise ValueError(f"span_length must be from 1 to length, {length}, got {span_length}")
+    keep = _visible(batch, length, mask_ratio)
+    seed = _seed(generator, device)
+    _, turn, _ = masking.masking_ids(seed, batch, length - span_length + 1, 0)
+    order = masking.first_turn(turn, span_length) * length + torch.arange(length, device=turn.device)
+    ids_keep, ids_restore, mask = masking.ids_of(masking.smallest(order, length - keep), keep)
+    return ids_keep, mask, ids_restore
+
+
+def block_masking_ids(
+    batch: int,
+    height: int,
+    width: int,
+    mask_ratio: float,
+    *,
+    min_block: int = 16,
+    max_block: int | None = None,
+    aspect_ratio: tuple[float, float] = (0.3, 1 / 0.3),
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Which tokens of each image stay, where rectangles are masked (BEiT, arXiv:2106.08254; iBOT, arXiv:2111.07832).
+
+    A block's area is drawn between min_block and the number of tokens still to be masked, or max_block; its aspect
+    ratio so that its logarithm is uniform; its place uniformly. It counts if it masks some new tokens and not more than
+    that number. After ten in a row that do not, single tokens, drawn uniformly, make up the number.
+
+    It is drawn on the CPU, whose result the device gets: a generator on a GPU is waited for.
+
+    Args:
+        batch: B, the number of images.
+        height, width: of the grid of tokens, which are numbered row by row: L = height x width.
+        mask_ratio: the share that is masked, from 0 to 1: int(L (1 - mask_ratio)) stay.
+        min_block: the smallest area of a block, in tokens.
+        max_block: the largest; None: no limit.
+        aspect_ratio: from, to: height over width.
+        generator, device: as of `random_masking_ids`.
+
+    Returns:
+        ids_keep (B, L_keep) in ascending order, mask (B, L) and ids_restore (B, L), as of `random_masking_ids`.
+
+    Raises:
+        TypeError: if mask_ratio is no number, aspect_ratio not two, or a size no integer.
+        ValueError: if mask_ratio is not from 0 to 1, a size is negative, min_block not from 1 to max_block, or
+            aspect_ratio not from 1/1000 to 1000 and in ascending order.
+    """
+    for name, size in (("height", height), ("width", width), ("min_block", min_block)):
+        check_size(name, size)
+    length = height * width
+    keep = _visible(batch, length, mask_ratio)
+    if max_block is None:
+        max_block = max(length, min_block)
+    check_size("max_block", max_block)
+    if not 1 <= min_block <= max_block:
+        raise ValueError(f"min_block must be from 1 to max_block, {max_block}, got {min_block}")
+    if not isinstance(aspect_ratio, (tuple, list)) or len(aspect_ratio) != 2:
+        raise TypeError(f"aspect_ratio must be two numbers, got {type(aspect_ratio).__name__}")
+    low, high = aspect_ratio
+    check_number("aspect_ratio", low)
+    check_number("aspect_ratio", high)
+    if not 1e-3 <= low <= high <= 1e3:
+        raise ValueError(f"aspect_ratio must be from 1/1000 to 1000, in ascending order, got {aspect_ratio}")
+    step = (high / low) ** (1 / _ASPECT_RATIOS)
+    ratios = [round(masking.ASPECT_ONE * low * step ** (i + 0.5)) for i in range(_ASPECT_RATIOS)]
+    seed = _seed(generator, "cpu")
+    triple = masking.block_masking_ids(seed, batch, height, width, keep, min_block, max_block, ratios)
+    target = device or (generator.device if generator is not None else "cpu")
+    ids_keep, ids_restore, mask = (x.to(target) for x in triple)
+    return ids_keep, mask, ids_restore
+
+
+def _visible(batch: int, length: int, mask_ratio: float) -> int:
+    """How many of each sample's tokens stay."""
+    check_size("batch", batch)
     check_share("mask_ratio", mask_ratio)
     if batch * length >= 1 << 62:
         raise ValueError(f"batch x length must be below 2^62, got {batch} x {length}")
+    return int(length * (1 - mask_ratio))
+
+
+def _seed(generator: torch.Generator | None, device: torch.device | str | None) -> Tensor:
     source = generator.device if generator is not None else "cpu"
-    seed = torch.randint(1 << 62, (), generator=generator, device=source).to(device or source)
-    ids_keep, ids_restore, mask = masking.masking_ids(seed, batch, length, int(length * (1 - mask_ratio)))
-    return ids_keep, mask, ids_restore
+    return torch.randint(1 << 62, (), generator=generator, device=source).to(device or source)
 
 
 def random_masking(

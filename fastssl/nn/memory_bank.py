@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastssl import functional
 from fastssl.distributed import gather_rows, world_size
 
 
@@ -28,6 +29,7 @@ class MemoryBank(nn.Module):
         dim: the number of their features.
         gather_distributed: enter the keys of all processes, in the order of their ranks, so that every process holds
             the same queue if all were made from the same seed. All must then update with the same number of keys.
+        normalize: enter keys at unit length, for encoders whose outputs are normalised by the loss.
         dtype: of the keys; None: the default dtype.
         device: of the keys; None: the default device.
 
@@ -54,6 +56,7 @@ class MemoryBank(nn.Module):
         dim: int,
         gather_distributed: bool = False,
         *,
+        normalize: bool = False,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
@@ -63,7 +66,7 @@ class MemoryBank(nn.Module):
                 raise TypeError(f"{name} must be an int, got {type(count).__name__}")
             if count < 1:
                 raise ValueError(f"{name} must be at least 1, got {count}")
-        self.gather_distributed = gather_distributed
+        self.gather_distributed, self.normalize = gather_distributed, normalize
         keys = F.normalize(torch.randn(size, dim, device=device), dim=1).to(dtype or torch.get_default_dtype())
         self.register_buffer("keys", keys)
         self.register_buffer("position", torch.zeros((), dtype=torch.int64, device=device))
@@ -73,22 +76,19 @@ class MemoryBank(nn.Module):
         """Overwrite the oldest keys, in place; beyond the end go on at the beginning.
 
         Args:
-            keys: (B, dim) of any floating dtype, entered as they are, the last ones if there are more than the queue
-                holds.
+            keys: (B, dim) of any floating dtype, the last ones if there are more than the queue holds; entered as they
+                are, or at unit length with `normalize`.
 
         Raises:
             ValueError: if keys is not of shape (B, dim).
         """
-        size, dim = self.keys.shape
+        dim = self.keys.shape[1]
         if keys.dim() != 2 or keys.shape[1] != dim:
             raise ValueError(f"keys must have shape (B, {dim}), got {tuple(keys.shape)}")
         if self.gather_distributed and world_size() > 1:
             keys = gather_rows(keys)
-        count = keys.shape[0]
-        first = max(count - size, 0)
-        places = (self.position + torch.arange(first, count, device=self.keys.device)) % size
-        self.keys.index_copy_(0, places, keys[first:].to(self.keys))
-        self.position.add_(count).remainder_(size)
+        functional.enqueue_(self.keys, self.position, keys.to(self.keys.device), self.normalize)
 
     def extra_repr(self) -> str:
-        return f"{self.keys.shape[0]}, {self.keys.shape[1]}, gather_distributed={self.gather_distributed}"
+        size, dim = self.keys.shape
+        return f"{size}, {dim}, gather_distributed={self.gather_distributed}, normalize={self.normalize}"

@@ -2,6 +2,7 @@
 
     masking_ids      which tokens of each sample stay: a random permutation, drawn from a seed by a hash, so that every
                      device draws the same one
+    block_masking_ids  the same where rectangles of tokens are masked
     gather_tokens    out[b, k] = x[b, ids[b, k]]
     scatter_tokens   out[b, l] = sum of tokens[b, k] with ids[b, k] = l, `fill` where there is none
     restore_tokens   out[b, l] = x_visible[b, ids_restore[b, l]], or the mask token where that is beyond the last,
@@ -12,6 +13,7 @@ read once and written once.
 
 The hash is SplitMix64's: each position's number, times an odd constant, added to the seed, is mixed by shifts and
 multiplications. Its lowest bits give way to the position: numbers differ, and to sort them is to draw a permutation.
+Blocks are drawn one after another, as many as it takes: each sample hashes the numbers of a seed of its own.
 """
 
 from __future__ import annotations
@@ -26,9 +28,31 @@ from fastssl.ops._op import Op
 _STEP, _MIX1, _MIX2 = (n - (1 << 64) for n in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
 
+ATTEMPTS = 10  # BEiT's: so many blocks in a row that do not fit end a sample's
+ASPECT_ONE = 1 << 16  # an aspect ratio of 1, of block_masking_ids
+
+
 def _shift(x: Tensor, bits: int) -> Tensor:
     """x >> bits of unsigned numbers."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = (x ^ _shift(x, 30)) * _MIX1
+    x = (x ^ _shift(x, 27)) * _MIX2
+    return x ^ _shift(x, 31)
+
+
+def _numbers(seed: Tensor, first: int, count: int) -> Tensor:
+    """(..., count) random numbers of 63 bits, from number `first` of the seed, (..., 1) or 0-d."""
+    return _shift(_mix(seed + torch.arange(first + 1, first + 1 + count, device=seed.device) * _STEP), 1)
+
+
+def _distinct(numbers: Tensor) -> Tensor:
+    """Their lowest bits replaced by their position in the last dimension."""
+    length = numbers.shape[-1]
+    bits = max(length - 1, 0).bit_length()
+    return (numbers >> bits << bits) | torch.arange(length, device=numbers.device)
 
 
 def _masking_ids_fake(seed: Tensor, batch: int, length: int, keep: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -37,29 +61,105 @@ def _masking_ids_fake(seed: Tensor, batch: int, length: int, keep: int) -> tuple
 
 
 def _masking_ids_portable(seed: Tensor, batch: int, length: int, keep: int) -> tuple[Tensor, Tensor, Tensor]:
-    bits = max(length - 1, 0).bit_length()
-    position = torch.arange(length, device=seed.device)
-    x = seed + (torch.arange(batch * length, device=seed.device).view(batch, length) + 1) * _STEP
-    x = (x ^ _shift(x, 30)) * _MIX1
-    x = (x ^ _shift(x, 27)) * _MIX2
-    x = _shift(x ^ _shift(x, 31), 1)
-    ids_shuffle = ((x >> bits << bits) | position).sort(1).values & ((1 << bits) - 1)
-    ids_restore = torch.empty_like(ids_shuffle).scatter_(1, ids_shuffle, position.expand(batch, length))
+    ids_shuffle = _distinct(_numbers(seed, 0, batch * length).view(batch, length)).sort(1).indices
+    ids_restore = _inverse(ids_shuffle)
     return ids_shuffle[:, :keep].contiguous(), ids_restore, (ids_restore >= keep).float()
 
 
+def _inverse(permutation: Tensor) -> Tensor:
+    position = torch.arange(permutation.shape[1], device=permutation.device)
+    return torch.empty_like(permutation).scatter_(1, permutation, position.expand_as(permutation))
+
+
+def ids_of(masked: Tensor, keep: int) -> tuple[Tensor, Tensor, Tensor]:
+    """ids_keep, ids_restore and mask of masked tokens, (B, L) bool, of which `keep` in each row are not: in ascending
+    order, visible ones and masked ones."""
+    ids_restore = torch.where(masked, keep + masked.cumsum(1), (~masked).cumsum(1)) - 1
+    return _inverse(ids_restore)[:, :keep].contiguous(), ids_restore, masked.float()
+
+
+def first_turn(turn: Tensor, span_length: int) -> Tensor:
+    """(B, L): the smallest turn of the spans that cover a step, from those of all spans, (B, L - span_length + 1)."""
+    turn = torch.nn.functional.pad(turn, (span_length - 1, span_length - 1), value=turn.shape[1])
+    covered = 1  # spans, from the one at a place on
+    while covered < span_length:
+        more = min(covered, span_length - covered)
+        turn = torch.minimum(turn[:, : turn.shape[1] - more], turn[:, more:])
+        covered += more
+    return turn
+
+
+def smallest(numbers: Tensor, count: int) -> Tensor:
+    """(B, L) bool: which are the `count` smallest of each row, whose numbers differ."""
+    if count == 0 or numbers.numel() == 0:
+        return torch.zeros_like(numbers, dtype=torch.bool)
+    return numbers <= numbers.kthvalue(count, dim=1, keepdim=True).values
+
+
+def _block_masking_ids_fake(
+    seed: Tensor, batch: int, height: int, width: int, keep: int, low: int, high: int, aspect_ratios: list[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _masking_ids_fake(seed, batch, height * width, keep)
+
+
+def _block_masking_ids_portable(
+    seed: Tensor, batch: int, height: int, width: int, keep: int, low: int, high: int, aspect_ratios: list[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    length, target = height * width, height * width - keep
+    seeds = _mix(seed + (torch.arange(batch, device=seed.device)[:, None] + 1) * _STEP)
+    ratios = torch.tensor(aspect_ratios, device=seed.device)
+    rows, columns = torch.arange(height, device=seed.device), torch.arange(width, device=seed.device)
+    masked = torch.zeros((batch, height, width), dtype=torch.bool, device=seed.device)
+    failures = torch.zeros((batch, 1), dtype=torch.int64, device=seed.device)
+    attempt = 0
+    while True:
+        left = target - masked.sum((1, 2)).unsqueeze(1)
+        active = (left > 0) & (failures < ATTEMPTS)
+        if not active.any():
+            break
+        area, aspect, top, side = _numbers(seeds, length + 4 * attempt, 4).split(1, 1)
+        attempt += 1
+        most = left.clamp_max(high)
+        fewest = most.clamp_max(low)
+        area = fewest + area % (most.clamp_min(low) - fewest + 1)
+        ratio = ratios[aspect % len(ratios)]
+        h = (area * ratio).double().div(ASPECT_ONE).sqrt().add(0.5).long()
+        w = (area * ASPECT_ONE).double().div(ratio).sqrt().add(0.5).long()
+        fits = (h >= 1) & (h <= height) & (w >= 1) & (w <= width)
+        h, w = h.where(fits, 1), w.where(fits, 1)
+        top, side = top % (height - h + 1), side % (width - w + 1)
+        block = ((rows >= top) & (rows < top + h))[:, :, None] & ((columns >= side) & (columns < side + w))[:, None]
+        added = (block & ~masked).sum((1, 2)).unsqueeze(1)
+        taken = active & fits & (added > 0) & (added <= most)
+        masked |= block & taken[:, :, None]
+        failures = (failures + 1).where(~taken, 0)
+    first, then = torch.arange(-length, 0, device=seed.device), _distinct(_numbers(seeds, 0, length))
+    return ids_of(smallest(torch.where(masked.flatten(1), first, then), target), keep)
+
+
 def _no_gradients(ctx: Any, _: None, *grads: Tensor) -> tuple[None, ...]:
-    return None, None, None, None
+    return (None,) * ctx.inputs
 
 
 def _mark_non_differentiable(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     ctx.mark_non_differentiable(*output)
+    ctx.inputs = len(inputs)
 
 
 masking_ids = Op(
     "masking_ids(Tensor seed, int batch, int length, int keep) -> (Tensor ids_keep, Tensor ids_restore, Tensor mask)",
     fake=_masking_ids_fake,
     portable=_masking_ids_portable,
+    setup_context=_mark_non_differentiable,
+    backward=_no_gradients,
+)
+
+
+block_masking_ids = Op(
+    "block_masking_ids(Tensor seed, int batch, int height, int width, int keep, int low, int high, int[] aspect_ratios)"
+    " -> (Tensor ids_keep, Tensor ids_restore, Tensor mask)",
+    fake=_block_masking_ids_fake,
+    portable=_block_masking_ids_portable,
     setup_context=_mark_non_differentiable,
     backward=_no_gradients,
 )

@@ -4,7 +4,19 @@ Nothing here is fast, and nothing here imports anything but torch. Tests and ben
 operations through `OPS`; an operation is registered by the module of its family.
 """
 
-from fastssl.reference import contrastive, correlation, ema, masking, patches, sigmoid
+from fastssl.reference import contrastive, correlation, ema, masking, memory_bank, patches, sigmoid
 from fastssl.reference._spec import OPS, BadInput, OpSpec, Sample
 
-__all__ = ["OPS", "BadInput", "OpSpec", "Sample", "contrastive", "correlation", "ema", "masking", "patches", "sigmoid"]
+__all__ = [
+    "OPS",
+    "BadInput",
+    "OpSpec",
+    "Sample",
+    "contrastive",
+    "correlation",
+    "ema",
+    "masking",
+    "memory_bank",
+    "patches",
+    "sigmoid",
+]
