@@ -1,4 +1,4 @@
-"""A queue of keys, against the code of MoCo (arXiv:1911.05722), which wants queues that batches divide."""
+"""A queue of keys, against code like MoCo's (arXiv:1911.05722)."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from torch import Tensor
 
 @torch.no_grad()
 def _enqueue(keys: Tensor, position: Tensor, new_keys: Tensor, normalize: bool) -> None:
-    """Its queue is transposed, its keys are columns: what is here is faster."""
+    """Up to the end, then from the beginning on. MoCo's keys are columns, which takes longer."""
     first, count = int(position), len(new_keys)
-    keys[first : first + count] = F.normalize(new_keys, dim=1)
+    entered, before_the_end = F.normalize(new_keys, dim=1), min(count, len(keys) - first)
+    keys[first : first + before_the_end] = entered[:before_the_end]
+    keys[: count - before_the_end] = entered[before_the_end:]
     position[()] = (first + count) % len(keys)
 
 
