@@ -5,6 +5,7 @@ import io
 import math
 import re
 import sys
+import types
 
 import pytest
 import torch
@@ -192,6 +193,15 @@ def command(monkeypatch, main, *arguments):
         (["dino"], "invalid choice: 'dino'"),
         (["simclr", "--lambda-param", "1"], "unrecognized arguments: --lambda-param"),
         ([], "required: method"),
+        (["simsiam", "--temperature", "1"], "unrecognized arguments: --temperature"),
+        (["simclr", "--optimizer", "sgd"], "--optimizer: invalid choice: 'sgd'"),
+        (["simclr", "--clip", "0"], "--clip: must be positive, got 0"),
+        (["simclr", "--weight-decay", "-1"], "--weight-decay: must be positive, got -1"),
+        (["moco_v1", "--queue", "2.5"], r"--queue: must be a number \(int\), got '2.5'"),
+        (["byol", "--total-steps", "7"], "unrecognized arguments: --total-steps"),
+        (["simclr", "--pictures", "file.png"], "unrecognized arguments: --pictures"),
+        (["simclr", "--resume"], "--resume needs --checkpoint"),
+        (["simclr", "--checkpoint", __file__], "test_train.py exists; --resume goes on from it"),
     ],
 )
 def test_bad_options_give_one_line(monkeypatch, capsys, arguments, message):
@@ -207,12 +217,75 @@ def test_bad_data_gives_one_line(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["simclr"], ["barlow_twins", "--lambda-param", 0.01], ["vicreg", "--mu-param", 5]]
+    "arguments, message",
+    [
+        (["moco_v2", "--momentum", "1.5"], "momentum must be from 0 to 1, got 1.5"),
+        (["mae", "--mask-ratio", "2"], "mask_ratio must be from 0 to 1, got 2"),
+        (["simclr", "--batch-size", "2001"], r"batch_size .*\(2000\), got 2001"),
+        (["simclr", "--checkpoint", "/dev/null/run.pt"], "'/dev/null'"),
+        (["simclr", "--checkpoint", "nothing.pt", "--resume"], "No such file or directory: 'nothing.pt'"),
+        (["vicreg", "--learning-rate", "1e30"], "vicreg: in step 1 the (loss|gradient) "),
+    ],
 )
-def test_command_trains(monkeypatch, capsys, images, arguments):
+def test_bad_values_give_one_line(monkeypatch, tmp_path, images, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data, "load", lambda directory: images)
+    monkeypatch.setattr(Method, "evaluate", lambda self, dataset: {})
+    code = command(monkeypatch, command_line.main, arguments[0], "--steps", 2, "--batch-size", 32, *arguments[1:])
+    assert code.startswith("error: ") and "\n" not in code and re.search(message, code)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["simclr", "--impl", "naive"],
+        ["barlow_twins", "--lambda-param", 0.01, "--clip", 1],
+        ["vicreg", "--mu-param", 5, "--optimizer", "lars"],
+        ["moco_v2", "--queue", 100, "--amp"],
+        ["mae", "--pictures", "new/mae.png", "--no-norm-pix-loss", "--weight-decay", 0],
+    ],
+)
+def test_command_trains(monkeypatch, capsys, tmp_path, images, arguments):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(data, "load", lambda directory: images)
     assert command(monkeypatch, command_line.main, *arguments, "--steps", 2, "--batch-size", 64) == 0
-    assert "kNN accuracy" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert all(term in output for term in ("step 1: loss", "effective rank", "kNN accuracy", "linear probe"))
+    assert [path.suffix for path in tmp_path.glob("*/*")] == [".png"] * ("--pictures" in arguments)
+
+
+def test_command_goes_on_where_it_stopped(monkeypatch, capsys, tmp_path, images):
+    monkeypatch.setattr(data, "load", lambda directory: images)
+    arguments = ["simclr", "--steps", 3, "--batch-size", 32, "--checkpoint", tmp_path / "new" / "run.pt"]
+    outputs = []
+    for more in ([], ["--resume"]):
+        assert command(monkeypatch, command_line.main, *arguments, *more) == 0
+        outputs.append(capsys.readouterr().out.splitlines()[-2:])
+    assert outputs[0] == outputs[1] and "linear probe" in outputs[0][1]
+
+
+def test_tensorboard_gets_every_step_or_one_line_says_what_is_missing(monkeypatch, tmp_path, images):
+    scalars = []
+
+    class SummaryWriter:
+        def __init__(self, directory):
+            scalars.append(directory)
+
+        def add_scalar(self, label, value, step):
+            scalars.append((label, step))
+
+        def close(self):
+            scalars.append("closed")
+
+    monkeypatch.setattr(data, "load", lambda directory: images)
+    arguments = ["byol", "--steps", 2, "--batch-size", 32, "--tensorboard", "logs"]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert "--tensorboard needs tensorboard: pip install" in command(monkeypatch, command_line.main, *arguments)
+    module = types.SimpleNamespace(SummaryWriter=SummaryWriter)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    assert command(monkeypatch, command_line.main, *arguments) == 0
+    labels = ("loss", "seconds", "loss_seconds", "rank", "uniformity", "alignment")
+    assert scalars == ["logs", *((f"byol/{label}", step) for step in (0, 1) for label in labels), "closed"]
 
 
 def test_control_c_ends_cleanly(monkeypatch, capsys):

@@ -38,20 +38,18 @@ def _parser() -> Parser:
         command.add_argument(
             "--learning-rate",
             type=positive_float,
-            default=method.learning_rate,
-            help="the cosine schedule's highest (default: %(default)s, for AdamW)",
+            help=f"the schedule's highest (default: {method.learning_rate}, with LARS 0.3 x batch size / 256)",
         )
         command.add_argument(
             "--weight-decay",
             type=not_negative_float,
-            default=method.weight_decay,
-            help="of weights that are matrices (default: %(default)s)",
+            help=f"of weights that are matrices (default: {method.weight_decay}, with LARS 1e-6)",
         )
         command.add_argument("--clip", type=positive_float, metavar="NORM", help="cut gradients longer than that")
         command.add_argument("--amp", action="store_true", help="forward pass and loss under autocast to bfloat16")
         command.add_argument("--compile", action="store_true", help="torch.compile the encoder")
         command.add_argument(
-            "--checkpoint", type=Path, metavar="FILE", help="save there at times, at the end and on Ctrl-C"
+            "--checkpoint", type=Path, metavar="FILE", help="save there now and then, at the end and on Ctrl-C"
         )
         command.add_argument(
             "--save-every", type=positive_int, default=200, metavar="STEPS", help="how often (default: %(default)s)"

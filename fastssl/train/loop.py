@@ -46,7 +46,7 @@ from fastssl.train import checkpoint as checkpoints
 from fastssl.train.evaluate import Health, health
 from fastssl.train.meter import Meter
 from fastssl.train.method import IMPLEMENTATIONS, Method
-from fastssl.train.optimizers import make_optimizer
+from fastssl.train.optimizers import defaults, make_optimizer
 
 _MEMORY_EVERY = 25  # steps
 _REPORTS = 10  # of a run
@@ -105,8 +105,8 @@ def fit(
         batch_size: from 1 to len(data); an epoch drops the last len(data) mod batch_size.
         steps: number of batches, at least 1.
         optimizer: "adamw" or "lars".
-        learning_rate: the schedule's highest; None: each method's own.
-        weight_decay: None: each method's own.
+        learning_rate: the schedule's highest; None: each method's own, with LARS 0.3 batch_size / 256.
+        weight_decay: of weights that are matrices; None: each method's own, with LARS 1e-6.
         clip: the norm to which longer gradients are cut, that of all parameters together; None: they are not.
         amp: forward pass and loss under autocast to bfloat16.
         seed: of data order, augmentation and dropout.
@@ -132,8 +132,11 @@ def fit(
         raise ValueError(f"steps must be at least 1, got {steps}")
     if save_every < 1:
         raise ValueError(f"save_every must be at least 1, got {save_every}")
-    rates = {name: m.learning_rate if learning_rate is None else learning_rate for name, m in methods.items()}
-    decays = {name: m.weight_decay if weight_decay is None else weight_decay for name, m in methods.items()}
+    rates, decays = {}, {}
+    for name, method in methods.items():
+        rate, decay = defaults(optimizer, method, batch_size)
+        rates[name] = rate if learning_rate is None else learning_rate
+        decays[name] = decay if weight_decay is None else weight_decay
     optimizers = {name: make_optimizer(optimizer, m, rates[name], decays[name]) for name, m in methods.items()}
     history: dict[str, list[Step]] = {name: [] for name in methods}
     run = {
@@ -142,6 +145,8 @@ def fit(
         "methods": {name: _options(method) for name, method in methods.items()},
     }  # fmt: skip
     path = None if checkpoint is None else Path(checkpoint)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
     if resume:
         _restore(path, run, methods, optimizers, history)
     first = len(next(iter(history.values())))

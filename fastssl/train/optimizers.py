@@ -5,7 +5,14 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from fastssl.train.method import Method
+
 OPTIMIZERS = ("adamw", "lars")
+
+
+def defaults(name: str, method: Method, batch_size: int) -> tuple[float, float]:
+    """Learning rate and weight decay: with AdamW the method's own, with LARS those of SimCLR (arXiv:2002.05709)."""
+    return (0.3 * batch_size / 256, 1e-6) if name == "lars" else (method.learning_rate, method.weight_decay)
 
 
 def make_optimizer(name: str, module: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
