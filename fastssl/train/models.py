@@ -2,20 +2,54 @@
 
 from __future__ import annotations
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 class Encoder(nn.Sequential):
-    """Four strided convolutions and average pooling: (B, 1, 28, 28) images -> (B, `features`)."""
+    """Four strided convolutions and average pooling: (B, `colours`, 28, 28) images -> (B, `features`)."""
 
-    def __init__(self, features: int = 256) -> None:
-        channels = (1, 32, 64, 128, features)
+    def __init__(self, features: int = 256, colours: int = 1) -> None:
+        channels = (colours, 32, 64, 128, features)
         layers = []
         for inputs, outputs in zip(channels[:-1], channels[1:], strict=True):
             layers += [nn.Conv2d(inputs, outputs, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(outputs)]
             layers += [nn.ReLU(inplace=True)]
         super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.features = features
+
+
+class TextEncoder(nn.Module):
+    """A small transformer: (B, L) int64 tokens, 0 for padding -> (B, `features`), the mean over the words.
+
+    Args:
+        vocabulary: the number of tokens.
+        length: L.
+        features: width of every layer.
+        layers: of attention and MLP; 0 leaves the mean of the words' vectors.
+        dropout: in the layers.
+    """
+
+    def __init__(self, vocabulary: int, length: int, features: int = 128, layers: int = 2, dropout: float = 0.1) -> None:
+        super().__init__()
+        self.words = nn.Embedding(vocabulary, features, padding_idx=0)
+        nn.init.normal_(self.words.weight, std=0.05)
+        self.positions = nn.Parameter(0.02 * torch.randn(length, features))
+        self.dropout = nn.Dropout(dropout)
+        layer = {"dropout": dropout, "activation": "gelu", "batch_first": True, "norm_first": True}
+        self.layers = nn.ModuleList(
+            nn.TransformerEncoderLayer(features, 4, 4 * features, **layer) for _ in range(layers)
+        )
+        self.features = features
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        padding = tokens == 0
+        padding[:, 0] = False  # a text without words has one that says nothing
+        x = self.dropout(self.words(tokens) + self.positions)
+        for layer in self.layers:
+            x = layer(x, src_key_padding_mask=padding)
+        words = ~padding.unsqueeze(2)
+        return (x * words).sum(1) / words.sum(1)
 
 
 def mlp(*widths: int, last_norm: bool = False) -> nn.Sequential:

@@ -1,0 +1,65 @@
+"""What methods share that learn images by what they are called: CLIP, SigLIP."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastssl.functional import topk_similarity
+from fastssl.train import pairs
+from fastssl.train.augment import color_jitter, random_resized_crop_flip
+from fastssl.train.method import Method
+from fastssl.train.models import Encoder, TextEncoder
+from fastssl.train.pairs import Pairs
+from fastssl.train.text import LENGTH, VOCABULARY
+
+
+class ImageText(Method):
+    """An encoder for images and one for texts, each with a linear map into one space. A subclass has the `loss`.
+
+    Args:
+        temperature: what similarities are divided by at first; it is learned, as logit_scale.
+        features: dimensions of the space that both share.
+    """
+
+    def __init__(self, temperature: float, features: int = 128) -> None:
+        super().__init__()
+        self.encoder, self.text_encoder = Encoder(colours=3), TextEncoder(VOCABULARY, LENGTH)
+        self.image_projection = nn.Linear(self.encoder.features, features, bias=False)
+        self.text_projection = nn.Linear(self.text_encoder.features, features, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(1 / temperature).log())
+
+    @staticmethod
+    def load(directory: str | os.PathLike[str] | None) -> Pairs:
+        return pairs.load(directory)
+
+    @staticmethod
+    def views(batch: tuple[Tensor, Tensor], generator: torch.Generator) -> tuple[Tensor, ...]:
+        """(B, 3, H, W) uint8 images, and tokens -> a random view of each image, and the text less some of its words."""
+        images, tokens = batch
+        view = random_resized_crop_flip(images.float() / 255, generator)
+        return color_jitter(view, generator), tokens * (torch.rand(tokens.shape, generator=generator) > 0.2)
+
+    def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
+        """The model's inputs -> unit vectors (B, features) of images and of texts."""
+        image, text = self.image_projection(self.encoder(images)), self.text_projection(self.text_encoder(tokens))
+        return F.normalize(image, dim=1), F.normalize(text, dim=1)
+
+    def embed(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
+        return self(images, tokens)
+
+    @torch.no_grad()
+    def evaluate(self, dataset: Pairs) -> dict[str, float]:
+        """Zero-shot retrieval: shares of test images whose own text is among the nearest of all texts of the test."""
+        training = self.training
+        self.eval()
+        images, tokens = dataset.test.tensors
+        vectors = [self(image / 255, text) for image, text in zip(images.split(1024), tokens.split(1024), strict=True)]
+        self.train(training)
+        image, text = (torch.cat(parts) for parts in zip(*vectors, strict=True))
+        _, nearest = topk_similarity(image, text, min(10, len(text)))
+        own = nearest == torch.arange(len(image)).unsqueeze(1)
+        return {f"recall@{k} of {len(text)} texts": own[:, :k].any(1).float().mean().item() for k in (1, 10)}

@@ -1,0 +1,143 @@
+"""Images and what they are called, without a data hub: emoji, or any table of image files and captions.
+
+The pictures are Google's (Apache-2.0), in the npm package emoji-datasource-google (MIT); names and keywords are those
+of emojibase-data (MIT).
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import re
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from torch.utils.data import TensorDataset
+
+from fastssl.train import packages
+from fastssl.train.data import DataError
+from fastssl.train.text import tokenize
+
+SIZE = 32
+
+_PICTURES, _NAMES = "emoji-datasource-google@16.0.0", "emojibase-data@16.0.3"
+EMOJI = {
+    "32.png": packages.File(
+        _PICTURES,
+        "package/img/google/sheets/32.png",
+        "b417e9f6cd4bbc10656bbfd5e13b6e9a2545b55e6a4cf7312d75be1faaa34952",
+    ),
+    "emoji.json": packages.File(
+        _PICTURES, "package/emoji.json", "1d602e65be88772bf8cc368ce16b855d719eeddbafe128d471b80203f494d29f"
+    ),
+    "data.json": packages.File(
+        _NAMES, "package/en/data.json", "8cbf636f6b28476065e847360691ca8a6767ed328d3223f9eead4e5c09e61f04"
+    ),
+}
+
+
+class Pair(NamedTuple):
+    """An image and its caption.
+
+    Attributes:
+        concept: what it has in common with its variants, which must not be trained on where it is tested.
+        variant: whether another of the concept is to be tested, not this one.
+    """
+
+    image: Image.Image
+    caption: str
+    concept: str
+    variant: bool = False
+
+
+class Pairs(NamedTuple):
+    """Pairs to train on and pairs of other concepts to test: (N, 3, SIZE, SIZE) uint8 images, (N, LENGTH) tokens."""
+
+    name: str
+    train: TensorDataset
+    test: TensorDataset
+
+
+def load(source: str | os.PathLike[str] | None = None) -> Pairs:
+    """3,786 emoji with names and keywords, or the images of a table. A fifth of the concepts are for testing.
+
+    Args:
+        source: CSV file with columns image, a path relative to the file, and caption; or folder that has the emoji
+            (32.png and emoji.json of the package emoji-datasource-google, data.json of emojibase-data); default: the
+            user's cache, filled by npm.
+
+    Raises:
+        DataError: if the emoji cannot be had, or the table or an image cannot be read, or it has only one caption.
+    """
+    if source is not None and not Path(source).is_dir():
+        name, pairs = Path(source).name, list(_table(Path(source)))
+    else:
+        name, pairs = "emoji", list(_emoji(packages.read("emoji", EMOJI, source)))
+    concepts = sorted({pair.concept for pair in pairs}, key=lambda concept: zlib.crc32(concept.encode()))
+    if len(concepts) < 2:
+        raise DataError(f"{name} must have at least 2 different captions, got {len(concepts)}")
+    tested = set(concepts[: max(1, len(concepts) // 5)])
+    train = [pair for pair in pairs if pair.concept not in tested]
+    test = [pair for pair in pairs if pair.concept in tested and not pair.variant]
+    return Pairs(name, _tensors(train), _tensors(test))
+
+
+def _emoji(files: dict[str, bytes]) -> Iterator[Pair]:
+    sheet, cells = _image(io.BytesIO(files["32.png"])), {}
+    for emoji in json.loads(files["emoji.json"]):
+        for tone in (emoji, *emoji.get("skin_variations", {}).values()):
+            cells[_code(tone["unified"])] = tone["sheet_x"], tone["sheet_y"]
+    for emoji in json.loads(files["data.json"]):
+        for tone in (emoji, *emoji.get("skins", [])):
+            if (cell := cells.get(_code(tone["hexcode"]))) is not None:
+                left, top = (1 + (SIZE + 2) * place for place in cell)  # cells have a margin of one pixel
+                image = sheet.crop((left, top, left + SIZE, top + SIZE))
+                caption = " ".join((tone["label"], *emoji.get("tags", [])))
+                yield Pair(image, caption, _concept(emoji["hexcode"]), variant=tone is not emoji)
+
+
+def _code(code: str) -> str:
+    """Without the sign that asks for a picture."""
+    return code.replace("-FE0F", "")
+
+
+def _concept(code: str) -> str:
+    """Without skin tone, direction, sex and age: all people are adults, and those who only are man or woman are one."""
+    code = re.sub(r"-1F3F[B-F]|-200D-(2640|2642|27A1)", "", _code(code))
+    return re.sub(r"1F46[6789]|1F9D[12]", "1F9D1", code)
+
+
+def _table(path: Path) -> Iterator[Pair]:
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path} cannot be read as a table: {error}") from None
+    for row in rows:
+        if not row.get("image") or not row.get("caption"):
+            raise DataError(f"{path} must have columns image and caption in every row, got {row}")
+        image = _image(path.parent / row["image"]).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+        yield Pair(image, row["caption"], row["caption"].lower())
+
+
+def _image(file: Path | io.BytesIO) -> Image.Image:
+    """As RGB, on white where it is transparent."""
+    try:
+        with Image.open(file) as image:
+            image = image.convert("RGBA")
+    except OSError as error:
+        raise DataError(f"{file} cannot be read as an image: {error}") from None
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image).convert("RGB")
+
+
+def _tensors(pairs: list[Pair]) -> TensorDataset:
+    images = [torch.frombuffer(bytearray(pair.image.tobytes()), dtype=torch.uint8) for pair in pairs]
+    images = torch.stack(images).view(-1, SIZE, SIZE, 3).permute(0, 3, 1, 2).contiguous()
+    return TensorDataset(images, tokenize([pair.caption for pair in pairs]))

@@ -1,0 +1,57 @@
+"""SimCSE: simple contrastive learning of sentence embeddings (arXiv:2104.08821), without supervision."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from fastssl.functional import info_nce, topk_similarity
+from fastssl.train import text
+from fastssl.train.method import Method
+from fastssl.train.models import TextEncoder, mlp
+from fastssl.train.text import LENGTH, VOCABULARY, Sentences
+
+
+class SimCSE(Method):
+    """A sentence attracts itself, seen through another dropout mask, and repels all other sentences of the batch.
+
+    Args:
+        temperature: of the softmax.
+        dropout: share of activations that either mask drops.
+    """
+
+    def __init__(self, *, temperature: float = 0.05, dropout: float = 0.1) -> None:
+        super().__init__()
+        self.encoder = TextEncoder(VOCABULARY, LENGTH, dropout=dropout)
+        self.projector = mlp(self.encoder.features, self.encoder.features, self.encoder.features)
+        self.temperature = temperature
+
+    @staticmethod
+    def load(directory: str | os.PathLike[str] | None) -> Sentences:
+        return text.load(directory)
+
+    @staticmethod
+    def views(batch: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """(B, LENGTH) tokens, as they are: what is random is dropout."""
+        return (batch,)
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, ...]:
+        """The model's input -> two projections (B, features) of each sentence."""
+        return self.projector(self.encoder(torch.cat([tokens, tokens]))).chunk(2)
+
+    def loss(self, z1: Tensor, z2: Tensor) -> Tensor:
+        return info_nce(z1, z2, temperature=self.temperature)
+
+    @torch.no_grad()
+    def evaluate(self, dataset: Sentences) -> dict[str, float]:
+        """The share of test sentences with a neighbour in the text, before or after, among their nearest."""
+        training = self.training
+        self.eval()
+        z = torch.cat([self.encoder(tokens) for tokens in dataset.test.split(1024)])
+        self.train(training)
+        place = torch.arange(len(z)).unsqueeze(1)
+        _, nearest = topk_similarity(z, z, min(11, len(z)))  # itself included
+        adjacent = (nearest - place).abs() == 1
+        return {f"adjacent sentence among the nearest {k} of {len(z)}": adjacent[:, : k + 1].any(1).float().mean().item() for k in (1, 10)}

