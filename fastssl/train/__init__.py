@@ -1,4 +1,4 @@
-"""A small reference trainer: real images, short methods, and the same run with fused or with naive kernels.
+"""A small reference trainer: real images and texts, short methods, and the same run with fused or with naive kernels.
 
 python -m fastssl.train simclr --steps 200
 python -m fastssl.train barlow_twins --help
@@ -7,7 +7,7 @@ python -m fastssl.train.demo
 
 from importlib.util import find_spec
 
-if missing := [name for name in ("rich", "sklearn") if find_spec(name) is None]:
+if missing := [name for name in ("PIL", "rich", "sklearn") if find_spec(name) is None]:
     raise ImportError(f"fastssl.train needs {', '.join(missing)}: pip install 'fastssl-kernels[demo]'")
 
 from fastssl.train.data import DataError, Images, load

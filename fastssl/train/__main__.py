@@ -47,6 +47,12 @@ def _parser() -> Parser:
         )
         command.add_argument("--clip", type=positive_float, metavar="NORM", help="cut gradients longer than that")
         command.add_argument("--amp", action="store_true", help="forward pass and loss under autocast to bfloat16")
+        command.add_argument(
+            "--chunk-size",
+            type=positive_int,
+            metavar="N",
+            help="embed the batch N examples at a time, twice, and keep the activations of no more",
+        )
         command.add_argument("--compile", action="store_true", help="torch.compile the encoder")
         command.add_argument(
             "--checkpoint", type=Path, metavar="FILE", help="save there now and then, at the end and on Ctrl-C"
@@ -103,6 +109,7 @@ def main() -> None:
         weight_decay=args.weight_decay,
         clip=args.clip,
         amp=args.amp,
+        chunk_size=args.chunk_size,
         seed=args.seed,
         checkpoint=args.checkpoint,
         save_every=args.save_every,

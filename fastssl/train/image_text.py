@@ -12,9 +12,9 @@ from fastssl.functional import topk_similarity
 from fastssl.train import pairs
 from fastssl.train.augment import color_jitter, random_resized_crop_flip
 from fastssl.train.method import Method
-from fastssl.train.models import Encoder, TextEncoder
+from fastssl.train.models import BagOfWords, Encoder
 from fastssl.train.pairs import Pairs
-from fastssl.train.text import LENGTH, VOCABULARY
+from fastssl.train.text import VOCABULARY
 
 
 class ImageText(Method):
@@ -27,7 +27,7 @@ class ImageText(Method):
 
     def __init__(self, temperature: float, features: int = 128) -> None:
         super().__init__()
-        self.encoder, self.text_encoder = Encoder(colours=3), TextEncoder(VOCABULARY, LENGTH)
+        self.encoder, self.text_encoder = Encoder(colours=3), BagOfWords(VOCABULARY)
         self.image_projection = nn.Linear(self.encoder.features, features, bias=False)
         self.text_projection = nn.Linear(self.text_encoder.features, features, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(1 / temperature).log())
@@ -47,9 +47,6 @@ class ImageText(Method):
         """The model's inputs -> unit vectors (B, features) of images and of texts."""
         image, text = self.image_projection(self.encoder(images)), self.text_projection(self.text_encoder(tokens))
         return F.normalize(image, dim=1), F.normalize(text, dim=1)
-
-    def embed(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
-        return self(images, tokens)
 
     @torch.no_grad()
     def evaluate(self, dataset: Pairs) -> dict[str, float]:

@@ -31,7 +31,7 @@ import os
 import random
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from fastssl import use_backend
+from fastssl import grad_cache, use_backend
 from fastssl.train import checkpoint as checkpoints
 from fastssl.train.evaluate import Health, health
 from fastssl.train.meter import Meter
@@ -59,7 +59,8 @@ class Step:
     Attributes:
         loss: before the update.
         seconds: forward, backward and update, without loading and augmentation.
-        loss_seconds: the loss's share: its forward and backward, from the embeddings to their gradients.
+        loss_seconds: the loss's share: its forward and backward, from the embeddings to their gradients. None, as is
+            loss_peak_bytes, in a run by chunks.
         peak_bytes, loss_peak_bytes: resident memory (see `Meter`) that the step and its loss added at their
             highest; None except in every 25th step, whose times therefore should not be compared.
         health: of the embeddings, as `loss` gets them; None except about ten times in a run, and in its last step.
@@ -67,7 +68,7 @@ class Step:
 
     loss: float
     seconds: float
-    loss_seconds: float
+    loss_seconds: float | None
     peak_bytes: int | None
     loss_peak_bytes: int | None
     health: Health | None = None
@@ -84,6 +85,7 @@ def fit(
     weight_decay: float | None = None,
     clip: float | None = None,
     amp: bool = False,
+    chunk_size: int | None = None,
     seed: int = 0,
     checkpoint: str | os.PathLike[str] | None = None,
     save_every: int = 200,
@@ -109,6 +111,7 @@ def fit(
         weight_decay: of weights that are matrices; None: each method's own, with LARS 1e-6.
         clip: the norm to which longer gradients are cut, that of all parameters together; None: they are not.
         amp: forward pass and loss under autocast to bfloat16.
+        chunk_size: examples whose activations are in memory at a time, see `fastssl.grad_cache`; None: all the batch's.
         seed: of data order, augmentation and dropout.
         checkpoint: file to save to every `save_every` steps, at the end, and on Ctrl-C when the step is done; None:
             nothing is saved.
@@ -141,7 +144,7 @@ def fit(
     history: dict[str, list[Step]] = {name: [] for name in methods}
     run = {
         "examples": len(data), "batch_size": batch_size, "steps": steps, "optimizer": optimizer, "clip": clip,
-        "learning_rate": rates, "weight_decay": decays, "amp": amp, "seed": seed,
+        "learning_rate": rates, "weight_decay": decays, "amp": amp, "chunk_size": chunk_size, "seed": seed,
         "methods": {name: _options(method) for name, method in methods.items()},
     }  # fmt: skip
     path = None if checkpoint is None else Path(checkpoint)
@@ -166,7 +169,7 @@ def fit(
                 memory = step % _MEMORY_EVERY == 1  # not in step 0, which also pays for the optimiser's state
                 report = step % report_every == 0 or step == steps - 1
                 try:
-                    done = _train_step(method, views, optimizers[name], memory, clip, amp, report)
+                    done = _train_step(method, views, optimizers[name], memory, clip, amp, report, chunk_size)
                 except FloatingPointError as error:
                     raise FloatingPointError(f"{name}: in step {step} {error}") from None
                 if done.health is not None:
@@ -192,31 +195,67 @@ def _train_step(
     clip: float | None = None,
     amp: bool = False,
     report: bool = False,
+    chunk_size: int | None = None,
 ) -> Step:
-    """forward, loss and update, measured apart: the graph is cut at the embeddings and sewn up with their gradients."""
     autocast = torch.autocast(views[0].device.type, torch.bfloat16, enabled=amp)
     with use_backend(IMPLEMENTATIONS[method.impl]):
-        with Meter(memory) as forward, autocast:
-            embeddings = method(*views)
-        with Meter(memory) as objective:
-            leaves = [z.detach().requires_grad_(z.requires_grad) for z in embeddings]
-            with autocast:
-                loss = method.loss(*leaves)
-            value = loss.item()
-            if not math.isfinite(value):
-                raise FloatingPointError(f"the loss is {value}")
-            loss.backward()
+        if chunk_size is None:
+            embeddings, loss, meters, objective = _differentiate(method, views, autocast, memory)
+        else:
+            embeddings, loss, meters, objective = _differentiate_by_chunks(method, views, autocast, memory, chunk_size)
         with Meter(memory) as update:
-            pairs = [(z, leaf.grad) for z, leaf in zip(embeddings, leaves, strict=True) if z.requires_grad]
-            torch.autograd.backward(*zip(*pairs, strict=True))
             _check_and_clip(method, clip)
             optimizer.step()
             optimizer.zero_grad()
-            method.after_step(*(leaf.detach() for leaf in leaves))
-    meters = (forward, objective, update)
-    peak = max(m.peak for m in meters) - forward.before if forward.peak is not None else None
-    found = health([z.detach() for z in method.monitored(*leaves)]) if report else None
-    return Step(value, sum(m.seconds for m in meters), objective.seconds, peak, objective.extra, found)
+            method.after_step(*(z.detach() for z in embeddings))
+    meters.append(update)
+    peak = max(m.peak for m in meters) - meters[0].before if update.peak is not None else None
+    found = health([z.detach() for z in method.monitored(*embeddings)]) if report else None
+    seconds, loss_seconds, loss_peak = sum(m.seconds for m in meters), None, None
+    if objective is not None:
+        loss_seconds, loss_peak = objective.seconds, objective.extra
+    return Step(loss, seconds, loss_seconds, peak, loss_peak, found)
+
+
+Differentiated = tuple[Sequence[Tensor], float, list[Meter], Meter | None]
+
+
+def _differentiate(method: Method, views: tuple[Tensor, ...], autocast: torch.autocast, memory: bool) -> Differentiated:
+    """Embeddings, loss, meters of it all, and that of the loss: the graph is cut at the embeddings and sewn up with
+    their gradients."""
+    with Meter(memory) as forward, autocast:
+        embeddings = method(*views)
+    with Meter(memory) as objective:
+        leaves = [z.detach().requires_grad_(z.requires_grad) for z in embeddings]
+        with autocast:
+            loss = _finite_loss(method, *leaves)
+        loss.backward()
+    with Meter(memory) as backward:
+        pairs = [(z, leaf.grad) for z, leaf in zip(embeddings, leaves, strict=True) if z.requires_grad]
+        torch.autograd.backward(*zip(*pairs, strict=True))
+    return leaves, loss.item(), [forward, objective, backward], objective
+
+
+def _differentiate_by_chunks(
+    method: Method, views: tuple[Tensor, ...], autocast: torch.autocast, memory: bool, chunk_size: int
+) -> Differentiated:
+    """The same by `grad_cache`."""
+    embeddings: list[Tensor] = []
+
+    def loss_fn(*leaves: Tensor) -> Tensor:
+        embeddings.extend(leaves)
+        return _finite_loss(method, *leaves)
+
+    with Meter(memory) as everything, autocast:
+        loss = grad_cache(method, views, loss_fn, chunk_size=chunk_size)
+    return embeddings, loss.item(), [everything], None
+
+
+def _finite_loss(method: Method, *embeddings: Tensor) -> Tensor:
+    loss = method.loss(*embeddings)
+    if not loss.isfinite():
+        raise FloatingPointError(f"the loss is {loss.item()}")
+    return loss
 
 
 def _check_and_clip(method: Method, clip: float | None) -> None:

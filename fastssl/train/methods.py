@@ -7,12 +7,15 @@ from typing import Any
 
 from fastssl.train.barlow_twins import BarlowTwins
 from fastssl.train.byol import BYOL
+from fastssl.train.clip import CLIP
 from fastssl.train.mae import MAE
 from fastssl.train.method import Method
 from fastssl.train.moco_v1 import MoCoV1
 from fastssl.train.moco_v2 import MoCoV2
 from fastssl.train.moco_v3 import MoCoV3
+from fastssl.train.siglip import SigLIP
 from fastssl.train.simclr import SimCLR
+from fastssl.train.simcse import SimCSE
 from fastssl.train.simsiam import SimSiam
 from fastssl.train.sup_con import SupCon
 from fastssl.train.vicreg import VICReg
@@ -20,11 +23,14 @@ from fastssl.train.vicreg import VICReg
 METHODS: dict[str, type[Method]] = {
     "barlow_twins": BarlowTwins,
     "byol": BYOL,
+    "clip": CLIP,
     "mae": MAE,
     "moco_v1": MoCoV1,
     "moco_v2": MoCoV2,
     "moco_v3": MoCoV3,
+    "siglip": SigLIP,
     "simclr": SimCLR,
+    "simcse": SimCSE,
     "simsiam": SimSiam,
     "sup_con": SupCon,
     "vicreg": VICReg,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 
@@ -19,37 +18,19 @@ class Encoder(nn.Sequential):
         self.features = features
 
 
-class TextEncoder(nn.Module):
-    """A small transformer: (B, L) int64 tokens, 0 for padding -> (B, `features`), the mean over the words.
+class BagOfWords(nn.Module):
+    """(B, L) int64 tokens, 0 for padding -> (B, `features`), the mean of the words' vectors, after dropout."""
 
-    Args:
-        vocabulary: the number of tokens.
-        length: L.
-        features: width of every layer.
-        layers: of attention and MLP; 0 leaves the mean of the words' vectors.
-        dropout: in the layers.
-    """
-
-    def __init__(self, vocabulary: int, length: int, features: int = 128, layers: int = 2, dropout: float = 0.1) -> None:
+    def __init__(self, vocabulary: int, features: int = 256, dropout: float = 0.0) -> None:
         super().__init__()
         self.words = nn.Embedding(vocabulary, features, padding_idx=0)
-        nn.init.normal_(self.words.weight, std=0.05)
-        self.positions = nn.Parameter(0.02 * torch.randn(length, features))
+        nn.init.normal_(self.words.weight[1:], std=0.05)
         self.dropout = nn.Dropout(dropout)
-        layer = {"dropout": dropout, "activation": "gelu", "batch_first": True, "norm_first": True}
-        self.layers = nn.ModuleList(
-            nn.TransformerEncoderLayer(features, 4, 4 * features, **layer) for _ in range(layers)
-        )
         self.features = features
 
     def forward(self, tokens: Tensor) -> Tensor:
-        padding = tokens == 0
-        padding[:, 0] = False  # a text without words has one that says nothing
-        x = self.dropout(self.words(tokens) + self.positions)
-        for layer in self.layers:
-            x = layer(x, src_key_padding_mask=padding)
-        words = ~padding.unsqueeze(2)
-        return (x * words).sum(1) / words.sum(1)
+        words = (tokens != 0).sum(1, keepdim=True)
+        return self.dropout(self.words(tokens)).sum(1) / words.clamp_min(1)
 
 
 def mlp(*widths: int, last_norm: bool = False) -> nn.Sequential:

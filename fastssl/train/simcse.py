@@ -10,8 +10,8 @@ from torch import Tensor
 from fastssl.functional import info_nce, topk_similarity
 from fastssl.train import text
 from fastssl.train.method import Method
-from fastssl.train.models import TextEncoder, mlp
-from fastssl.train.text import LENGTH, VOCABULARY, Sentences
+from fastssl.train.models import BagOfWords
+from fastssl.train.text import VOCABULARY, Sentences
 
 
 class SimCSE(Method):
@@ -19,13 +19,14 @@ class SimCSE(Method):
 
     Args:
         temperature: of the softmax.
-        dropout: share of activations that either mask drops.
+        dropout: share of the words' features that either mask drops.
     """
 
-    def __init__(self, *, temperature: float = 0.05, dropout: float = 0.1) -> None:
+    learning_rate = 1e-2
+
+    def __init__(self, *, temperature: float = 0.05, dropout: float = 0.5) -> None:
         super().__init__()
-        self.encoder = TextEncoder(VOCABULARY, LENGTH, dropout=dropout)
-        self.projector = mlp(self.encoder.features, self.encoder.features, self.encoder.features)
+        self.encoder = BagOfWords(VOCABULARY, dropout=dropout)
         self.temperature = temperature
 
     @staticmethod
@@ -38,8 +39,8 @@ class SimCSE(Method):
         return (batch,)
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, ...]:
-        """The model's input -> two projections (B, features) of each sentence."""
-        return self.projector(self.encoder(torch.cat([tokens, tokens]))).chunk(2)
+        """The model's input -> (B, features), twice."""
+        return self.encoder(tokens), self.encoder(tokens)
 
     def loss(self, z1: Tensor, z2: Tensor) -> Tensor:
         return info_nce(z1, z2, temperature=self.temperature)
@@ -54,4 +55,5 @@ class SimCSE(Method):
         place = torch.arange(len(z)).unsqueeze(1)
         _, nearest = topk_similarity(z, z, min(11, len(z)))  # itself included
         adjacent = (nearest - place).abs() == 1
-        return {f"adjacent sentence among the nearest {k} of {len(z)}": adjacent[:, : k + 1].any(1).float().mean().item() for k in (1, 10)}
+        shares = {k: adjacent[:, : k + 1].any(1).float().mean().item() for k in (1, 10)}
+        return {f"a neighbour in the text among the {k} nearest of {len(z)}": share for k, share in shares.items()}

@@ -34,7 +34,7 @@ KING_JAMES = {
 
 
 class Sentences(NamedTuple):
-    """(N, LENGTH) int64 tokens of the sentences of a text, in its order: three quarters, and the last one for testing."""
+    """(N, LENGTH) int64 tokens of a text's sentences, in its order: three quarters, and the last one for testing."""
 
     name: str
     train: Tensor
