@@ -171,3 +171,70 @@ X, IDS = torch.randn(2, 4, 3), torch.zeros(2, 4, dtype=torch.int64)
 def test_bad_input(call, match):
     with pytest.raises(ValueError, match=match):
         call()
+
+
+def _pairs(target: torch.dtype, source: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+    """About the size of a vector and of a chunk; 0-d, transposed, with gaps, misaligned."""
+
+    def rows(dtype: torch.dtype) -> list[Tensor]:
+        def x(*shape: int) -> Tensor:
+            return torch.randn(shape).to(dtype)
+
+        flat = [x(n) for n in (0, 1, 3, 4, 4095, 4096, 4097, 9000)]
+        return [*flat, x(), x(3, 5), x(30, 40).T, x(9, 30)[:, ::2], x(9, 7)[1:, 2:], x(50)[1:]]
+
+    return list(zip(rows(target), rows(source), strict=True))
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.3, 0.996, 1.0])
+@pytest.mark.parametrize("target", DTYPES, ids=str)
+def test_moving_averages(target, momentum):
+    pairs = [pair for source in DTYPES for pair in _pairs(target, source)]
+    targets, sources = map(list, zip(*pairs, strict=True))
+    sources[10] = sources[10].contiguous()  # of other strides than its target
+    expected, eager = ([t.to(d, copy=True) for t in targets] for d in (torch.float64, target))
+    for results, of in ((expected, [s.double() for s in sources]), (eager, sources)):
+        portable.ema_update_portable_(results, of, torch.tensor(momentum, dtype=torch.float64))
+    cuda.ema_update_(targets, sources, torch.tensor(momentum, dtype=torch.float64))
+    for result, other, truth in zip(targets, eager, expected, strict=True):
+        if result.numel():
+            error, allowed = ((x.double() - truth).abs().max().item() for x in (result, other))
+            assert error <= 2 * allowed + 1e-7 * truth.abs().max().item()
+
+
+def test_moving_averages_of_very_many_pairs():
+    for count in (128, 129, 1024, 1025):
+        targets, sources = (list(torch.randn(count, 3).unbind()) for _ in range(2))
+        expected = torch.stack(targets).lerp(torch.stack(sources), 0.25)
+        cuda.ema_update_(targets, sources, torch.tensor(0.75, dtype=torch.float64))
+        torch.testing.assert_close(torch.stack(targets), expected)
+
+
+def test_moving_averages_write_targets_only():
+    memory = torch.full((40, 50), math.nan)
+    target = memory[3:30:2, 5:45:3]
+    target.zero_()
+    cuda.ema_update_([target, memory[0, 1:4].zero_()], [torch.ones(target.shape), torch.ones(3)], torch.tensor(0.5))
+    assert (target == 0.5).all() and memory.isnan().sum() == memory.numel() - target.numel() - 3
+
+
+LOW, ZEROS = torch.ones(4), torch.zeros(4)
+
+
+@pytest.mark.parametrize(
+    "targets, sources, momentum, match",
+    [
+        ([LOW], [], 0.5, "targets and sources must have the same length, got 1 and 0"),
+        ([LOW], [ZEROS[1:]], 0.5, r"targets\[0\] and sources\[0\] .*shape, got \[4\] and \[3\]"),
+        ([LOW], [ZEROS.long()], 0.5, r"sources\[0\] must be of 16, 32 or 64 bits, floating-point, got Long"),
+        ([LOW.bool()], [ZEROS], 0.5, r"targets\[0\] must be of 16, 32 or 64 bits, floating-point, got Bool"),
+        ([LOW, LOW], [ZEROS, ZEROS], 0.5, r"targets must not share memory, got targets\[\d\] and targets\[\d\]"),
+        ([LOW[:3]], [LOW[1:]], 0.5, r"targets must not share memory, got sources\[0\] and targets\[0\]"),
+        ([LOW[:1].expand(4)], [ZEROS], 0.5, r"targets\[0\] must have no two elements in one place, got strides \[0\]"),
+        ([LOW], [ZEROS], [0.5, 0.5], r"momentum must be one number, got shape \[2\]"),
+    ],
+)
+def test_bad_pairs(targets, sources, momentum, match):
+    with pytest.raises(ValueError, match=match):
+        cuda.ema_update_(targets, sources, torch.tensor(momentum))
+    assert (LOW == 1).all()

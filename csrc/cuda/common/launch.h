@@ -79,6 +79,13 @@ T* written(const Tensor& x) {
 
 inline uint64_t address(const Tensor& x) { return reinterpret_cast<uint64_t>(x.const_data_ptr()); }
 
+// From the first to the last in memory, of a tensor that has any.
+inline int64_t elements(const Tensor& x) {
+  int64_t count = 1;
+  for (int64_t d = 0; d < x.dim(); ++d) count += (x.size(d) - 1) * x.stride(d);
+  return count;
+}
+
 inline std::string device_of(const Tensor& x) {
   return x.is_cuda() ? "cuda:" + std::to_string(x.get_device_index()) : x.is_cpu() ? "cpu" : "another device";
 }
