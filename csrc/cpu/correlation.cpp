@@ -500,7 +500,7 @@ double multiply_views(const Panels& panels, const Operands& a, const Operands& b
         if (c < of_b) {
           add_products(a, p0, p1, forth, c, r, q0 + c, p0 > 0, db);
         } else {
-          add_products(b, q0, q1, back, c - of_b, r, p0 + c - of_b, self || q0 > 0, da);
+          add_products(b, q0, q1, back, c - of_b, r, p0 + c - of_b, q0 > 0, da);
         }
       }, done);
     }
