@@ -415,11 +415,7 @@ void derive_primal(const Panels& panels, const Loss& loss, const std::vector<Ten
   const int64_t rows = panels.views.rows, dim = panels.views.dim, width = panels.width;
   derive(panels, loss, false, Tensor(), factor, out, [&](int v, int64_t p, float* const*, float*, float* P) {
     const float* from = products[v].const_data_ptr<float>() + p * width;
-    const int64_t columns = panels.columns(p);
-    for (int64_t n = 0; n < rows; ++n, from += dim, P += width) {
-      std::copy_n(from, columns, P);
-      std::fill(P + columns, P + width, 0.f);
-    }
+    for (int64_t n = 0; n < rows; ++n, from += dim, P += width) std::copy_n(from, panels.columns(p), P);
   }, [] {});
 }
 
