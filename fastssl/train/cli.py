@@ -35,8 +35,9 @@ class RunParser(Parser):
         )
         self.add_argument(
             "--data",
-            metavar="DIR",
-            help="folder that has Fashion-MNIST's four idx files (default: FASTSSL_DATA, else found or fetched)",
+            metavar="PATH",
+            help="folder that has the method's data set, or a file of your own where it takes one: images and captions "
+            "(CSV), text (default: found or fetched; images: FASTSSL_DATA)",
         )
 
     def add_arguments_of(self, constructor: type) -> None:

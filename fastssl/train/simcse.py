@@ -56,4 +56,4 @@ class SimCSE(Method):
         _, nearest = topk_similarity(z, z, min(11, len(z)))  # itself included
         adjacent = (nearest - place).abs() == 1
         shares = {k: adjacent[:, : k + 1].any(1).float().mean().item() for k in (1, 10)}
-        return {f"a neighbour in the text among the {k} nearest of {len(z)}": share for k, share in shares.items()}
+        return {f"recall@{k} of neighbours among {len(z)} sentences": share for k, share in shares.items()}
