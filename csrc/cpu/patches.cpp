@@ -1,0 +1,396 @@
+// Patches of images on the CPU: losses where they are masked (MAE, arXiv:2111.06377; VideoMAE, arXiv:2203.12602;
+// data2vec, arXiv:2202.03555; EVA, arXiv:2211.07636), and copies of those that are visible.
+//
+//     masked_patch_loss     loss[b, l] = |pred[b, l] - y|^2 / P,    y = patch l of image b, normalised, channels last
+//     masked_feature_loss   loss[b, l] = smooth L1, 1 - cosine, or mean square of pred[b, l] and target[b, l]
+//     gather_patches        out[b, k] = patch ids[b, k] of image b, channels first
+//     scatter_patches       the transpose: images of patches, summed up where several go to one place
+//
+// A patch is a thread's, and passes through its first-level cache: the rows of its channels are read, from images of any
+// strides and element, the mean and the deviation are taken, channels are interleaved as the prediction has them, and the
+// prediction's row is compared. The backward pass does so again, and writes the gradient. What is not masked is not read:
+// with a share m of P B L elements masked, m 2 P B L are read in either pass, and P B L are written in the second.
+#include <ATen/ATen.h>
+#include <ATen/Dispatch.h>
+#include <ATen/OpMathType.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <vector>
+
+#include "common/pages.h"
+#include "common/places.h"
+#include "common/tiled.h"
+#include "patches_tiles.h"
+
+namespace fastssl {
+namespace {
+
+constexpr int64_t kGrain = 1 << 15;  // elements that are worth a thread
+
+int64_t grain_of(int64_t elements) { return std::max<int64_t>(1, kGrain / std::max<int64_t>(elements, 1)); }
+
+// How images (B, C, [T,] H, W) are cut into patches of sizes `patch`.
+struct Cutting {
+  PatchShape shape;
+  int64_t sample;               // stride
+  std::array<int64_t, 3> grid;  // patches along time, height and width
+  std::array<int64_t, 3> step;  // from one to the next, in elements
+
+  Cutting(at::IntArrayRef sizes, at::IntArrayRef strides, at::IntArrayRef patch) {
+    TORCH_CHECK_VALUE((patch.size() == 2 || patch.size() == 3) && sizes.size() == patch.size() + 2,
+                      "images must have shape (B, C, H, W) with patches [p, q], or (B, C, T, H, W) with [t, p, q], got ",
+                      sizes, " and ", patch);
+    std::array<int64_t, 3> size{1, 1, 1}, stride{}, cut{1, 1, 1};
+    const size_t first = 3 - patch.size();
+    for (size_t i = 0; i < patch.size(); ++i) {
+      TORCH_CHECK_VALUE(patch[i] > 0 && sizes[i + 2] % patch[i] == 0, "sizes of images must be multiples of ", patch,
+                        ", a patch's, got ", sizes.slice(2));
+      size[first + i] = sizes[i + 2];
+      stride[first + i] = strides[i + 2];
+      cut[first + i] = patch[i];
+    }
+    shape = {sizes[1], cut[0], cut[1], cut[2], strides[1], stride[0], stride[1], stride[2]};
+    sample = strides[0];
+    for (int i = 0; i < 3; ++i) {
+      grid[i] = size[i] / cut[i];
+      step[i] = stride[i] * cut[i];
+    }
+  }
+
+  Cutting(const Tensor& images, at::IntArrayRef patch) : Cutting(images.sizes(), images.strides(), patch) {}
+
+  int64_t length() const { return grid[0] * grid[1] * grid[2]; }
+
+  // Where patch l of image b begins.
+  int64_t offset(int64_t b, int64_t l) const {
+    const int64_t row = l / grid[2], frame = row / grid[1];
+    return b * sample + frame * step[0] + row % grid[1] * step[1] + l % grid[2] * step[2];
+  }
+
+  // visit(offset) of each run of `shape.columns` elements, channels first, in a patch that begins at `start`.
+  template <typename Visit>
+  void each_row(int64_t start, const Visit& visit) const {
+    for (int64_t c = 0; c < shape.channels; ++c)
+      for (int64_t t = 0; t < shape.frames; ++t)
+        for (int64_t p = 0; p < shape.rows; ++p) visit(start + c * shape.channel + t * shape.frame + p * shape.row);
+  }
+};
+
+// Rows (B, L, D) with unit stride within each.
+struct PatchRows {
+  Tensor rows;
+  Element element;
+
+  explicit PatchRows(const Tensor& x) : rows(x.stride(2) == 1 ? x : x.contiguous()), element(element_of(x)) {}
+
+  const void* operator[](int64_t i) const {
+    const int64_t offset = i / rows.size(1) * rows.stride(0) + i % rows.size(1) * rows.stride(1);
+    return static_cast<const char*>(rows.const_data_ptr()) + offset * bytes_of(element);
+  }
+};
+
+void check_element(const char* name, const Tensor& x) {
+  TORCH_CHECK_VALUE(x.device().is_cpu(), name, " must be on the CPU, as pred is, got ", x.device());
+  TORCH_CHECK_VALUE(has_element(x) || x.scalar_type() == at::kDouble, name,
+                    " must be floating-point, of 16, 32 or 64 bits, got ", x.scalar_type());
+}
+
+// What both losses ask of their arguments.
+void check_rows(const Tensor& pred, const char* name, const Tensor& target, const Tensor& mask) {
+  check_element("pred", pred);
+  check_element(name, target);
+  TORCH_CHECK_VALUE(pred.dim() == 3, "pred must have shape (B, L, D), got ", pred.sizes());
+  TORCH_CHECK_VALUE(mask.device().is_cpu() && mask.scalar_type() == at::kBool, "mask must be boolean, got ",
+                    mask.scalar_type(), " on ", mask.device());
+  TORCH_CHECK_VALUE(mask.sizes() == pred.sizes().slice(0, 2), "mask must have shape ", pred.sizes().slice(0, 2),
+                    ", got ", mask.sizes());
+}
+
+void check_grad(const Tensor& grad, const Tensor& mask) {
+  TORCH_CHECK_VALUE(grad.device().is_cpu() && grad.sizes() == mask.sizes(), "grad must have mask's shape, got ",
+                    grad.sizes(), " and ", mask.sizes());
+}
+
+bool is_double(const Tensor& x, const Tensor& y) {
+  return x.scalar_type() == at::kDouble || y.scalar_type() == at::kDouble;
+}
+
+// What rows are compared with is a `source`: it has `groups` of `group` rows each, which one thread takes together, and
+// workers: each(g, masked, use) calls use(i, rows) for those of group g that are masked.
+
+// The losses (B, L).
+template <typename Source>
+Tensor losses(const Tensor& pred, const Tensor& mask_, Loss loss, float beta, const Source& source) {
+  const Tensor mask = mask_.contiguous(), out = at::empty(mask.sizes(), pred.options().dtype(at::kFloat));
+  const PatchTiles& tile = FASTSSL_TABLE_IN_USE(patch_tiles);
+  const int64_t count = pred.size(2);
+  const bool* const masked = mask.const_data_ptr<bool>();
+  float* const to = out.mutable_data_ptr<float>();
+  at::parallel_for(0, source.groups, grain_of(source.group * count), [&](int64_t first, int64_t last) {
+    std::fill(to + first * source.group, to + last * source.group, 0.f);
+    std::vector<float> spare(2 * count);
+    typename Source::Worker worker(source);
+    for (int64_t g = first; g < last; ++g)
+      worker.each(g, masked, [&](int64_t i, const Compared& rows) { to[i] = tile.loss(rows, loss, beta, spare.data()); });
+  });
+  return out;
+}
+
+template <typename Source>
+Tensor losses_backward(const Tensor& grad_, const Tensor& pred, const Tensor& mask_, Loss loss, float beta,
+                       const Source& source) {
+  const Tensor mask = mask_.contiguous(), grad = grad_.to(at::kFloat).contiguous();
+  const Tensor dpred = empty_in_large_pages(pred.sizes(), pred.options());
+  const PatchTiles& tile = FASTSSL_TABLE_IN_USE(patch_tiles);
+  const int64_t count = pred.size(2), bytes = count * pred.element_size();
+  const bool* const masked = mask.const_data_ptr<bool>();
+  const float* const factor = grad.const_data_ptr<float>();
+  char* const to = static_cast<char*>(dpred.mutable_data_ptr());
+  at::parallel_for(0, source.groups, grain_of(source.group * count), [&](int64_t first, int64_t last) {
+    std::vector<float> spare(2 * count);
+    typename Source::Worker worker(source);
+    for (int64_t g = first; g < last; ++g) {
+      for (int64_t i = g * source.group; i < (g + 1) * source.group; ++i)
+        if (!masked[i]) std::memset(to + i * bytes, 0, bytes);
+      worker.each(g, masked, [&](int64_t i, const Compared& rows) {
+        tile.gradient(rows, loss, beta, factor[i], spare.data(), to + i * bytes);
+      });
+    }
+  });
+  return dpred;
+}
+
+Norm norm_of(c10::string_view name) {
+  TORCH_CHECK_VALUE(name == "none" || name == "patch" || name == "channel",
+                    "norm must be 'none', 'patch' or 'channel', got '", name, "'");
+  return name == "none" ? Norm::None : name == "patch" ? Norm::Patch : Norm::Channel;
+}
+
+// Predictions, and the patches that they are compared with. A row of patches is read together, as it lies in memory.
+struct MaskedPatches {
+  PatchRows pred;
+  const Tensor& images;
+  Element element;
+  Cutting cutting;
+  Norm norm;
+  const PatchTiles& tile;
+  int64_t group, groups;
+
+  MaskedPatches(const Tensor& pred_, const Tensor& images, at::IntArrayRef patch, c10::string_view norm)
+      : pred(pred_),
+        images(images),
+        element(element_of(images)),
+        cutting(images, patch),
+        norm(norm_of(norm)),
+        tile(FASTSSL_TABLE_IN_USE(patch_tiles)),
+        group(cutting.grid[2]),
+        groups(images.size(0) * cutting.grid[0] * cutting.grid[1]) {
+    TORCH_CHECK_VALUE(pred_.size(0) == images.size(0) && pred_.size(1) == cutting.length() &&
+                          pred_.size(2) == cutting.shape.elements(),
+                      "pred must have a row for each patch of images, (", images.size(0), ", ", cutting.length(), ", ",
+                      cutting.shape.elements(), "), got ", pred_.sizes());
+  }
+
+  struct Worker {
+    const MaskedPatches& all;
+    int64_t width, elements;
+    std::vector<float> row, spare;
+
+    explicit Worker(const MaskedPatches& all)
+        : all(all),
+          width(all.group * all.cutting.shape.columns),
+          elements(all.cutting.shape.elements()),
+          row(all.group * elements),
+          spare(2 * elements) {}
+
+    // Part `part` of the row of patches that begins at `start`, from memory.
+    void prefetch(int64_t start, int64_t part) const {
+      const PatchShape& shape = all.cutting.shape;
+      const int64_t rows = shape.channels * shape.frames * shape.rows;
+      for (int64_t r = part * rows / all.group; r < (part + 1) * rows / all.group; ++r) {
+        const int64_t frame = r / shape.rows;
+        const int64_t offset = start + frame / shape.frames * shape.channel + frame % shape.frames * shape.frame +
+                               r % shape.rows * shape.row;
+        const char* const from = static_cast<const char*>(all.images.const_data_ptr()) + offset * bytes_of(all.element);
+        for (int64_t j = 0; j < width * bytes_of(all.element); j += 64) __builtin_prefetch(from + j, 0, 2);
+      }
+    }
+
+    template <typename Use>
+    void each(int64_t g, const bool* masked, const Use& use) {
+      const Cutting& cutting = all.cutting;
+      const int64_t first = g * all.group, last = first + all.group, length = cutting.length();
+      if (std::find(masked + first, masked + last, true) == masked + last) return;
+      const int64_t offset = cutting.offset(first / length, first % length);
+      all.tile.load(static_cast<const char*>(all.images.const_data_ptr()) + offset * bytes_of(all.element), all.element,
+                    cutting.shape, width, row.data());
+      for (int64_t i = first; i < last; ++i) {
+        if (g + 1 < all.groups) prefetch(cutting.offset(last / length, last % length), i - first);
+        if (!masked[i]) continue;
+        const float* const patch = row.data() + (i - first) * cutting.shape.columns;
+        const float* const target = all.tile.target(patch, width, cutting.shape, all.norm, spare.data());
+        use(i, Compared{all.pred[i], all.pred.element, target, Element::Float32, elements});
+      }
+    }
+  };
+};
+
+Tensor masked_patch_loss(const Tensor& pred, const Tensor& images, const Tensor& mask, at::IntArrayRef patch,
+                         c10::string_view norm) {
+  check_rows(pred, "images", images, mask);
+  if (is_double(pred, images))
+    return portable<&masked_patch_loss>("fastssl::masked_patch_loss_portable", pred, images, mask, patch, norm);
+  return losses(pred, mask, Loss::MeanSquare, 0, MaskedPatches(pred, images, patch, norm));
+}
+
+Tensor masked_patch_loss_backward(const Tensor& grad, const Tensor& pred, const Tensor& images, const Tensor& mask,
+                                  at::IntArrayRef patch, c10::string_view norm) {
+  check_rows(pred, "images", images, mask);
+  check_grad(grad, mask);
+  if (is_double(pred, images))
+    return portable<&masked_patch_loss_backward>("fastssl::masked_patch_loss_backward_portable", grad, pred, images,
+                                                 mask, patch, norm);
+  return losses_backward(grad, pred, mask, Loss::MeanSquare, 0, MaskedPatches(pred, images, patch, norm));
+}
+
+Loss loss_of(c10::string_view name) {
+  TORCH_CHECK_VALUE(name == "smooth_l1" || name == "cosine" || name == "mse",
+                    "loss must be 'smooth_l1', 'cosine' or 'mse', got '", name, "'");
+  return name == "smooth_l1" ? Loss::SmoothL1 : name == "cosine" ? Loss::Cosine : Loss::MeanSquare;
+}
+
+// Predictions, and the features that they are compared with.
+struct MaskedFeatures {
+  PatchRows pred, target;
+  int64_t group = 1, groups;
+
+  MaskedFeatures(const Tensor& pred_, const Tensor& target_)
+      : pred(pred_), target(target_), groups(pred_.size(0) * pred_.size(1)) {
+    TORCH_CHECK_VALUE(pred_.sizes() == target_.sizes(), "pred and target must have the same shape, got ", pred_.sizes(),
+                      " and ", target_.sizes());
+  }
+
+  struct Worker {
+    const MaskedFeatures& all;
+
+    explicit Worker(const MaskedFeatures& all) : all(all) {}
+
+    template <typename Use>
+    void each(int64_t i, const bool* masked, const Use& use) {
+      if (masked[i])
+        use(i, Compared{all.pred[i], all.pred.element, all.target[i], all.target.element, all.pred.rows.size(2)});
+    }
+  };
+};
+
+Tensor masked_feature_loss(const Tensor& pred, const Tensor& target, const Tensor& mask, c10::string_view loss,
+                           double beta) {
+  check_rows(pred, "target", target, mask);
+  if (is_double(pred, target))
+    return portable<&masked_feature_loss>("fastssl::masked_feature_loss_portable", pred, target, mask, loss, beta);
+  return losses(pred, mask, loss_of(loss), static_cast<float>(beta), MaskedFeatures(pred, target));
+}
+
+Tensor masked_feature_loss_backward(const Tensor& grad, const Tensor& pred, const Tensor& target, const Tensor& mask,
+                                    c10::string_view loss, double beta) {
+  check_rows(pred, "target", target, mask);
+  check_grad(grad, mask);
+  if (is_double(pred, target))
+    return portable<&masked_feature_loss_backward>("fastssl::masked_feature_loss_backward_portable", grad, pred, target,
+                                                   mask, loss, beta);
+  return losses_backward(grad, pred, mask, loss_of(loss), static_cast<float>(beta), MaskedFeatures(pred, target));
+}
+
+void check_patch_ids(const Tensor& ids, int64_t batch) {
+  TORCH_CHECK_VALUE(ids.device().is_cpu() && ids.dim() == 2 && ids.size(0) == batch, "ids must have shape (", batch,
+                    ", K), a row for each image, got ", ids.sizes());
+  TORCH_CHECK_VALUE(ids.scalar_type() == at::kLong || ids.scalar_type() == at::kInt, "ids must be int64 or int32, got ",
+                    ids.scalar_type());
+}
+
+Tensor gather_patches(const Tensor& images, const Tensor& ids_, at::IntArrayRef patch) {
+  const Cutting cutting(images, patch);
+  check_patch_ids(ids_, images.size(0));
+  const Tensor ids = checked_ids(ids_, cutting.length());
+  const int64_t count = ids.size(1), elements = cutting.shape.elements(), columns = cutting.shape.columns;
+  const Tensor out = empty_in_large_pages({images.size(0), count, elements}, images.options());
+  const int64_t* const id = ids.const_data_ptr<int64_t>();
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, images.scalar_type(), "gather_patches", [&] {
+    const scalar_t* const from = images.const_data_ptr<scalar_t>();
+    scalar_t* const to = out.mutable_data_ptr<scalar_t>();
+    at::parallel_for(0, ids.numel(), grain_of(elements), [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) {
+        scalar_t* row = to + i * elements;
+        cutting.each_row(cutting.offset(i / count, id[i]), [&](int64_t offset) {
+          const int64_t stride = cutting.shape.column;
+          if (stride == 1) {
+            std::memcpy(row, from + offset, columns * sizeof(scalar_t));
+          } else {
+            for (int64_t q = 0; q < columns; ++q) row[q] = from[offset + q * stride];
+          }
+          row += columns;
+        });
+      }
+    });
+  });
+  return out;
+}
+
+Tensor scatter_patches(const Tensor& patches_, const Tensor& ids_, at::IntArrayRef size, at::IntArrayRef patch) {
+  TORCH_CHECK_VALUE(std::all_of(size.begin(), size.end(), [](int64_t n) { return n >= 0; }),
+                    "size must not be negative, got ", size);
+  const Tensor images = empty_in_large_pages(size, patches_.options());
+  const Cutting cutting(images, patch);
+  check_patch_ids(ids_, images.size(0));
+  const Tensor ids = checked_ids(ids_, cutting.length()), patches = patches_.contiguous();
+  const int64_t count = ids.size(1), length = cutting.length(), elements = cutting.shape.elements();
+  TORCH_CHECK_VALUE(patches.dim() == 3 && patches.size(0) == images.size(0) && patches.size(1) == count &&
+                        patches.size(2) == elements,
+                    "patches must have shape (", images.size(0), ", ", count, ", ", elements, "), got ", patches.sizes());
+  const int64_t* const id = ids.const_data_ptr<int64_t>();
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, patches.scalar_type(), "scatter_patches", [&] {
+    const scalar_t* const from = patches.const_data_ptr<scalar_t>();
+    scalar_t* const to = images.mutable_data_ptr<scalar_t>();
+    at::parallel_for(0, images.size(0), grain_of(length * elements), [&](int64_t first, int64_t last) {
+      Places places(length, count);
+      std::vector<at::opmath_type<scalar_t>> sums(elements);
+      std::vector<scalar_t> summed(elements);
+      const std::vector<scalar_t> zeros(elements);
+      for (int64_t b = first; b < last; ++b) {
+        places.fill(id + b * count);
+        for (int64_t l = 0; l < length; ++l) {
+          const int64_t k = places.head[l];
+          const scalar_t* row = k < 0 ? zeros.data() : from + (b * count + k) * elements;
+          if (k >= 0 && places.next[k] >= 0) {
+            std::fill(sums.begin(), sums.end(), 0);
+            for (int64_t i = k; i >= 0; i = places.next[i])
+              for (int64_t e = 0; e < elements; ++e) sums[e] += from[(b * count + i) * elements + e];
+            std::copy(sums.begin(), sums.end(), summed.begin());
+            row = summed.data();
+          }
+          cutting.each_row(cutting.offset(b, l), [&](int64_t offset) {
+            std::copy_n(row, cutting.shape.columns, to + offset);
+            row += cutting.shape.columns;
+          });
+        }
+      }
+    });
+  });
+  return images;
+}
+
+TORCH_LIBRARY_IMPL(fastssl, CPU, m) {
+  m.impl("masked_patch_loss", &masked_patch_loss);
+  m.impl("masked_patch_loss_backward", &masked_patch_loss_backward);
+  m.impl("masked_feature_loss", &masked_feature_loss);
+  m.impl("masked_feature_loss_backward", &masked_feature_loss_backward);
+  m.impl("gather_patches", &gather_patches);
+  m.impl("scatter_patches", &scatter_patches);
+}
+
+}  // namespace
+}  // namespace fastssl

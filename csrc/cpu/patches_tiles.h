@@ -1,0 +1,49 @@
+// What the losses on masked patches do to one patch: a table of plain functions, one per instruction set.
+#pragma once
+
+#include <cstdint>
+
+#include "common/table.h"
+#include "product_tiles.h"
+
+namespace fastssl {
+
+// The sizes of a patch, and the strides, in elements, of the images that it lies in.
+struct PatchShape {
+  int64_t channels, frames, rows, columns;
+  int64_t channel, frame, row, column;
+
+  int64_t elements() const { return channels * frames * rows * columns; }
+};
+
+enum class Norm : int { None, Patch, Channel };
+enum class Loss : int { SmoothL1, Cosine, MeanSquare };
+
+// Rows that are compared: `count` elements with unit stride.
+struct Compared {
+  const void* pred;
+  Element pred_element;
+  const void* target;
+  Element target_element;
+  int64_t count;
+};
+
+struct PatchTiles {
+  // A row of patches, `width` columns of images in all, that begins at `images`: as float32, in the order (channel,
+  // frame, row, column).
+  void (*load)(const void* images, Element element, const PatchShape& shape, int64_t width, float* out);
+
+  // The patch of such a row that begins at x, normalised, in the order (frame, row, column, channel). `spare`: twice its
+  // elements, in which the result lies.
+  const float* (*target)(const float* x, int64_t width, const PatchShape& shape, Norm norm, float* spare);
+
+  // `spare`: twice the count.
+  float (*loss)(const Compared& rows, Loss loss, float beta, float* spare);
+
+  // `factor` times the loss's gradient by pred, into `out`, of pred's element. `spare`: twice the count.
+  void (*gradient)(const Compared& rows, Loss loss, float beta, float factor, float* spare, void* out);
+};
+
+FASTSSL_TABLE(PatchTiles, patch_tiles)
+
+}  // namespace fastssl

@@ -1,0 +1,404 @@
+"""Patches: what the losses read, every pair of dtypes, the embedding of visible patches, gather and scatter."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastssl
+from fastssl.functional import masked_feature_loss, masked_patch_loss, patch_embed
+from fastssl.nn import PatchEmbed
+from fastssl.ops import patches
+from fastssl.reference import patches as reference
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+SIZES = (  # of images, and of their patches
+    ((2, 3, 8, 12), (4, 4)),
+    ((3, 1, 3, 17), (3, 17)),
+    ((2, 5, 6, 129), (2, 43)),
+    ((70, 2, 4, 6), (2, 1)),
+    ((0, 3, 4, 4), (2, 2)),
+    ((2, 3, 4, 6, 8), (2, 3, 4)),
+)
+
+
+def _seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=_seeded(seed)).to(dtype)
+
+
+def _layouts(x: Tensor) -> list[Tensor]:
+    """The same images contiguous, with channels last, turned, with gaps of NaN, and one element off alignment."""
+    gaps = x.new_full((*x.shape[:-1], 2 * x.shape[-1] + 3), math.nan)[..., 1:-2:2]
+    shifted = x.new_full((x.numel() + 1,), math.nan)[1:].view(x.shape)
+    last = x.movedim(1, -1).contiguous().movedim(-1, 1)
+    return [x, last, x.transpose(-1, -2).contiguous().transpose(-1, -2), gaps.copy_(x), shifted.copy_(x)]
+
+
+def _ids(batch: int, count: int, below: int, dtype: torch.dtype = torch.int64) -> Tensor:
+    """With repetitions."""
+    return torch.randint(below, (batch, count), generator=_seeded(1)).to(dtype)
+
+
+def _length(size: tuple[int, ...], patch: tuple[int, ...]) -> int:
+    return math.prod(n // p for n, p in zip(size[2:], patch, strict=True))
+
+
+def _of_patch(patch: tuple[int, ...]) -> dict[str, object]:
+    """The arguments of functions for a patch's sizes."""
+    return {"patch_size": patch[-2:], "tubelet_size": patch[0] if len(patch) == 3 else None}
+
+
+def _relative(result: Tensor, truth: Tensor) -> float:
+    return ((result.double() - truth).norm() / truth.norm().clamp_min(1e-30)).item()
+
+
+@pytest.mark.parametrize("norm", [True, False, "per_channel"])
+@pytest.mark.parametrize("size, patch", [pair for pair in SIZES if math.prod(pair[1]) > 2], ids=str)
+def test_patch_loss_of_images_in_any_layout(size, patch, norm, kernels):
+    length = _length(size, patch)
+    pred = _normal(size[0], length, size[1] * math.prod(patch), seed=1).requires_grad_()
+    mask = torch.rand(size[0], length, generator=_seeded(2)) < 0.6
+    arguments = {**_of_patch(patch), "norm_pix_loss": norm, "reduction": "none"}
+    images = _normal(*size)
+    exact = pred.detach().double().requires_grad_()
+    truth = reference.masked_patch_loss(exact, images.double(), mask, **arguments)
+    (gradient,) = torch.autograd.grad(truth.sum(), exact)
+    for layout in _layouts(images):
+        loss = masked_patch_loss(pred, layout, mask, **arguments)
+        (found,) = torch.autograd.grad(loss.sum(), pred)
+        assert loss.dtype == found.dtype == torch.float32 and found.is_contiguous()
+        torch.testing.assert_close(loss.double(), truth, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found.double(), gradient, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype, other", list(itertools.product(DTYPES, DTYPES)), ids=str)
+def test_dtypes_may_differ(dtype, other, kernels):
+    """Every input is exact in its dtype, sums are float32: so accurate is the loss, and the gradient in its dtype."""
+    mask = torch.rand(3, 6, generator=_seeded(2)) < 0.6
+    pred = _normal(3, 6, 48, dtype=dtype, seed=1).requires_grad_()
+    exact = pred.detach().double().requires_grad_()
+    images, features = _normal(3, 3, 8, 12, dtype=other), _normal(3, 6, 48, dtype=other)
+    for function, target, arguments in (
+        (masked_patch_loss, images, {"patch_size": 4}),
+        (masked_feature_loss, features, {"loss": "smooth_l1", "beta": 0.7}),
+        (masked_feature_loss, features, {"loss": "cosine"}),
+        (masked_feature_loss, features, {"loss": "mse"}),
+    ):
+        loss = function(pred, target, mask, **arguments, reduction="sum")
+        (gradient,) = torch.autograd.grad(loss, pred)
+        truth = getattr(reference, function.__name__)(exact, target.double(), mask, **arguments, reduction="sum")
+        (true_gradient,) = torch.autograd.grad(truth, exact)
+        assert loss.dtype == torch.promote_types(dtype, other) and gradient.dtype == dtype
+        assert _relative(loss, truth) <= max(torch.finfo(loss.dtype).eps, 1e-6)
+        assert _relative(gradient, true_gradient) <= max(torch.finfo(dtype).eps, 1e-6)
+
+
+@pytest.mark.parametrize("loss", ["patch", "smooth_l1", "cosine", "mse"])
+def test_what_is_not_masked_is_not_used(loss, kernels):
+    """NaN there changes nothing, and gets the gradient 0; NaN where masked comes through, in its patch."""
+    mask = torch.rand(4, 12, generator=_seeded(2)) < 0.6
+    mask[1], mask[2, :4] = False, False  # a sample, and a row of patches
+    images, pred = _normal(4, 3, 12, 16), _normal(4, 12, 48, seed=1)
+    by_patches = patches._by_patches(images, (4, 4))  # a view
+
+    def evaluate() -> tuple[Tensor, Tensor]:
+        leaf = pred.clone().requires_grad_()
+        if loss == "patch":
+            values = masked_patch_loss(leaf, images, mask, 4, reduction="none")
+        else:
+            values = masked_feature_loss(leaf, by_patches.reshape(4, 12, 48), mask, loss=loss, reduction="none")
+        return values.detach(), *torch.autograd.grad(values.sum(), leaf)
+
+    value, gradient = evaluate()
+    assert (value[~mask] == 0).all() and (gradient[~mask] == 0).all() and (value[mask] != 0).all()
+    pred[~mask] = math.nan
+    by_patches[~mask.view(4, 3, 4)] = math.nan
+    for result, expected in zip(evaluate(), (value, gradient), strict=True):
+        assert torch.equal(result, expected)
+    place = mask.nonzero()[3]
+    for x in (pred[place[0], place[1]], by_patches[place[0], place[1] // 4, place[1] % 4]):
+        before = x.clone()
+        x[..., -1] = math.nan
+        poisoned, poisoned_gradient = evaluate()
+        x.copy_(before)
+        assert poisoned[tuple(place)].isnan() and poisoned.isnan().sum() == 1
+        assert (poisoned_gradient.isnan().any(2) == poisoned.isnan()).all()
+
+
+def test_reductions(backend):
+    pred, images, mask = _normal(2, 6, 48), _normal(2, 3, 8, 12), torch.rand(2, 6) < 0.5
+    mask[0, 0] = True
+    for function, arguments in (
+        (masked_patch_loss, (pred, images, mask, 4)),
+        (masked_feature_loss, (pred, pred, mask)),
+    ):
+        each = function(*arguments, reduction="none")
+        torch.testing.assert_close(function(*arguments, reduction="sum"), each.sum())
+        torch.testing.assert_close(function(*arguments), each.sum() / mask.sum())
+        arguments = (*arguments[:2], torch.zeros_like(mask), *arguments[3:])
+        assert function(*arguments).isnan() and function(*arguments, reduction="sum") == 0
+
+
+@pytest.mark.parametrize("elements", [1, 15, 16, 17, 63, 64, 65, 1023])
+def test_rows_of_any_length(elements, kernels):
+    """About a vector's and a run of vectors' length."""
+    pred, target, mask = _normal(2, 3, elements), _normal(2, 3, elements, seed=1), torch.ones(2, 3)
+    leaf, exact = pred.requires_grad_(), pred.detach().double().requires_grad_()
+    for loss in ("smooth_l1", "cosine", "mse"):
+        values = masked_feature_loss(leaf, target, mask, loss=loss, reduction="none")
+        truth = reference.masked_feature_loss(exact, target.double(), mask, loss=loss, reduction="none")
+        torch.testing.assert_close(values.double(), truth, rtol=1e-5, atol=1e-6)
+        (gradient,), (true_gradient,) = (torch.autograd.grad(v.sum(), x) for v, x in ((values, leaf), (truth, exact)))
+        torch.testing.assert_close(gradient.double(), true_gradient, rtol=1e-5, atol=1e-6)
+
+
+def test_an_image_with_an_offset(kernels):
+    """The variance is not the difference of two large numbers."""
+    images, pred, mask = _normal(2, 3, 32, 32) + 1000, _normal(2, 4, 768), torch.ones(2, 4)
+    for norm in (True, "per_channel"):
+        truth, eager = (
+            reference.masked_patch_loss(pred.to(dtype), images.to(dtype), mask, 16, norm_pix_loss=norm)
+            for dtype in (torch.float64, torch.float32)
+        )
+        error = (masked_patch_loss(pred, images, mask, 16, norm_pix_loss=norm) - truth).abs()
+        assert error <= 2 * (eager - truth).abs() + 1e-5
+
+
+def test_images_without_a_graph_may_require_grad():
+    pred, images, mask = _normal(2, 6, 48), _normal(2, 3, 8, 12).requires_grad_(), torch.ones(2, 6)
+    with torch.no_grad():
+        assert masked_patch_loss(pred, images, mask, 4) == masked_patch_loss(pred, images.detach(), mask, 4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size, patch", SIZES, ids=str)
+def test_gather_and_scatter(size, patch, dtype, backend):
+    length = _length(size, patch)
+    for images, kind in itertools.product(_layouts(_normal(*size, dtype=dtype)), (torch.int64, torch.int32)):
+        ids = _ids(size[0], length + 2, length, kind)
+        gathered = patches.gather_patches(images, ids, patch)
+        assert torch.equal(gathered, reference.gather_patches(images, ids, patch)) and gathered.is_contiguous()
+    cotangent = _normal(*gathered.shape, dtype=dtype, seed=3)
+    leaf = _normal(*size).double().requires_grad_()
+    (truth,) = torch.autograd.grad(reference.gather_patches(leaf, ids, patch), leaf, cotangent.double())
+    for grad in (cotangent, cotangent.transpose(0, 2).contiguous().transpose(0, 2)):
+        scattered = patches.scatter_patches(grad, ids, size, patch)
+        assert scattered.dtype == dtype and scattered.shape == size
+        eps = torch.finfo(dtype).eps
+        torch.testing.assert_close(scattered.double(), truth, rtol=eps, atol=4e-7)  # each sum rounded once
+        assert (scattered[truth == 0] == 0).all()
+
+
+def test_no_patches_are_gathered(backend):
+    images, ids = _normal(2, 3, 4, 4), torch.empty(2, 0, dtype=torch.int64)
+    assert patches.gather_patches(images, ids, [2, 2]).shape == (2, 0, 12)
+    assert (patches.scatter_patches(_normal(2, 0, 12), ids, [2, 3, 4, 4], [2, 2]) == 0).all()
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("size, patch", SIZES, ids=str)
+def test_patch_embed(size, patch, keep, backend):
+    """A convolution, then a gather, with all gradients."""
+    leaves = _normal(*size), _normal(7, size[1], *patch, seed=1), _normal(7, seed=2)
+    ids = _ids(size[0], 3, _length(size, patch)) if keep else None
+
+    def evaluate(function, dtype, bias=True):
+        images, weight, b = (x.to(dtype).requires_grad_() for x in leaves)
+        inputs = (images, weight, b) if bias else (images, weight)
+        tokens = function(images, weight, b if bias else None, ids)
+        return tokens, *torch.autograd.grad(tokens, inputs, _normal(*tokens.shape, dtype=dtype, seed=3))
+
+    for bias in (True, False):
+        results, truth = (
+            evaluate(patch_embed, torch.float32, bias),
+            evaluate(reference.patch_embed, torch.float64, bias),
+        )
+        for result, true in zip(results, truth, strict=True):
+            torch.testing.assert_close(result.double(), true, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_patch_embed_is_as_accurate_as_eager(dtype, backend):
+    images, weight, ids = _normal(4, 3, 32, 32, dtype=dtype), _normal(64, 3, 16, 16, dtype=dtype, seed=1), _ids(4, 2, 4)
+    truth = reference.patch_embed(images.double(), weight.double(), None, ids)
+    eager = _relative(reference.patch_embed(images, weight, None, ids), truth)
+    assert _relative(patch_embed(images, weight, None, ids), truth) <= 2 * eager
+    with torch.autocast("cpu", dtype):
+        tokens = patch_embed(images.float(), weight.float(), torch.zeros(64), ids)
+    assert tokens.dtype == dtype and _relative(tokens, truth) <= 2 * eager
+
+
+def test_patch_embed_module(backend):
+    """With timm's parameters, on images and on videos."""
+    images, ids = _normal(2, 3, 32, 48), torch.tensor([[5, 0], [3, 4]])
+    module = PatchEmbed((32, 48), 16, embed_dim=20)
+    assert module.grid_size == (2, 3) and module.num_patches == 6 and module.patch_size == (16, 16)
+    assert {n: tuple(p.shape) for n, p in module.named_parameters()} == {
+        "proj.weight": (20, 3, 16, 16),
+        "proj.bias": (20,),
+    }
+    tokens = module.proj(images).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(module(images), tokens, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        module(images, ids), tokens.gather(1, ids[:, :, None].expand(-1, -1, 20)), rtol=1e-4, atol=1e-5
+    )
+    video = PatchEmbed(32, (16, 8), 2, 20, tubelet_size=2, bias=False)
+    clips = _normal(2, 2, 4, 32, 32)
+    tokens = video.proj(clips).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(video(clips), tokens, rtol=1e-4, atol=1e-5)
+    assert [n for n, _ in video.named_parameters()] == ["proj.weight"] and tokens.shape[1] == 2 * video.num_patches
+
+
+def test_checkpoints_of_timm_load():
+    layers = pytest.importorskip("timm.layers")
+    theirs, ours = layers.PatchEmbed(32, 8, 3, 20), PatchEmbed(32, 8, 3, 20)
+    ours.load_state_dict(theirs.state_dict())
+    images = _normal(2, 3, 32, 32)
+    assert (ours.img_size, ours.grid_size, ours.num_patches) == (theirs.img_size, theirs.grid_size, theirs.num_patches)
+    torch.testing.assert_close(ours(images), theirs(images), rtol=1e-4, atol=1e-5)
+
+
+def test_derivatives_are_numerically_right(backend):
+    def double(*shape: int) -> Tensor:
+        return _normal(*shape, seed=4).double().requires_grad_()
+
+    ids, mask = _ids(2, 5, 6), torch.tensor([[True, False, True]])
+    for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+        assert check(lambda x: patches.gather_patches(x, ids, [2, 1]), (double(2, 2, 4, 3),))
+        assert check(lambda x: patches.scatter_patches(x, ids, [2, 2, 4, 3], [2, 1]), (double(2, 5, 4),))
+        assert check(lambda x, w, b: patch_embed(x, w, b, ids), (double(2, 1, 4, 3), double(2, 1, 2, 1), double(2)))
+        for norm in (True, "per_channel"):
+            images = _normal(1, 2, 2, 6).double()
+            assert check(lambda x: masked_patch_loss(x, images, mask, 2, norm_pix_loss=norm), (double(1, 3, 8),))  # noqa: B023
+        for loss in ("smooth_l1", "cosine", "mse"):
+            target = _normal(1, 3, 5, seed=5).double()
+            assert check(lambda x: masked_feature_loss(x, target, mask, loss=loss, beta=0.7), (double(1, 3, 5),))  # noqa: B023
+
+
+@pytest.mark.parametrize("suffix", ["", "_portable"])
+def test_opcheck(suffix):
+    images, ids, mask = _normal(2, 3, 4, 6).requires_grad_(), _ids(2, 4, 6), torch.rand(2, 6) < 0.5
+    pred, grad = _normal(2, 6, 12), _normal(2, 6)  # whose second derivatives nothing traces
+    for name, args in {
+        "gather_patches": (images, ids, [2, 2]),
+        "scatter_patches": (pred[:, :4].clone().requires_grad_(), ids, [2, 3, 4, 6], [2, 2]),
+        "masked_patch_loss_backward": (grad, pred, images.detach(), mask, [2, 2], "patch"),
+        "masked_feature_loss_backward": (grad, pred, pred, mask, "cosine", 1.0),
+    }.items():
+        torch.library.opcheck(getattr(torch.ops.fastssl, name + suffix).default, args)
+
+
+def test_patch_embed_compiles(backend):
+    module, ids, images = PatchEmbed((8, 12), 4, embed_dim=5), _ids(2, 3, 6), _normal(2, 3, 8, 12).requires_grad_()
+    results = []
+    for function in (module, torch.compile(module, fullgraph=True, backend="aot_eager")):
+        tokens = function(images, ids)
+        results.append((tokens, *torch.autograd.grad(tokens.square().sum(), (images, *module.parameters()))))
+    torch.testing.assert_close(*results)
+
+
+def test_threads_change_nothing(kernels):
+    images, pred, mask = _normal(20, 3, 32, 48), _normal(20, 6, 768), torch.rand(20, 6) < 0.7
+    ids, leaf = _ids(20, 3, 6), pred.requires_grad_()
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        loss = masked_patch_loss(leaf, images, mask, 16, reduction="none")
+        gathered = patches.gather_patches(images, ids, [16, 16])
+        scattered = patches.scatter_patches(gathered, ids, images.shape, [16, 16])
+        results.append((loss, *torch.autograd.grad(loss.sum(), leaf), gathered, scattered))
+    assert all(map(torch.equal, *results))
+
+
+def test_reads_no_uninitialised_memory(kernels):
+    """New tensors come filled with NaN."""
+    torch.use_deterministic_algorithms(True)
+    images, ids = _normal(3, 3, 8, 12), _ids(3, 2, 6)
+    gathered = patches.gather_patches(images, ids, [4, 4])
+    assert gathered.isfinite().all()
+    assert patches.scatter_patches(gathered, ids, images.shape, [4, 4]).isfinite().all()
+
+
+def test_backends_agree():
+    images, weight, bias, ids = _normal(2, 3, 8, 12), _normal(5, 3, 4, 4), _normal(5), _ids(2, 3, 6)
+    results = []
+    for name in ("auto", "portable", "reference"):
+        with fastssl.use_backend(name):
+            results.append((patch_embed(images, weight, bias), patch_embed(images, weight, bias, ids)))
+    for other in results[1:]:
+        torch.testing.assert_close(results[0], other, rtol=1e-4, atol=1e-5)
+
+
+IMAGES, WEIGHT, BIAS, IDS = torch.randn(2, 3, 8, 8), torch.randn(5, 3, 4, 4), torch.randn(5), torch.zeros(2, 3).long()
+
+
+@pytest.mark.parametrize(
+    "call, error, match",
+    [
+        (lambda: patch_embed(IMAGES[0], WEIGHT, BIAS), ValueError, r"images must have shape \(B, C, H, W\), got"),
+        (lambda: patch_embed(IMAGES.long(), WEIGHT, BIAS), ValueError, "images must have a floating.*int64"),
+        (lambda: patch_embed(IMAGES, WEIGHT[0], BIAS), ValueError, r"weight must have shape .*got \(3, 4, 4\)"),
+        (lambda: patch_embed(IMAGES, WEIGHT[:0], BIAS), ValueError, r"weight must have shape .*got \(0, 3, 4, 4\)"),
+        (lambda: patch_embed(IMAGES, [1.0], BIAS), TypeError, "weight must be a Tensor, got list"),
+        (lambda: patch_embed(IMAGES, WEIGHT[:, :2], BIAS), ValueError, "number of channels, got 3 and 2"),
+        (lambda: patch_embed(IMAGES, WEIGHT[..., 1:], BIAS), ValueError, r"multiples of \(4, 3\).*got \(8, 8\)"),
+        (lambda: patch_embed(IMAGES, WEIGHT[..., None], BIAS), ValueError, r"images must have shape \(B, C, T, H, W\)"),
+        (lambda: patch_embed(IMAGES, WEIGHT, BIAS[1:]), ValueError, r"bias must have shape \(5,\).*got \(4,\)"),
+        (lambda: patch_embed(IMAGES, WEIGHT, 0.0), TypeError, "bias must be a Tensor, got float"),
+        (lambda: patch_embed(IMAGES, WEIGHT.double(), BIAS), ValueError, "images and weight .*same dtype"),
+        (lambda: patch_embed(IMAGES, WEIGHT, BIAS.to("meta")), ValueError, "images and bias .*same device"),
+        (lambda: patch_embed(IMAGES, WEIGHT, BIAS, IDS[0]), ValueError, r"ids_keep must have shape \(2, K\)"),
+        (lambda: patch_embed(IMAGES, WEIGHT, BIAS, IDS.float()), ValueError, "ids_keep must have dtype"),
+        (lambda: patch_embed(IMAGES, WEIGHT, BIAS, IDS.to("meta")), ValueError, "ids_keep and images .*same device"),
+        (lambda: patch_embed(IMAGES, WEIGHT, BIAS, IDS + 4), IndexError, "ids must be from 0 to below 4, got 4"),
+        (lambda: patch_embed(IMAGES, WEIGHT, BIAS, IDS - 1), IndexError, "ids must be from 0 to below 4, got -1"),
+        (lambda: PatchEmbed(8, 4)(IMAGES[..., 4:]), ValueError, r"images must have sizes \(8, 8\), got \(8, 4\)"),
+        (lambda: PatchEmbed(8, 3), ValueError, r"img_size must be a multiple of patch_size \(3, 3\), got \(8, 8\)"),
+        (lambda: PatchEmbed(8.0, 4), TypeError, "img_size must be an integer or two, got 8.0"),
+        (lambda: PatchEmbed(8, 4, in_chans=0), ValueError, "in_chans must be positive, got 0"),
+        (lambda: PatchEmbed(8, 4, tubelet_size=-1), ValueError, "tubelet_size must be positive, got -1"),
+    ],
+)
+def test_bad_input(call, error, match, backend):
+    with pytest.raises(error, match=match):
+        call()
+
+
+PRED, MASK = torch.randn(2, 4, 48), torch.ones(2, 4, dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    "name, args, error, match",
+    [
+        ("masked_patch_loss", (PRED, IMAGES, MASK, [4, 3], "none"), ValueError, "multiples of .4, 3., a patch's"),
+        ("masked_patch_loss", (PRED, IMAGES, MASK, [4, 0], "none"), ValueError, "multiples of .4, 0., a patch's"),
+        ("masked_patch_loss", (PRED, IMAGES, MASK, [4], "none"), ValueError, "must have shape .B, C, H, W."),
+        ("masked_patch_loss", (PRED, IMAGES, MASK, [8, 8], "none"), ValueError, "a row for each patch"),
+        ("masked_patch_loss", (PRED, IMAGES[:1], MASK, [4, 4], "none"), ValueError, "a row for each patch"),
+        ("masked_patch_loss", (PRED, IMAGES, MASK[:1], [4, 4], "none"), ValueError, "mask must have shape"),
+        ("masked_patch_loss", (PRED, IMAGES, MASK.float(), [4, 4], "none"), ValueError, "mask must be boolean"),
+        ("masked_patch_loss", (PRED, IMAGES, MASK, [4, 4], "all"), ValueError, "norm must be .*got 'all'"),
+        ("masked_patch_loss", (PRED.long(), IMAGES, MASK, [4, 4], "none"), ValueError, "pred must be floating"),
+        ("masked_patch_loss_backward", (PRED, PRED, IMAGES, MASK, [4, 4], "none"), ValueError, "grad must have mask's"),
+        ("masked_feature_loss", (PRED, PRED[..., 1:], MASK, "mse", 1.0), ValueError, "must have the same shape"),
+        ("masked_feature_loss", (PRED, PRED, MASK, "l3", 1.0), ValueError, "loss must be .*got 'l3'"),
+        ("masked_feature_loss_backward", (PRED[0], PRED, PRED, MASK, "mse", 1.0), ValueError, "grad must have mask's"),
+        ("gather_patches", (IMAGES, IDS[:1], [4, 4]), ValueError, "ids must have shape"),
+        ("gather_patches", (IMAGES, IDS.float(), [4, 4]), ValueError, "ids must be int64 or int32"),
+        ("scatter_patches", (PRED, IDS, [2, 3, 8, 8], [4, 4]), ValueError, "patches must have shape"),
+        ("scatter_patches", (PRED[:, :3], IDS, [2, 3, 8, -8], [4, 4]), ValueError, "size must not be negative"),
+        ("scatter_patches", (PRED[:, :3], IDS + 4, [2, 3, 8, 8], [4, 4]), IndexError, "from 0 to below 4, got 4"),
+    ],
+)
+@pytest.mark.skipif(fastssl._native.status()["_C"] is not None, reason="the checks of the C++ library")
+def test_kernels_refuse_what_does_not_fit(name, args, error, match):
+    with pytest.raises(error, match=match):
+        getattr(torch.ops.fastssl, name)(*args)
