@@ -6,10 +6,11 @@
 //     gather_patches        out[b, k] = patch ids[b, k] of image b, channels first
 //     scatter_patches       the transpose: images of patches, summed up where several go to one place
 //
-// A patch is a thread's, and passes through its first-level cache: the rows of its channels are read, from images of any
-// strides and element, the mean and the deviation are taken, channels are interleaved as the prediction has them, and the
-// prediction's row is compared. The backward pass does so again, and writes the gradient. What is not masked is not read:
-// with a share m of P B L elements masked, m 2 P B L are read in either pass, and P B L are written in the second.
+// A row of patches is a thread's, and passes through its caches. It is read as it lies in memory, from images of any
+// strides and element, as float32. Of each masked patch the mean and the deviation are taken and the channels are
+// interleaved, as the prediction has them, whose row is then compared with it; meanwhile the next row of patches is
+// fetched. The backward pass does all that again, and writes the gradient. Of P B L elements, with a share m masked,
+// (1 + m) P B L are read in either pass, and P B L are written in the second; nothing is kept between them.
 #include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>

@@ -40,7 +40,7 @@ def masked_patch_loss(
 
         loss[b, l] = mean over a patch's elements of (pred[b, l] - patch[b, l])^2, where it is masked
 
-    No patches are copied, and none is read that is not masked; they are normalised as they are read.
+    No patches are copied: they are normalised as they are read. Those that are not masked are not used.
 
     Args:
         pred: (B, L, P), what the decoder makes of the L patches, in row-major order: of each the P = p q C elements in
@@ -110,7 +110,7 @@ def masked_feature_loss(
     Args:
         pred: (B, L, D) features; float32, bfloat16, float16 or float64.
         target: (B, L, D), the teacher's, of any of those dtypes. They get no gradient.
-        mask: (B, L), boolean, integer or floating-point: masked is what is not 0. Nothing else is read.
+        mask: (B, L), boolean, integer or floating-point: masked is what is not 0. Nothing else is used.
         loss: of a patch: "smooth_l1", data2vec's, the mean over features of `torch.nn.functional.smooth_l1_loss`;
             "cosine", EVA's: 1 - cos of the angle between pred and target; "mse": the mean square of pred - target.
         beta: where smooth L1 passes from square to absolute value, 0 or above; 0: L1.

@@ -15,8 +15,8 @@ features,
     gather_patches        out[b, k] = patch ids[b, k] of image b, in the order (c, t, p, q) of a convolution's weight
     scatter_patches       image b = sum of patches[b, k] at ids[b, k], 0 where there is none
 
-The losses are 0 where nothing is masked: there neither pred nor images are read. They have derivatives by pred alone,
-which read the same inputs once more. gather_patches and scatter_patches are each other's derivatives.
+The losses are 0 where nothing is masked: what is there in pred and in images is not used. They have derivatives by pred
+alone, which read the same inputs once more. gather_patches and scatter_patches are each other's derivatives.
 """
 
 from __future__ import annotations
