@@ -83,6 +83,6 @@ for _name in ("ema_update_", "ema_update_portable_"):
 def ema_update_(targets: Sequence[Tensor], sources: Sequence[Tensor], momentum: Tensor) -> None:
     """The kernel of the tensors' device where there is one, else the portable code."""
     if current_backend() == "portable":
-        torch.ops.fastssl.ema_update_portable_(targets, sources, momentum)
+        torch.ops.fastssl.ema_update_portable_.default(targets, sources, momentum)
     else:
-        torch.ops.fastssl.ema_update_(targets, sources, momentum)
+        torch.ops.fastssl.ema_update_.default(targets, sources, momentum)

@@ -37,6 +37,6 @@ for _name in ("enqueue_", "enqueue_portable_"):
 def enqueue_(keys: Tensor, position: Tensor, new_keys: Tensor, normalize: bool) -> None:
     """The kernel of the tensors' device where there is one, else the portable code."""
     if current_backend() == "portable":
-        torch.ops.fastssl.enqueue_portable_(keys, position, new_keys, normalize)
+        torch.ops.fastssl.enqueue_portable_.default(keys, position, new_keys, normalize)
     else:
-        torch.ops.fastssl.enqueue_(keys, position, new_keys, normalize)
+        torch.ops.fastssl.enqueue_.default(keys, position, new_keys, normalize)
