@@ -15,13 +15,15 @@ from fastssl.train.two_views import TwoViews
 class BYOL(TwoViews):
     """From one view of an image predict the projection that a slowly moving teacher makes of the other. No negatives.
 
+    Projections are batch-normalised, as MoCo v3's are and the paper's are not: short runs keep more dimensions so.
+
     Args:
         total_steps: the length of the run, over which the teacher's momentum rises to 1.
         momentum: of the teacher at first; the paper's 0.996 is for longer runs.
     """
 
-    def __init__(self, *, total_steps: int, momentum: float = 0.98) -> None:
-        super().__init__(512, 128)
+    def __init__(self, *, total_steps: int, momentum: float = 0.9) -> None:
+        super().__init__(512, 128, last_norm=True)
         self.predictor = mlp(128, 512, 128)
         # In training mode, as in the paper: its batch normalisation has statistics of its own.
         self.teacher = EMA(

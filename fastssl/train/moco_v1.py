@@ -14,8 +14,8 @@ from fastssl.train.two_views import TwoViews
 class MoCoV1(TwoViews):
     """A query finds the key of the same image among a queue of past keys; a slowly moving teacher makes the keys.
 
-    The teacher is in evaluation mode: statistics of a batch, from which keys could be told (against which the paper
-    shuffles batches among GPUs), do not enter its keys.
+    Keys are normalised by the statistics of their batch, as queries are. The paper shuffles batches among GPUs lest
+    those statistics tell whose key is whose; one process cannot.
 
     Args:
         temperature: of InfoNCE.
@@ -25,10 +25,10 @@ class MoCoV1(TwoViews):
 
     head = (128,)
 
-    def __init__(self, *, temperature: float = 0.07, momentum: float = 0.99, queue: int = 4096) -> None:
+    def __init__(self, *, temperature: float = 0.07, momentum: float = 0.97, queue: int = 4096) -> None:
         super().__init__(*self.head)
         self.temperature = temperature
-        self.teacher = EMA(self.student, momentum)
+        self.teacher = EMA(self.student, momentum, update_buffers=False).train()
         self.queue = MemoryBank(queue, 128)
 
     def forward(self, view1: Tensor, view2: Tensor) -> tuple[Tensor, Tensor]:

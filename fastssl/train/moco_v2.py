@@ -22,7 +22,7 @@ class MoCoV2(MoCoV1):
 
     head = (256, 128)
 
-    def __init__(self, *, temperature: float = 0.2, momentum: float = 0.99, queue: int = 4096) -> None:
+    def __init__(self, *, temperature: float = 0.2, momentum: float = 0.97, queue: int = 4096) -> None:
         super().__init__(temperature=temperature, momentum=momentum, queue=queue)
 
     @staticmethod

@@ -14,10 +14,10 @@ class MoCoV3(BYOL):
     Args:
         total_steps: the length of the run, over which the teacher's momentum rises to 1.
         temperature: of InfoNCE.
-        momentum: of the teacher at first.
+        momentum: of the teacher at first; the paper's 0.99 is for longer runs.
     """
 
-    def __init__(self, *, total_steps: int, temperature: float = 0.2, momentum: float = 0.99) -> None:
+    def __init__(self, *, total_steps: int, temperature: float = 0.2, momentum: float = 0.9) -> None:
         super().__init__(total_steps=total_steps, momentum=momentum)
         self.temperature = temperature
 
