@@ -15,6 +15,7 @@ from fastssl import _native
 
 TESTS = Path(__file__).parent
 SANITIZERS = sanitizers()
+pytestmark = pytest.mark.xdist_group("cuda")  # one process, which compiles once
 needs_nvcc = pytest.mark.skipif(nvcc() is None, reason="nvcc not found")
 
 

@@ -10,7 +10,6 @@
 //
 // A momentum on the GPU is read there.
 #include <algorithm>
-#include <optional>
 #include <utility>
 #include <vector>
 
@@ -29,8 +28,6 @@ constexpr int kMostPairs = 1024;  // 32 KiB of parameters
 #else
 constexpr int kMostPairs = 128;  // 4 KiB
 #endif
-
-enum class Element : uint8_t { Float32, BFloat16, Float16, Float64 };
 
 // Pairs whose elements lie in memory in one order. `ends` are chunks: of a pair with those of all pairs before it.
 template <int kPairs>
@@ -116,16 +113,6 @@ __global__ void __launch_bounds__(kThreads, 4)
     case Element::BFloat16: return blend<torch::headeronly::BFloat16>(target, source, element, first, count, weight);
     case Element::Float16: return blend<torch::headeronly::Half>(target, source, element, first, count, weight);
     case Element::Float64: return blend<double>(target, source, element, first, count, weight);
-  }
-}
-
-std::optional<Element> element_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float: return Element::Float32;
-    case ScalarType::BFloat16: return Element::BFloat16;
-    case ScalarType::Half: return Element::Float16;
-    case ScalarType::Double: return Element::Float64;
-    default: return std::nullopt;
   }
 }
 

@@ -36,16 +36,6 @@ constexpr int kSamples = 32;          // of a partial sum, at least
 constexpr int kMostPartialSums = 64;
 constexpr int64_t kMost = 1 << 30;  // places of a sample, features of a token: counted with 32 bits
 
-// int64 or int32.
-struct Ids {
-  const void* at;
-  bool is_long;
-
-  __device__ int64_t operator[](int64_t i) const {
-    return is_long ? static_cast<const int64_t*>(at)[i] : static_cast<const int32_t*>(at)[i];
-  }
-};
-
 __device__ uint64_t key_of(uint64_t seed, int64_t batch_position, int64_t position, uint64_t low) {
   uint64_t x = seed + (static_cast<uint64_t>(batch_position) + 1) * 0x9E3779B97F4A7C15;
   x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9;
@@ -268,8 +258,6 @@ Tensor checked_ids(const char* name, const Tensor& ids, const Tensor& tokens) {
            text(tokens.sizes()));
   return torch::stable::contiguous(ids);
 }
-
-Ids ids_of(const Tensor& ids) { return {ids.const_data_ptr(), ids.scalar_type() == ScalarType::Long}; }
 
 // A row of `dim` elements for each of `rows`, of x's dtype and on its device.
 Tensor checked_rows(const char* name, const Tensor& rows, const char* rule, int64_t elements, const Tensor& x) {

@@ -77,14 +77,16 @@ struct Thread {
   bool waits() const { return gate && gate->generation == generation; }
 };
 
-struct Warp {
-  std::map<unsigned, Gate> gates;  // one for each mask of lanes
-  uint64_t values[32];
+// Of a warp, those of one mask. What they exchange lies in two places by turns: none comes to the next exchange but one
+// before all have left this one.
+struct Lanes {
+  Gate gate;
+  uint64_t values[2][32];
 };
 
 inline const std::function<void()>* body;
 inline std::vector<Thread> threads;
-inline std::vector<Warp> warps;
+inline std::vector<std::map<unsigned, Lanes>> warps;
 inline Gate block_gate;
 inline std::vector<Thread*> turns;
 inline size_t turn;
@@ -231,44 +233,36 @@ inline void launch(dim3 grid, dim3 block, const std::function<void()>& kernel) {
       for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x) run_block();
 }
 
-inline Warp& warp() { return warps[current->number / 32]; }
 inline unsigned lane() { return current->number % 32; }
 
-inline void wait_for_lanes(unsigned mask) {
+inline Lanes& lanes_of(unsigned mask) {
   if (!(mask >> lane() & 1)) fail("a lane takes part in a collective that does not name it");
-  wait(warp().gates[mask], __builtin_popcount(mask));
+  return warps[current->number / 32][mask];
 }
 
 // Every lane gives a value, then takes what `take` makes of all of them.
 template <typename T, typename Take>
 auto exchange(unsigned mask, T value, const Take& take) {
   static_assert(sizeof(T) <= sizeof(uint64_t));
-  std::memcpy(&warp().values[lane()], &value, sizeof(T));
-  wait_for_lanes(mask);
-  const auto value_of = [mask](unsigned from) {
+  Lanes& lanes = lanes_of(mask);
+  uint64_t* const values = lanes.values[lanes.gate.generation % 2];
+  std::memcpy(&values[lane()], &value, sizeof(T));
+  wait(lanes.gate, __builtin_popcount(mask));
+  return take([&](unsigned from) {
     if (from >= 32 || !(mask >> from & 1)) fail("a lane asks for the value of one that takes no part");
     T result;
-    std::memcpy(&result, &warp().values[from], sizeof(T));
+    std::memcpy(&result, &values[from], sizeof(T));
     return result;
-  };
-  const auto taken = take(value_of);
-  wait_for_lanes(mask);
-  return taken;
+  });
 }
 
 }  // namespace cuda_host
 
 inline void __syncthreads() { cuda_host::wait(cuda_host::block_gate, blockDim.x * blockDim.y * blockDim.z); }
-inline void __syncwarp(unsigned mask = 0xffffffff) { cuda_host::wait_for_lanes(mask); }
 
 template <typename T>
 T __shfl_xor_sync(unsigned mask, T value, int lanes) {
   return cuda_host::exchange(mask, value, [&](const auto& value_of) { return value_of(cuda_host::lane() ^ lanes); });
-}
-
-template <typename T>
-T __shfl_sync(unsigned mask, T value, int from) {
-  return cuda_host::exchange(mask, value, [&](const auto& value_of) { return value_of(from); });
 }
 
 inline unsigned __ballot_sync(unsigned mask, bool vote) {
@@ -278,6 +272,9 @@ inline unsigned __ballot_sync(unsigned mask, bool vote) {
     return votes;
   });
 }
+
+inline int __ffs(unsigned x) { return __builtin_ffs(static_cast<int>(x)); }
+inline int __clz(unsigned x) { return x ? __builtin_clz(x) : 32; }
 
 template <typename T>
 T atomicMin(T* at, T value) {

@@ -2,6 +2,8 @@
 #pragma once
 
 #include <cuda_runtime.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
 
 #include <cstdint>
 #include <type_traits>
@@ -13,6 +15,55 @@ template <typename T, int kCount>
 struct alignas(kCount * sizeof(T)) Vector {
   T at[kCount];
 };
+
+enum class Element : uint8_t { Float32, BFloat16, Float16, Float64 };
+
+// Elements of any of these, read as T.
+template <typename T>
+struct Elements {
+  const void* at;
+  Element element;
+
+  __device__ T operator[](int64_t i) const {
+    switch (element) {
+      case Element::Float32: return static_cast<T>(static_cast<const float*>(at)[i]);
+      case Element::BFloat16: return static_cast<T>(static_cast<const torch::headeronly::BFloat16*>(at)[i]);
+      case Element::Float16: return static_cast<T>(static_cast<const torch::headeronly::Half*>(at)[i]);
+      default: return static_cast<T>(static_cast<const double*>(at)[i]);
+    }
+  }
+};
+
+// int64 or int32.
+struct Ids {
+  const void* at;
+  bool is_long;
+
+  __device__ int64_t operator[](int64_t i) const {
+    return is_long ? static_cast<const int64_t*>(at)[i] : static_cast<const int32_t*>(at)[i];
+  }
+};
+
+// Division by a number that kernels do not know when they are compiled, of numbers below 2^31: by multiplication.
+struct Divisor {
+  unsigned divisor, factor, shift;
+
+  Divisor(unsigned divisor = 1) : divisor(divisor), shift(0) {
+    while (uint64_t(1) << shift < divisor) ++shift;
+    factor = static_cast<unsigned>((((uint64_t(1) << shift) - divisor) << 32) / divisor + 1);
+  }
+
+  __device__ unsigned quotient(unsigned x) const {
+    return (static_cast<unsigned>(static_cast<uint64_t>(x) * factor >> 32) + x) >> shift;
+  }
+};
+
+// The sum over a warp, for all its lanes, in one order.
+template <typename T>
+__device__ T warp_sum(T x) {
+  for (int lanes = 16; lanes > 0; lanes /= 2) x += __shfl_xor_sync(0xffffffff, x, lanes);
+  return x;
+}
 
 // Sums of T are of this.
 template <typename T>

@@ -11,9 +11,12 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
+
+#include "elements.h"
 
 namespace fastssl {
 
@@ -60,6 +63,16 @@ decltype(auto) with_float(ScalarType dtype, const char* name, const Visit& visit
   }
 }
 
+inline std::optional<Element> element_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return Element::Float32;
+    case ScalarType::BFloat16: return Element::BFloat16;
+    case ScalarType::Half: return Element::Float16;
+    case ScalarType::Double: return Element::Float64;
+    default: return std::nullopt;
+  }
+}
+
 // Of sums.
 inline ScalarType wide(ScalarType dtype) { return dtype == ScalarType::Double ? dtype : ScalarType::Float; }
 
@@ -94,6 +107,8 @@ inline void check_device(const char* name, const Tensor& x, const Tensor& other)
   if (device_of(x) != device_of(other))
     refuse(name, " must be on the same device as what it goes with, got ", device_of(x), " and ", device_of(other));
 }
+
+inline Ids ids_of(const Tensor& ids) { return {ids.const_data_ptr(), ids.scalar_type() == ScalarType::Long}; }
 
 // Launches kernels on the device of a tensor, in its current stream.
 class Launch {
