@@ -25,6 +25,7 @@
 #include <vector>
 
 #include "common/pages.h"
+#include "common/places.h"
 #include "common/tiled.h"
 #include "masking_tiles.h"
 
@@ -168,15 +169,6 @@ void check_ids(const char* name, const Tensor& ids, const Tensor& tokens) {
                     " must be int64 or int32, got ", ids.scalar_type());
 }
 
-// ids as int64, all of them from 0 to below `length`.
-Tensor checked_ids(const Tensor& ids_, int64_t length) {
-  const Tensor ids = ids_.to(at::kLong).contiguous();
-  const int64_t* const id = ids.const_data_ptr<int64_t>();
-  for (int64_t i = 0; i < ids.numel(); ++i)
-    TORCH_CHECK_INDEX(id[i] >= 0 && id[i] < length, "ids must be from 0 to below ", length, ", got ", id[i]);
-  return ids;
-}
-
 // ids_restore as int64, from 0 to `keep`, which stands for all above.
 Tensor checked_places(const Tensor& ids_, int64_t keep) {
   const Tensor ids = ids_.to(at::kLong).clamp_max(keep).contiguous();
@@ -207,21 +199,6 @@ Tensor gather_tokens(const Tensor& x_, const Tensor& ids_) {
   });
   return out;
 }
-
-// The tokens that go to each of `length` places of one sample, as lists: `head[l]`, then `next[k]`, in ascending order.
-struct Places {
-  std::vector<int64_t> head, next;
-
-  Places(int64_t length, int64_t count) : head(length), next(count) {}
-
-  void fill(const int64_t* ids) {
-    std::fill(head.begin(), head.end(), -1);
-    for (int64_t k = static_cast<int64_t>(next.size()) - 1; k >= 0; --k) {
-      next[k] = head[ids[k]];
-      head[ids[k]] = k;
-    }
-  }
-};
 
 // Rows of `dim` elements, one after another: to read, of const char; to write, of char.
 template <typename Byte>
