@@ -126,6 +126,8 @@ def _masked_patch_loss_samples(dtype: torch.dtype, device: str) -> Iterator[Samp
     yield sample("pixels", images, 8, norm_pix_loss=False)
     yield sample("channels", images, 8, norm_pix_loss="per_channel")
     yield sample("photographs", normal(2, 3, 32, 32, scale=0.2) + 0.5, 16)
+    for norm in (True, "per_channel"):
+        yield sample(f"faint, {norm}", normal(3, 3, 16, 24, scale=1e-3), 8, norm_pix_loss=norm)
     videos = normal(2, 3, 4, 8, 12)
     for norm in (True, False, "per_channel"):
         yield sample(f"video, {norm}", videos, 4, tubelet_size=2, norm_pix_loss=norm)
