@@ -16,6 +16,7 @@ from fastssl import _native
 TESTS = Path(__file__).parent
 SANITIZERS = sanitizers()
 pytestmark = pytest.mark.xdist_group("cuda")  # one process, which compiles once
+pytestmark = pytest.mark.xdist_group("cuda")  # which compiles once
 needs_nvcc = pytest.mark.skipif(nvcc() is None, reason="nvcc not found")
 
 
