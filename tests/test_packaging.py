@@ -28,7 +28,10 @@ NOT_SOURCES = (
     ".*_cache",
 )
 
-pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="runs in the source tree")
+pytestmark = [
+    pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="runs in the source tree"),
+    pytest.mark.xdist_group("packaging"),  # which builds once
+]
 needs_compiler = pytest.mark.skipif(
     not (shutil.which(os.environ.get("CXX", "c++")) and Path(sysconfig.get_path("include"), "Python.h").exists()),
     reason="no C++ compiler, or no Python headers",
