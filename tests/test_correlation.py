@@ -534,3 +534,9 @@ def test_barlow_twins_standardises_as_batch_norm_does():
     views = _views(30, 12)
     a, b = (F.batch_norm(z, None, None, training=True) for z in views)
     torch.testing.assert_close(cross_correlation(*views), a.T @ b / 30)
+
+
+@pytest.mark.parametrize("rows, dim", [(33, 20), (12, 40)])
+def test_more_than_float32_holds_is_infinite(rows, dim, kernels):
+    views = [torch.randn(rows, dim) * 1e10 for _ in range(2)]
+    assert vicreg(*views).isinf() and covariance_loss(views[0]).isinf()

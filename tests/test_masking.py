@@ -415,3 +415,9 @@ X, IDS = torch.randn(2, 4, 3), torch.zeros(2, 3, dtype=torch.int64)
 def test_bad_input(call, error, match, backend):
     with pytest.raises(error, match=match):
         call()
+
+
+def test_a_gradient_of_another_length_is_refused():
+    for name in ("restore_tokens_backward", "restore_tokens_backward_portable"):
+        with pytest.raises((ValueError, RuntimeError)):
+            getattr(torch.ops.fastssl, name)(torch.ones(1, 2, 3), torch.zeros(1, 100, dtype=torch.int64), 1, True)

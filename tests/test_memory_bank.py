@@ -134,6 +134,7 @@ KEYS, ZERO = torch.zeros(5, 3), torch.tensor(0)
         ((KEYS.long(), ZERO, KEYS), ValueError, "keys must have a floating-point dtype.*int64"),
         ((KEYS, ZERO, KEYS.to("meta")), ValueError, "same device, got cpu, cpu and meta"),
         ((torch.zeros(3).expand(5, 3), ZERO, KEYS), ValueError, r"keys must have no two .*strides \(0, 1\)"),
+        ((torch.zeros(11).as_strided((5, 3), (2, 1)), ZERO, KEYS), ValueError, r"keys must have no two .*\(2, 1\)"),
     ],
 )
 def test_bad_queues(args, error, match, chosen):
@@ -246,6 +247,15 @@ def test_update_does_not_wait_for_the_device():
         bank.update(torch.randn(5, 3))
         bank.update(torch.randn(20, 3))
     assert bank.keys.is_meta and bank.position.is_meta
+
+
+@pytest.mark.parametrize("place", [7, -7, 5])
+@pytest.mark.parametrize("name", ["auto", "portable", "reference"])
+def test_a_position_beyond_the_last_row_goes_round(name, place):
+    keys, position = torch.zeros(5, 3), torch.tensor(place)
+    with fastssl.use_backend(name):
+        enqueue_(keys, position, torch.ones(1, 3))
+    assert keys.nonzero()[:, 0].unique().tolist() == [place % 5] and position == (place + 1) % 5
 
 
 def test_dtypes():

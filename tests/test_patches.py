@@ -402,3 +402,19 @@ PRED, MASK = torch.randn(2, 4, 48), torch.ones(2, 4, dtype=torch.bool)
 def test_kernels_refuse_what_does_not_fit(name, args, error, match):
     with pytest.raises(error, match=match):
         getattr(torch.ops.fastssl, name)(*args)
+
+
+@pytest.mark.parametrize("beta", [1e-40, 1e-50])
+def test_a_tiny_beta_is_that_of_l1(beta, kernels):
+    pred, target = torch.randn(2, 3, 5).requires_grad_(), torch.randn(2, 3, 5)
+    target[0, 0, 0] = pred[0, 0, 0].detach()
+    mask, results = torch.ones(2, 3), []
+    for b in (beta, 0.0):
+        loss = masked_feature_loss(pred, target, mask, loss="smooth_l1", beta=b)
+        results += [loss, *torch.autograd.grad(loss, pred)]
+    assert torch.equal(results[0], results[2]) and torch.equal(results[1], results[3]) and results[1].isfinite().all()
+
+
+def test_no_frames_make_no_tubelet():
+    with pytest.raises(ValueError, match="tubelet_size must be"):
+        PatchEmbed(32, 16, tubelet_size=0)

@@ -115,3 +115,11 @@ def test_use_backend_reference_is_the_formula():
     x, y = _unit(9, 8), _unit(9, 8, seed=1)
     with fastssl.use_backend("reference"):
         assert torch.equal(siglip_loss(x, y, 10.0, -1.0), SPEC.reference(x, y, 10.0, -1.0))
+
+
+def test_more_than_float32_holds_is_no_error(kernels):
+    x, y = ((torch.randn(40, 8) * 1e19).requires_grad_() for _ in range(2))
+    scale = torch.tensor(1.0, requires_grad=True)
+    loss = siglip_loss(x, y, scale, -10.0)
+    loss.backward()
+    assert not loss.isfinite() and not scale.grad.isfinite()

@@ -307,7 +307,7 @@ std::tuple<Tensor, Tensor, Tensor> nt_xent_backward(const Tensor& grad_loss, con
   });
   double dscale = 0;
   for (int64_t b = 0; b < z.cut.blocks; ++b) dscale += along[b] / 2;  // in this order: deterministic
-  return {dz1, dz2, at::full({}, dscale, scale.options())};
+  return {dz1, dz2, scalar(dscale, scale.options())};
 }
 
 std::tuple<Tensor, Tensor> self_logsumexp(const Tensor& z_, const Tensor& scale, c10::string_view precision) {
@@ -335,7 +335,7 @@ std::tuple<Tensor, Tensor> differentiate_self(const Side& z, const Exponent& e, 
   }, [&] { z.engine.release(); });
   const Tensor dz = at::empty(z_.sizes(), z_.options());
   const double along = finish_side(gathered, nullptr, e.scale, dz);
-  return {dz, at::full({}, along / 2, scale.options())};
+  return {dz, scalar(along / 2, scale.options())};
 }
 
 std::tuple<Tensor, Tensor> self_logsumexp_backward(const Tensor& grad_total, const Tensor& z_, const Tensor& scale,
@@ -508,7 +508,7 @@ std::tuple<Tensor, Tensor, Tensor> differentiate_pair(const Similarities& S, con
   const Positives columns_of{y, positive_weight}, rows_of{x, positive_weight};
   const double dscale = finish_side(of_x, positive_weight ? &columns_of : nullptr, e.scale, dx);
   finish_side(of_y, positive_weight ? &rows_of : nullptr, e.scale, dy);
-  return {dx, dy, at::full({}, dscale, scale.options())};
+  return {dx, dy, scalar(dscale, scale.options())};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> pair_logsumexp(const Tensor& x_, const Tensor& y_, const Tensor& scale,

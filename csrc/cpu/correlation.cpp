@@ -526,7 +526,7 @@ double primal(const Panels& panels, const Loss& loss, const std::vector<Tensor>&
       panels.arrange(panel[0], free, a[p]);
       panels.arrange(panel[1], free, b[p]);
     });
-    return loss.off_param != 0 ? multiply_views(panels, a, b, products[0], products[1]) : 0;
+    return multiply_views(panels, a, b, products[0], products[1]);
   }
   double off = 0;
   for (int v = 0; v < views; ++v) {
@@ -538,7 +538,7 @@ double primal(const Panels& panels, const Loss& loss, const std::vector<Tensor>&
       if (v == 0) panels.compare(p, nullptr, free);
       panels.arrange(panel, free, z[p]);
     });
-    if (loss.off_param != 0) off += multiply_views(panels, z, z, products[v], products[v]);
+    off += multiply_views(panels, z, z, products[v], products[v]);
   }
   return off;
 }
@@ -583,7 +583,11 @@ Result forward(const Loss& loss, bool dual, bool derive, c10::string_view precis
     for (int v = 0; v < views.count(); ++v)
       result.kept.push_back(products ? at::empty({views.rows, views.dim}, at::kFloat)
                                      : at::zeros({derive ? views.rows : 0, views.dim}, at::kFloat));
-    result.off = primal(panels, loss, products ? result.kept : std::vector<Tensor>(views.count()));
+    if (loss.off_param != 0) {
+      result.off = primal(panels, loss, products ? result.kept : std::vector<Tensor>(views.count()));
+    } else {
+      standardise_all(panels);
+    }
     result.invariance = views.count() == 2 ? loss.invariance(panels) : 0;
     result.variance = loss.cross() ? 0 : loss.variance(panels);
   }
@@ -611,8 +615,6 @@ std::vector<Tensor> backward(const Loss& loss, const Tensor& grad_loss, const st
   (dual ? derive_dual : derive_primal)(panels, loss, held, grad_loss.item<float>(), gradients);
   return gradients;
 }
-
-Tensor scalar(double value) { return at::full({}, value, at::kFloat); }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> barlow_twins(const Tensor& z_a, const Tensor& z_b,
                                                                 double invariance_param, double lambda_param,

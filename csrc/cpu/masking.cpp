@@ -312,6 +312,8 @@ std::tuple<Tensor, Tensor, Tensor> restore_tokens_backward(const Tensor& grad_, 
     return portable<&restore_tokens_backward>("fastssl::restore_tokens_backward_portable", grad_, ids_, keep,
                                               positions);
   check_ids("ids_restore", ids_, grad_);
+  TORCH_CHECK_VALUE(ids_.size(1) == grad_.size(1), "ids_restore must have as many columns as grad has rows, got ",
+                    ids_.sizes(), " and ", grad_.sizes());
   check_dtype("grad", grad_);
   const Tensor grad = grad_.contiguous();
   const int64_t batch = ids_.size(0), length = ids_.size(1), dim = grad.size(2);

@@ -80,8 +80,7 @@ Results run_softplus(const Tensor& x_, const Tensor& y_, const Tensor& scale_, c
     all += total[b];
     dbias += weight[b];
   }
-  return {at::full({}, all, at::kFloat), dx, dy, at::full({}, dscale, scale_.options()),
-          at::full({}, dbias, bias_.options())};
+  return {scalar(all), dx, dy, scalar(dscale, scale_.options()), scalar(dbias, bias_.options())};
 }
 
 Results similarity_softplus(const Tensor& x, const Tensor& y, const Tensor& scale, const Tensor& bias,

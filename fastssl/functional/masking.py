@@ -179,6 +179,7 @@ def block_masking_ids(
     check_size("max_block", max_block)
     if not 1 <= min_block <= max_block:
         raise ValueError(f"min_block must be from 1 to max_block, {max_block}, got {min_block}")
+    min_block, max_block = (min(size, max(length, 1)) for size in (min_block, max_block))
     if not isinstance(aspect_ratio, (tuple, list)) or len(aspect_ratio) != 2:
         raise TypeError(f"aspect_ratio must be two numbers, got {type(aspect_ratio).__name__}")
     low, high = aspect_ratio
@@ -247,7 +248,7 @@ def gather_tokens(x: Tensor, ids: Tensor) -> Tensor:
     Raises:
         TypeError: if x or ids is no tensor.
         ValueError: if shapes, dtypes or devices do not fit.
-        IndexError: on the CPU, if one of ids is below 0 or above L - 1. On CUDA PyTorch's assertion stops the process.
+        IndexError: on the CPU, if one of ids is below 0 or above L - 1. On CUDA an assertion stops the process.
     """
     check_rows("x", x, "(B, L, D)", 3)
     check_ids("ids", ids, x)
@@ -269,7 +270,7 @@ def scatter_tokens(tokens: Tensor, ids: Tensor, length: int, fill: float | Tenso
     Raises:
         TypeError: if tokens or ids is no tensor, or length no integer.
         ValueError: if shapes, dtypes or devices do not fit, or length is negative.
-        IndexError: on the CPU, if one of ids is below 0 or above length - 1. On CUDA PyTorch's assertion stops the
+        IndexError: on the CPU, if one of ids is below 0 or above length - 1. On CUDA an assertion stops the
             process.
     """
     check_rows("tokens", tokens, "(B, K, D)", 3)
@@ -300,7 +301,7 @@ def restore_tokens(
     Raises:
         TypeError: if an argument is no tensor.
         ValueError: if shapes, dtypes or devices do not fit.
-        IndexError: on the CPU, if one of ids_restore is negative. On CUDA PyTorch's assertion stops the process.
+        IndexError: on the CPU, if one of ids_restore is negative. On CUDA an assertion stops the process.
     """
     check_rows("x_visible", x_visible, "(B, L_keep, D)", 3)
     check_ids("ids_restore", ids_restore, x_visible)

@@ -30,7 +30,9 @@ def enqueue_(keys: Tensor, position: Tensor, new_keys: Tensor, normalize: bool =
     check_rows("new_keys", new_keys, "(B, D)")
     if keys.shape[0] == 0:
         raise ValueError(f"keys must have at least one row, got shape {tuple(keys.shape)}")
-    if any(stride == 0 and size > 1 for size, stride in zip(keys.shape, keys.stride(), strict=True)):
+    (rows, dim), (row, column) = keys.shape, keys.stride()
+    repeated = (rows > 1 and row == 0) or (dim > 1 and column == 0)
+    if repeated or (rows > 1 < dim and row <= (dim - 1) * column and column <= (rows - 1) * row):
         raise ValueError(f"keys must have no two elements in one place, got strides {keys.stride()}")
     if new_keys.shape[1] != keys.shape[1]:
         raise ValueError(f"new_keys must have shape (B, {keys.shape[1]}), as keys has it, got {tuple(new_keys.shape)}")

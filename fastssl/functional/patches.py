@@ -75,7 +75,7 @@ def masked_patch_loss(
     if pred.shape != shape:
         raise ValueError(f"pred must have shape {shape}, a row for each patch of images, got {tuple(pred.shape)}")
     mask = _as_mask(mask, pred)
-    if norm_pix_loss not in _NORMS:
+    if not isinstance(norm_pix_loss, (bool, str)) or norm_pix_loss not in _NORMS:
         raise ValueError(f"norm_pix_loss must be True, False or 'per_channel', got {norm_pix_loss!r}")
     elements = pixels if norm_pix_loss == "per_channel" else shape[2]
     if norm_pix_loss and elements < 2:
@@ -139,6 +139,8 @@ def masked_feature_loss(
     check_number("beta", beta)
     if beta < 0:
         raise ValueError(f"beta must not be negative, got {beta}")
+    if beta < torch.finfo(torch.float32).tiny:  # whose inverse float32 does not hold
+        beta = 0.0
     check_reduction(reduction)
     if current_backend() == "reference":
         return reference.patches.masked_feature_loss(pred, target, mask, loss=loss, beta=beta, reduction=reduction)
@@ -166,7 +168,7 @@ def patch_embed(images: Tensor, weight: Tensor, bias: Tensor | None, ids_keep: T
     Raises:
         TypeError: if an argument is no tensor.
         ValueError: if shapes, sizes, dtypes or devices do not fit.
-        IndexError: on the CPU, if one of ids_keep is below 0 or above L - 1. On CUDA PyTorch's assertion stops the
+        IndexError: on the CPU, if one of ids_keep is below 0 or above L - 1. On CUDA an assertion stops the
             process.
     """
     if not isinstance(weight, Tensor):
@@ -219,7 +221,7 @@ def _check_constant(name: str, x: Tensor) -> None:
 
 def _check_parameter(name: str, parameter: Tensor, images: Tensor) -> None:
     """Of images' device and, unless autocast sees to that, dtype."""
-    check_alike("images", images, name, parameter.to(images.dtype) if autocast_enabled(images) else parameter)
+    check_alike("images", images, name, parameter[:0].to(images.dtype) if autocast_enabled(images) else parameter)
 
 
 def _as_mask(mask: Tensor, pred: Tensor) -> Tensor:

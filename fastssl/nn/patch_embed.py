@@ -9,7 +9,7 @@ from fastssl._checks import check_pair_of_sizes, check_positive
 
 
 class PatchEmbed(nn.Module):
-    """The embedding of patches, with the arguments of timm's `PatchEmbed`, and its parameters: checkpoints load.
+    """The embedding of patches, with timm's `PatchEmbed`'s first arguments and its parameters: checkpoints load.
 
     Masked autoencoders (MAE, arXiv:2111.06377; VideoMAE, arXiv:2203.12602) embed all patches and drop three of four.
     With `ids_keep` this embeds the others only:
@@ -47,7 +47,11 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.img_size = check_pair_of_sizes("img_size", img_size)
         self.patch_size = check_pair_of_sizes("patch_size", patch_size)
-        for name, size in (("in_chans", in_chans), ("embed_dim", embed_dim), ("tubelet_size", tubelet_size or 1)):
+        for name, size in (
+            ("in_chans", in_chans),
+            ("embed_dim", embed_dim),
+            ("tubelet_size", 1 if tubelet_size is None else tubelet_size),
+        ):
             check_positive(name, size)
         if self.img_size[0] % self.patch_size[0] or self.img_size[1] % self.patch_size[1]:
             raise ValueError(f"img_size must be a multiple of patch_size {self.patch_size}, got {self.img_size}")

@@ -220,7 +220,6 @@ def _gather_tokens_backward(ctx: Any, _: None, grad: Tensor) -> tuple:
 def _scatter_tokens_setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     _, ids, ctx.length, fill = inputs
     ctx.save_for_backward(ids)
-    ctx.fill = ctx.needs_input_grad[3]
 
 
 def _scatter_tokens_backward(ctx: Any, _: None, grad: Tensor) -> tuple:

@@ -13,5 +13,5 @@ def enqueue_(keys: Tensor, position: Tensor, new_keys: Tensor, normalize: bool =
     if normalize:
         new_keys = F.normalize(new_keys.to(torch.promote_types(new_keys.dtype, torch.float32)), dim=1)
     for key in new_keys.clone():
-        keys[position] = key.to(keys.dtype)
+        keys[position % len(keys)] = key.to(keys.dtype)
         position.copy_((position + 1) % len(keys))

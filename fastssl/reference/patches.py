@@ -74,6 +74,8 @@ def masked_feature_loss(
 
 
 def _reduce(loss: Tensor, mask: Tensor, reduction: str) -> Tensor:
+    if torch.is_autocast_enabled(loss.device.type):
+        loss = loss.float()
     mask = (mask != 0).to(loss.dtype)
     if reduction == "none":
         return loss * mask

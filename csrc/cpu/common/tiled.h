@@ -174,6 +174,11 @@ struct Blocks {
   float* floats(int64_t block) const { return static_cast<float*>((*this)[block]); }
 };
 
+// 0-d float32, or of `options`. More than that holds is infinite.
+inline Tensor scalar(double value, const at::TensorOptions& options = at::kFloat) {
+  return at::full({}, static_cast<float>(value), options);
+}
+
 // What a block of rows Z is multiplied as.
 enum Role : int {
   kRows = 1,      // Z in S = Z Y^T
@@ -324,7 +329,8 @@ struct Gathered {
       return spare;
     }
     float* const sum = sums.floats(b);
-    for (int64_t i = 0; has_transposed[b] && i < elements; ++i) sum[i] += spare[i];
+    if (has_transposed[b])
+      for (int64_t i = 0; i < elements; ++i) sum[i] += spare[i];
     return sum;
   }
 };
