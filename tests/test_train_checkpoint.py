@@ -27,6 +27,14 @@ def one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def control_c_interrupts():
+    """As in a terminal, and not as in a shell's background, where it does nothing."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class Tiny(Method):
     """One linear layer with dropout that is to forget its inputs."""
 
