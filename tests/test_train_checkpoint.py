@@ -1,6 +1,7 @@
 """Runs that stop: exact resume, checkpoints that are never half written, Ctrl-C, NaN; and how runs are optimised."""
 
 import os
+import resource
 import signal
 import time
 
@@ -56,9 +57,9 @@ def tiny(**options) -> Tiny:
     return Tiny(**options)
 
 
-def new(name: str) -> Method:
+def new(name: str, **options) -> Method:
     torch.manual_seed(0)
-    return create(name, STEPS)
+    return create(name, STEPS, **options)
 
 
 def data_of(method: Method):
@@ -135,11 +136,28 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
             run(tiny(), **{"steps": 2, **options}, checkpoint=path, resume=True)
     with pytest.raises(ValueError, match=r"run with methods .*Tiny.*, got .*SimSiam"):
         run(new("simsiam"), 2, checkpoint=path, resume=True)
+    wider = tiny()
+    wider.encoder[2] = nn.Linear(784, 9)
+    with pytest.raises(ValueError, match=r"run.pt does not fit m: .* size mismatch for encoder.2.weight") as error:
+        run(wider, 2, checkpoint=path, resume=True)
+    assert len(str(error.value).splitlines()) == 1
     with pytest.raises(FileNotFoundError, match="elsewhere"):
         run(tiny(), 2, checkpoint=tmp_path / "elsewhere", resume=True)
     with pytest.raises(ValueError, match="resume needs a checkpoint, got None"):
         run(tiny(), 2, resume=True)
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "name, option, value", [("byol", "momentum", 0.5), ("moco_v1", "queue", 64), ("mae", "norm_pix_loss", False)]
+)
+def test_a_checkpoint_of_other_options_is_refused(name, option, value, tmp_path):
+    path = tmp_path / "run.pt"
+    losses = run(new(name), 1, checkpoint=path)
+    default = new(name).options[option]
+    with pytest.raises(ValueError, match=rf"run with methods .*'{option}': {default}.*, got .*'{option}': {value}"):
+        run(new(name, **{option: value}), 1, checkpoint=path, resume=True)
+    assert run(new(name, **{option: default}), 1, checkpoint=path, resume=True) == losses
 
 
 @pytest.mark.parametrize("content", [b"", b"text", None])
@@ -186,6 +204,21 @@ def test_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space"):
         checkpoint.save({"number": torch.zeros(1)}, path)
     assert checkpoint.load(path)["number"] == 1
+
+
+def test_a_full_disk_is_an_os_error(tmp_path):
+    path = tmp_path / "run.pt"
+    checkpoint.save({"number": torch.ones(1)}, path)
+    before = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for numbers in (1 << 20, 3000):  # more and less than a buffer of the file
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+        try:
+            with pytest.raises(OSError, match="File too large"):
+                checkpoint.save({"number": torch.zeros(numbers)}, path)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert [file.name for file in tmp_path.iterdir()] == ["run.pt"] and path.read_bytes() == before
 
 
 def test_control_c_without_checkpoint_interrupts_at_once():

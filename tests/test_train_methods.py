@@ -82,6 +82,14 @@ def test_everything_that_is_trained_gets_a_gradient(name, images):
     assert all(p.grad is None for key, p in method.named_parameters() if "teacher" in key)
 
 
+@pytest.mark.parametrize("name", IMAGE_METHODS)
+def test_losses_are_float32_under_amp(name, images):
+    method = new(name)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = method.loss(*method(*inputs_of(method, images)))
+    assert loss.dtype == torch.float32
+
+
 @pytest.mark.parametrize("name", ["moco_v1", "moco_v2"])
 def test_moco_is_cross_entropy_of_the_key_among_the_queue(name, images):
     method = new(name, temperature=0.1, momentum=0.75, queue=40)

@@ -276,6 +276,14 @@ def test_everything_that_is_trained_gets_a_gradient(name, source):
     assert method.encoder.training
 
 
+@NAMES
+def test_losses_are_float32_under_amp(name, source):
+    method = new(name)
+    inputs = method.views(method.training_data(method.load(source))[torch.arange(24)], torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert method.loss(*method(*inputs)).dtype == torch.float32
+
+
 @pytest.mark.parametrize("name", ["clip", "siglip"])
 def test_colours_are_found(name, table):
     """Of 48 squares, by their captions: after a few steps, more often than by random weights."""

@@ -25,7 +25,7 @@ def _parser() -> Parser:
             "--impl",
             choices=IMPLEMENTATIONS,
             default="fastssl",
-            help="what computes losses, masks and moving averages (default: %(default)s)",
+            help="what computes losses and moving averages; views and measurements are shared (default: %(default)s)",
         )
         length = command.add_mutually_exclusive_group()
         length.add_argument(

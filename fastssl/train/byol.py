@@ -42,7 +42,8 @@ class BYOL(TwoViews):
         return *predictions.chunk(2), *targets.chunk(2)
 
     def loss(self, prediction1: Tensor, prediction2: Tensor, target1: Tensor, target2: Tensor) -> Tensor:
-        similarity = F.cosine_similarity(prediction1, target2) + F.cosine_similarity(prediction2, target1)
+        similarity = F.cosine_similarity(prediction1.float(), target2.float())
+        similarity = similarity + F.cosine_similarity(prediction2.float(), target1.float())
         return (4 - 2 * similarity).mean()
 
     def after_step(self, *embeddings: Tensor) -> None:

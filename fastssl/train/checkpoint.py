@@ -16,11 +16,17 @@ def save(state: dict[str, Any], path: Path) -> None:
         OSError: if it cannot be written; `path` is then as it was.
     """
     partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        with open(partial, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException as error:
+        partial.unlink(missing_ok=True)
+        if isinstance(error, RuntimeError):  # what torch.save makes of a failed write
+            raise OSError(f"{path} cannot be written: {error.__context__ or error}") from None
+        raise
 
 
 def load(path: Path) -> dict[str, Any]:

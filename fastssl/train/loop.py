@@ -18,8 +18,9 @@ gets. A tensor of images is such, and torch.utils.data.TensorDataset(images, lab
 Beside that, the command line calls `load`, `training_data` and `evaluate`, which say what data a method learns from and
 what it is worth; for images they have defaults. Its options are the arguments of the method's constructor: each has a
 type annotation, float, int or bool, a default, and a line under "Args:". `total_steps` is no option, but the length of
-the run. `--impl naive` runs the whole step in the backend "reference" of `fastssl.use_backend`: a method calls the
-functions and modules of fastssl and nothing else for its losses, masks, moving averages and queues.
+the run. `--impl naive` runs the step, but not its views, in the backend "reference" of `fastssl.use_backend`: a method
+calls the functions and modules of fastssl and nothing else for its losses, moving averages and queues. Views, masks
+among them, and measurements are the same in both.
 """
 
 from __future__ import annotations
@@ -145,7 +146,10 @@ def fit(
     run = {
         "examples": len(data), "batch_size": batch_size, "steps": steps, "optimizer": optimizer, "clip": clip,
         "learning_rate": rates, "weight_decay": decays, "amp": amp, "chunk_size": chunk_size, "seed": seed,
-        "methods": {name: _options(method) for name, method in methods.items()},
+        "methods": {
+            name: {"class": type(method).__name__, "impl": method.impl, **method.options}
+            for name, method in methods.items()
+        },
     }  # fmt: skip
     path = None if checkpoint is None else Path(checkpoint)
     if path is not None:
@@ -280,12 +284,6 @@ def _write(writer: Any, name: str, step: int, done: Step) -> None:
             writer.add_scalar(f"{name}/{label}", value, step)
 
 
-def _options(method: Method) -> dict[str, Any]:
-    """What kind of method it is, and the numbers and names it was made with."""
-    numbers = {name: value for name, value in vars(method).items() if isinstance(value, (int, float, str))}
-    return {"class": type(method).__name__, **numbers}
-
-
 def _save(
     path: Path,
     run: dict[str, Any],
@@ -309,18 +307,21 @@ def _restore(
     optimizers: Mapping[str, torch.optim.Optimizer],
     history: dict[str, list[Step]],
 ) -> None:
-    """Put back what `_save` saved, all of it or nothing."""
+    """Put back what `_save` saved."""
     if path is None:
         raise ValueError("resume needs a checkpoint, got None")
     state = checkpoints.load(path)
     if not isinstance(state, dict) or state.keys() != {"run", "weights", "optimizers", "history"}:
         raise ValueError(f"{path} is no checkpoint of a training run")
     for name, value in run.items():
-        if state["run"][name] != value:
-            raise ValueError(f"{path} is of a run with {name} {state['run'][name]}, got {value}")
+        if (saved := state["run"].get(name)) != value:
+            raise ValueError(f"{path} is of a run with {name} {saved}, got {value}")
     for name, method in methods.items():
-        method.load_state_dict(state["weights"][name])
-        optimizers[name].load_state_dict(state["optimizers"][name])
+        try:
+            method.load_state_dict(state["weights"][name])
+            optimizers[name].load_state_dict(state["optimizers"][name])
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"{path} does not fit {name}: {' '.join(str(error).split())}") from None
         for step in state["history"][name]:
             history[name].append(Step(**{**step, "health": step["health"] and Health(**step["health"])}))
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -21,13 +22,15 @@ class Method(nn.Module):
 
     Attributes:
         encoder: what is trained for: inputs -> (B, features), or tokens (B, L, features), whose mean counts.
-        impl: what computes the losses, masks and moving averages: "fastssl", or "naive", eager PyTorch as papers write
-            it.
+        impl: what computes the losses and moving averages, "fastssl", or "naive", eager PyTorch as papers write it.
+            Views and measurements are the same.
+        options: what `fastssl.train.create` made it with. A checkpoint is of a method with the same.
         learning_rate, weight_decay: with which AdamW trains it well, unless others are asked for.
     """
 
     encoder: nn.Module
     impl = "fastssl"
+    options: Mapping[str, Any] = MappingProxyType({})
     learning_rate = 2e-3
     weight_decay = 1e-4
 

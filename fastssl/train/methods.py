@@ -39,7 +39,11 @@ METHODS: dict[str, type[Method]] = {
 
 def create(name: str, total_steps: int, **options: Any) -> Method:
     """The method of that name for a run of `total_steps`, which it is told if its constructor asks for them."""
-    method = METHODS[name]
-    if "total_steps" in inspect.signature(method).parameters:
+    constructor = inspect.signature(METHODS[name])
+    if "total_steps" in constructor.parameters:
         options["total_steps"] = total_steps
-    return method(**options)
+    arguments = constructor.bind(**options)
+    arguments.apply_defaults()
+    method = METHODS[name](**arguments.kwargs)
+    method.options = arguments.kwargs
+    return method

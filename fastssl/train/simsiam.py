@@ -30,5 +30,6 @@ class SimSiam(TwoViews):
         return *self.predictor(projections).chunk(2), *projections.detach().chunk(2)
 
     def loss(self, prediction1: Tensor, prediction2: Tensor, projection1: Tensor, projection2: Tensor) -> Tensor:
-        similarity = F.cosine_similarity(prediction1, projection2) + F.cosine_similarity(prediction2, projection1)
+        similarity = F.cosine_similarity(prediction1.float(), projection2.float())
+        similarity = similarity + F.cosine_similarity(prediction2.float(), projection1.float())
         return -similarity.mean() / 2
