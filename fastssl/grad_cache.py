@@ -18,6 +18,7 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
 
 Inputs = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 Encoder = Callable[..., Tensor | Sequence[Tensor]]
@@ -42,7 +43,8 @@ def grad_cache(
     - Dropout and augmentation: a chunk finds the same random state both times, of the default generators of the CPU
       and of CUDA.
     - Buffers are set back in between, so that a chunk updates them once. Batch normalisation takes its statistics
-      from the chunk, as in gradient accumulation, not from the batch: this differs from the above.
+      from the chunk, as in gradient accumulation, not from the batch: this differs from the above. Those of a module
+      that only a function calls, where they cannot be seen, are updated twice.
     - Autocast: both passes run as the surrounding block says, backward passes without it. Gradient scaling:
       `loss_fn=lambda *z: scaler.scale(clip_loss(*z))`.
     - DistributedDataParallel, as an encoder or inside one, reduces gradients once, with its last chunk; in a function,
@@ -103,7 +105,8 @@ class _Task:
         self.parallel = [module for module in self.modules if isinstance(module, DistributedDataParallel)]
 
     def copy_of_buffers(self) -> Buffers:
-        return [(module, name, b.clone()) for module in self.modules for name, b in module.named_buffers(recurse=False)]
+        named = ((module, name, b) for module in self.modules for name, b in module.named_buffers(recurse=False))
+        return [(module, name, b.clone()) for module, name, b in named if not is_lazy(b) and not _is_expanded(b)]
 
     def embed(self, x: Inputs) -> Sequence[Tensor]:
         encoder = self.encoder
@@ -215,6 +218,12 @@ def _set_buffers(buffers: Buffers) -> None:
     with torch.no_grad():
         for module, name, value in buffers:
             getattr(module, name).copy_(value)
+
+
+def _is_expanded(buffer: Tensor) -> bool:
+    """Whether elements share memory. Nothing can write to them in place, so they need not be set back."""
+    strided = buffer.layout == torch.strided
+    return strided and any(size > 1 and stride == 0 for size, stride in zip(buffer.shape, buffer.stride(), strict=True))
 
 
 def _type(value: object) -> str:

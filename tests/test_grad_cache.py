@@ -133,6 +133,17 @@ def test_buffers_of_encoders_without_a_second_pass(frozen):
         torch.testing.assert_close(gradients(ours), gradients(plain))
 
 
+def test_lazy_and_expanded_buffers():
+    ours, plain = (encoder(extra=lambda: nn.LazyBatchNorm1d(dtype=torch.float64)) for _ in range(2))
+    for module in (ours, plain):
+        module[0].register_buffer("scale", torch.ones(1).expand(3, 4))
+    loss = grad_cache(ours, samples(), torch.var, chunk_size=4)
+    expected = by_chunks(plain, samples(), 4).var()
+    expected.backward()
+    torch.testing.assert_close((loss, *gradients(ours)), (expected.detach(), *gradients(plain)))
+    assert all(torch.equal(*pair) for pair in zip(ours.buffers(), plain.buffers(), strict=True))
+
+
 def nt_xent_with_noise(z1: Tensor, z2: Tensor) -> Tensor:
     return nt_xent(z1 + torch.rand_like(z1), z2)
 

@@ -221,7 +221,6 @@ def test_bad_data_gives_one_line(monkeypatch, tmp_path):
     [
         (["moco_v2", "--momentum", "1.5"], "momentum must be from 0 to 1, got 1.5"),
         (["mae", "--mask-ratio", "2"], "mask_ratio must be from 0 to 1, got 2"),
-        (["simclr", "--batch-size", "2001"], r"batch_size .*\(2000\), got 2001"),
         (["simclr", "--checkpoint", "/dev/null/run.pt"], "'/dev/null'"),
         (["simclr", "--checkpoint", "nothing.pt", "--resume"], "No such file or directory: 'nothing.pt'"),
         (["vicreg", "--learning-rate", "1e30"], "vicreg: in step 1 the (loss|gradient) "),
@@ -233,6 +232,29 @@ def test_bad_values_give_one_line(monkeypatch, tmp_path, images, arguments, mess
     monkeypatch.setattr(Method, "evaluate", lambda self, dataset: {})
     code = command(monkeypatch, command_line.main, arguments[0], "--steps", 2, "--batch-size", 32, *arguments[1:])
     assert code.startswith("error: ") and "\n" not in code and re.search(message, code)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["mae", "--batch-size", "2001"], r"--batch-size must be at most .*\(2000\), got 2001"),
+        (["mae", "--pictures", "/dev/null/mae.png"], "'/dev/null'"),
+        (["mae", "--pictures", "."], "Is a directory"),
+    ],
+)
+def test_bad_values_are_found_before_anything_is_measured(monkeypatch, tmp_path, images, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data, "load", lambda directory: images)
+    monkeypatch.setattr(Method, "evaluate", lambda self, dataset: pytest.fail("measured"))
+    code = command(monkeypatch, command_line.main, *arguments)
+    assert code.startswith("error: ") and "\n" not in code and re.search(message, code)
+
+
+def test_progress_tells_the_method_its_loss_and_its_pace():
+    batch, output = torch.randint(256, (32, 28, 28), dtype=torch.uint8), io.StringIO()
+    console = Console(file=output, force_terminal=True, width=120)
+    fit({"barlow_twins": create("barlow_twins", 1)}, batch, batch_size=32, steps=1, console=console)
+    assert re.search(r"barlow_twins loss \d+\.\d{4} +[\d,]+ examples/s", output.getvalue())
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import sqlite3
 import tarfile
 import zipfile
@@ -102,7 +103,7 @@ def published(monkeypatch, tmp_path):
         }
         monkeypatch.setattr(module, constant, tiny)
     files = pairs.EMOJI | text.KING_JAMES
-    monkeypatch.setattr(packages, "_run", run)
+    monkeypatch.setattr(packages, "run", run)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     return commands
 
@@ -297,6 +298,21 @@ def test_colours_are_found(name, table):
     assert after["recall@10 of 48 texts"] > before["recall@10 of 48 texts"] + 0.2
     assert history[-1].loss < history[0].loss
     assert method.training
+
+
+def test_clip_learns_its_temperature_down_to_a_hundredth(table):
+    method, data = new("clip", temperature=0.01), pairs.load(table).train
+    lowest = []
+    method.register_forward_pre_hook(lambda *_: lowest.append(method.logit_scale.item()))
+    images, tokens = data[:8]
+    method.loss(*method(images / 255, tokens)).backward()
+    assert method.logit_scale.grad != 0  # where it starts, too
+    method.logit_scale.data += 1
+    fit({"clip": method}, data, batch_size=24, steps=3, console=QUIET)
+    assert lowest[1] == pytest.approx(math.log(100) + 1) and max(lowest[2:]) <= math.log(100) + 1e-6
+    assert method.logit_scale <= math.log(100) + 1e-6
+    with pytest.raises(ValueError, match=r"temperature must be at least 0.01, got 0.009"):
+        new("clip", temperature=0.009)
 
 
 def test_recall_of_known_vectors(table):

