@@ -1,6 +1,7 @@
 """The reference trainer: augmentation, the loop, what it measures, its twins on real images, the demo."""
 
 import copy
+import importlib
 import io
 import math
 import re
@@ -16,6 +17,7 @@ pytest.importorskip("sklearn")
 
 from rich.console import Console
 
+import fastssl.train
 import fastssl.train.__main__ as command_line
 from fastssl.train import DataError, Images, Method, augment, cli, create, data, fit, load, twins
 from fastssl.train.evaluate import accuracies
@@ -209,6 +211,12 @@ def test_bad_options_give_one_line(monkeypatch, capsys, arguments, message):
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1
     assert re.search(message, error)
+
+
+def test_missing_packages_are_named(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "rich" else "found")
+    with pytest.raises(ImportError, match=r'needs rich: in fastssl\'s folder, pip install "\.\[demo\]"'):
+        importlib.reload(fastssl.train)
 
 
 def test_bad_data_gives_one_line(monkeypatch, tmp_path):

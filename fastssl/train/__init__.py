@@ -8,7 +8,7 @@ python -m fastssl.train.demo
 from importlib.util import find_spec
 
 if missing := [name for name in ("PIL", "rich", "sklearn") if find_spec(name) is None]:
-    raise ImportError(f"fastssl.train needs {', '.join(missing)}: in its folder, pip install '.[demo]'")
+    raise ImportError(f'fastssl.train needs {", ".join(missing)}: in fastssl\'s folder, pip install ".[demo]"')
 
 from fastssl.train.data import DataError, Images, load
 from fastssl.train.loop import Step, fit
