@@ -418,3 +418,11 @@ def test_a_tiny_beta_is_that_of_l1(beta, kernels):
 def test_no_frames_make_no_tubelet():
     with pytest.raises(ValueError, match="tubelet_size must be"):
         PatchEmbed(32, 16, tubelet_size=0)
+
+
+@pytest.mark.parametrize("beta", [0.0, 1.0])
+def test_a_nan_in_features_is_one_in_its_gradient(beta, kernels):
+    pred = torch.tensor([[[1.0, float("nan"), -1.0]]], requires_grad=True)
+    loss = masked_feature_loss(pred, torch.zeros(1, 1, 3), torch.ones(1, 1), beta=beta)
+    (gradient,) = torch.autograd.grad(loss, pred)
+    assert loss.isnan() and gradient.isnan().tolist() == [[[False, True, False]]]

@@ -133,18 +133,23 @@ __device__ void sum_up(const Rows<T>& pred, const Target& target, int64_t b, uns
   const int64_t x_start = pred.prepare(b, l, 0);
   for (unsigned g = 0; g < target.groups; ++g) {
     const auto prepared = target.prepare(b, l, g);
-    for (unsigned e = g * target.group + threadIdx.x; e < (g + 1) * target.group; e += 32) {
-      const T x = pred.value(x_start, target.place(e)), y = target.value(prepared, e);
-      const T apart = magnitude(x - y);
-      if (loss == Loss::Cosine) {
-        sums[0] += x * x;
-        sums[1] += y * y;
-        sums[2] += x * y;
-      } else {
-        sums[0] += loss == Loss::MeanSquare ? apart * apart
-                   : apart < beta           ? apart * apart * (T(0.5) / beta)
-                                            : apart - T(0.5) * beta;
+    const unsigned end = (g + 1) * target.group;
+    for (unsigned e = g * target.group + threadIdx.x; e < end;) {  // sums of 32 terms, and of those
+      T terms[3] = {};
+      for (const unsigned stop = min(end - e, 1024u) + e; e < stop; e += 32) {
+        const T x = pred.value(x_start, target.place(e)), y = target.value(prepared, e);
+        const T apart = magnitude(x - y);
+        if (loss == Loss::Cosine) {
+          terms[0] += x * x;
+          terms[1] += y * y;
+          terms[2] += x * y;
+        } else {
+          terms[0] += loss == Loss::MeanSquare ? apart * apart
+                      : apart < beta           ? apart * apart * (T(0.5) / beta)
+                                               : apart - T(0.5) * beta;
+        }
       }
+      for (int i = 0; i < 3; ++i) sums[i] += terms[i];
     }
   }
   for (int i = 0; i < (loss == Loss::Cosine ? 3 : 1); ++i) sums[i] = warp_sum(sums[i]);

@@ -77,7 +77,8 @@ def _gradients(x: Tensor, y: Tensor, loss: str, beta: float) -> Tensor:
     if loss == "mse":
         return apart * (2 / x.shape[1])
     if loss == "smooth_l1":
-        return (apart / beta).clamp(-1, 1) / x.shape[1] if beta else apart.sign() / x.shape[1]
+        slope = (apart / beta).clamp(-1, 1) if beta else apart.sign().where(apart == apart, apart)  # keeps a NaN
+        return slope / x.shape[1]
     length = torch.linalg.vector_norm(x, dim=1, keepdim=True)
     unit_x, unit_y = x / length.clamp_min(_EPS), F.normalize(y, dim=1, eps=_EPS)
     along = (unit_x * unit_y).sum(1, keepdim=True) * (length >= _EPS)

@@ -27,6 +27,7 @@
 #include <sanitizer/common_interface_defs.h>
 #endif
 
+#define CUDART_VERSION 13000
 #define __global__
 #define __device__
 #define __host__
