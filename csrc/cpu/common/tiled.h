@@ -212,7 +212,7 @@ struct Side {
   int roles;
   Blocks left, right, right_pairs, left_columns, scratch;
   Tensor inverse_norm;
-  float largest_square = 0;  // max |z_i|^2, 1 where rows are normalised, NaN where one is
+  float largest_square = 0;  // max |z_i|^2, 1 where rows are normalised; with NaN rows any number: tiles carry NaN
 
   Side(const Tensor& x, int wanted, const Engine& engine, int threads, bool lazy = false)
       : Side(x, x.narrow(0, 0, 0), false, wanted, engine, threads, lazy) {}
@@ -247,7 +247,7 @@ struct Side {
       square[b] = lazy ? engine.tile.largest_square(rows, first(b), size(b), scratch.floats(slot(threads))) : prepare(b);
     });
     for (int64_t b = 0; b < cut.blocks; ++b)
-      largest_square = square[b] <= largest_square ? largest_square : square[b];  // keeps a NaN
+      largest_square = square[b] <= largest_square ? largest_square : square[b];
     if (!lazy) scratch.memory = Tensor();
   }
 
