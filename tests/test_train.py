@@ -126,6 +126,7 @@ def test_cutting_the_graph_at_the_embeddings_changes_no_update(images):
     torch.testing.assert_close(dict(method.named_parameters()), dict(plain.named_parameters()))
     assert all(parameter.grad is None for parameter in method.parameters())
     assert 0 < step.loss_seconds < step.seconds and step.peak_bytes is None
+    assert 0 < step.after_seconds < step.seconds - step.loss_seconds
 
 
 def test_fit_rejects_what_cannot_be_trained(images):

@@ -62,6 +62,7 @@ class Step:
         seconds: forward, backward and update, without loading and augmentation.
         loss_seconds: the loss's share: its forward and backward, from the embeddings to their gradients. None, as is
             loss_peak_bytes, in a run by chunks.
+        after_seconds: the share of `after_step`, which moves the teacher and fills the queue.
         peak_bytes, loss_peak_bytes: resident memory (see `Meter`) that the step and its loss added at their
             highest; None except in every 25th step, whose times therefore should not be compared.
         health: of the embeddings, as `loss` gets them; None except about ten times in a run, and in its last step.
@@ -70,6 +71,7 @@ class Step:
     loss: float
     seconds: float
     loss_seconds: float | None
+    after_seconds: float
     peak_bytes: int | None
     loss_peak_bytes: int | None
     health: Health | None = None
@@ -211,14 +213,15 @@ def _train_step(
             _check_and_clip(method, clip)
             optimizer.step()
             optimizer.zero_grad()
-            method.after_step(*(z.detach() for z in embeddings))
+            with Meter() as after:
+                method.after_step(*(z.detach() for z in embeddings))
     meters.append(update)
     peak = max(m.peak for m in meters) - meters[0].before if update.peak is not None else None
     found = health([z.detach() for z in method.monitored(*embeddings)]) if report else None
     seconds, loss_seconds, loss_peak = sum(m.seconds for m in meters), None, None
     if objective is not None:
         loss_seconds, loss_peak = objective.seconds, objective.extra
-    return Step(loss, seconds, loss_seconds, peak, loss_peak, found)
+    return Step(loss, seconds, loss_seconds, after.seconds, peak, loss_peak, found)
 
 
 Differentiated = tuple[Sequence[Tensor], float, list[Meter], Meter | None]
