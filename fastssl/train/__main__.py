@@ -10,8 +10,9 @@ import torch
 from rich.console import Console
 
 from fastssl.train import METHODS, create, fit
+from fastssl.train.checkpoint import load_encoder
 from fastssl.train.cli import Parser, RunParser, not_negative_float, positive_float, positive_int, run
-from fastssl.train.method import IMPLEMENTATIONS
+from fastssl.train.method import GIVEN, IMPLEMENTATIONS
 from fastssl.train.optimizers import OPTIMIZERS
 
 
@@ -45,6 +46,13 @@ def _parser() -> Parser:
             type=not_negative_float,
             help=f"of weights that are matrices (default: {method.weight_decay}, with LARS 1e-6)",
         )
+        command.add_argument(
+            "--layer-decay",
+            type=positive_float,
+            default=1.0,
+            metavar="SHARE",
+            help="learning rate of each of the encoder's stages, as a share of the next one's (default: %(default)s)",
+        )
         command.add_argument("--clip", type=positive_float, metavar="NORM", help="cut gradients longer than that")
         command.add_argument("--amp", action="store_true", help="forward pass and loss under autocast to bfloat16")
         command.add_argument(
@@ -52,6 +60,9 @@ def _parser() -> Parser:
             type=positive_int,
             metavar="N",
             help="embed the batch N examples at a time, twice, and keep the activations of no more",
+        )
+        command.add_argument(
+            "--from", dest="encoder", type=Path, metavar="FILE", help="begin with the encoder of that checkpoint"
         )
         command.add_argument("--compile", action="store_true", help="torch.compile the encoder")
         command.add_argument(
@@ -99,10 +110,12 @@ def main() -> None:
         pictures.open("ab").close()
     steps = args.steps or args.epochs * max(1, len(data) // args.batch_size)
     torch.manual_seed(args.seed)
-    options = inspect.signature(kind).parameters.keys() - {"total_steps"}
-    method = create(args.method, steps, **{name: getattr(args, name) for name in options})
+    options = inspect.signature(kind).parameters.keys() - GIVEN
+    method = create(args.method, steps, dataset, **{name: getattr(args, name) for name in options})
     method.impl = args.impl
     untrained = method.evaluate(dataset)
+    if args.encoder is not None:
+        load_encoder(method.encoder, args.encoder)
     if args.compile:
         method.encoder.compile()
     history = fit(
@@ -113,6 +126,7 @@ def main() -> None:
         optimizer=args.optimizer,
         learning_rate=args.learning_rate,
         weight_decay=args.weight_decay,
+        layer_decay=args.layer_decay,
         clip=args.clip,
         amp=args.amp,
         chunk_size=args.chunk_size,

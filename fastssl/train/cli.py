@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from fastssl.train.data import DataError
+from fastssl.train.method import GIVEN
 
 
 class Parser(argparse.ArgumentParser):
@@ -41,9 +42,9 @@ class RunParser(Parser):
         )
 
     def add_arguments_of(self, constructor: type) -> None:
-        """An option for each argument of a class, but total_steps; its help is in the docstring of the class."""
+        """An option for each argument of a class, but those GIVEN; its help is in the docstring of the class."""
         for argument in inspect.signature(constructor, eval_str=True).parameters.values():
-            if argument.name == "total_steps":
+            if argument.name in GIVEN:
                 continue
             lines = re.search(rf"^ +{argument.name}: (.*(?:\n {{12}}.*)*)", constructor.__doc__, re.MULTILINE)[1]
             kinds = {

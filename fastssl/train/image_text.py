@@ -27,7 +27,7 @@ class ImageText(Method):
 
     def __init__(self, temperature: float, features: int = 128) -> None:
         super().__init__()
-        self.encoder, self.text_encoder = Encoder(colours=3), BagOfWords(VOCABULARY)
+        self.encoder, self.text_encoder = Encoder(), BagOfWords(VOCABULARY)
         self.image_projection = nn.Linear(self.encoder.features, features, bias=False)
         self.text_projection = nn.Linear(self.text_encoder.features, features, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(1 / temperature).log())

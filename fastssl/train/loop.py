@@ -18,9 +18,9 @@ gets. A tensor of images is such, and torch.utils.data.TensorDataset(images, lab
 Beside that, the command line calls `load`, `training_data` and `evaluate`, which say what data a method learns from and
 what it is worth; for images they have defaults. Its options are the arguments of the method's constructor: each has a
 type annotation, float, int or bool, a default, and a line under "Args:". `total_steps` is no option, but the length of
-the run. `--impl naive` runs the step, but not its views, in the backend "reference" of `fastssl.use_backend`: a method
-calls the functions and modules of fastssl and nothing else for its losses, moving averages and queues. Views, masks
-among them, and measurements are the same in both.
+the run; nor are `size`, `colours` and `classes`, which are those of the images. `--impl naive` runs the step, but not
+its views, in the backend "reference" of `fastssl.use_backend`: a method calls the functions and modules of fastssl and
+nothing else for its losses, moving averages and queues. Views, masks among them, and measurements are the same in both.
 """
 
 from __future__ import annotations
@@ -86,6 +86,7 @@ def fit(
     optimizer: str = "adamw",
     learning_rate: float | None = None,
     weight_decay: float | None = None,
+    layer_decay: float = 1.0,
     clip: float | None = None,
     amp: bool = False,
     chunk_size: int | None = None,
@@ -112,6 +113,7 @@ def fit(
         optimizer: "adamw" or "lars".
         learning_rate: the schedule's highest; None: each method's own, with LARS 0.3 batch_size / 256.
         weight_decay: of weights that are matrices; None: each method's own, with LARS 1e-6.
+        layer_decay: the learning rate of each of the encoder's stages, as a share of the next one's, for fine-tuning.
         clip: the norm to which longer gradients are cut, that of all parameters together; None: they are not.
         amp: forward pass and loss under autocast to bfloat16.
         chunk_size: examples whose activations are in memory at a time, see `fastssl.grad_cache`; None: all the batch's.
@@ -143,11 +145,15 @@ def fit(
         rate, decay = defaults(optimizer, method, batch_size)
         rates[name] = rate if learning_rate is None else learning_rate
         decays[name] = decay if weight_decay is None else weight_decay
-    optimizers = {name: make_optimizer(optimizer, m, rates[name], decays[name]) for name, m in methods.items()}
+    optimizers = {
+        name: make_optimizer(optimizer, method, rates[name], decays[name], layer_decay)
+        for name, method in methods.items()
+    }
     history: dict[str, list[Step]] = {name: [] for name in methods}
     run = {
         "examples": len(data), "batch_size": batch_size, "steps": steps, "optimizer": optimizer, "clip": clip,
-        "learning_rate": rates, "weight_decay": decays, "amp": amp, "chunk_size": chunk_size, "seed": seed,
+        "learning_rate": rates, "weight_decay": decays, "layer_decay": layer_decay, "amp": amp,
+        "chunk_size": chunk_size, "seed": seed,
         "methods": {
             name: {"class": type(method).__name__, "impl": method.impl, **method.options}
             for name, method in methods.items()
@@ -170,7 +176,7 @@ def fit(
             for name in sorted(methods, reverse=bool(step % 2)):
                 method = methods[name]
                 for group in optimizers[name].param_groups:
-                    group["lr"] = rates[name] * _schedule(step, steps)
+                    group["lr"] = group["scale"] * rates[name] * _schedule(step, steps)
                 torch.manual_seed(_seed(seed, "dropout", step))
                 memory = step % _MEMORY_EVERY == 1  # not in step 0, which also pays for the optimiser's state
                 report = step % report_every == 0 or step == steps - 1

@@ -21,21 +21,24 @@ class MAE(Method):
     Args:
         mask_ratio: the share of patches that is hidden.
         norm_pix_loss: whether the pixels to paint are those of each patch less its mean, by its deviation.
+        size, colours: of the images.
     """
 
     learning_rate = 1e-3
     weight_decay = 0.05
     patch_size = 4
 
-    def __init__(self, *, mask_ratio: float = 0.75, norm_pix_loss: bool = True) -> None:
+    def __init__(
+        self, *, mask_ratio: float = 0.75, norm_pix_loss: bool = True, size: int = 28, colours: int = 1
+    ) -> None:
         super().__init__()
         self.mask_ratio, self.norm_pix_loss = mask_ratio, norm_pix_loss
-        side, features = 28 // self.patch_size, 48
-        self.encoder = ViT(28, self.patch_size)
+        side, features = size // self.patch_size, 48
+        self.encoder = ViT(size, self.patch_size, colours)
         self.to_decoder = nn.Linear(self.encoder.features, features)
         self.mask_token = nn.Parameter(0.02 * torch.randn(features))
         self.register_buffer("pos_embed", position_embedding(side, features), persistent=False)
-        self.decoder = nn.Sequential(layers(1, features, heads=4), nn.Linear(features, self.patch_size**2))
+        self.decoder = nn.Sequential(layers(1, features, heads=4), nn.Linear(features, colours * self.patch_size**2))
 
     def views(self, batch: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
         """(B, H, W) uint8 images -> cropped and mirrored images; which patches stay, all patches' places, and mask."""

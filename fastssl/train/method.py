@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fastssl.train import data, evaluate
 
 IMPLEMENTATIONS = {"fastssl": "auto", "naive": "reference"}  # name -> the backend of fastssl.use_backend
+GIVEN = {"total_steps", "size", "colours", "classes"}  # a constructor's arguments that the run and the images decide
 
 
 class Method(nn.Module):
@@ -21,7 +22,8 @@ class Method(nn.Module):
     A subclass sets `encoder` and has `views`, `forward` and `loss`; what else it may replace has a default here.
 
     Attributes:
-        encoder: what is trained for: inputs -> (B, features), or tokens (B, L, features), whose mean counts.
+        encoder: what is trained for: inputs -> (B, features), or tokens (B, L, features), whose mean counts. If it has
+            `stages()`, its parts from input to output, each may have a learning rate of its own (`layer_decay`).
         impl: what computes the losses and moving averages, "fastssl", or "naive", eager PyTorch as papers write it.
             Views and measurements are the same.
         options: what `fastssl.train.create` made it with. A checkpoint is of a method with the same.

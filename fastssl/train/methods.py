@@ -18,6 +18,7 @@ from fastssl.train.simclr import SimCLR
 from fastssl.train.simcse import SimCSE
 from fastssl.train.simsiam import SimSiam
 from fastssl.train.sup_con import SupCon
+from fastssl.train.supervised import Supervised
 from fastssl.train.vicreg import VICReg
 
 METHODS: dict[str, type[Method]] = {
@@ -33,16 +34,19 @@ METHODS: dict[str, type[Method]] = {
     "simcse": SimCSE,
     "simsiam": SimSiam,
     "sup_con": SupCon,
+    "supervised": Supervised,
     "vicreg": VICReg,
 }
 
 
-def create(name: str, total_steps: int, **options: Any) -> Method:
-    """The method of that name for a run of `total_steps`, which it is told if its constructor asks for them."""
+def create(name: str, total_steps: int, dataset: Any = None, **options: Any) -> Method:
+    """The method of that name for a run of `total_steps` on `dataset`, of which it is told what its constructor asks.
+
+    Without a data set it is for images such as Fashion-MNIST's.
+    """
+    given = {"total_steps": total_steps, **getattr(dataset, "facts", {})}
     constructor = inspect.signature(METHODS[name])
-    if "total_steps" in constructor.parameters:
-        options["total_steps"] = total_steps
-    arguments = constructor.bind(**options)
+    arguments = constructor.bind(**options, **{k: v for k, v in given.items() if k in constructor.parameters})
     arguments.apply_defaults()
     method = METHODS[name](**arguments.kwargs)
     method.options = arguments.kwargs

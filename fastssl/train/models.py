@@ -6,16 +6,23 @@ from torch import Tensor, nn
 
 
 class Encoder(nn.Sequential):
-    """Four strided convolutions and average pooling: (B, `colours`, 28, 28) images -> (B, `features`)."""
+    """Four strided convolutions and average pooling: (B, 3, H, W) images, or grey (B, 1, H, W) -> (B, `features`)."""
 
-    def __init__(self, features: int = 256, colours: int = 1) -> None:
-        channels = (colours, 32, 64, 128, features)
+    def __init__(self, features: int = 256) -> None:
+        channels = (3, 32, 64, 128, features)
         layers = []
         for inputs, outputs in zip(channels[:-1], channels[1:], strict=True):
             layers += [nn.Conv2d(inputs, outputs, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(outputs)]
             layers += [nn.ReLU(inplace=True)]
         super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.features = features
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images.expand(-1, 3, -1, -1))
+
+    def stages(self) -> list[nn.Module]:
+        """What holds its weights, from input to output: a convolution and what follows it."""
+        return [nn.Sequential(*list(self)[place : place + 3]) for place in (0, 3, 6, 9)]
 
 
 class BagOfWords(nn.Module):

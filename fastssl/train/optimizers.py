@@ -15,20 +15,41 @@ def defaults(name: str, method: Method, batch_size: int) -> tuple[float, float]:
     return (0.3 * batch_size / 256, 1e-6) if name == "lars" else (method.learning_rate, method.weight_decay)
 
 
-def make_optimizer(name: str, module: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
+def make_optimizer(
+    name: str, module: nn.Module, learning_rate: float, weight_decay: float, layer_decay: float = 1.0
+) -> torch.optim.Optimizer:
     """The optimiser `name` of all of the module's parameters that require gradients.
 
+    Args:
+        name: of OPTIMIZERS.
+        module: with layer_decay a method whose encoder has `stages()`.
+        learning_rate: its highest.
+        weight_decay: of matrices.
+        layer_decay: stage l of the encoder's n, from 0, has the share layer_decay^(n - l) of the learning rate, and all
+            else has 1 (BEiT, arXiv:2106.08254): the group's "scale", by which who sets its "lr" multiplies.
+
     Raises:
-        ValueError: if the name is unknown.
+        ValueError: if the name is unknown, layer_decay is not in (0, 1], or there are no stages to tell apart.
     """
     if name not in OPTIMIZERS:
         raise ValueError(f"optimizer must be one of {', '.join(map(repr, OPTIMIZERS))}, got {name!r}")
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
-    ]
-    return {"adamw": torch.optim.AdamW, "lars": LARS}[name](groups, learning_rate)
+    if not 0 < layer_decay <= 1:
+        raise ValueError(f"layer_decay must be above 0 and at most 1, got {layer_decay}")
+    if layer_decay != 1 and not hasattr(module.encoder, "stages"):
+        raise ValueError(f"layer_decay must be 1 with an encoder that has no stages(), got {layer_decay}")
+    stages = module.encoder.stages() if layer_decay != 1 else []
+    scales = {p: layer_decay ** (len(stages) - place) for place, stage in enumerate(stages) for p in stage.parameters()}
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for p in module.parameters():
+        if p.requires_grad:
+            groups.setdefault((scales.get(p, 1.0), weight_decay if p.dim() > 1 else 0.0), []).append(p)
+    return {"adamw": torch.optim.AdamW, "lars": LARS}[name](
+        [
+            {"params": params, "weight_decay": decay, "scale": scale, "lr": scale * learning_rate}
+            for (scale, decay), params in groups.items()
+        ],
+        learning_rate,
+    )
 
 
 class LARS(torch.optim.Optimizer):

@@ -9,21 +9,22 @@ from fastssl.nn import PatchEmbed
 
 
 class ViT(nn.Module):
-    """(B, 1, size, size) images -> (B, L, features) tokens, one for each patch. There is no class token.
+    """(B, colours, size, size) images -> (B, L, features) tokens, one for each patch. There is no class token.
 
     Args:
         size: of the images.
         patch_size: of the patches.
+        colours: 1 where they are grey, or 3.
         features: of a token.
         depth: number of layers.
         heads: of their attention.
     """
 
     def __init__(
-        self, size: int = 28, patch_size: int = 4, features: int = 128, depth: int = 4, heads: int = 4
+        self, size: int, patch_size: int, colours: int, features: int = 128, depth: int = 4, heads: int = 4
     ) -> None:
         super().__init__()
-        self.patch_embed = PatchEmbed(size, patch_size, 1, features)
+        self.patch_embed = PatchEmbed(size, patch_size, colours, features)
         self.register_buffer("pos_embed", position_embedding(size // patch_size, features), persistent=False)
         self.layers = layers(depth, features, heads)
         self.features = features
@@ -32,6 +33,10 @@ class ViT(nn.Module):
         """With ids_keep (B, L_keep), only those patches, in that order: (B, L_keep, features)."""
         places = self.pos_embed if ids_keep is None else self.pos_embed[ids_keep]
         return self.layers(self.patch_embed(images, ids_keep) + places)
+
+    def stages(self) -> list[nn.Module]:
+        """What holds its weights, from input to output, but for the last normalisation, which is the head's."""
+        return [self.patch_embed, *self.layers[:-1]]
 
 
 def layers(depth: int, features: int, heads: int) -> nn.Sequential:

@@ -1,0 +1,58 @@
+"""Supervised learning: the classifier of labelled images that methods without labels are measured by."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from fastssl.train.augment import random_view
+from fastssl.train.data import Images
+from fastssl.train.evaluate import features, pooled
+from fastssl.train.mae import MAE
+from fastssl.train.method import Method
+from fastssl.train.models import Encoder
+from fastssl.train.vit import ViT
+
+
+class Supervised(Method):
+    """A linear layer on the encoder's features tells the class of an image. With `--from`, fine-tuning.
+
+    Args:
+        vit: whether the encoder is MAE's Vision Transformer.
+        size, colours, classes: of the images.
+    """
+
+    def __init__(self, *, vit: bool = False, size: int = 28, colours: int = 1, classes: int = 10) -> None:
+        super().__init__()
+        if vit:
+            self.encoder = ViT(size, MAE.patch_size, colours)
+            self.learning_rate, self.weight_decay = MAE.learning_rate, MAE.weight_decay
+        else:
+            self.encoder = Encoder()
+        self.head = nn.Linear(self.encoder.features, classes)
+
+    @staticmethod
+    def training_data(dataset: Images) -> TensorDataset:
+        return TensorDataset(dataset.train, dataset.train_labels)
+
+    @staticmethod
+    def views(batch: tuple[Tensor, Tensor], generator: torch.Generator) -> tuple[Tensor, ...]:
+        images, labels = batch
+        return random_view(images, generator), labels
+
+    def forward(self, view: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        return self.head(pooled(self.encoder(view))), labels
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits, labels)
+
+    @torch.no_grad()
+    def evaluate(self, dataset: Images) -> dict[str, float]:
+        """Beside what its features are worth to others, the share of test images whose class it tells itself."""
+        classes = self.head(features(self.encoder, dataset.test)).argmax(1)
+        return {**super().evaluate(dataset), "accuracy": (classes == dataset.test_labels).float().mean().item()}
+
+    def monitored(self, logits: Tensor, labels: Tensor) -> tuple[Tensor]:
+        return (logits,)
