@@ -62,6 +62,9 @@ def _parser() -> Parser:
             help="embed the batch N examples at a time, twice, and keep the activations of no more",
         )
         command.add_argument(
+            "--backbone", metavar="NAME", help="a model of timm as image encoder (default: a small one)"
+        )
+        command.add_argument(
             "--from", dest="encoder", type=Path, metavar="FILE", help="begin with the encoder of that checkpoint"
         )
         command.add_argument("--compile", action="store_true", help="torch.compile the encoder")
@@ -111,7 +114,7 @@ def main() -> None:
     steps = args.steps or args.epochs * max(1, len(data) // args.batch_size)
     torch.manual_seed(args.seed)
     options = inspect.signature(kind).parameters.keys() - GIVEN
-    method = create(args.method, steps, dataset, **{name: getattr(args, name) for name in options})
+    method = create(args.method, steps, dataset, backbone=args.backbone, **{k: getattr(args, k) for k in options})
     method.impl = args.impl
     untrained = method.evaluate(dataset)
     if args.encoder is not None:

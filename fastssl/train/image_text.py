@@ -12,7 +12,7 @@ from fastssl.functional import topk_similarity
 from fastssl.train import pairs
 from fastssl.train.augment import color_jitter, random_resized_crop_flip
 from fastssl.train.method import Method
-from fastssl.train.models import BagOfWords, Encoder
+from fastssl.train.models import BagOfWords, image_encoder
 from fastssl.train.pairs import Pairs
 from fastssl.train.text import VOCABULARY
 
@@ -27,7 +27,7 @@ class ImageText(Method):
 
     def __init__(self, temperature: float, features: int = 128) -> None:
         super().__init__()
-        self.encoder, self.text_encoder = Encoder(), BagOfWords(VOCABULARY)
+        self.encoder, self.text_encoder = image_encoder(), BagOfWords(VOCABULARY)
         self.image_projection = nn.Linear(self.encoder.features, features, bias=False)
         self.text_projection = nn.Linear(self.text_encoder.features, features, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(1 / temperature).log())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from fastssl.train import models
 from fastssl.train.barlow_twins import BarlowTwins
 from fastssl.train.byol import BYOL
 from fastssl.train.clip import CLIP
@@ -39,15 +40,16 @@ METHODS: dict[str, type[Method]] = {
 }
 
 
-def create(name: str, total_steps: int, dataset: Any = None, **options: Any) -> Method:
+def create(name: str, total_steps: int, dataset: Any = None, *, backbone: str | None = None, **options: Any) -> Method:
     """The method of that name for a run of `total_steps` on `dataset`, of which it is told what its constructor asks.
 
-    Without a data set it is for images such as Fashion-MNIST's.
+    Without a data set it is for images such as Fashion-MNIST's. `backbone` names a model of timm as image encoder.
     """
     given = {"total_steps": total_steps, **getattr(dataset, "facts", {})}
     constructor = inspect.signature(METHODS[name])
     arguments = constructor.bind(**options, **{k: v for k, v in given.items() if k in constructor.parameters})
     arguments.apply_defaults()
-    method = METHODS[name](**arguments.kwargs)
-    method.options = arguments.kwargs
+    with models.backbone(backbone, given.get("size", 28)):
+        method = METHODS[name](**arguments.kwargs)
+    method.options = arguments.kwargs if backbone is None else {**arguments.kwargs, "backbone": backbone}
     return method

@@ -1,8 +1,70 @@
-"""Small networks that a CPU can train in minutes."""
+"""Small networks that a CPU can train in minutes, and timm's."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+
 from torch import Tensor, nn
+
+_backbone: ContextVar[list[nn.Module] | None] = ContextVar("backbone", default=None)
+
+
+@contextlib.contextmanager
+def backbone(name: str | None, size: int) -> Iterator[None]:
+    """A method that is made in this block has timm's model of that name where it asks for an `image_encoder`.
+
+    Args:
+        name: None: `Encoder`.
+        size: of the images.
+
+    Raises:
+        ValueError: if timm is not installed or has no such model, or if nothing in the block asked for it.
+    """
+    if name is None:
+        yield
+        return
+    models = [Timm(name, size)]
+    token = _backbone.set(models)
+    try:
+        yield
+    finally:
+        _backbone.reset(token)
+    if models:
+        raise ValueError(f"backbone must be None for a method that has an encoder of its own, got {name!r}")
+
+
+def image_encoder() -> nn.Module:
+    """The encoder that `backbone` chose, by default an `Encoder`; its width is `features`."""
+    models = _backbone.get()
+    return models.pop() if models else Encoder()
+
+
+class Timm(nn.Module):
+    """A model of timm without its classifier: (B, 3, H, W) images, or grey (B, 1, H, W) -> (B, `features`).
+
+    Args:
+        name: as `timm.list_models()` has it.
+        size: of the images, for those that must know.
+    """
+
+    def __init__(self, name: str, size: int) -> None:
+        super().__init__()
+        try:
+            import timm
+        except (ImportError, RuntimeError) as error:
+            raise ValueError(f"backbone needs timm (pip install timm), which cannot be imported: {error}") from None
+        if not timm.is_model(name):
+            raise ValueError(f"backbone must be the name of a model of timm, got {name!r}")
+        try:
+            self.model = timm.create_model(name, num_classes=0, img_size=size)
+        except TypeError:  # convolutions take any size
+            self.model = timm.create_model(name, num_classes=0)
+        self.features = getattr(self.model, "head_hidden_size", self.model.num_features)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(images.expand(-1, 3, -1, -1))
 
 
 class Encoder(nn.Sequential):

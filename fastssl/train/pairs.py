@@ -63,6 +63,11 @@ class Pairs(NamedTuple):
     train: TensorDataset
     test: TensorDataset
 
+    @property
+    def facts(self) -> dict[str, int]:
+        """What a constructor may have to know."""
+        return {"size": SIZE, "colours": 3}
+
 
 def load(source: str | os.PathLike[str] | None = None) -> Pairs:
     """3,786 emoji with names and keywords, or the images of a table. A fifth of the concepts are for testing.

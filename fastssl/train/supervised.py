@@ -12,7 +12,7 @@ from fastssl.train.data import Images
 from fastssl.train.evaluate import features, pooled
 from fastssl.train.mae import MAE
 from fastssl.train.method import Method
-from fastssl.train.models import Encoder
+from fastssl.train.models import image_encoder
 from fastssl.train.vit import ViT
 
 
@@ -30,7 +30,7 @@ class Supervised(Method):
             self.encoder = ViT(size, MAE.patch_size, colours)
             self.learning_rate, self.weight_decay = MAE.learning_rate, MAE.weight_decay
         else:
-            self.encoder = Encoder()
+            self.encoder = image_encoder()
         self.head = nn.Linear(self.encoder.features, classes)
 
     @staticmethod

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from fastssl.train.augment import random_view
 from fastssl.train.method import Method
-from fastssl.train.models import Encoder, mlp
+from fastssl.train.models import image_encoder, mlp
 
 
 class TwoViews(Method):
@@ -20,7 +20,7 @@ class TwoViews(Method):
 
     def __init__(self, *widths: int, last_norm: bool = False) -> None:
         super().__init__()
-        self.encoder = Encoder()
+        self.encoder = image_encoder()
         self.projector = mlp(self.encoder.features, *widths, last_norm=last_norm)
 
     @property
