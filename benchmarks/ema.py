@@ -1,15 +1,21 @@
-"""Moving averages of a model's parameters."""
+"""Moving averages of a model's parameters, alone and after AdamW's step."""
 
 from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from registry import Benchmark, Inputs, Size, in_place
 from torch import Tensor
+from torch.optim.adamw import adamw
+
+from fastssl.functional import ema_update_
 
 MOMENTUM = 0.996  # BYOL's, before training
+ADAMW = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.05}
 
 
 @torch.no_grad()
@@ -80,4 +86,42 @@ _update(
     inputs=lambda size, dtype: _tensors([size[1:]] * size[0], dtype),
     traffic=lambda size, itemsize: _traffic(math.prod(size), itemsize),
     needs=lambda size, itemsize: _needs(math.prod(size), itemsize),
+)
+
+
+@torch.no_grad()
+def _step_and(update: Callable[..., None], *lists: list[Tensor], momentum: float, **options: Any) -> None:
+    """PyTorch's AdamW, then a moving average."""
+    *states, ema_params, steps = lists
+    beta1, beta2 = options.pop("betas")
+    adamw(*states, [], steps, beta1=beta1, beta2=beta2, amsgrad=False, maximize=False, **options)
+    update(ema_params, states[0], momentum)
+
+
+def _training(shapes: list[tuple[int, ...]]) -> Inputs:
+    """params, grads, exp_avgs, exp_avg_sqs, ema_params, steps, after the first step."""
+    generator = torch.Generator().manual_seed(0)
+    lists = [[torch.randn(*shape, generator=generator) for shape in shapes] for _ in range(5)]
+    for x in lists[3]:
+        x.square_()
+    return *lists, [torch.tensor(1.0) for _ in shapes]
+
+
+Benchmark(
+    "adamw_ema_step_",
+    sizes=((12, 768),),
+    memory_sizes=(),
+    inputs=lambda size, dtype: _training(vit_shapes(*size)),
+    traffic=lambda size, itemsize: 36 * _vit_elements(size),  # only gradients are not written
+    needs=lambda size, itemsize: {"naive": 0, "fused": 0, "foreach": 8 * _vit_elements(size)},
+    arguments={**ADAMW, "momentum": MOMENTUM},
+    naive=functools.partial(_step_and, _loop, foreach=False),
+    peers={
+        "fused": lambda: functools.partial(_step_and, ema_update_, fused=True, **ADAMW, momentum=MOMENTUM),
+        "foreach": lambda: functools.partial(_step_and, _foreach, foreach=True, **ADAMW, momentum=MOMENTUM),
+    },
+    step=in_place,
+    timed="one step and update",
+    settle=lambda inputs, outputs: (*outputs, *inputs[4]),  # the teacher, too
+    modes=("float32",),
 )

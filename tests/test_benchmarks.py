@@ -41,7 +41,7 @@ def test_every_operation_has_a_benchmark():
 
 def test_names_choose_benchmarks():
     both = {"ema_update_", "ema_of_small_tensors"}
-    assert set(registry.load(["ema"])) == set(registry.load(["ema_update_"])) == both
+    assert set(registry.load(["ema"])) - {"adamw_ema_step_"} == set(registry.load(["ema_update_"])) == both
     assert set(registry.load(["ema_of_small_tensors", "siglip_loss"])) == {"ema_of_small_tensors", "siglip_loss"}
     assert registry.load()["random_masking"].family == "masking"
 

@@ -1,4 +1,4 @@
-"""Exponential moving averages: `ema_update_` with every kernel, and the module EMA."""
+"""Exponential moving averages: `ema_update_` and `adamw_ema_step_` with every kernel, the module EMA, and AdamW."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ import math
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 import fastssl
-from fastssl.functional import ema_update_
+from fastssl.functional import adamw_ema_step_, ema_update_
 from fastssl.nn import EMA
+from fastssl.optim import AdamW
 from fastssl.reference import ema as reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -260,3 +262,328 @@ def test_bad_teachers():
     with pytest.raises(ValueError, match=r"buffers .*same shape, got \(\) and \(2,\)"):
         teacher.update(student)
     torch.testing.assert_close(teacher.state_dict(), before)
+
+
+STATES = ("params", "grads", "exp_avgs", "exp_avg_sqs", "ema_params", "steps")
+NUMBERS = {"lr": 0.02, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1, "momentum": 0.9}
+
+
+def _parameters(dtype: torch.dtype = torch.float32, ema: torch.dtype = torch.float32) -> dict[str, list[Tensor]]:
+    """What AdamW holds in the middle of training."""
+    states = dict(zip(STATES, (_tensors(dtype, seed) for seed in range(5)), strict=False))
+    states["exp_avg_sqs"] = [x.square_() for x in states["exp_avg_sqs"]]
+    states["ema_params"] = _tensors(ema, 4)
+    return {**states, "steps": [torch.tensor(float(i % 4)) for i in range(len(states["params"]))]}
+
+
+def _small(*names: str) -> dict[str, list[Tensor]]:
+    return {name: [torch.zeros(()) if name == "steps" else torch.ones(2)] for name in names or STATES}
+
+
+def _copy(states: dict[str, list[Tensor]], dtype: torch.dtype) -> dict[str, list[Tensor]]:
+    return {name: [x.to(x.dtype if name == "steps" else dtype, copy=True) for x in xs] for name, xs in states.items()}
+
+
+def _separately(states: dict[str, list[Tensor]], betas: tuple[float, float], momentum: float, **numbers) -> None:
+    """PyTorch's own step, then the moving average."""
+    params, grads, exp_avgs, exp_avg_sqs, ema_params, steps = states.values()
+    beta1, beta2 = betas
+    numbers |= {"beta1": beta1, "beta2": beta2, "amsgrad": False, "maximize": False}
+    adamw(params, grads, exp_avgs, exp_avg_sqs, [], steps, foreach=False, **numbers)
+    reference.ema_update_(ema_params, params, momentum)
+
+
+@pytest.mark.parametrize("betas", [(0.9, 0.99), (0.3, 0.95), (0.0, 0.0)])
+@pytest.mark.parametrize("ema", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_step_is_as_accurate_as_adamw(dtype, ema, betas, kernels):
+    """Parameters that have taken more or fewer steps before, with gradients laid out otherwise."""
+    states, numbers = _parameters(dtype, ema), NUMBERS | {"betas": betas}
+    states["grads"][-1] = states["grads"][-1].repeat_interleave(2)[::2]
+    states["grads"][-4] = states["grads"][-4].contiguous()
+    truth, eager = (_copy(states, d) for d in (torch.float64, torch.promote_types(dtype, ema)))
+    eager = {
+        name: [x.to(dtype) if name not in ("ema_params", "steps") else x for x in xs] for name, xs in eager.items()
+    }
+    adamw_ema_step_(**states, **numbers)
+    _separately(truth, **numbers)
+    _separately(eager, **numbers)
+    assert states["steps"] == truth["steps"]
+    for name in ("params", "exp_avgs", "exp_avg_sqs", "ema_params"):
+        written = ema if name == "ema_params" else dtype
+        assert all(x.dtype == written for x in states[name])
+        largest = max(x.abs().max().item() for x in truth[name] if x.numel())
+        allowed = (
+            2 * _worst([x.to(written) for x in eager[name]], truth[name])
+            + torch.finfo(torch.float32 if written != torch.float64 else dtype).eps * largest
+        )
+        assert _worst(states[name], truth[name]) <= allowed, name
+
+
+def test_step_of_more_elements_than_one_thread_takes(kernels):
+    torch.set_num_threads(2)
+    shapes = [(70001,), (3,), (257, 1000), (), (40000,), (1,)]
+    states = {name: [torch.rand(shape) for shape in shapes] for name in STATES}
+    states["steps"] = [torch.tensor(float(i)) for i in range(len(shapes))]
+    expected = _copy(states, torch.float32)
+    adamw_ema_step_(**states, **NUMBERS)
+    _separately(expected, **NUMBERS)
+    torch.testing.assert_close(states, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_step_writes_only_what_it_should(kernels):
+    """What lies between and behind keeps its NaN, gradients what they are."""
+    memory = {name: torch.full((40, 50), math.nan) for name in STATES[:5]}
+    states = {name: [x[3:30:2, 5:45:3].fill_(1)] for name, x in memory.items()}
+    adamw_ema_step_(**states, steps=[torch.tensor(0.0)], **NUMBERS)
+    for x in memory.values():
+        assert x.isnan().sum() == x.numel() - 14 * 14
+    assert (states["grads"][0] == 1).all() and not any(
+        (states[name][0] == 1).any() for name in ("params", "ema_params")
+    )
+
+
+def test_step_lets_nan_and_infinity_through(kernels):
+    bad = torch.tensor([math.nan, math.inf, 1.0])
+    for name in STATES[:4]:
+        states = {other: [bad.clone() if other == name else torch.ones(3)] for other in STATES[:5]}
+        adamw_ema_step_(**states, steps=[torch.tensor(0.0)], **NUMBERS)
+        expected = [False, name == "exp_avg_sqs", True]  # a step divided by infinity is none
+        assert states["params"][0].isfinite().tolist() == states["ema_params"][0].isfinite().tolist() == expected
+
+
+def test_ends_of_momentum_and_parameters_without_a_teacher(kernels):
+    for ema in DTYPES:
+        states = _parameters(ema=ema)
+        before = [x.clone() for x in states["ema_params"]]
+        adamw_ema_step_(**states, **NUMBERS | {"momentum": 1.0})
+        assert all(map(torch.equal, states["ema_params"], before))
+        adamw_ema_step_(**states, **NUMBERS | {"momentum": 0.0})
+        assert all(torch.equal(x, y.to(ema)) for x, y in zip(states["ema_params"], states["params"], strict=True))
+    states = _parameters()
+    alone = _copy(states, torch.float32)
+    adamw_ema_step_(**states, **NUMBERS)
+    adamw_ema_step_(**alone | {"ema_params": alone["params"]}, **NUMBERS)
+    assert all(map(torch.equal, states["params"], alone["params"]))
+
+
+def test_step_with_tensors_for_numbers_and_with_nothing_to_do(backend):
+    states, expected = _small(), _small()
+    adamw_ema_step_(**expected, **NUMBERS)
+    numbers = {name: torch.tensor(NUMBERS[name], dtype=torch.float64) for name in ("lr", "momentum")}
+    adamw_ema_step_(**states, **NUMBERS | numbers)
+    assert all(torch.equal(x[0], y[0]) for x, y in zip(states.values(), expected.values(), strict=True))
+    adamw_ema_step_([], [], [], [], [], [], momentum=0.5)
+
+
+def test_step_on_several_devices_and_what_autograd_saved(backend):
+    states = {name: [*xs, *(x if name == "steps" else x.to("meta") for x in xs)] for name, xs in _small().items()}
+    param = states["params"][0].requires_grad_()
+    kept = (param * param).sum()
+    adamw_ema_step_(**states, **NUMBERS)
+    assert param.is_leaf and (param < 1).all() and states["steps"][0] == 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        kept.backward()
+
+
+def test_step_compiles(backend):
+    def step(states: dict[str, list[Tensor]]) -> Tensor:
+        adamw_ema_step_(**states, **NUMBERS)
+        return states["ema_params"][0] * 2
+
+    for alone in (False, True):
+        states, expected = _small(), _small()
+        if alone:
+            states["ema_params"], expected["ema_params"] = states["params"], expected["params"]
+        assert torch.equal(torch.compile(step, fullgraph=True)(states), step(expected))
+        assert all(torch.equal(x[0], y[0]) for x, y in zip(states.values(), expected.values(), strict=True))
+
+
+def test_step_is_a_proper_operation():
+    states = [list(x) for x in _small().values()]
+    lr, momentum = torch.tensor(0.1, dtype=torch.float64), torch.tensor(0.9, dtype=torch.float64)
+    for op in (torch.ops.fastssl.adamw_ema_step_, torch.ops.fastssl.adamw_ema_step_portable_):
+        torch.library.opcheck(op.default, (*states, lr, 0.9, 0.99, 1e-8, 0.1, momentum))
+
+
+@pytest.mark.parametrize("chosen", ["auto", "portable", "reference"])
+@pytest.mark.parametrize(
+    "changed, error, match",
+    [
+        ({"grads": []}, ValueError, "params and grads .*same length.* 1 and 0"),
+        ({"steps": []}, ValueError, "params and steps .*same length.* 1 and 0"),
+        ({"exp_avgs": [torch.ones(3)]}, ValueError, r"params\[0\] and exp_avgs\[0\] .*shape.*\[2\] and \[3\]"),
+        ({"grads": [None]}, TypeError, r"grads\[0\] must be a Tensor, got NoneType"),
+        ({"grads": [torch.ones(2).to_sparse()]}, ValueError, r"grads\[0\] must not be sparse, got .*[Ss]parse"),
+        ({"grads": [torch.ones(2).half()]}, ValueError, r"params\[0\] and grads\[0\] .*same dtype, got .* and "),
+        ({"exp_avg_sqs": [torch.ones(2).double()]}, ValueError, r"params\[0\] and exp_avg_sqs\[0\] .*same dtype"),
+        (
+            {"ema_params": [torch.ones(2).long()]},
+            ValueError,
+            r"ema_params\[0\] must be of 16, 32 or 64 bits.*(int64|long)",
+        ),
+        ({"ema_params": [torch.ones(2, device="meta")]}, ValueError, "same device.*cpu and meta"),
+        ({"steps": [torch.zeros(1)]}, ValueError, r"steps\[0\] must be a 0-d tensor, float32, on the CPU, got .*\[1\]"),
+        ({"steps": [torch.tensor(1)]}, ValueError, r"steps\[0\] must be a 0-d tensor, float32, .*got .*(int64|Long)"),
+        ({"lr": -1.0}, ValueError, "lr must not be negative, got -1"),
+        ({"lr": math.inf}, ValueError, "lr must be finite, got inf"),
+        ({"lr": torch.ones(2)}, ValueError, r"lr .*0-d.*\(2,\)"),
+        ({"betas": 0.9}, TypeError, "betas must be two numbers, got 0.9"),
+        ({"betas": (0.9, 1.0)}, ValueError, r"betas\[1\] must be from 0 to below 1, got 1"),
+        ({"betas": (-0.1, 0.9)}, ValueError, r"betas\[0\] must be from 0 to below 1, got -0.1"),
+        ({"eps": -1e-8}, ValueError, "eps must not be negative, got -1e-08"),
+        ({"weight_decay": math.nan}, ValueError, "weight_decay must be finite, got nan"),
+        ({"momentum": 1.5}, ValueError, "momentum must be from 0 to 1, got 1.5"),
+    ],
+)
+def test_bad_input_of_a_step(changed, error, match, chosen):
+    states = _small()
+    with fastssl.use_backend(chosen), pytest.raises(error, match=match):
+        adamw_ema_step_(**states | NUMBERS | changed)
+    assert all((x == (name != "steps")).all() for name, xs in states.items() for x in xs)
+
+
+@pytest.mark.parametrize("chosen", ["auto", "portable", "reference"])
+def test_step_refuses_low_precision_and_shared_memory(chosen):
+    low = {name: [torch.zeros(())] if name == "steps" else [torch.ones(2).bfloat16()] for name in STATES}
+    states = _small()
+    shared = "params, .*ema_params must not share memory, got "
+    with fastssl.use_backend(chosen):
+        with pytest.raises(ValueError, match=r"params\[0\] must be float32 or float64, got .*[Bb][Ff]loat16"):
+            adamw_ema_step_(**low, **NUMBERS)
+        for name, other in (
+            ("grads", "params"),
+            ("exp_avgs", "grads"),
+            ("exp_avg_sqs", "exp_avgs"),
+            ("ema_params", "grads"),
+        ):
+            with pytest.raises(ValueError, match=shared + rf"({name}\[0\] and {other}|{other}\[0\] and {name})\[0\]"):
+                adamw_ema_step_(**states | {name: states[other]}, **NUMBERS)
+        twice = {name: [*xs, *(y.clone() for y in xs)] for name, xs in states.items()}
+        twice["ema_params"][1] = twice["params"][0]
+        with pytest.raises(ValueError, match=shared):
+            adamw_ema_step_(**twice, **NUMBERS)
+        with pytest.raises(ValueError, match=r"exp_avgs\[0\] must have no two elements in one place"):
+            adamw_ema_step_(**states | {"exp_avgs": [torch.ones(1).expand(2)]}, **NUMBERS)
+    assert all((x == (name != "steps")).all() for name, xs in states.items() for x in xs)
+
+
+class _Byol(nn.Module):
+    """A student with a frozen layer and one that is used every second time; its predictor has no teacher."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.student = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 5), nn.Linear(5, 2))
+        self.predictor = nn.Linear(2, 2)
+        self.student[0].bias.requires_grad_(False)
+
+    def backward(self, step: int) -> None:
+        """Gradients and statistics that depend on the step alone."""
+        generator = torch.Generator().manual_seed(step)
+        for name, p in self.named_parameters():
+            gradient = torch.randn(p.shape, generator=generator) + 0.5
+            unused = not p.requires_grad or (step % 2 == 0 and name.startswith("student.2"))
+            p.grad = None if unused else gradient.to(p.dtype)
+        self.student[1].running_mean += step
+        self.student[1].num_batches_tracked += 1
+
+    def groups(self) -> list[dict]:
+        predictor = {"params": self.predictor.parameters(), "lr": 0.05, "betas": (0.8, 0.9), "weight_decay": 0}
+        return [{"params": [p for p in self.student.parameters() if p.requires_grad]}, predictor]
+
+
+def _train_byol(model: _Byol, fused: bool, steps: int) -> tuple[EMA, torch.optim.Optimizer]:
+    teacher = EMA(model.student, 0.9, schedule="cosine", total_steps=steps)
+    together = {"teacher": teacher, "student": model.student}
+    optimizer = (
+        AdamW(model.groups(), 0.02, **together) if fused else torch.optim.AdamW(model.groups(), 0.02, foreach=False)
+    )
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 2 * steps)
+    for step in range(steps):
+        model.backward(step)
+        optimizer.step()
+        if not fused:
+            teacher.update(model.student)
+        schedule.step()
+    return teacher, optimizer
+
+
+def test_optimizer_is_adamw_and_its_teacher(backend):
+    """Over many steps: groups, schedules, parameters without gradients or without a teacher, buffers."""
+    runs = [_Byol(), _Byol(), _Byol().double()]
+    (ours, adam), (eager, other), (truth, _) = map(_train_byol, runs, (True, False, False), (60, 60, 60))
+    assert ours.step == 60 and adam.param_groups[0]["lr"] == pytest.approx(0.01)
+    states = zip(*(m.state_dict().items() for m in (ours.module, eager.module, truth.module)), strict=True)
+    weights = zip(*(m.state_dict().items() for m in runs), strict=True)
+    for (name, x), (_, y), (_, exact) in (*states, *weights):
+        error, allowed = ((z.double() - exact).abs().max() for z in (x, y))
+        assert error <= 2 * allowed + 3e-7 * exact.abs().max(), name
+
+
+def _same_states(ours: torch.optim.Optimizer, other: torch.optim.Optimizer) -> None:
+    torch.testing.assert_close(ours.state_dict()["state"], other.state_dict()["state"], rtol=1e-5, atol=1e-7)
+
+
+def test_optimizers_load_each_others_checkpoints():
+    """As they are, and the next step is the same."""
+    models = _Byol(), _Byol()
+    (teacher, ours), (_, other) = map(_train_byol, models, (True, False), (3, 3))
+    _same_states(ours, other)
+    groups = (optimizer.state_dict()["param_groups"] for optimizer in (ours, other))
+    assert [g | {"foreach": None} for g in next(groups)] == [g | {"foreach": None} for g in next(groups)]
+    before = copy.deepcopy((ours.state_dict(), other.state_dict()))
+    ours.load_state_dict(before[1])
+    other.load_state_dict(before[0])
+    for model, optimizer in zip(models, (ours, other), strict=True):
+        model.backward(3)
+        optimizer.step()
+    _same_states(ours, other)
+    torch.testing.assert_close(models[0].state_dict(), models[1].state_dict(), rtol=1e-5, atol=1e-7)
+    assert ours.state[models[0].predictor.weight]["step"] == 4 and teacher.step == 4
+    before[0]["param_groups"][1]["amsgrad"] = True
+    with pytest.raises(ValueError, match="amsgrad must be False, got True"):
+        ours.load_state_dict(before[0])
+    _same_states(ours, other)
+
+
+def test_optimizer_takes_a_closure_and_a_scaler():
+    model = nn.Linear(3, 1)
+    teacher = EMA(model, 0.5)
+    optimizer = AdamW(model.parameters(), torch.tensor(0.1), teacher=teacher, student=model)
+    start = copy.deepcopy(model.state_dict())
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = model(torch.ones(2, 3)).sum()
+        loss.backward()
+        return loss
+
+    loss = optimizer.step(closure)
+    assert loss.requires_grad and (model.weight < start["weight"]).all()
+    torch.testing.assert_close(teacher.module.weight, (start["weight"] + model.weight.detach()) / 2)
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    for factor, steps in ((1, 2), (math.inf, 2), (1, 3)):  # infinite gradients: no step
+        optimizer.zero_grad()
+        scaler.scale(model(torch.ones(2, 3)).sum() * factor).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        assert teacher.step == steps == optimizer.state[model.weight]["step"]
+    assert model.weight.isfinite().all() and teacher.module.weight.isfinite().all()
+
+
+def test_bad_optimizers():
+    model = _model()
+    teacher = EMA(model)
+    with pytest.raises(TypeError, match=r"teacher must be a fastssl.nn.EMA, got Sequential"):
+        AdamW(model.parameters(), teacher=model, student=model)
+    with pytest.raises(ValueError, match=r"student must have the teacher's parameters.*got \[\(1, 2\), \(1,\)\]"):
+        AdamW(model.parameters(), teacher=teacher, student=nn.Linear(2, 1))
+    with pytest.raises(ValueError, match="maximize must be False, got True"):
+        AdamW([{"params": model.parameters(), "maximize": True}], teacher=teacher, student=model)
+    low = _model().bfloat16()
+    optimizer = AdamW(low.parameters(), teacher=EMA(low), student=low)
+    low(torch.randn(4, 6).bfloat16()).sum().backward()
+    with pytest.raises(ValueError, match=r"params\[0\] must be float32 or float64, got .*[Bb][Ff]loat16"):
+        optimizer.step()

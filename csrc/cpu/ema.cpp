@@ -5,11 +5,21 @@
 // of lists of tensors in one pass over memory: a target is read, its source is read, the target is written, 12 bytes for
 // each float32 parameter. All tensors together are cut into runs of equal length, and the threads share those: small
 // tensors cost no call each, and large ones are no thread's alone. Sums are float32, whatever the two sides are.
+//
+// Where the source is what AdamW makes of a model (arXiv:1711.05101), in the same pass: with gradient g and step t
+//
+//     m = beta1 m + (1 - beta1) g,  v = beta2 v + (1 - beta2) g^2
+//     param = (1 - lr weight_decay) param - lr / (1 - beta1^t) m / (sqrt(v / (1 - beta2^t)) + eps)
+//     ema = momentum ema + (1 - momentum) param
+//
+// 36 bytes for each float32 parameter, where one after the other they take 40: the teacher reads what is in the
+// first-level cache.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cmath>
 #include <vector>
 
 #include "common/tiled.h"
@@ -52,46 +62,72 @@ struct Span {
         written(written) {}
 };
 
-// No target may share memory with another tensor, but for its very source.
-void check_spans(std::vector<Span>& spans) {
+// What is written may share memory with nothing.
+void check_spans(std::vector<Span>& spans, const char* written) {
   std::sort(spans.begin(), spans.end(), [](const Span& x, const Span& y) { return x.begin < y.begin; });
-  const Span *last = nullptr, *last_target = nullptr;  // those that end last
+  const Span *last = nullptr, *last_written = nullptr;  // those that end last
   for (const Span& span : spans) {
-    const Span* const before = span.written ? last : last_target;
-    TORCH_CHECK_VALUE(!before || span.begin >= before->end, "targets must not share memory, got ", span.list, "[",
+    const Span* const before = span.written ? last : last_written;
+    TORCH_CHECK_VALUE(!before || span.begin >= before->end, written, " must not share memory, got ", span.list, "[",
                       span.index, "] and ", before->list, "[", before->index, "]");
     if (!last || span.end > last->end) last = &span;
-    if (span.written && (!last_target || span.end > last_target->end)) last_target = &span;
+    if (span.written && (!last_written || span.end > last_written->end)) last_written = &span;
   }
 }
 
-void check_pairs(at::TensorList targets, at::TensorList sources) {
-  TORCH_CHECK_VALUE(targets.size() == sources.size(), "targets and sources must have the same length, got ",
-                    targets.size(), " and ", sources.size());
+// An argument: a list of tensors.
+struct List {
+  const char* name;
+  at::TensorList tensors;
+  bool written;
+  bool may_be_first;  // a tensor may be that of the first list
+};
+
+// The lists must fit the first one, tensor by tensor. `written`: the names of those that are.
+void check_lists(const std::vector<List>& lists, const char* written) {
+  const List& first = lists[0];
+  for (const List& list : lists)
+    TORCH_CHECK_VALUE(list.tensors.size() == first.tensors.size(), first.name, " and ", list.name,
+                      " must have the same length, got ", first.tensors.size(), " and ", list.tensors.size());
   std::vector<Span> spans;
-  for (size_t i = 0; i < targets.size(); ++i) {
-    const Tensor &target = targets[i], &source = sources[i];
-    TORCH_CHECK_VALUE(target.sizes() == source.sizes(), "targets[", i, "] and sources[", i,
-                      "] must have the same shape, got ", target.sizes(), " and ", source.sizes());
-    TORCH_CHECK_VALUE(target.device() == source.device(), "targets[", i, "] and sources[", i,
-                      "] must be on the same device, got ", target.device(), " and ", source.device());
-    TORCH_CHECK_VALUE(is_supported(target), "targets[", i, "] must be of 16, 32 or 64 bits, floating-point, got ",
-                      target.dtype());
-    TORCH_CHECK_VALUE(is_supported(source), "sources[", i, "] must be of 16, 32 or 64 bits, floating-point, got ",
-                      source.dtype());
-    if (target.numel() == 0) continue;
-    TORCH_CHECK_VALUE(elements(target) >= target.numel(), "targets[", i,
-                      "] must have no two elements in one place, got strides ", target.strides());
-    spans.emplace_back(target, "targets", i, true);
-    if (target.const_data_ptr() != source.const_data_ptr() || target.strides() != source.strides() ||
-        target.scalar_type() != source.scalar_type())
-      spans.emplace_back(source, "sources", i, false);
+  for (size_t i = 0; i < first.tensors.size(); ++i) {
+    const Tensor& like = first.tensors[i];
+    for (const List& list : lists) {
+      const Tensor& x = list.tensors[i];
+      TORCH_CHECK_VALUE(x.sizes() == like.sizes(), first.name, "[", i, "] and ", list.name, "[", i,
+                        "] must have the same shape, got ", like.sizes(), " and ", x.sizes());
+      TORCH_CHECK_VALUE(x.device() == like.device(), first.name, "[", i, "] and ", list.name, "[", i,
+                        "] must be on the same device, got ", like.device(), " and ", x.device());
+      TORCH_CHECK_VALUE(x.layout() == at::kStrided, list.name, "[", i, "] must not be sparse, got ", x.layout());
+      TORCH_CHECK_VALUE(is_supported(x), list.name, "[", i, "] must be of 16, 32 or 64 bits, floating-point, got ",
+                        x.dtype());
+      if (x.numel() == 0) continue;
+      TORCH_CHECK_VALUE(!list.written || elements(x) >= x.numel(), list.name, "[", i,
+                        "] must have no two elements in one place, got strides ", x.strides());
+      if (list.may_be_first && x.const_data_ptr() == like.const_data_ptr() && x.strides() == like.strides() &&
+          x.scalar_type() == like.scalar_type())
+        continue;
+      spans.emplace_back(x, list.name, i, list.written);
+    }
   }
-  check_spans(spans);
+  check_spans(spans, written);
+}
+
+// visit(item, its first element, how many) of runs of all items, which the threads share.
+template <typename Item, typename Visit>
+void for_runs(const std::vector<Item>& items, const Visit& visit) {
+  at::parallel_for(0, items.empty() ? 0 : items.back().end, kRun, [&](int64_t first, int64_t last) {
+    auto item = std::upper_bound(items.begin(), items.end(), first, [](int64_t i, const Item& x) { return i < x.end; });
+    for (; first < last; ++item) {
+      const int64_t offset = first - (item->end - item->count), count = std::min(last, item->end) - first;
+      visit(*item, offset, count);
+      first += count;
+    }
+  });
 }
 
 void ema_update_(at::TensorList targets, at::TensorList sources, const Tensor& momentum_) {
-  check_pairs(targets, sources);
+  check_lists({{"targets", targets, true, false}, {"sources", sources, false, true}}, "targets");
   const double momentum = momentum_.item<double>();
   std::vector<Pair> pairs;
   std::vector<Tensor> held;                        // copies of sources
@@ -118,20 +154,93 @@ void ema_update_(at::TensorList targets, at::TensorList sources, const Tensor& m
   }
   const EmaTiles& tile = FASTSSL_TABLE_IN_USE(ema_tiles);
   const float weight = static_cast<float>(1 - momentum);
-  at::parallel_for(0, end, kRun, [&](int64_t first, int64_t last) {
-    auto pair = std::upper_bound(pairs.begin(), pairs.end(), first,
-                                 [](int64_t i, const Pair& p) { return i < p.end; });
-    for (; first < last; ++pair) {
-      const int64_t offset = first - (pair->end - pair->count), count = std::min(last, pair->end) - first;
-      tile.blend(pair->target + offset * bytes_of(pair->target_element), pair->target_element,
-                 pair->source + offset * bytes_of(pair->source_element), pair->source_element, count, weight);
-      first += count;
-    }
+  for_runs(pairs, [&](const Pair& pair, int64_t offset, int64_t count) {
+    tile.blend(pair.target + offset * bytes_of(pair.target_element), pair.target_element,
+               pair.source + offset * bytes_of(pair.source_element), pair.source_element, count, weight);
   });
   for (const auto& [target, updated] : strided) target.copy_(updated);
 }
 
-TORCH_LIBRARY_IMPL(fastssl, CPU, m) { m.impl("ema_update_", &ema_update_); }
+// A parameter, what belongs to it, and what it is multiplied by. All lie in memory in one order.
+struct Parameter {
+  float* param;
+  const float* grad;
+  float *exp_avg, *exp_avg_sq;
+  char* ema;
+  Element ema_element;
+  AdamWStep step;
+  int64_t count, end;  // elements; with those of all parameters before it
+};
+
+void adamw_ema_step_(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs, at::TensorList exp_avg_sqs,
+                     at::TensorList ema_params, at::TensorList steps, const Tensor& lr_, double beta1, double beta2,
+                     double eps, double weight_decay, const Tensor& momentum_) {
+  check_lists({{"params", params, true, false},
+               {"grads", grads, false, false},
+               {"exp_avgs", exp_avgs, true, false},
+               {"exp_avg_sqs", exp_avg_sqs, true, false},
+               {"ema_params", ema_params, true, true}},
+              "params, their states and ema_params");
+  TORCH_CHECK_VALUE(steps.size() == params.size(), "params and steps must have the same length, got ", params.size(),
+                    " and ", steps.size());
+  bool is_double = false;
+  for (size_t i = 0; i < params.size(); ++i) {
+    const auto dtype = params[i].scalar_type();
+    TORCH_CHECK_VALUE(dtype == at::kFloat || dtype == at::kDouble, "params[", i,
+                      "] must be float32 or float64, got ", params[i].dtype());
+    for (const auto& [name, tensors] : {std::pair("grads", grads), {"exp_avgs", exp_avgs}, {"exp_avg_sqs", exp_avg_sqs}})
+      TORCH_CHECK_VALUE(tensors[i].scalar_type() == dtype, "params[", i, "] and ", name, "[", i,
+                        "] must have the same dtype, got ", params[i].dtype(), " and ", tensors[i].dtype());
+    TORCH_CHECK_VALUE(steps[i].dim() == 0 && steps[i].scalar_type() == at::kFloat && steps[i].is_cpu(), "steps[", i,
+                      "] must be a 0-d tensor, float32, on the CPU, got ", steps[i].toString(), " of shape ",
+                      steps[i].sizes());
+    is_double |= dtype == at::kDouble || ema_params[i].scalar_type() == at::kDouble;
+  }
+  if (is_double)
+    return portable<&adamw_ema_step_>("fastssl::adamw_ema_step_portable_", params, grads, exp_avgs, exp_avg_sqs,
+                                      ema_params, steps, lr_, beta1, beta2, eps, weight_decay, momentum_);
+  const double lr = lr_.item<double>(), momentum = momentum_.item<double>();
+  std::vector<Parameter> parameters;
+  std::vector<Tensor> held;                        // copies
+  std::vector<std::pair<Tensor, Tensor>> strided;  // what is written, and what is to be copied into it
+  int64_t end = 0;
+  for (size_t i = 0; i < params.size(); ++i) {
+    const double step = *steps[i].mutable_data_ptr<float>() += 1;
+    if (params[i].numel() == 0) continue;
+    Tensor param = params[i];
+    if (!param.is_non_overlapping_and_dense()) strided.emplace_back(params[i], param = param.contiguous());
+    const auto in_order = [&](const Tensor& x, bool written) {
+      if (x.is_same(params[i])) return param;
+      if (x.strides() == param.strides()) return x;
+      held.push_back(at::empty_like(param, x.options()).copy_(x));
+      if (written) strided.emplace_back(x, held.back());
+      return held.back();
+    };
+    const Tensor ema = in_order(ema_params[i], true);
+    end += param.numel();
+    parameters.push_back({param.mutable_data_ptr<float>(), in_order(grads[i], false).const_data_ptr<float>(),
+                          in_order(exp_avgs[i], true).mutable_data_ptr<float>(),
+                          in_order(exp_avg_sqs[i], true).mutable_data_ptr<float>(),
+                          static_cast<char*>(ema.mutable_data_ptr()), element_of(ema),
+                          {static_cast<float>(1 - beta1), static_cast<float>(beta2), static_cast<float>(1 - beta2),
+                           static_cast<float>(eps), static_cast<float>(1 - lr * weight_decay),
+                           static_cast<float>(lr / (1 - std::pow(beta1, step))),
+                           static_cast<float>(1 / std::sqrt(1 - std::pow(beta2, step)))},
+                          param.numel(), end});
+  }
+  const EmaTiles& tile = FASTSSL_TABLE_IN_USE(ema_tiles);
+  const float weight = static_cast<float>(1 - momentum);
+  for_runs(parameters, [&](const Parameter& p, int64_t offset, int64_t count) {
+    tile.adamw(p.param + offset, p.grad + offset, p.exp_avg + offset, p.exp_avg_sq + offset,
+               p.ema + offset * bytes_of(p.ema_element), p.ema_element, count, p.step, weight);
+  });
+  for (const auto& [written, updated] : strided) written.copy_(updated);
+}
+
+TORCH_LIBRARY_IMPL(fastssl, CPU, m) {
+  m.impl("ema_update_", &ema_update_);
+  m.impl("adamw_ema_step_", &adamw_ema_step_);
+}
 
 }  // namespace
 }  // namespace fastssl

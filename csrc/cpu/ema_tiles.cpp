@@ -7,18 +7,16 @@ namespace fastssl::FASTSSL_ISA {
 namespace {
 
 // torch.lerp's formula: exact at either end, the nearer one being the starting point.
-inline Vec lerp(Vec target, Vec source, float weight) {
-  const Vec apart = source - target;
+template <typename Floats>
+inline Floats lerp(Floats target, Floats source, float weight) {
+  const Floats apart = source - target;
   return weight < 0.5f ? target + apart * weight : source - apart * (1 - weight);
 }
 
 void blend_floats(float* target, const float* source, int64_t count, float weight) {
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) store(target + i, lerp(load(target + i), load(source + i), weight));
-  for (; i < count; ++i) {
-    const float apart = source[i] - target[i];
-    target[i] = weight < 0.5f ? target[i] + apart * weight : source[i] - apart * (1 - weight);
-  }
+  for (; i < count; ++i) target[i] = lerp(target[i], source[i], weight);
 }
 
 void blend(void* target, Element target_element, const void* source, Element source_element, int64_t count,
@@ -38,9 +36,26 @@ void blend(void* target, Element target_element, const void* source, Element sou
   }
 }
 
+void adamw(float* param, const float* grad, float* exp_avg, float* exp_avg_sq, void* ema, Element ema_element,
+           int64_t count, const AdamWStep& step, float weight) {
+  constexpr int64_t kRun = 1024;  // elements that the first-level cache holds between the two
+  const auto [weight1, beta2, weight2, eps, decay, size, scale] = step;
+  for (int64_t begin = 0; begin < count; begin += kRun) {
+    const int64_t run = begin + kRun < count ? kRun : count - begin;
+    float *__restrict p = param + begin, *__restrict m = exp_avg + begin, *__restrict v = exp_avg_sq + begin;
+    const float* __restrict const g = grad + begin;
+    for (int64_t i = 0; i < run; ++i) {
+      m[i] = lerp(m[i], g[i], weight1);
+      v[i] = beta2 * v[i] + weight2 * g[i] * g[i];
+      p[i] = decay * p[i] - size * m[i] / (scale * __builtin_sqrtf(v[i]) + eps);
+    }
+    blend(static_cast<char*>(ema) + begin * bytes_of(ema_element), ema_element, p, Element::Float32, run, weight);
+  }
+}
+
 }  // namespace
 
 extern const EmaTiles ema_tiles;
-const EmaTiles ema_tiles = {blend};
+const EmaTiles ema_tiles = {blend, adamw};
 
 }  // namespace fastssl::FASTSSL_ISA

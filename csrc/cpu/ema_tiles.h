@@ -1,4 +1,4 @@
-// What an exponential moving average does to a run of elements: a table of plain functions, one per instruction set.
+// What an exponential moving average, and AdamW before it, does to a run of elements: a table of plain functions, one per instruction set.
 #pragma once
 
 #include <cstdint>
@@ -8,10 +8,24 @@
 
 namespace fastssl {
 
+// AdamW's numbers for one parameter at its step t.
+struct AdamWStep {
+  float weight1;         // 1 - beta1
+  float beta2, weight2;  // and 1 - beta2
+  float eps;
+  float decay;  // 1 - lr weight_decay
+  float size;   // lr / (1 - beta1^t)
+  float scale;  // 1 / sqrt(1 - beta2^t)
+};
+
 struct EmaTiles {
   // target += weight (source - target), in float32, of `count` elements.
   void (*blend)(void* target, Element target_element, const void* source, Element source_element, int64_t count,
                 float weight);
+
+  // AdamW's step of `count` elements, then ema += weight (param - ema). `ema` may be `param`.
+  void (*adamw)(float* param, const float* grad, float* exp_avg, float* exp_avg_sq, void* ema, Element ema_element,
+                int64_t count, const AdamWStep& step, float weight);
 };
 
 FASTSSL_TABLE(EmaTiles, ema_tiles)

@@ -23,7 +23,7 @@ from fastssl.functional.correlation import (
     variance_loss,
     vicreg,
 )
-from fastssl.functional.ema import ema_update_
+from fastssl.functional.ema import adamw_ema_step_, ema_update_
 from fastssl.functional.masking import (
     block_masking_ids,
     gather_tokens,
@@ -39,6 +39,7 @@ from fastssl.functional.patches import masked_feature_loss, masked_patch_loss, p
 from fastssl.functional.sigmoid import siglip_loss
 
 __all__ = [
+    "adamw_ema_step_",
     "barlow_twins",
     "block_masking_ids",
     "clip_loss",

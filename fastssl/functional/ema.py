@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from fastssl import reference
-from fastssl._checks import (
-    check_scalar,
-    check_share,
-    check_tensors,
-)
+from fastssl._checks import check_number, check_scalar, check_share, check_tensors
 from fastssl.ops import current_backend, ema
 
 
@@ -39,21 +36,108 @@ def ema_update_(targets: Iterable[Tensor], sources: Iterable[Tensor], momentum: 
     targets, sources = list(targets), list(sources)
     check_tensors("targets", targets)
     check_tensors("sources", sources)
-    if isinstance(momentum, Tensor):
-        check_scalar("momentum", momentum)
-    else:
-        check_share("momentum", momentum)
+    _check_momentum(momentum)
     if current_backend() == "reference":
         ema.check_pairs(targets, sources)
         reference.ema.ema_update_(targets, sources, momentum)
         return
     momentum = torch.as_tensor(momentum, dtype=torch.float64)
     devices = {x.device for x in (*targets, *sources)}
-    if len(devices) < 2:
-        ema.ema_update_(targets, sources, momentum)
-    else:
+    if len(devices) > 1:
         ema.check_pairs(targets, sources)
-        for device in devices:
-            on_device = [[x for x in tensors if x.device == device] for tensors in (targets, sources)]
-            ema.ema_update_(*on_device, momentum)
+    for part in _by_device(devices, [targets, sources]):
+        ema.ema_update_(*part, momentum)
     torch.autograd.graph.increment_version(targets)
+
+
+@torch.no_grad()
+def adamw_ema_step_(
+    params: Iterable[Tensor],
+    grads: Iterable[Tensor],
+    exp_avgs: Iterable[Tensor],
+    exp_avg_sqs: Iterable[Tensor],
+    ema_params: Iterable[Tensor],
+    steps: Iterable[Tensor],
+    *,
+    lr: float | Tensor = 1e-3,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 1e-2,
+    momentum: float | Tensor,
+) -> None:
+    """AdamW's step (arXiv:1711.05101), and with the new parameters `ema_update_`, in one pass over memory, in place:
+
+        step = step + 1
+        exp_avg = beta1 exp_avg + (1 - beta1) grad
+        exp_avg_sq = beta2 exp_avg_sq + (1 - beta2) grad^2
+        param = (1 - lr weight_decay) param
+                - lr / (1 - beta1^step) exp_avg / (sqrt(exp_avg_sq / (1 - beta2^step)) + eps)
+        ema_param = momentum ema_param + (1 - momentum) param
+
+    The arithmetic is torch.optim.AdamW's. `fastssl.optim.AdamW` keeps the states.
+
+    Args:
+        params: tensors of any shape, float32 or float64; changed.
+        grads: as many, each of its parameter's shape, dtype and device, as are
+        exp_avgs and
+        exp_avg_sqs: zeros before the first step; changed.
+        ema_params: the teacher's parameters, of the same shapes and devices, float32, bfloat16, float16 or float64;
+            changed. A parameter that has no teacher is its own.
+        steps: 0-d float32 tensors on the CPU: how many steps each parameter has taken; changed.
+        lr: a number, or a 0-d tensor, whose value is not checked.
+        betas: of the two averages, from 0 to below 1.
+        eps: not negative, like
+        weight_decay.
+        momentum: as `ema_update_`'s.
+
+    From its first element to its last, nothing that is changed may share memory with another tensor.
+
+    Raises:
+        TypeError: if one of these is not what it is said to be: a tensor, a number.
+        ValueError: before anything is changed, if numbers, shapes, dtypes or devices do not fit, lr, betas, eps,
+            weight_decay or momentum is out of range, a gradient is sparse, or memory is shared.
+    """
+    states = {"params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
+    lists = {name: list(x) for name, x in {**states, "ema_params": ema_params, "steps": steps}.items()}
+    for name, tensors in lists.items():
+        check_tensors(name, tensors)
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise TypeError(f"betas must be two numbers, got {betas!r}")
+    for i, beta in enumerate(betas):
+        check_number(f"betas[{i}]", beta)
+        if not 0 <= beta < 1:
+            raise ValueError(f"betas[{i}] must be from 0 to below 1, got {beta}")
+    for name, number in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+        (check_scalar if name == "lr" else check_number)(name, number)
+        if not isinstance(number, Tensor) and number < 0:
+            raise ValueError(f"{name} must not be negative, got {number}")
+    _check_momentum(momentum)
+    if current_backend() == "reference":
+        ema.check_parameters(**lists)
+        numbers = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "momentum": momentum}
+        reference.ema.adamw_ema_step_(**lists, **numbers)
+        return
+    lr, momentum = (torch.as_tensor(x, dtype=torch.float64) for x in (lr, momentum))
+    *tensors, _ = lists.values()
+    devices = {x.device for some in tensors for x in some}
+    if len(devices) > 1:
+        ema.check_parameters(**lists)
+    for part in _by_device(devices, list(lists.values())):
+        ema.adamw_ema_step_(*part, lr, *betas, eps, weight_decay, momentum)
+    for name in ("params", "exp_avgs", "exp_avg_sqs", "ema_params", "steps"):
+        torch.autograd.graph.increment_version(lists[name])
+
+
+def _check_momentum(momentum: float | Tensor) -> None:
+    if isinstance(momentum, Tensor):
+        check_scalar("momentum", momentum)
+    else:
+        check_share("momentum", momentum)
+
+
+def _by_device(devices: set[torch.device], lists: list[list[Tensor]]) -> list[list[list[Tensor]]]:
+    """The lists, of each of the devices that the first one's tensors are on."""
+    if len(devices) < 2:
+        return [lists]
+    pick = [[like.device == device for like in lists[0]] for device in devices]
+    return [[list(itertools.compress(tensors, chosen)) for tensors in lists] for chosen in pick]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -77,6 +78,10 @@ class EMA(nn.Module):
         Raises:
             ValueError: if the model's parameters or buffers are not those of the model that the teacher is a copy of.
         """
+        return self._update(model, functional.ema_update_)
+
+    def _update(self, model: nn.Module, move: Callable[[list[Tensor], list[Tensor], float], None]) -> float:
+        """`update`, where move(targets, sources, momentum) takes the place of `ema_update_`."""
         if self._steps is None:
             self._steps = int(self.step)
         momentum = self._momentum_at(self._steps)
@@ -95,7 +100,7 @@ class EMA(nn.Module):
                     sources.append(other)
                 else:
                     copied.append((buffer, other))
-        functional.ema_update_(targets, sources, momentum)
+        move(targets, sources, momentum)
         for buffer, other in copied:
             buffer.copy_(other)
         self._steps += 1

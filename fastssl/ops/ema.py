@@ -1,16 +1,19 @@
-"""Exponential moving averages of lists of tensors, in place: schema and portable code.
+"""Exponential moving averages of lists of tensors, in place, alone and after AdamW's step: schemas and portable code.
 
     target = momentum target + (1 - momentum) source
 
-There is no derivative. `momentum` is a 0-d tensor: on the CPU its value is read, elsewhere nobody waits for it.
+There is no derivative. `momentum` and `lr` are 0-d tensors: on the CPU the value is read, elsewhere nobody waits for
+momentum's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 from fastssl.ops._op import current_backend
 
@@ -20,34 +23,73 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 def check_pairs(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     """What kernels check by themselves, lest every tensor be looked at in Python."""
-    if len(targets) != len(sources):
-        raise ValueError(f"targets and sources must have the same length, got {len(targets)} and {len(sources)}")
+    _check_lists({"targets": targets, "sources": sources}, ("targets",), "sources")
+
+
+def check_parameters(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    ema_params: Sequence[Tensor],
+    steps: Sequence[Tensor],
+) -> None:
+    """What kernels check by themselves, too."""
+    alike = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
+    written = ("params", "exp_avgs", "exp_avg_sqs", "ema_params")
+    _check_lists({"params": params, **alike, "ema_params": ema_params}, written, "ema_params")
+    if len(steps) != len(params):
+        raise ValueError(f"params and steps must have the same length, got {len(params)} and {len(steps)}")
+    for i, (param, step) in enumerate(zip(params, steps, strict=True)):
+        if param.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"params[{i}] must be float32 or float64, got {param.dtype}")
+        for name, tensors in alike.items():
+            if tensors[i].dtype != param.dtype:
+                dtypes = f"{param.dtype} and {tensors[i].dtype}"
+                raise ValueError(f"params[{i}] and {name}[{i}] must have the same dtype, got {dtypes}")
+        if step.dim() or step.dtype != torch.float32 or step.device.type != "cpu":
+            found = f"{step.dtype} on {step.device} of shape {list(step.shape)}"
+            raise ValueError(f"steps[{i}] must be a 0-d tensor, float32, on the CPU, got {found}")
+
+
+def _check_lists(lists: dict[str, Sequence[Tensor]], written: Sequence[str], may_be_first: str) -> None:
+    """The lists must fit the first one, tensor by tensor, and what is written may share memory with nothing, but that
+    a tensor of the list `may_be_first` may be that of the first."""
+    first, likes = next(iter(lists.items()))
+    for name, tensors in lists.items():
+        if len(tensors) != len(likes):
+            lengths = f"{len(likes)} and {len(tensors)}"
+            raise ValueError(f"{first} and {name} must have the same length, got {lengths}")
     spans = []
-    for i, (target, source) in enumerate(zip(targets, sources, strict=True)):
-        if target.shape != source.shape:
-            shapes = f"{list(target.shape)} and {list(source.shape)}"
-            raise ValueError(f"targets[{i}] and sources[{i}] must have the same shape, got {shapes}")
-        if target.device != source.device:
-            devices = f"{target.device} and {source.device}"
-            raise ValueError(f"targets[{i}] and sources[{i}] must be on the same device, got {devices}")
-        for name, x in (("targets", target), ("sources", source)):
+    for i, like in enumerate(likes):
+        for name, tensors in lists.items():
+            x = tensors[i]
+            if x.shape != like.shape:
+                shapes = f"{list(like.shape)} and {list(x.shape)}"
+                raise ValueError(f"{first}[{i}] and {name}[{i}] must have the same shape, got {shapes}")
+            if x.device != like.device:
+                devices = f"{like.device} and {x.device}"
+                raise ValueError(f"{first}[{i}] and {name}[{i}] must be on the same device, got {devices}")
+            if x.layout != torch.strided:
+                raise ValueError(f"{name}[{i}] must not be sparse, got {x.layout}")
             if x.dtype not in _DTYPES:
                 raise ValueError(f"{name}[{i}] must be of 16, 32 or 64 bits, floating-point, got {x.dtype}")
-        if target.device.type == "meta" or target.numel() == 0:
-            continue
-        if _elements(target) < target.numel():
-            raise ValueError(f"targets[{i}] must have no two elements in one place, got strides {target.stride()}")
-        spans.append((*_span(target), f"targets[{i}]", True))
-        if (source.data_ptr(), source.stride(), source.dtype) != (target.data_ptr(), target.stride(), target.dtype):
-            spans.append((*_span(source), f"sources[{i}]", False))
-    last_end, last_name, target_end, target_name = 0, "", 0, ""
-    for begin, end, name, written in sorted(spans):
-        if begin < (last_end if written else target_end):
-            raise ValueError(f"targets must not share memory, got {name} and {last_name if written else target_name}")
+            if x.device.type == "meta" or x.numel() == 0:
+                continue
+            if name in written and _elements(x) < x.numel():
+                raise ValueError(f"{name}[{i}] must have no two elements in one place, got strides {x.stride()}")
+            same = (x.data_ptr(), x.stride(), x.dtype) == (like.data_ptr(), like.stride(), like.dtype)
+            if name != may_be_first or not same:
+                spans.append((*_span(x), f"{name}[{i}]", name in written))
+    last_end, last_name, written_end, written_name = 0, "", 0, ""
+    for begin, end, name, is_written in sorted(spans):
+        if begin < (last_end if is_written else written_end):
+            pair = f"{name} and {last_name if is_written else written_name}"
+            raise ValueError(f"{', '.join(written)} must not share memory, got {pair}")
         if end > last_end:
             last_end, last_name = end, name
-        if written and end > target_end:
-            target_end, target_name = end, name
+        if is_written and end > written_end:
+            written_end, written_name = end, name
 
 
 def _elements(x: Tensor) -> int:
@@ -74,15 +116,59 @@ def _portable(targets: Sequence[Tensor], sources: Sequence[Tensor], momentum: Te
         torch._foreach_lerp_(*together, 1 - momentum.item())
 
 
-for _name in ("ema_update_", "ema_update_portable_"):
-    _library.define(f"{_name}(Tensor(a!)[] targets, Tensor[] sources, Tensor momentum) -> ()")
-    _library.impl(_name, _portable, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fastssl::{_name}", lambda targets, sources, momentum: None, lib=_library)
+def _portable_adamw(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    ema_params: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    lr: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    momentum: Tensor,
+) -> None:
+    check_parameters(params, grads, exp_avgs, exp_avg_sqs, ema_params, steps)
+    adamw(
+        *map(list, (params, grads, exp_avgs, exp_avg_sqs, (), steps)),
+        amsgrad=False,
+        beta1=beta1,
+        beta2=beta2,
+        lr=lr.item(),
+        weight_decay=weight_decay,
+        eps=eps,
+        maximize=False,
+    )
+    _portable(ema_params, params, momentum)
+
+
+_SCHEMAS = {
+    "ema_update": ("Tensor(a!)[] targets, Tensor[] sources, Tensor momentum", _portable),
+    "adamw_ema_step": (
+        "Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+        "Tensor(d!)[] ema_params, Tensor(e!)[] steps, "
+        "Tensor lr, float beta1, float beta2, float eps, float weight_decay, Tensor momentum",
+        _portable_adamw,
+    ),
+}
+for _name, (_arguments, _function) in _SCHEMAS.items():
+    for _variant in (f"{_name}_", f"{_name}_portable_"):
+        _library.define(f"{_variant}({_arguments}) -> ()")
+        _library.impl(_variant, _function, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"fastssl::{_variant}", lambda *args: None, lib=_library)
 
 
 def ema_update_(targets: Sequence[Tensor], sources: Sequence[Tensor], momentum: Tensor) -> None:
     """The kernel of the tensors' device where there is one, else the portable code."""
-    if current_backend() == "portable":
-        torch.ops.fastssl.ema_update_portable_.default(targets, sources, momentum)
-    else:
-        torch.ops.fastssl.ema_update_.default(targets, sources, momentum)
+    _variant("ema_update")(targets, sources, momentum)
+
+
+def adamw_ema_step_(*args: Any) -> None:
+    """The same."""
+    _variant("adamw_ema_step")(*args)
+
+
+def _variant(name: str) -> torch._ops.OpOverload:
+    return getattr(torch.ops.fastssl, f"{name}_portable_" if current_backend() == "portable" else f"{name}_").default

@@ -1,0 +1,109 @@
+"""Optimisers that move a teacher, too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastssl.functional import adamw_ema_step_, ema_update_
+from fastssl.nn import EMA
+
+
+class AdamW(torch.optim.AdamW):
+    """`torch.optim.AdamW` (arXiv:1711.05101) whose step is followed by the teacher's, in one pass over memory:
+
+        optimizer = AdamW(student.parameters(), lr=1e-3, teacher=teacher, student=student)
+        optimizer.step()  # was: optimizer.step(), then teacher.update(student)
+
+    The numbers are the same, and so is the state_dict: each loads the other's. The teacher's is its own. Schedules,
+    parameter groups, hooks, and `torch.amp.GradScaler` work as ever; a step that the scaler skips is none for the
+    teacher either.
+
+    Args:
+        params: float32 or float64 parameters, or groups of them; others than the student's may be among them, such as
+            a predictor's, and some of the student's may be missing.
+        lr, betas, eps, weight_decay: as torch.optim.AdamW's.
+        teacher: what `step` updates, with whatever momentum it is due.
+        student: the model that it follows.
+
+    Raises:
+        TypeError: if teacher is no EMA.
+        ValueError: if numbers are out of range, parameters or gradients are of another dtype, or sparse, parameters of
+            student and teacher differ in number or shape, or a group, perhaps a loaded one, asks for `amsgrad` or
+            `maximize`.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        teacher: EMA,
+        student: nn.Module,
+    ) -> None:
+        if not isinstance(teacher, EMA):
+            raise TypeError(f"teacher must be a fastssl.nn.EMA, got {type(teacher).__name__}")
+        shapes = [[tuple(p.shape) for p in model.parameters()] for model in (student, teacher.module)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"student must have the teacher's parameters, of shapes {shapes[1]}, got {shapes[0]}")
+        super().__init__(params, lr, betas, eps, weight_decay)
+        self.teacher, self.student = teacher, student
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """A step of AdamW and an update of the teacher. Returns what the closure does, which computes gradients."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.teacher._update(self.student, self._move)
+        return loss
+
+    def _move(self, targets: list[Tensor], sources: list[Tensor], momentum: float) -> None:
+        """What has a gradient takes a step, and every target its own towards its source."""
+        teachers = dict(zip(sources, targets, strict=True))
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            states = [self._state_of(p) for p in params]
+            adamw_ema_step_(
+                params,
+                [p.grad for p in params],
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
+                [teachers.pop(p, p) for p in params],
+                [state["step"] for state in states],
+                **{name: group[name] for name in ("lr", "betas", "eps", "weight_decay")},
+                momentum=momentum,
+            )
+        ema_update_(teachers.values(), teachers, momentum)
+
+    def _state_of(self, param: Tensor) -> dict[str, Tensor]:
+        state = self.state[param]
+        if not state:
+            state["step"] = torch.tensor(0.0, dtype=torch.float32)
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name] = torch.zeros_like(param, memory_format=torch.preserve_format)
+        return state
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        _refuse_variants(param_group)
+        super().add_param_group(param_group)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for group in state["param_groups"]:
+            _refuse_variants(group)
+        super().__setstate__(state)
+        for of_param in self.state.values():
+            of_param["step"] = of_param["step"].to("cpu", torch.float32)
+
+
+def _refuse_variants(group: dict[str, Any]) -> None:
+    for name in ("amsgrad", "maximize"):
+        if group.get(name):
+            raise ValueError(f"{name} must be False, got {group[name]}")
