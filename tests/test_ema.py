@@ -360,10 +360,9 @@ def test_ends_of_momentum_and_parameters_without_a_teacher(kernels):
         assert all(map(torch.equal, states["ema_params"], before))
         adamw_ema_step_(**states, **NUMBERS | {"momentum": 0.0})
         assert all(torch.equal(x, y.to(ema)) for x, y in zip(states["ema_params"], states["params"], strict=True))
-    states = _parameters()
-    alone = _copy(states, torch.float32)
+    states, alone = _parameters(), _parameters()
     adamw_ema_step_(**states, **NUMBERS)
-    adamw_ema_step_(**alone | {"ema_params": alone["params"]}, **NUMBERS)
+    adamw_ema_step_(**alone | {"ema_params": [x.detach() for x in alone["params"]]}, **NUMBERS)
     assert all(map(torch.equal, states["params"], alone["params"]))
 
 

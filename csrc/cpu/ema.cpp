@@ -210,7 +210,7 @@ void adamw_ema_step_(at::TensorList params, at::TensorList grads, at::TensorList
     Tensor param = params[i];
     if (!param.is_non_overlapping_and_dense()) strided.emplace_back(params[i], param = param.contiguous());
     const auto in_order = [&](const Tensor& x, bool written) {
-      if (x.is_same(params[i])) return param;
+      if (x.const_data_ptr() == params[i].const_data_ptr()) return param;
       if (x.strides() == param.strides()) return x;
       held.push_back(at::empty_like(param, x.options()).copy_(x));
       if (written) strided.emplace_back(x, held.back());
