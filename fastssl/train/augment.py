@@ -9,18 +9,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def to_float(images: Tensor) -> Tensor:
+    """(B, H, W) grey or (B, 3, H, W) uint8 images -> (B, 1 or 3, H, W) float32 in [0, 1]."""
+    return (images.unsqueeze(1) if images.dim() == 3 else images).float().div_(255)
+
+
 def random_view(images: Tensor, generator: torch.Generator) -> Tensor:
-    """(B, H, W) uint8 images -> (B, 1, H, W) float32 views: cropped, flipped, brightness and contrast jittered."""
-    view = images.unsqueeze(1).float().div_(255)
-    view = random_resized_crop_flip(view, generator)
-    return color_jitter(view, generator)
+    """uint8 images -> float32 views, see `to_float`: cropped, flipped, jittered in saturation, brightness, contrast."""
+    view = random_resized_crop_flip(to_float(images), generator)
+    return color_jitter(saturation_jitter(view, generator), generator)
 
 
 def strong_view(images: Tensor, generator: torch.Generator) -> Tensor:
     """The same with smaller crops, and half of them blurred (MoCo v2, arXiv:2003.04297)."""
-    view = images.unsqueeze(1).float().div_(255)
-    view = random_resized_crop_flip(view, generator, scale=(0.3, 1.0))
-    return random_blur(color_jitter(view, generator), generator)
+    view = random_resized_crop_flip(to_float(images), generator, scale=(0.3, 1.0))
+    return random_blur(color_jitter(saturation_jitter(view, generator), generator), generator)
 
 
 def random_resized_crop_flip(
@@ -52,6 +55,20 @@ def color_jitter(images: Tensor, generator: torch.Generator, brightness: float =
     images = images * _uniform(shape, (1 - brightness, 1 + brightness), generator)
     mean = images.mean((1, 2, 3), keepdim=True)
     return ((images - mean) * _uniform(shape, (1 - contrast, 1 + contrast), generator) + mean).clamp_(0, 1)
+
+
+def saturation_jitter(images: Tensor, generator: torch.Generator, saturation: float = 0.7, grey: float = 0.2) -> Tensor:
+    """Each colour's distance from grey multiplied by 1 +- `saturation`, on the average for `grey` of the images by 0.
+
+    Grey images stay, and take nothing from the generator.
+    """
+    if images.shape[1] == 1:
+        return images
+    shape = (images.shape[0], 1, 1, 1)
+    factor = _uniform(shape, (1 - saturation, 1 + saturation), generator)
+    factor = factor.where(torch.rand(shape, generator=generator) >= grey, 0)
+    mean = images.mean(1, keepdim=True)
+    return ((images - mean) * factor + mean).clamp_(0, 1)
 
 
 def random_blur(

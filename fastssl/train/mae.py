@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastssl.functional import masked_patch_loss, random_masking_ids, restore_tokens
-from fastssl.train.augment import random_resized_crop_flip
+from fastssl.train.augment import random_resized_crop_flip, to_float
 from fastssl.train.data import Images
 from fastssl.train.method import Method
 from fastssl.train.vit import ViT, layers, position_embedding
@@ -41,8 +41,8 @@ class MAE(Method):
         self.decoder = nn.Sequential(layers(1, features, heads=4), nn.Linear(features, colours * self.patch_size**2))
 
     def views(self, batch: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
-        """(B, H, W) uint8 images -> cropped and mirrored images; which patches stay, all patches' places, and mask."""
-        images = random_resized_crop_flip(batch.unsqueeze(1).float().div_(255), generator)
+        """uint8 images -> cropped and mirrored images; which patches stay, all patches' places, and mask."""
+        images = random_resized_crop_flip(to_float(batch), generator)
         return images, *self.mask(len(images), generator)
 
     def mask(self, images: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -65,10 +65,12 @@ class MAE(Method):
         from matplotlib.figure import Figure
 
         self.eval()
-        images = dataset.test[:count].unsqueeze(1).float() / 255
+        images = to_float(dataset.test[:count])
+        count, colours = images.shape[:2]
         ids_keep, ids_restore, mask = self.mask(count, torch.Generator().manual_seed(0))
         painted, *_ = self(images, ids_keep, ids_restore, mask)
         patches = F.unfold(images, self.patch_size, stride=self.patch_size).transpose(1, 2)
+        painted = painted.unflatten(2, (-1, colours)).transpose(2, 3).flatten(2)  # colours first, as unfold has them
         if self.norm_pix_loss:  # the decoder knows no patch's mean and deviation: here they are the true ones
             painted = painted * (patches.var(2, keepdim=True) + 1e-6).sqrt() + patches.mean(2, keepdim=True)
         hidden = mask.bool().unsqueeze(2)
@@ -78,7 +80,7 @@ class MAE(Method):
             line[0].set_ylabel(label)
             pixels = F.fold(pixels.transpose(1, 2), images.shape[2:], self.patch_size, stride=self.patch_size)
             for axes, image in zip(line, pixels, strict=True):
-                axes.imshow(image[0].numpy(), cmap="gray", vmin=0, vmax=1)
+                axes.imshow(image.permute(1, 2, 0).clamp(0, 1).numpy(), cmap="gray", vmin=0, vmax=1)
                 axes.set(xticks=[], yticks=[])
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=100, format="png")

@@ -21,10 +21,9 @@ from PIL import Image
 from torch.utils.data import TensorDataset
 
 from fastssl.train import packages
-from fastssl.train.data import DataError
+from fastssl.train.image_folder import SIZE, picture, to_tensor
+from fastssl.train.packages import DataError
 from fastssl.train.text import tokenize
-
-SIZE = 32
 
 _PICTURES, _NAMES = "emoji-datasource-google@16.0.0", "emojibase-data@16.0.3"
 EMOJI = {
@@ -94,7 +93,7 @@ def load(source: str | os.PathLike[str] | None = None) -> Pairs:
 
 
 def _emoji(files: dict[str, bytes]) -> Iterator[Pair]:
-    sheet, cells = _image(io.BytesIO(files["32.png"])), {}
+    sheet, cells = picture(io.BytesIO(files["32.png"])), {}
     for emoji in json.loads(files["emoji.json"]):
         for tone in (emoji, *emoji.get("skin_variations", {}).values()):
             cells[_code(tone["unified"])] = tone["sheet_x"], tone["sheet_y"]
@@ -127,22 +126,10 @@ def _table(path: Path) -> Iterator[Pair]:
     for row in rows:
         if not row.get("image") or not row.get("caption"):
             raise DataError(f"{path} must have columns image and caption in every row, got {row}")
-        image = _image(path.parent / row["image"]).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+        image = picture(path.parent / row["image"]).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
         yield Pair(image, row["caption"], row["caption"].lower())
 
 
-def _image(file: Path | io.BytesIO) -> Image.Image:
-    """As RGB, on white where it is transparent."""
-    try:
-        with Image.open(file) as image:
-            image = image.convert("RGBA")
-    except OSError as error:
-        raise DataError(f"{file} cannot be read as an image: {error}") from None
-    white = Image.new("RGBA", image.size, "white")
-    return Image.alpha_composite(white, image).convert("RGB")
-
-
 def _tensors(pairs: list[Pair]) -> TensorDataset:
-    images = [torch.frombuffer(bytearray(pair.image.tobytes()), dtype=torch.uint8) for pair in pairs]
-    images = torch.stack(images).view(-1, SIZE, SIZE, 3).permute(0, 3, 1, 2).contiguous()
+    images = torch.stack([to_tensor(pair.image) for pair in pairs]).contiguous()
     return TensorDataset(images, tokenize([pair.caption for pair in pairs]))

@@ -24,7 +24,7 @@ class SupCon(TwoViews):
 
     @staticmethod
     def training_data(dataset: Images) -> TensorDataset:
-        return TensorDataset(dataset.train, dataset.train_labels)
+        return dataset.labelled()
 
     @staticmethod
     def views(batch: tuple[Tensor, Tensor], generator: torch.Generator) -> tuple[Tensor, ...]:

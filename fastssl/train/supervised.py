@@ -35,7 +35,7 @@ class Supervised(Method):
 
     @staticmethod
     def training_data(dataset: Images) -> TensorDataset:
-        return TensorDataset(dataset.train, dataset.train_labels)
+        return dataset.labelled()
 
     @staticmethod
     def views(batch: tuple[Tensor, Tensor], generator: torch.Generator) -> tuple[Tensor, ...]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fastssl.train import packages
-from fastssl.train.data import DataError
+from fastssl.train.packages import DataError
 
 VOCABULARY = 16384  # numbers of words; 0 is that of padding
 LENGTH = 32  # words of a text that count

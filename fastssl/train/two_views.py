@@ -30,7 +30,7 @@ class TwoViews(Method):
 
     @staticmethod
     def views(batch: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
-        """(B, H, W) uint8 images -> the model's inputs."""
+        """(B, H, W) grey or (B, 3, H, W) uint8 images -> the model's inputs."""
         return random_view(batch, generator), random_view(batch, generator)
 
     def forward(self, view1: Tensor, view2: Tensor) -> tuple[Tensor, ...]:
