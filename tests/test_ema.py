@@ -226,6 +226,15 @@ def test_cosine_schedule_and_resuming():
     assert momenta == pytest.approx(expected, abs=1e-12) and momenta[4] == 1
 
 
+@pytest.mark.parametrize("gamma, power", [(1.0, 2 / 3), (5.0, 1.0)])
+def test_warm_up(gamma, power):
+    student = _model()
+    teacher = EMA(student, 0.7, schedule="warmup", warmup_gamma=gamma, warmup_power=power)
+    momenta = [teacher.update(student) for _ in range(30)]
+    expected = [min(0.7, 1 - 1 / (1 + k / gamma) ** power) for k in range(30)]
+    assert momenta == pytest.approx(expected, abs=1e-12) and momenta[0] == 0 and momenta[-1] == 0.7
+
+
 def test_low_precision_student_has_a_float32_teacher():
     student = _model().bfloat16()
     teacher = EMA(student, 0.999)
@@ -245,11 +254,21 @@ def test_bad_teachers():
     student = _model()
     with pytest.raises(ValueError, match="momentum must be from 0 to 1, got 2"):
         EMA(student, 2)
-    with pytest.raises(ValueError, match="schedule must be None or 'cosine', got 'linear'"):
+    with pytest.raises(ValueError, match="schedule must be None, 'cosine' or 'warmup', got 'linear'"):
         EMA(student, schedule="linear")
-    for options in ({"schedule": "cosine"}, {"total_steps": 5}, {"schedule": "cosine", "total_steps": 0}):
+    for options in (
+        {"schedule": "cosine"},
+        {"total_steps": 5},
+        {"schedule": "cosine", "total_steps": 0},
+        {"schedule": "warmup", "total_steps": 5},
+    ):
         with pytest.raises(ValueError, match="total_steps must be"):
             EMA(student, **options)
+    for options in ({"schedule": "warmup", "warmup_gamma": 0}, {"warmup_gamma": 2.0}):
+        with pytest.raises(ValueError, match="warmup_gamma must be positive, and is for 'warmup' alone, got [02]"):
+            EMA(student, **options)
+    with pytest.raises(TypeError, match="warmup_power must be a number, got str"):
+        EMA(student, schedule="warmup", warmup_power="1")
     teacher = EMA(student)
     before = copy.deepcopy(teacher.state_dict())
     for other, match in (

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastssl import functional
-from fastssl._checks import check_share
+from fastssl._checks import check_number, check_share
 
 
 class EMA(nn.Module):
@@ -25,10 +25,14 @@ class EMA(nn.Module):
 
     Args:
         model: the student. It is not kept: every `update` is given it.
-        momentum: from 0 to 1; with a schedule that of the first update.
-        schedule: None, or "cosine", BYOL's: from momentum up to 1 at update number total_steps,
-            momentum_k = 1 - (1 - momentum) (cos(pi k / total_steps) + 1) / 2.
-        total_steps: of the schedule.
+        momentum: from 0 to 1; timm calls it decay.
+        schedule: None, or what gives update k = 0, 1, ... its momentum:
+            "cosine", BYOL's, from momentum up to 1 at update total_steps:
+                1 - (1 - momentum) (cos(pi k / total_steps) + 1) / 2,
+            "warmup", timm's, from 0, a copy, up to momentum:
+                min(momentum, 1 - (1 + k / warmup_gamma)^-warmup_power).
+        total_steps: of "cosine".
+        warmup_gamma, warmup_power: of "warmup"; above 0.
         update_buffers: whether floating-point buffers are averaged, and others copied, such as a batch
             normalisation's statistics and its count. False leaves them alone: for teachers in training mode, which
             have their own.
@@ -38,7 +42,7 @@ class EMA(nn.Module):
         step: () int64, how often it was updated; saved in state_dict.
 
     Raises:
-        ValueError: if momentum is not from 0 to 1, or schedule and total_steps do not fit.
+        ValueError: if momentum is not from 0 to 1, or the schedule and its numbers do not fit.
     """
 
     step: Tensor
@@ -50,15 +54,22 @@ class EMA(nn.Module):
         *,
         schedule: str | None = None,
         total_steps: int | None = None,
+        warmup_gamma: float = 1.0,
+        warmup_power: float = 2 / 3,
         update_buffers: bool = True,
     ) -> None:
         super().__init__()
         check_share("momentum", momentum)
-        if schedule not in (None, "cosine"):
-            raise ValueError(f"schedule must be None or 'cosine', got {schedule!r}")
-        if (schedule is None) != (total_steps is None) or (total_steps is not None and total_steps < 1):
-            raise ValueError(f"total_steps must be a positive number with a schedule, else None, got {total_steps}")
+        if schedule not in (None, "cosine", "warmup"):
+            raise ValueError(f"schedule must be None, 'cosine' or 'warmup', got {schedule!r}")
+        if (schedule != "cosine") != (total_steps is None) or (total_steps is not None and total_steps < 1):
+            raise ValueError(f"total_steps must be a positive number with 'cosine', else None, got {total_steps}")
+        for name, number, default in (("gamma", warmup_gamma, 1.0), ("power", warmup_power, 2 / 3)):
+            check_number(f"warmup_{name}", number)
+            if number <= 0 or (schedule != "warmup" and number != default):
+                raise ValueError(f"warmup_{name} must be positive, and is for 'warmup' alone, got {number}")
         self.momentum, self.schedule, self.total_steps = momentum, schedule, total_steps
+        self.warmup_gamma, self.warmup_power = warmup_gamma, warmup_power
         self.update_buffers = update_buffers
         self.module = copy.deepcopy(model).eval().requires_grad_(False)
         for x in (*self.module.parameters(), *self.module.buffers()):
@@ -110,6 +121,8 @@ class EMA(nn.Module):
     def _momentum_at(self, step: int) -> float:
         if self.schedule is None:
             return self.momentum
+        if self.schedule == "warmup":
+            return min(self.momentum, 1 - (1 + step / self.warmup_gamma) ** -self.warmup_power)
         progress = min(step / self.total_steps, 1)
         return 1 - (1 - self.momentum) * (math.cos(math.pi * progress) + 1) / 2
 
