@@ -101,7 +101,7 @@ def test_twins_agree_on_real_images_and_the_loss_falls(images, method):
     # up to 0.01 was seen within a dozen steps of SimCLR, where the loss itself moves by 1.
     torch.testing.assert_close(losses["fastssl"][0], losses["naive"][0], rtol=3e-6, atol=0)
     torch.testing.assert_close(losses["fastssl"], losses["naive"], rtol=0.01, atol=0)
-    assert losses["fastssl"][-3:].mean() < 0.97 * losses["fastssl"][:3].mean()
+    assert losses["fastssl"][-3:].mean() < 0.98 * losses["fastssl"][:3].mean()
 
 
 def test_a_run_is_reproducible_and_its_twin_does_not_change_it(images):

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
 
+import torch
 from torch import Tensor, nn
 
 _backbone: ContextVar[list[nn.Module] | None] = ContextVar("backbone", default=None)
@@ -78,6 +79,7 @@ class Encoder(nn.Sequential):
             layers += [nn.ReLU(inplace=True)]
         super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.features = features
+        self.to(memory_format=torch.channels_last)  # in which its convolutions are faster on CPUs
 
     def forward(self, images: Tensor) -> Tensor:
         return super().forward(images.expand(-1, 3, -1, -1))
