@@ -325,6 +325,15 @@ def test_reads_no_uninitialised_memory(kernels):
     gathered = patches.gather_patches(images, ids, [4, 4])
     assert gathered.isfinite().all()
     assert patches.scatter_patches(gathered, ids, images.shape, [4, 4]).isfinite().all()
+    pred = _normal(3, 6, 48).requires_grad_()
+    for share in (0.0, 0.5, 1.0):
+        mask = torch.rand(3, 6, generator=_seeded(2)) < share
+        for loss in (
+            masked_patch_loss(pred, images, mask, 4, reduction="none"),
+            masked_feature_loss(pred, pred.detach() + 1, mask, reduction="none"),
+        ):
+            (gradient,) = torch.autograd.grad(loss.sum(), pred)
+            assert ((loss != 0) == mask).all() and (gradient.isfinite() & ((gradient != 0) == mask[:, :, None])).all()
 
 
 def test_backends_agree():

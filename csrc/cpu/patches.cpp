@@ -6,11 +6,12 @@
 //     gather_patches        out[b, k] = patch ids[b, k] of image b, channels first
 //     scatter_patches       the transpose: images of patches, summed up where several go to one place
 //
-// A row of patches is a thread's, and passes through its caches. It is read as it lies in memory, from images of any
-// strides and element, as float32. Of each masked patch the mean and the deviation are taken and the channels are
-// interleaved, as the prediction has them, whose row is then compared with it; meanwhile the next row of patches is
-// fetched. The backward pass does all that again, and writes the gradient. Of P B L elements, with a share m masked,
-// (1 + m) P B L are read in either pass, and P B L are written in the second; nothing is kept between them.
+// A thread takes masked patches one after another. Of each the elements are read, from images of any strides and
+// element, as float32, the mean and the deviation are taken and the channels are interleaved, as the prediction has
+// them, whose row is then compared with it. Meanwhile the next one's elements and prediction are fetched from memory,
+// where hardware would not look for them. The backward pass does all that again, and writes the gradient. Of P B L
+// elements, with a share m masked, 2 m P B L are read in either pass, and P B L are written in the second; nothing is
+// kept between them.
 #include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
@@ -83,15 +84,21 @@ struct Cutting {
 
 // Rows (B, L, D) with unit stride within each.
 struct PatchRows {
-  Tensor rows;
+  Tensor tensor;
   Element element;
+  const char* data;
+  int64_t length, count, sample, row;  // L, D, and strides in bytes
 
-  explicit PatchRows(const Tensor& x) : rows(x.stride(2) == 1 ? x : x.contiguous()), element(element_of(x)) {}
+  explicit PatchRows(const Tensor& x)
+      : tensor(x.stride(2) == 1 ? x : x.contiguous()),
+        element(element_of(x)),
+        data(static_cast<const char*>(tensor.const_data_ptr())),
+        length(x.size(1)),
+        count(x.size(2)),
+        sample(tensor.stride(0) * bytes_of(element)),
+        row(tensor.stride(1) * bytes_of(element)) {}
 
-  const void* operator[](int64_t i) const {
-    const int64_t offset = i / rows.size(1) * rows.stride(0) + i % rows.size(1) * rows.stride(1);
-    return static_cast<const char*>(rows.const_data_ptr()) + offset * bytes_of(element);
-  }
+  const char* operator[](int64_t i) const { return data + i / length * sample + i % length * row; }
 };
 
 void check_element(const char* name, const Tensor& x) {
@@ -120,8 +127,18 @@ bool is_double(const Tensor& x, const Tensor& y) {
   return x.scalar_type() == at::kDouble || y.scalar_type() == at::kDouble;
 }
 
-// What rows are compared with is a `source`: it has `groups` of `group` rows each, which one thread takes together, and
-// workers: each(g, masked, use) calls use(i, rows) for those of group g that are masked.
+// visit(i, next) of those from `first` to below `last` that are masked, `next` being the one after i; of the last, i.
+template <typename Visit>
+void each_masked(const bool* masked, int64_t first, int64_t last, const Visit& visit) {
+  const auto from = [=](int64_t i) { return std::find(masked + i, masked + last, true) - masked; };
+  for (int64_t i = from(first), next; i < last; i = next) {
+    next = from(i + 1);
+    visit(i, next < last ? next : i);
+  }
+}
+
+// What is compared is a `source`: of row i source.rows(i, next, spare), where `spare` has room for two rows and `next`
+// is the row whose memory shall be fetched meanwhile.
 
 // The losses (B, L).
 template <typename Source>
@@ -131,12 +148,12 @@ Tensor losses(const Tensor& pred, const Tensor& mask_, Loss loss, float beta, co
   const int64_t count = pred.size(2);
   const bool* const masked = mask.const_data_ptr<bool>();
   float* const to = out.mutable_data_ptr<float>();
-  at::parallel_for(0, source.groups, grain_of(source.group * count), [&](int64_t first, int64_t last) {
-    std::fill(to + first * source.group, to + last * source.group, 0.f);
-    std::vector<float> spare(2 * count);
-    typename Source::Worker worker(source);
-    for (int64_t g = first; g < last; ++g)
-      worker.each(g, masked, [&](int64_t i, const Compared& rows) { to[i] = tile.loss(rows, loss, beta, spare.data()); });
+  at::parallel_for(0, mask.numel(), grain_of(count), [&](int64_t first, int64_t last) {
+    std::fill(to + first, to + last, 0.f);
+    std::vector<float> spare(2 * count), target(2 * count);
+    each_masked(masked, first, last, [&](int64_t i, int64_t next) {
+      to[i] = tile.loss(source.rows(i, next, target.data()), loss, beta, spare.data());
+    });
   });
   return out;
 }
@@ -151,16 +168,15 @@ Tensor losses_backward(const Tensor& grad_, const Tensor& pred, const Tensor& ma
   const bool* const masked = mask.const_data_ptr<bool>();
   const float* const factor = grad.const_data_ptr<float>();
   char* const to = static_cast<char*>(dpred.mutable_data_ptr());
-  at::parallel_for(0, source.groups, grain_of(source.group * count), [&](int64_t first, int64_t last) {
-    std::vector<float> spare(2 * count);
-    typename Source::Worker worker(source);
-    for (int64_t g = first; g < last; ++g) {
-      for (int64_t i = g * source.group; i < (g + 1) * source.group; ++i)
-        if (!masked[i]) std::memset(to + i * bytes, 0, bytes);
-      worker.each(g, masked, [&](int64_t i, const Compared& rows) {
-        tile.gradient(rows, loss, beta, factor[i], spare.data(), to + i * bytes);
-      });
-    }
+  at::parallel_for(0, mask.numel(), grain_of(count), [&](int64_t first, int64_t last) {
+    std::vector<float> spare(2 * count), target(2 * count);
+    int64_t written = first;
+    each_masked(masked, first, last, [&](int64_t i, int64_t next) {
+      std::memset(to + written * bytes, 0, (i - written) * bytes);
+      tile.gradient(source.rows(i, next, target.data()), loss, beta, factor[i], spare.data(), to + i * bytes);
+      written = i + 1;
+    });
+    std::memset(to + written * bytes, 0, (last - written) * bytes);
   });
   return dpred;
 }
@@ -171,73 +187,36 @@ Norm norm_of(c10::string_view name) {
   return name == "none" ? Norm::None : name == "patch" ? Norm::Patch : Norm::Channel;
 }
 
-// Predictions, and the patches that they are compared with. A row of patches is read together, as it lies in memory.
+// Predictions, and the patches that they are compared with.
 struct MaskedPatches {
   PatchRows pred;
-  const Tensor& images;
+  const char* images;
   Element element;
   Cutting cutting;
   Norm norm;
   const PatchTiles& tile;
-  int64_t group, groups;
 
-  MaskedPatches(const Tensor& pred_, const Tensor& images, at::IntArrayRef patch, c10::string_view norm)
+  MaskedPatches(const Tensor& pred_, const Tensor& images_, at::IntArrayRef patch, c10::string_view norm)
       : pred(pred_),
-        images(images),
-        element(element_of(images)),
-        cutting(images, patch),
+        images(static_cast<const char*>(images_.const_data_ptr())),
+        element(element_of(images_)),
+        cutting(images_, patch),
         norm(norm_of(norm)),
-        tile(FASTSSL_TABLE_IN_USE(patch_tiles)),
-        group(cutting.grid[2]),
-        groups(images.size(0) * cutting.grid[0] * cutting.grid[1]) {
-    TORCH_CHECK_VALUE(pred_.size(0) == images.size(0) && pred_.size(1) == cutting.length() &&
+        tile(FASTSSL_TABLE_IN_USE(patch_tiles)) {
+    TORCH_CHECK_VALUE(pred_.size(0) == images_.size(0) && pred_.size(1) == cutting.length() &&
                           pred_.size(2) == cutting.shape.elements(),
-                      "pred must have a row for each patch of images, (", images.size(0), ", ", cutting.length(), ", ",
-                      cutting.shape.elements(), "), got ", pred_.sizes());
+                      "pred must have a row for each patch of images, (", images_.size(0), ", ", cutting.length(),
+                      ", ", cutting.shape.elements(), "), got ", pred_.sizes());
   }
 
-  struct Worker {
-    const MaskedPatches& all;
-    int64_t width, elements;
-    std::vector<float> row, spare;
+  const char* patch(int64_t i) const {
+    return images + cutting.offset(i / pred.length, i % pred.length) * bytes_of(element);
+  }
 
-    explicit Worker(const MaskedPatches& all)
-        : all(all),
-          width(all.group * all.cutting.shape.columns),
-          elements(all.cutting.shape.elements()),
-          row(all.group * elements),
-          spare(2 * elements) {}
-
-    // Part `part` of the row of patches that begins at `start`, from memory.
-    void prefetch(int64_t start, int64_t part) const {
-      const PatchShape& shape = all.cutting.shape;
-      const int64_t rows = shape.channels * shape.frames * shape.rows;
-      for (int64_t r = part * rows / all.group; r < (part + 1) * rows / all.group; ++r) {
-        const int64_t frame = r / shape.rows;
-        const int64_t offset = start + frame / shape.frames * shape.channel + frame % shape.frames * shape.frame +
-                               r % shape.rows * shape.row;
-        const char* const from = static_cast<const char*>(all.images.const_data_ptr()) + offset * bytes_of(all.element);
-        for (int64_t j = 0; j < width * bytes_of(all.element); j += 64) __builtin_prefetch(from + j, 0, 2);
-      }
-    }
-
-    template <typename Use>
-    void each(int64_t g, const bool* masked, const Use& use) {
-      const Cutting& cutting = all.cutting;
-      const int64_t first = g * all.group, last = first + all.group, length = cutting.length();
-      if (std::find(masked + first, masked + last, true) == masked + last) return;
-      const int64_t offset = cutting.offset(first / length, first % length);
-      all.tile.load(static_cast<const char*>(all.images.const_data_ptr()) + offset * bytes_of(all.element), all.element,
-                    cutting.shape, width, row.data());
-      for (int64_t i = first; i < last; ++i) {
-        if (g + 1 < all.groups) prefetch(cutting.offset(last / length, last % length), i - first);
-        if (!masked[i]) continue;
-        const float* const patch = row.data() + (i - first) * cutting.shape.columns;
-        const float* const target = all.tile.target(patch, width, cutting.shape, all.norm, spare.data());
-        use(i, Compared{all.pred[i], all.pred.element, target, Element::Float32, elements});
-      }
-    }
-  };
+  Compared rows(int64_t i, int64_t next, float* spare) const {
+    const float* const target = tile.target(patch(i), element, cutting.shape, norm, patch(next), spare);
+    return {pred[i], pred.element, target, Element::Float32, cutting.shape.elements(), pred[next]};
+  }
 };
 
 Tensor masked_patch_loss(const Tensor& pred, const Tensor& images, const Tensor& mask, at::IntArrayRef patch,
@@ -267,25 +246,15 @@ Loss loss_of(c10::string_view name) {
 // Predictions, and the features that they are compared with.
 struct MaskedFeatures {
   PatchRows pred, target;
-  int64_t group = 1, groups;
 
-  MaskedFeatures(const Tensor& pred_, const Tensor& target_)
-      : pred(pred_), target(target_), groups(pred_.size(0) * pred_.size(1)) {
+  MaskedFeatures(const Tensor& pred_, const Tensor& target_) : pred(pred_), target(target_) {
     TORCH_CHECK_VALUE(pred_.sizes() == target_.sizes(), "pred and target must have the same shape, got ", pred_.sizes(),
                       " and ", target_.sizes());
   }
 
-  struct Worker {
-    const MaskedFeatures& all;
-
-    explicit Worker(const MaskedFeatures& all) : all(all) {}
-
-    template <typename Use>
-    void each(int64_t i, const bool* masked, const Use& use) {
-      if (masked[i])
-        use(i, Compared{all.pred[i], all.pred.element, all.target[i], all.target.element, all.pred.rows.size(2)});
-    }
-  };
+  Compared rows(int64_t i, int64_t next, float*) const {
+    return {pred[i], pred.element, target[i], target.element, pred.count, pred[next]};
+  }
 };
 
 Tensor masked_feature_loss(const Tensor& pred, const Tensor& target, const Tensor& mask, c10::string_view loss,

@@ -7,24 +7,31 @@
 namespace fastssl::FASTSSL_ISA {
 namespace {
 
-constexpr int64_t kAhead = 768;  // elements: a prediction's next row, which the hardware does not foresee
-
 inline float absolute(float x) { return __builtin_fabsf(x); }
 inline Vec absolute(Vec x) { return x < 0.f ? -x : x; }
 inline float sign(float x) { return x > 0.f ? 1.f : x < 0.f ? -1.f : x; }
 inline Vec sign(Vec x) { return x > 0.f ? broadcast(1.f) : x < 0.f ? broadcast(-1.f) : x; }
 
-// The sum of term(x, y) over all elements, of vectors of them where `term` is given one. As it goes, `ahead` elements
-// further on x is fetched from memory.
-template <int64_t ahead = 0, typename Term>
-inline float sum_of(const float* x, const float* y, int64_t count, Term term) {
+// Memory that will be needed next, fetched while a loop runs: with element i of the loop what is i * step bytes on.
+struct Next {
+  const char* data = nullptr;
+  int64_t step = 0;
+
+  void fetch(int64_t i) const {
+    if (data) __builtin_prefetch(data + i * step);
+  }
+};
+
+// The sum of term(x, y) over all elements, of vectors of them where `term` is given one.
+template <typename Term>
+inline float sum_of(const float* x, const float* y, int64_t count, Term term, Next next = {}) {
   constexpr int kSums = 4;
   Vec sums[kSums]{};
   int64_t i = 0;
   for (; i + kSums * kLanes <= count; i += kSums * kLanes)
     for (int k = 0; k < kSums; ++k) {
       const int64_t j = i + k * kLanes;
-      if (ahead) __builtin_prefetch(x + j + ahead);
+      next.fetch(j);
       sums[k] += term(load(x + j), load(y + j));
     }
   for (; i + kLanes <= count; i += kLanes) sums[0] += term(load(x + i), load(y + i));
@@ -33,11 +40,11 @@ inline float sum_of(const float* x, const float* y, int64_t count, Term term) {
   return total;
 }
 
-template <int64_t ahead = 0, typename Result>
-inline void write(const float* x, const float* y, int64_t count, float* out, Result result) {
+template <typename Result>
+inline void write(const float* x, const float* y, int64_t count, float* out, Result result, Next next = {}) {
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) {
-    if (ahead) __builtin_prefetch(x + i + ahead);
+    next.fetch(i);
     store(out + i, result(load(x + i), load(y + i)));
   }
   for (; i < count; ++i) out[i] = result(x[i], y[i]);
@@ -72,13 +79,16 @@ void narrow(const float* x, Element element, int64_t count, void* out) {
   }
 }
 
-// Subtracts the mean, and returns what the rest is to be multiplied with: 1 / deviation. The variance is unbiased, and
-// taken of the differences from the mean.
-float centre(float* x, int64_t count, float mean, Norm norm) {
-  const float squares = sum_of(x, x, count, [&](auto v, auto) { return (v - mean) * (v - mean); });
-  write(x, x, count, x, [=](auto v, auto) { return v - mean; });
-  const float var = squares / (count - 1);
-  return 1 / (norm == Norm::Patch ? __builtin_sqrtf(var + 1e-6f) : __builtin_sqrtf(var) + 1e-6f);
+// What normalises elements: (x - mean) * scale.
+struct Standard {
+  float mean, scale;
+};
+
+// The variance is unbiased, and taken of the differences from the mean.
+Standard standard_of(const float* x, int64_t count, Norm norm) {
+  const float mean = sum_of(x, x, count, [](auto v, auto) { return v; }) / count;
+  const float var = sum_of(x, x, count, [=](auto v, auto) { return (v - mean) * (v - mean); }) / (count - 1);
+  return {mean, 1 / (norm == Norm::Patch ? __builtin_sqrtf(var + 1e-6f) : __builtin_sqrtf(var) + 1e-6f)};
 }
 
 // Of three vectors a, b, c the elements a0 b0 c0 a1 ..., as three vectors: each takes from a and b, then from c.
@@ -95,12 +105,13 @@ struct Lanes {
 };
 constexpr Lanes kThreeChannels;
 
-// (channels, pixels) to (pixels, channels), times `factor`.
-void interleave(const float* x, int64_t channels, int64_t pixels, float factor, float* out) {
+// (channels, pixels) to (pixels, channels), normalised.
+void interleave(const float* x, int64_t channels, int64_t pixels, Standard by, float* out) {
+  const auto value = [=](auto v) { return (v - by.mean) * by.scale; };
   int64_t i = 0;
   if (channels == 3) {
     for (; i + kLanes <= pixels; i += kLanes) {
-      const Vec a = load(x + i) * factor, b = load(x + pixels + i) * factor, c = load(x + 2 * pixels + i) * factor;
+      const Vec a = value(load(x + i)), b = value(load(x + pixels + i)), c = value(load(x + 2 * pixels + i));
       for (int k = 0; k < 3; ++k) {
         const Vec two = __builtin_shuffle(a, b, load(kThreeChannels.two[k]));
         store(out + 3 * i + k * kLanes, __builtin_shuffle(two, c, load(kThreeChannels.three[k])));
@@ -108,33 +119,32 @@ void interleave(const float* x, int64_t channels, int64_t pixels, float factor, 
     }
   }
   for (; i < pixels; ++i)
-    for (int64_t c = 0; c < channels; ++c) out[i * channels + c] = x[c * pixels + i] * factor;
+    for (int64_t c = 0; c < channels; ++c) out[i * channels + c] = value(x[c * pixels + i]);
 }
 
-void load_row_of_patches(const void* images, Element element, const PatchShape& shape, int64_t width, float* out) {
+const float* target(const void* image, Element element, const PatchShape& shape, Norm norm, const void* next,
+                    float* spare) {
+  const int64_t pixels = shape.frames * shape.rows * shape.columns, size = bytes_of(element);
+  const int64_t run = ((shape.columns - 1) * shape.column + 1) * size;  // in bytes
+  float* out = spare;
   for (int64_t c = 0; c < shape.channels; ++c)
     for (int64_t t = 0; t < shape.frames; ++t)
-      for (int64_t p = 0; p < shape.rows; ++p, out += width) {
-        const int64_t row = c * shape.channel + t * shape.frame + p * shape.row;
-        widen(static_cast<const char*>(images) + row * bytes_of(element), element, shape.column, width, out);
+      for (int64_t p = 0; p < shape.rows; ++p, out += shape.columns) {
+        const int64_t start = (c * shape.channel + t * shape.frame + p * shape.row) * size;
+        for (int64_t i = 0; i < run; i += 64) __builtin_prefetch(static_cast<const char*>(next) + start + i);
+        widen(static_cast<const char*>(image) + start, element, shape.column, shape.columns, out);
       }
-}
-
-const float* target(const float* x, int64_t width, const PatchShape& shape, Norm norm, float* spare) {
-  const int64_t pixels = shape.frames * shape.rows * shape.columns, elements = shape.channels * pixels;
-  const auto itself = [](auto v, auto) { return v; };
-  for (int64_t i = 0; i < elements; i += shape.columns, x += width) write(x, x, shape.columns, spare + i, itself);
-  float factor = 1;
+  Standard all{0, 1};
   if (norm == Norm::Patch) {
-    factor = centre(spare, elements, sum_of(spare, spare, elements, itself) / elements, norm);
+    all = standard_of(spare, shape.channels * pixels, norm);
   } else if (norm == Norm::Channel) {
-    for (float* y = spare; y < spare + elements; y += pixels) {
-      const float scale = centre(y, pixels, sum_of(y, y, pixels, itself) / pixels, norm);
-      write(y, y, pixels, y, [=](auto v, auto) { return v * scale; });
+    for (float* channel = spare; channel < out; channel += pixels) {
+      const Standard own = standard_of(channel, pixels, norm);
+      write(channel, channel, pixels, channel, [=](auto v, auto) { return (v - own.mean) * own.scale; });
     }
   }
-  interleave(spare, shape.channels, pixels, factor, spare + elements);
-  return spare + elements;
+  interleave(spare, shape.channels, pixels, all, out);
+  return out;
 }
 
 const float* as_floats(const void* x, Element element, int64_t count, float* spare) {
@@ -148,9 +158,9 @@ struct Angle {
   float x, y, cosine;
   bool above;  // |x| is 1e-12 or more
 
-  Angle(const float* x_, const float* y_, int64_t count) {
+  Angle(const float* x_, const float* y_, int64_t count, Next next) {
     const auto product = [](auto v, auto w) { return v * w; };
-    x = __builtin_sqrtf(sum_of(x_, x_, count, product));
+    x = __builtin_sqrtf(sum_of(x_, x_, count, product, next));
     y = __builtin_sqrtf(sum_of(y_, y_, count, product));
     above = !(x < 1e-12f);
     if (x < 1e-12f) x = 1e-12f;
@@ -163,14 +173,15 @@ float loss(const Compared& rows, Loss loss, float beta, float* spare) {
   const int64_t count = rows.count;
   const float* const x = as_floats(rows.pred, rows.pred_element, count, spare);
   const float* const y = as_floats(rows.target, rows.target_element, count, spare + count);
-  if (loss == Loss::Cosine) return 1 - Angle(x, y, count).cosine;
+  const Next next{static_cast<const char*>(rows.next_pred), bytes_of(rows.pred_element)};
+  if (loss == Loss::Cosine) return 1 - Angle(x, y, count, next).cosine;
   if (loss == Loss::MeanSquare)
-    return sum_of<kAhead>(x, y, count, [](auto v, auto w) { return (v - w) * (v - w); }) / count;
+    return sum_of(x, y, count, [](auto v, auto w) { return (v - w) * (v - w); }, next) / count;
   const float half_inverse = beta > 0 ? 0.5f / beta : 0, half = 0.5f * beta;
   return sum_of(x, y, count, [=](auto v, auto w) {
     const auto apart = absolute(v - w);
     return apart < beta ? apart * apart * half_inverse : apart - half;
-  }) / count;
+  }, next) / count;
 }
 
 void gradient(const Compared& rows, Loss loss, float beta, float factor, float* spare, void* out) {
@@ -178,19 +189,20 @@ void gradient(const Compared& rows, Loss loss, float beta, float factor, float* 
   const float* const x = as_floats(rows.pred, rows.pred_element, count, spare);
   const float* const y = as_floats(rows.target, rows.target_element, count, spare + count);
   float* const to = rows.pred_element == Element::Float32 ? static_cast<float*>(out) : spare;
+  const Next next{static_cast<const char*>(rows.next_pred), bytes_of(rows.pred_element)};
   if (loss == Loss::Cosine) {
-    const Angle angle(x, y, count);
+    const Angle angle(x, y, count, next);
     const float along = angle.above ? factor * angle.cosine / angle.x / angle.x : 0, away = factor / angle.x / angle.y;
     write(x, y, count, to, [=](auto v, auto w) { return along * v - away * w; });
   } else if (loss == Loss::MeanSquare) {
     const float scale = 2 * factor / count;
-    write<kAhead>(x, y, count, to, [=](auto v, auto w) { return (v - w) * scale; });
+    write(x, y, count, to, [=](auto v, auto w) { return (v - w) * scale; }, next);
   } else {
     const float inverse = beta > 0 ? 1 / beta : 0, scale = factor / count;
     write(x, y, count, to, [=](auto v, auto w) {
       const auto apart = v - w;
       return (absolute(apart) < beta ? apart * inverse : sign(apart)) * scale;
-    });
+    }, next);
   }
   if (rows.pred_element != Element::Float32) narrow(to, rows.pred_element, count, out);
 }
@@ -198,6 +210,6 @@ void gradient(const Compared& rows, Loss loss, float beta, float factor, float* 
 }  // namespace
 
 extern const PatchTiles patch_tiles;
-const PatchTiles patch_tiles = {load_row_of_patches, target, loss, gradient};
+const PatchTiles patch_tiles = {target, loss, gradient};
 
 }  // namespace fastssl::FASTSSL_ISA

@@ -26,16 +26,14 @@ struct Compared {
   const void* target;
   Element target_element;
   int64_t count;
+  const void* next_pred;  // to fetch from memory meanwhile
 };
 
 struct PatchTiles {
-  // A row of patches, `width` columns of images in all, that begins at `images`: as float32, in the order (channel,
-  // frame, row, column).
-  void (*load)(const void* images, Element element, const PatchShape& shape, int64_t width, float* out);
-
-  // The patch of such a row that begins at x, normalised, in the order (frame, row, column, channel). `spare`: twice its
-  // elements, in which the result lies.
-  const float* (*target)(const float* x, int64_t width, const PatchShape& shape, Norm norm, float* spare);
+  // The patch that begins at `image`, normalised, in the order (frame, row, column, channel). `spare`: twice its
+  // elements, in which the result lies. Meanwhile the patch that begins at `next` is fetched from memory.
+  const float* (*target)(const void* image, Element element, const PatchShape& shape, Norm norm, const void* next,
+                         float* spare);
 
   // `spare`: twice the count.
   float (*loss)(const Compared& rows, Loss loss, float beta, float* spare);
