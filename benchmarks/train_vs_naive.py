@@ -1,121 +1,208 @@
-"""Train methods with fastssl's kernels and with naive ones, side by side: whether the curves are the same, how fast."""
+"""Train methods with fastssl's kernels and with naive ones, side by side: whether they agree, how fast, how small.
+
+Every method is trained twice at once, from the same weights on the same batches, and compared (see train_agreement.py);
+its loss is measured alone against other ways to compute it; batches grow until they exceed a budget of memory; its
+features are tested against random weights and a supervised run. SimCLR is also timed over batch sizes. All goes into
+a table, a CSV, plots and a report in HTML. The exit status is 1 if anything failed or twins disagreed.
+"""
 
 from __future__ import annotations
 
-import csv
+import shlex
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from statistics import median
 from typing import Any
 
+import machine
+import measure
+import registry
 import torch
-from matplotlib.figure import Figure
+import train_figures
+import train_report
 from rich.console import Console
-from rich.table import Table
+from train_agreement import Watched, agreement
+from train_losses import loss_costs, masking_seconds
+from train_memory import largest_batch, training_step
+from train_results import GIB, Huge, Point, Result, Results, Timing, Writer, step_ratio
 
-from fastssl.train import METHODS, Images, Method, create, fit, load, twins
-from fastssl.train.cli import RunParser, positive_int, run
+import fastssl
+from fastssl.train import METHODS, Method, Step, create, fit, twins
+from fastssl.train.cli import RunParser, positive_float, positive_int, run
+from fastssl.train.vit import ViT
 
-IMAGE_METHODS = [name for name, method in METHODS.items() if method.load is Method.load]
-COLORS = {"naive": "tab:orange", "fastssl": "tab:blue"}
-
-
-def compare(
-    name: str, images: Images, untrained: dict[type, dict[str, float]], steps: int, batch_size: int, seed: int
-) -> dict[str, Any]:
-    """One row of the table: what each twin took and what became of it.
-
-    Args:
-        untrained: what random encoders are worth, by class; filled.
-    """
-    torch.manual_seed(seed)
-    both = twins(create(name, steps))
-    encoder = type(both["naive"].encoder)
-    if encoder not in untrained:  # a constructor makes the encoder first, so all methods begin with the same weights
-        untrained[encoder] = both["naive"].evaluate(images)
-    data = both["naive"].training_data(images)
-    history = fit(both, data, batch_size=batch_size, steps=steps, seed=seed, console=Console(stderr=True))
-    losses = {impl: torch.tensor([step.loss for step in done], dtype=torch.float64) for impl, done in history.items()}
-    difference = (losses["fastssl"] - losses["naive"]).abs()
-    row = {
-        "method": name,
-        "first loss": losses["fastssl"][0].item(),
-        "last loss": losses["fastssl"][-1].item(),
-        "first difference": difference[0].item(),
-        "largest difference": difference.max().item(),
-    }
-    for impl, done in history.items():
-        timed = [step for step in done if step.peak_bytes is None]
-        row[f"{impl} step ms"] = 1e3 * median(step.seconds for step in timed)
-        row[f"{impl} loss ms"] = 1e3 * median(step.loss_seconds for step in timed)
-        row[f"{impl} loss MiB"] = max(step.loss_peak_bytes or 0 for step in done) / 2**20
-        for test, value in both[impl].evaluate(images).items():
-            row[f"{impl} {test}"] = value
-    return row | {f"random {test}": value for test, value in untrained[encoder].items()}
+PROGRAM = "python benchmarks/train_vs_naive.py"
+TWINS = [name for name in METHODS if name != "supervised"]
+SWEEP = "simclr"
+SWEEP_SIZES = (256, 512, 1024, 2048, 4096, 8192)
+SWEEP_EXAMPLES = 25_600  # timed at each size, in at least two steps
+CHUNK_SIZE = 256
 
 
-def table(rows: list[dict[str, Any]]) -> Table:
-    columns: dict[str, Callable[[dict[str, Any]], str]] = {
-        "method": lambda r: r["method"],
-        "step": lambda r: f"{r['fastssl step ms']:.1f} ms",
-        "naive": lambda r: f"{r['naive step ms'] / r['fastssl step ms']:.2f}x",
-        "loss": lambda r: f"{r['fastssl loss ms']:.1f} ms",
-        "naive loss": lambda r: f"{r['naive loss ms'] / r['fastssl loss ms']:.1f}x",
-        "share of step": lambda r: f"{r['fastssl loss ms'] / r['fastssl step ms']:.0%}",
-        "naive share": lambda r: f"{r['naive loss ms'] / r['naive step ms']:.0%}",
-        "loss memory": lambda r: f"{r['fastssl loss MiB']:.0f} MiB",
-        "naive memory": lambda r: f"{r['naive loss MiB']:.0f} MiB",
-        "curves differ by": lambda r: f"{r['largest difference']:.1e} of {abs(r['last loss']):.3g}",
-        "kNN": lambda r: f"{r['fastssl kNN accuracy']:.1%}",
-        "naive kNN": lambda r: f"{r['naive kNN accuracy']:.1%}",
-        "random kNN": lambda r: f"{r['random kNN accuracy']:.1%}",
-        "probe": lambda r: f"{r['fastssl linear probe']:.1%}",
-        "random probe": lambda r: f"{r['random linear probe']:.1%}",
-    }
-    shown = Table(title="Training, fastssl and naive", caption="A ratio is naive's time over fastssl's; medians.")
-    for name in columns:
-        shown.add_column(name, justify="left" if name == "method" else "right")
-    for row in rows:
-        shown.add_row(*(show(row) for show in columns.values()))
-    return shown
+class Bench:
+    """A run over methods, which share data sets, random weights' marks and supervised runs."""
+
+    def __init__(self, batch_size: int, steps: int, seed: int, data: str | None, console: Console) -> None:
+        self.batch_size, self.steps, self.seed, self.source, self.console = batch_size, steps, seed, data, console
+        self.other_processes_cores = 0.0  # the most that kept cores busy while a method was trained
+        self._data: dict[Callable[..., Any], Any] = {}
+        self._untrained: dict[tuple[Any, type], dict[str, float]] = {}
+        self._supervised: dict[type, dict[str, float]] = {}
+
+    def data(self, name: str) -> Any:
+        load = METHODS[name].load
+        if load not in self._data:
+            self._data[load] = load(self.source)
+        return self._data[load]
+
+    def new(self, name: str, steps: int, **options: Any) -> Method:
+        torch.manual_seed(self.seed)
+        return create(name, steps, self.data(name), **options)
+
+    def fit(self, methods: dict[str, Method], data: Any, steps: int, batch_size: int) -> dict[str, list[Step]]:
+        with machine.OtherProcesses() as others:
+            history = fit(methods, data, batch_size=batch_size, steps=steps, seed=self.seed, console=self.console)
+        self.other_processes_cores = max(self.other_processes_cores, others.cores)
+        return history
+
+    def compare(self, name: str, budget: float, largest: int) -> Result:
+        """Train a method both ways, and measure all there is to measure."""
+        dataset, both = self.data(name), twins(self.new(name, self.steps))
+        untrained = self.untrained(name, both["naive"], dataset)
+        data = Watched(METHODS[name].training_data(dataset), both["fastssl"], self.steps)
+        history = self.fit(both, data, self.steps, self.batch_size)
+        views = both["naive"].views(data.data[torch.arange(self.batch_size)], torch.Generator().manual_seed(self.seed))
+        marks = {impl: method.evaluate(dataset) for impl, method in both.items()}
+        marks |= {"random": untrained, "supervised": self.supervised(name, both["naive"], dataset)}
+        leaves = [z.detach().requires_grad_(z.requires_grad) for z in both["fastssl"](*views)]
+        memory = {impl: largest_batch(name, method, leaves, budget, largest) for impl, method in both.items()}
+        return Result(
+            name,
+            dataset.name,
+            self.batch_size,
+            {impl: [step.loss for step in steps] for impl, steps in history.items()},
+            {impl: Timing.of(steps) for impl, steps in history.items()},
+            step_ratio(history),
+            agreement(data.found, history),
+            {test: {who: its[test] for who, its in marks.items() if test in its} for test in _union(marks.values())},
+            masking_seconds(both["fastssl"], views),
+            loss_costs(both["fastssl"], leaves),
+            {impl: found for impl, (found, _) in memory.items()},
+            min(limit for _, limit in memory.values()),
+        )
+
+    def untrained(self, name: str, method: Method, dataset: Any) -> dict[str, float]:
+        """What random weights are worth. A constructor makes the encoder first, so methods begin with the same ones."""
+        key = METHODS[name].evaluate, type(method.encoder)
+        if key not in self._untrained:
+            self._untrained[key] = method.evaluate(dataset)
+        return self._untrained[key]
+
+    def supervised(self, name: str, method: Method, dataset: Any) -> dict[str, float]:
+        """What the same encoder is worth when it is trained with labels for as many steps; empty without labels."""
+        encoder = type(method.encoder)
+        if METHODS[name].load is not Method.load or dataset.train_labels is None:
+            return {}
+        if encoder not in self._supervised:
+            other = self.new("supervised", self.steps, vit=encoder is ViT)
+            self.fit({"supervised": other}, other.training_data(dataset), self.steps, self.batch_size)
+            self._supervised[encoder] = other.evaluate(dataset)
+        return self._supervised[encoder]
+
+    def point(self, name: str, batch_size: int) -> Point:
+        """A few steps both ways. The first pays for the optimiser's state, the second measures memory."""
+        steps = 2 + max(2, SWEEP_EXAMPLES // batch_size)
+        data = METHODS[name].training_data(self.data(name))
+        history = self.fit(twins(self.new(name, steps)), data, steps, batch_size)
+        timing = {impl: Timing.of(done) for impl, done in history.items()}
+        return Point(name, batch_size, timing, step_ratio(history))
+
+    def huge(self, name: str, batch_size: int) -> Huge:
+        command, memory, limits = {}, {}, []
+        for impl in ("fastssl", "naive"):
+            command[impl] = (
+                f"python -m fastssl.train {name} --batch-size {batch_size} --chunk-size {CHUNK_SIZE} --steps 2 "
+                f"--impl {impl}"
+            )
+            memory[impl], limit = training_step(name, impl, batch_size, CHUNK_SIZE, self.source, self.seed)
+            limits.append(limit)
+        return Huge(name, command, memory, min(limits))
 
 
-def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """A bar for each twin's step, the loss at its bottom."""
-    figure = Figure(figsize=(1.5 + 1.2 * len(rows), 4), layout="constrained")
-    axes = figure.subplots()
-    for shift, (impl, color) in zip((-0.2, 0.2), COLORS.items(), strict=True):
-        places = [place + shift for place in range(len(rows))]
-        axes.bar(places, [row[f"{impl} step ms"] for row in rows], 0.38, color=color, alpha=0.4, label=f"{impl}, step")
-        axes.bar(places, [row[f"{impl} loss ms"] for row in rows], 0.38, color=color, label=f"{impl}, its loss")
-    axes.set(title="Time of a training step", ylabel="ms", xticks=range(len(rows)))
-    axes.set_xticklabels([row["method"] for row in rows])
-    axes.legend()
-    figure.savefig(path, dpi=150, format="png")
+def _union(dictionaries: Iterable[dict[str, Any]]) -> dict[str, None]:
+    return dict.fromkeys(key for dictionary in dictionaries for key in dictionary)
+
+
+def _batch_sizes(text: str) -> list[int]:
+    return [positive_int(size) for size in text.split(",")]
+
+
+def _arguments() -> Any:
+    parser = RunParser(PROGRAM, __doc__.partition("\n")[0])
+    parser.add_argument("methods", nargs="*", metavar="METHOD", help=f"of {', '.join(TWINS)}; all by default")
+    parser.add_argument("--steps", type=positive_int, default=200, help="of each method (default: %(default)s)")
+    parser.add_argument(
+        "--memory-budget", type=positive_float, default=1.0, metavar="GIB", help="for batches (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--largest-batch",
+        type=positive_int,
+        default=16384,
+        help="on which memory is measured (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--sweep",
+        type=_batch_sizes,
+        default=list(SWEEP_SIZES),
+        metavar="SIZES",
+        help=f"batch sizes at which {SWEEP} is timed (default: {','.join(map(str, SWEEP_SIZES))})",
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("results"), help="folder of CSV, plots and report (default: %(default)s)"
+    )
+    parser.set_defaults(batch_size=256)
+    args = parser.parse_args()
+    if unknown := set(args.methods) - set(TWINS):
+        parser.error(f"{', '.join(sorted(unknown))} is none of {', '.join(TWINS)}")
+    return args
 
 
 def main() -> None:
-    parser = RunParser("python benchmarks/train_vs_naive.py", __doc__)
-    parser.add_argument("methods", nargs="*", metavar="METHOD", help=f"of {', '.join(IMAGE_METHODS)}; all by default")
-    parser.add_argument("--steps", type=positive_int, default=200, help="of each method (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=Path("results"), help="folder of the CSV and the plot")
-    parser.set_defaults(batch_size=256)
-    args = parser.parse_args()
-    if unknown := set(args.methods) - set(IMAGE_METHODS):
-        parser.error(f"{', '.join(sorted(unknown))} is none of {', '.join(IMAGE_METHODS)}")
-    images = load(args.data)
+    args = _arguments()
+    warnings.filterwarnings("ignore", module="sklearn")  # that a probe's 200 iterations are not all it could take
     args.output.mkdir(parents=True, exist_ok=True)
-    rows: list[dict[str, Any]] = []
-    untrained: dict[type, dict[str, float]] = {}
-    for name in args.methods or IMAGE_METHODS:
-        rows.append(compare(name, images, untrained, args.steps, args.batch_size, args.seed))
-        with open(args.output / "train_vs_naive.csv", "w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
-    Console(width=None if sys.stdout.isatty() else 220).print(table(rows))
-    draw(rows, args.output / "train_vs_naive.png")
+    console = Console(stderr=True)
+    command = f"OMP_NUM_THREADS={torch.get_num_threads()} {PROGRAM} {shlex.join(sys.argv[1:])}"
+    registry.load()
+    described = machine.describe() | {"fastssl": fastssl.__version__, "kernels": measure.kernel_of("nt_xent")}
+    results = Results(command.strip(), described, args.steps, args.seed, args.memory_budget * GIB)
+    writer = Writer(args.output / "train_vs_naive.csv")
+    bench = Bench(args.batch_size, args.steps, args.seed, args.data, console)
+
+    def add(found: list[Any], label: str, function: Callable[..., Any], *arguments: Any) -> None:
+        console.print(label)
+        try:
+            found.append(function(*arguments))
+            writer.add(found[-1])
+        except Exception as error:
+            results.failures[label] = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            console.print(f"{label} failed: {results.failures[label]}", highlight=False, markup=False)
+
+    methods = args.methods or TWINS
+    for name in methods:
+        add(results.methods, name, bench.compare, name, results.budget, args.largest_batch)
+    if SWEEP in methods:
+        for size in args.sweep:
+            add(results.sweep, f"{SWEEP}, batches of {size}", bench.point, SWEEP, size)
+        add(results.huge, f"{SWEEP}, a batch of {args.largest_batch}", bench.huge, SWEEP, args.largest_batch)
+    results.other_processes_cores = bench.other_processes_cores
+    figures = train_figures.draw(results, args.output)
+    train_report.write(results, figures, args.output / "train_vs_naive.html")
+    Console(width=None if sys.stdout.isatty() else 220).print(train_report.terminal_table(results))
+    console.print(f"Written: {', '.join(str(path) for path in sorted(args.output.glob('train_*')))}")
+    if results.complaints:
+        sys.exit("\n".join(results.complaints))
 
 
 if __name__ == "__main__":

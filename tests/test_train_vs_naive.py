@@ -1,0 +1,332 @@
+"""Twin runs: that they notice a wrong kernel and a full memory, and what the command leaves behind."""
+
+import csv
+import math
+import re
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.data import TensorDataset
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("rich")
+pytest.importorskip("sklearn")
+
+import measure  # conftest.py puts benchmarks/ on the path
+import train_agreement
+import train_losses
+import train_memory
+import train_vs_naive
+from rich.console import Console
+from train_agreement import Agreement, Watched, agreement, loss_and_gradients, step_errors
+from train_losses import CHUNKED, loss_costs
+from train_results import Timing, step_ratio
+
+from fastssl.train import METHODS, Images, Method, Step, cli, create, fit, twins
+from fastssl.train import data as images_module
+from fastssl.train import pairs as pairs_module
+from fastssl.train import text as text_module
+from fastssl.train.pairs import Pairs
+from fastssl.train.text import Sentences
+
+QUIET = Console(quiet=True)
+NAMES = train_vs_naive.TWINS
+needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="resident memory is measured on Linux only")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def small_data(monkeypatch):
+    """Blobs of four kinds, coloured blobs whose text is their kind and place, sentences of few words."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(96) % 4
+    rows, columns = torch.rand(2, 96, 1, 1, generator=generator) * 14 + 7
+    grid = torch.arange(28.0)
+    distance = (grid[:, None] - rows).square() + (grid - columns).square() * (1 + labels % 2).view(-1, 1, 1)
+    pictures = (255 * (-distance / (2 * (2.0 + labels.view(-1, 1, 1)).square())).exp()).to(torch.uint8)
+    images = Images("blobs", pictures[:64], labels[:64], pictures[64:], labels[64:])
+    coloured = F.pad(pictures, (2, 2, 2, 2)).unsqueeze(1).repeat(1, 3, 1, 1)
+    texts = torch.stack([labels + 1, *(x.flatten().long() + 10 for x in (rows, columns))], 1)
+    pairs = Pairs("pairs", *(TensorDataset(coloured[part], texts[part]) for part in (slice(64), slice(64, 96))))
+    sentences = Sentences("sentences", *torch.randint(1, 50, (96, 6), generator=generator).split((64, 32)))
+    for module, dataset in ((images_module, images), (pairs_module, pairs), (text_module, sentences)):
+        monkeypatch.setattr(module, "load", lambda source, dataset=dataset: dataset)
+
+
+def new_twins(name: str, steps: int = 4) -> dict[str, Method]:
+    torch.manual_seed(0)
+    return twins(create(name, steps, METHODS[name].load(None)))
+
+
+def views_of(name: str, method: Method) -> tuple[torch.Tensor, ...]:
+    batch = METHODS[name].training_data(METHODS[name].load(None))[torch.arange(16)]
+    return method.views(batch, torch.Generator().manual_seed(0))
+
+
+def agree(errors: train_agreement.Errors) -> list[str]:
+    return Agreement(errors, 0.0).complaints
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_step_is_that_of_float64_but_for_rounding(name):
+    method = new_twins(name)["fastssl"]
+    before = {key: x.clone() for key, x in method.state_dict().items()}
+    errors = step_errors(method, views_of(name, method))
+    assert not agree(errors)
+    # dropout draws the same mask, and no .float() rounds on the way
+    assert all(errors[quantity]["naive"] < 1e-5 for quantity in ("loss", "gradients"))
+    assert all(error["naive"] < 1e-2 for error in errors.values())
+    assert all(torch.equal(x, before[key]) for key, x in method.state_dict().items())
+
+
+def wrong_temperature(method, kernel):
+    method.temperature = 1.001 * method.temperature
+
+
+def wrong_gradient(method, kernel):
+    loss = kernel(method, "loss")
+    kernel(method, "loss", lambda *z: loss(*z) + 1e-3 * (z[0] - z[0].detach()).sum())
+
+
+def wrong_teacher(method, kernel):
+    method.teacher.momentum += 0.01
+
+
+def wrong_token(method, kernel):
+    """Its gradient is not what float64 has, though the loss of the same embeddings is."""
+    forward = kernel(method, "forward")
+    token = method.mask_token
+    kernel(method, "forward", lambda *x: (forward(*x)[0] + (token - token.detach()).sum(), x[0], x[3]))
+
+
+def no_queue(method, kernel):
+    method.queue.update = lambda keys: None
+
+
+@pytest.mark.parametrize(
+    "name, quantity, spoil",
+    [
+        ("simclr", "loss", wrong_temperature),
+        ("simcse", "loss", wrong_temperature),
+        ("simclr", "gradients", wrong_gradient),
+        ("mae", "step", wrong_token),
+        ("vicreg", "gradients", wrong_gradient),
+        ("moco_v1", "state", wrong_teacher),
+        ("moco_v1", "state", no_queue),
+    ],
+)
+def test_a_wrong_kernel_is_noticed(monkeypatch, name, quantity, spoil):
+    """One that fastssl's twin alone has."""
+    method, results = new_twins(name)["fastssl"], train_agreement._results
+    views = views_of(name, method)
+    if hasattr(method, "teacher"):
+        with torch.no_grad():
+            for p in method.encoder.parameters():
+                p.add_(0.01)  # else the teacher, which begins as a copy, moves nowhere
+
+    def kernel(method, attribute, replacement=None):
+        if replacement is None:
+            return getattr(method, attribute)
+        object.__setattr__(method, attribute, replacement)
+
+    def spoilt(method, *inputs):
+        if method.impl == "fastssl":
+            spoil(method, kernel)
+        return results(method, *inputs)
+
+    monkeypatch.setattr(train_agreement, "_results", spoilt)
+    complaints = agree(step_errors(method, views))
+    assert any(line.startswith(f"{quantity}: relative error") for line in complaints), complaints
+
+
+def test_curves_that_part_are_noticed():
+    def steps(*losses):
+        return [Step(loss, 1.0, 0.5, 0.1, None, None) for loss in losses]
+
+    found = [{"loss": {"naive": 1e-7, "fastssl": 2e-7}}]
+    close = agreement(found, {"naive": steps(4.0, 2.0), "fastssl": steps(4.0, 2.1)})
+    assert not close.complaints and close.drift == pytest.approx(0.1 / math.sqrt(10))
+    apart = agreement(found, {"naive": steps(4.0, 2.0), "fastssl": steps(4.0, 2.2)})
+    assert apart.complaints == ["the curves differ by 6.3% of the loss, at most 5% is allowed"]
+    assert agreement(found, {"naive": steps(4.0), "fastssl": steps(math.nan)}).complaints
+    worse = [*found, {"loss": {"naive": 1e-7, "fastssl": 2e-6}}]
+    assert agreement(worse, {"naive": steps(4.0), "fastssl": steps(4.0)}).complaints[0].startswith("loss: ")
+
+
+def test_looking_changes_no_run():
+    def losses(watch):
+        both, data = new_twins("simcse", 6), METHODS["simcse"].load(None).train
+        watched = Watched(data, both["fastssl"], 6) if watch else data
+        history = fit(both, watched, batch_size=16, steps=6, console=QUIET)
+        assert not watch or len(watched.found) == train_agreement.LOOKS
+        return [step.loss for step in history["fastssl"]]
+
+    assert losses(True) == losses(False)
+
+
+def test_memory_and_first_steps_are_not_timed():
+    steps = [Step(1.0, second, second / 2, 0.0, peak, peak) for second, peak in ((9.0, None), (8.0, 5), (1.0, None))]
+    assert Timing.of(steps) == Timing(1.0, 0.5, 0.0, 5, 5)
+    half = [replace(step, seconds=step.seconds / 2 if step.peak_bytes is None else 1.0) for step in steps]
+    assert step_ratio({"naive": steps, "fastssl": half}) == 2.0
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """One repetition, no compiler, memory that is not measured."""
+    monkeypatch.setattr(train_losses, "_REPEATS", 1)
+    monkeypatch.setattr(measure.gc, "collect", lambda: None)
+    monkeypatch.setattr(train_losses, "compiled", lambda loss: loss)
+    monkeypatch.setattr(train_losses, "extra_memory", lambda step: 0.0)
+    monkeypatch.setattr(train_vs_naive, "SWEEP_EXAMPLES", 64)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_other_ways_to_compute_a_loss_are_right(name, quick, monkeypatch):
+    monkeypatch.setattr(train_losses, "CHUNK", 300 if name in ("barlow_twins", "vicreg") else 7)
+    both = new_twins(name)
+    embeddings = [z.detach().requires_grad_(z.requires_grad) for z in both["naive"](*views_of(name, both["naive"]))]
+    costs = loss_costs(both["fastssl"], embeddings)
+    assert all(not cost.note and cost.seconds > 0 for cost in costs.values()), costs
+    assert ("chunked" in costs) == (name not in ("byol", "mae", "simsiam"))
+
+
+def test_a_wrong_way_to_compute_a_loss_is_not_timed(quick, monkeypatch):
+    both = new_twins("simclr")
+    embeddings = [z.detach().requires_grad_() for z in both["naive"](*views_of("simclr", both["naive"]))]
+    monkeypatch.setitem(CHUNKED, "nt_xent", lambda z1, z2, temperature: (z1 * z2).sum() * temperature)
+
+    def broken(loss):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(train_losses, "compiled", broken)
+    costs = loss_costs(both["fastssl"], embeddings)
+    assert costs["chunked"].note.startswith("wrong: error") and math.isnan(costs["chunked"].seconds)
+    assert costs["compile"].note == "failed: RuntimeError: no compiler"
+    assert costs["fastssl"].seconds > 0 and costs["naive"].seconds > 0
+
+
+def test_the_chunked_loop_bounds_memory():
+    """It keeps no matrix: what autograd saves is O(B D)."""
+    z = [torch.randn(1024, 8, requires_grad=True) for _ in range(2)]
+    method, sizes = new_twins("simclr")["naive"], []
+    method.loss = lambda *z: CHUNKED["nt_xent"](*z, temperature=0.2)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
+        loss_and_gradients(method, method.loss, z)
+    assert max(sizes) <= 2048 * 256
+
+
+@needs_linux
+def test_a_batch_that_does_not_fit_is_noticed():
+    """Naive NT-Xent of 4,096 rows takes at least three matrices of 64 MiB; fastssl's takes a few MiB."""
+    both = new_twins("simclr")
+    z = [torch.randn(64, 128, requires_grad=True) for _ in range(2)]
+    budget, last = 64 * 2**20, {}
+    for impl, method in both.items():
+        found, limit = train_memory.largest_batch("simclr", method, z, budget, 2048)
+        assert [m.batch_size for m in found] == [256, 512, 1024, 2048][: len(found)] and limit > budget
+        last[impl] = found[-1]
+    assert last["naive"].bytes > budget >= 5 * last["fastssl"].bytes and last["fastssl"].batch_size == 2048
+
+
+@needs_linux
+def test_memory_beyond_the_limit_is_refused_and_not_taken(monkeypatch):
+    """In a process of its own, as all of them are."""
+    assert train_memory._alone(_refused) == math.inf
+
+
+def _refused() -> float:
+    train_memory._SHARE = 0.01
+    sample = [(torch.randn(64, 128), True)] * 2
+    limit = train_memory._limit()
+    train_memory._limit = lambda: limit
+    rows = 256 * 2 ** math.ceil(math.log2(math.sqrt(limit / 16) / 256))
+    return train_memory._grow("simclr", "naive", {}, sample, math.inf, rows)[0][-1].bytes
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Memory is measured in this process, which has no limit."""
+    monkeypatch.setattr(train_memory, "_alone", lambda task, *arguments: task(*arguments))
+    monkeypatch.setattr(train_memory, "_limit", lambda: math.nan)
+
+
+def command(monkeypatch, folder, *arguments):
+    arguments = "--steps", 3, "--batch-size", 16, "--sweep", "16,32", "--largest-batch", 64, *arguments
+    monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments), "--output", str(folder)])
+    with pytest.raises(SystemExit) as caught:
+        cli.run(train_vs_naive.main)
+    with open(folder / "train_vs_naive.csv") as file:
+        lines = list(csv.DictReader(file))
+    return caught.value.code, lines, (folder / "train_vs_naive.html").read_text()
+
+
+def test_command(monkeypatch, tmp_path, capsys, quick, here):
+    code, lines, report = command(monkeypatch, tmp_path)
+    assert code == 0
+    assert set(lines[0]) == {"part", "method", "batch_size", "impl", "quantity", "value"}
+    assert {line["method"] for line in lines} == set(NAMES)
+    everything = {tuple(line.values())[:-1] for line in lines}
+    assert len(everything) == len(lines)
+    assert {part for part, *_ in everything} == {"run", "loss alone", "sweep", "by chunks"}
+    assert {(part, size) for part, name, size, *_ in everything if name == "simclr"} == {
+        ("run", "16"), ("loss alone", "16"), ("loss alone", "64"), ("sweep", "16"), ("sweep", "32"), ("by chunks", "64")
+    }  # fmt: skip
+    found = {tuple(line.values())[1:-1]: line["value"] for line in reversed(lines)}
+    for name in NAMES:
+        for impl in ("fastssl", "naive"):
+            assert 0 < float(found[name, "16", impl, "share of step outside the encoder"]) < 1
+            assert float(found[name, "16", impl, "peak bytes of a step"]) >= 0
+            assert float(found[name, "16", impl, "step seconds"]) > float(found[name, "16", impl, "loss seconds"]) > 0
+            assert float(found[name, "64", impl, "peak bytes in a process of its own"]) >= 0
+        assert float(found[name, "16", "compile", "seconds"]) > 0
+        assert found[name, "16", "", "agrees"] == "yes"
+    for who in ("fastssl", "naive", "random", "supervised"):
+        assert 0 <= float(found["mae", "16", who, "kNN accuracy"]) <= 1
+    assert float(found["simclr", "64", "naive", "peak bytes of a step"]) >= 0
+
+    assert not re.search(r"(src|href)=\"(?!data:)|<script|<link|@import|url\(", report)
+    assert all(f"<td>{name}</td>" in report for name in NAMES)
+    pictures = sorted(tmp_path.glob("*.png"))
+    assert [path.name for path in pictures] == [
+        f"train_{plot}.png" for plot in ("accuracy", "curves", "memory", "steps", "sweep")
+    ]
+    assert report.count('src="data:image/png;base64,') == len(pictures)
+    assert "--impl naive" in report and "naive PyTorch" in report
+    table = capsys.readouterr().out
+    assert all(name in table for name in NAMES)
+
+
+def test_one_method_that_fails_or_disagrees_does_not_stop_the_others(monkeypatch, tmp_path, quick, here):
+    def broken(self, *z):
+        raise ValueError("broken <b>")
+
+    simclr = METHODS["simclr"]
+    loss = simclr.loss
+
+    def mutated(self, z1, z2):
+        return loss(self, z1 * 1.0 if self.impl == "naive" else z1, z2) * (1 + 1e-4 * (self.impl == "fastssl"))
+
+    monkeypatch.setattr(METHODS["vicreg"], "loss", broken)
+    monkeypatch.setattr(simclr, "loss", mutated)
+    code, lines, report = command(monkeypatch, tmp_path, "vicreg", "simclr", "simsiam")
+    assert {line["method"] for line in lines} == {"simclr", "simsiam"}
+    complaints = code.splitlines()
+    assert complaints[0].startswith("simclr disagrees: loss: relative error 1.0e-04")
+    assert complaints[-1] == "vicreg failed: ValueError: broken <b>"
+    assert "<li class=bad>simclr disagrees: loss" in report and "broken &lt;b&gt;" in report
+    assert ["no"] == [line["value"] for line in lines if line["quantity"] == "agrees" and line["method"] == "simclr"]
+
+
+def test_unknown_methods_give_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["command", "simclr", "dino"])
+    with pytest.raises(SystemExit) as caught:
+        train_vs_naive.main()
+    assert caught.value.code == 2 and "dino is none of barlow_twins, byol" in capsys.readouterr().err
