@@ -283,6 +283,48 @@ def test_gradients_are_as_accurate_as_eager(dtype, kernels):
         assert (y.double() - exact).norm() <= 2 * (x.double() - exact).norm()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_fill_of_any_dtype_gets_its_gradient_unrounded(dtype, backend):
+    tokens, fill = torch.randn(300, 2, 3, generator=_seeded()).to(dtype), torch.zeros(3, requires_grad=True)
+    cotangent = torch.randn(300, 4, 3, generator=_seeded(1)).to(dtype)
+    ids = _ids(300, 2, 4)
+    (gradient,) = torch.autograd.grad(scatter_tokens(tokens, ids, 4, fill), fill, cotangent)
+    empty = torch.ones(300, 4).scatter_(1, ids, 0.0)[:, :, None]
+    torch.testing.assert_close(gradient.double(), (cotangent.double() * empty).sum((0, 1)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("mask_ratio", [0, 0.3, 0.75, 1.0])
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_the_steps_of_mae(dtype, mask_ratio, kernels):
+    """Noise sorted, what is smallest kept; mask tokens appended behind all but the class token, all sorted back,
+    positions added: the same values, and gradients of everything that learns (arXiv:2111.06377)."""
+    batch, length, dim = 12, 20, 24
+    shapes = (batch, length, dim), (1, 1, dim), (1, 1, dim), (1, length + 1, dim)
+    x, class_token, mask_token, pos_embed = leaves = [
+        torch.randn(*shape, generator=_seeded(i)).to(dtype).requires_grad_() for i, shape in enumerate(shapes)
+    ]
+    visible, mask, ids_restore = random_masking(x, mask_ratio, generator=_seeded())
+    restored = restore_tokens(visible, ids_restore, mask_token, pos_embed[:, 1:])
+    ours = torch.cat([class_token.expand(batch, 1, dim) + pos_embed[:, :1], restored], 1)
+
+    noise, keep = ids_restore.float(), int(length * (1 - mask_ratio))  # ranks, which stand for what was drawn
+    shuffle = noise.argsort(1)
+    restore = shuffle.argsort(1)
+    kept = x.gather(1, shuffle[:, :keep, None].repeat(1, 1, dim))
+    hidden = torch.ones(batch, length)
+    hidden[:, :keep] = 0
+    assert torch.equal(visible, kept) and torch.equal(mask, hidden.gather(1, restore))
+    encoded = torch.cat([class_token.expand(batch, -1, -1), kept], 1)
+    missing = mask_token.repeat(batch, length + 1 - encoded.shape[1], 1)
+    tokens = torch.cat([encoded[:, 1:], missing], 1).gather(1, restore[:, :, None].repeat(1, 1, dim))
+    theirs = torch.cat([encoded[:, :1], tokens], 1) + pos_embed
+    assert torch.equal(ours, theirs)
+
+    cotangent = torch.randn(ours.shape, generator=_seeded(9)).to(dtype)
+    gradients = [torch.autograd.grad(out, leaves, cotangent, allow_unused=True) for out in (ours, theirs)]
+    torch.testing.assert_close(*gradients)
+
+
 def test_a_token_that_is_restored_twice_or_nowhere(backend):
     visible = torch.randn(2, 3, 4, requires_grad=True)
     ids = torch.tensor([[0, 0, 2, 9], [1, 1, 1, 5]])
@@ -390,6 +432,9 @@ X, IDS = torch.randn(2, 4, 3), torch.zeros(2, 3, dtype=torch.int64)
         (lambda: restore_tokens(X, IDS, X[0, 0], 1.0), TypeError, "pos_embed must be a Tensor, got float"),
         (lambda: random_masking_ids(2, 2**62, 0.5), ValueError, "must be below 2.62"),
         (lambda: random_masking(X, 1.5), ValueError, "mask_ratio must be from 0 to 1, got 1.5"),
+        (lambda: random_masking(X, -1e-9), ValueError, "mask_ratio must be from 0 to 1, got -1e-09"),
+        (lambda: random_masking(X, math.nan), ValueError, "mask_ratio must be from 0 to 1, got nan"),
+        (lambda: random_masking(X, torch.tensor(0.5)), TypeError, "mask_ratio must be a number, got Tensor"),
         (lambda: random_masking(X, "a"), TypeError, "mask_ratio must be a number, got str"),
         (lambda: random_masking_ids(2, -1, 0.5), ValueError, "length must not be negative, got -1"),
         (lambda: random_masking_ids(2.0, 1, 0.5), TypeError, "batch must be an integer, got float"),

@@ -220,13 +220,15 @@ def _gather_tokens_backward(ctx: Any, _: None, grad: Tensor) -> tuple:
 def _scatter_tokens_setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     _, ids, ctx.length, fill = inputs
     ctx.save_for_backward(ids)
+    ctx.dtype = fill.dtype
 
 
 def _scatter_tokens_backward(ctx: Any, _: None, grad: Tensor) -> tuple:
     (ids,) = ctx.saved_tensors
     filled = None
     if ctx.needs_input_grad[3]:
-        filled = (grad * _is_filled(ids, ctx.length)).sum((0, 1))
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        filled = (grad * _is_filled(ids, ctx.length)).sum((0, 1), dtype=wide).to(ctx.dtype)
     return gather_tokens(grad, ids), None, None, filled
 
 
