@@ -70,10 +70,11 @@ def test_patch_loss_of_images_in_any_layout(size, patch, norm, kernels):
     images = _normal(*size)
     exact = pred.detach().double().requires_grad_()
     truth = reference.masked_patch_loss(exact, images.double(), mask, **arguments)
-    (gradient,) = torch.autograd.grad(truth.sum(), exact)
+    cotangent = _normal(*mask.shape, seed=3)
+    (gradient,) = torch.autograd.grad(truth, exact, cotangent.double())
     for layout in _layouts(images):
         loss = masked_patch_loss(pred, layout, mask, **arguments)
-        (found,) = torch.autograd.grad(loss.sum(), pred)
+        (found,) = torch.autograd.grad(loss, pred, cotangent)
         assert loss.dtype == found.dtype == torch.float32 and found.is_contiguous()
         torch.testing.assert_close(loss.double(), truth, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(found.double(), gradient, rtol=1e-5, atol=1e-6)
@@ -99,6 +100,25 @@ def test_dtypes_may_differ(dtype, other, kernels):
         assert loss.dtype == torch.promote_types(dtype, other) and gradient.dtype == dtype
         assert _relative(loss, truth) <= max(torch.finfo(loss.dtype).eps, 1e-6)
         assert _relative(gradient, true_gradient) <= max(torch.finfo(dtype).eps, 1e-6)
+
+
+@pytest.mark.parametrize("loss", ["patch", "smooth_l1", "cosine", "mse"])
+def test_predictions_and_masks_in_any_layout(loss, kernels):
+    mask = (torch.rand(12, 4, generator=_seeded(2)) < 0.6).T
+    images, pred, cotangent = _normal(4, 3, 12, 16), _normal(4, 12, 48, seed=1), _normal(12, 4, seed=3).T
+    results = []
+    for x, m, grad in (
+        (pred, mask.contiguous(), cotangent.contiguous()),
+        *((x, mask, cotangent) for x in _layouts(pred)),
+    ):
+        leaf = x.detach().requires_grad_()
+        if loss == "patch":
+            values = masked_patch_loss(leaf, images, m, 4, reduction="none")
+        else:
+            values = masked_feature_loss(leaf, pred.flip(0), m, loss=loss, reduction="none")
+        results.append((values.detach(), *torch.autograd.grad(values, leaf, grad)))
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("loss", ["patch", "smooth_l1", "cosine", "mse"])
@@ -156,7 +176,10 @@ def test_rows_of_any_length(elements, kernels):
         values = masked_feature_loss(leaf, target, mask, loss=loss, reduction="none")
         truth = reference.masked_feature_loss(exact, target.double(), mask, loss=loss, reduction="none")
         torch.testing.assert_close(values.double(), truth, rtol=1e-5, atol=1e-6)
-        (gradient,), (true_gradient,) = (torch.autograd.grad(v.sum(), x) for v, x in ((values, leaf), (truth, exact)))
+        cotangent = torch.arange(-2.0, 4.0).view(2, 3)
+        (gradient,), (true_gradient,) = (
+            torch.autograd.grad(v, x, cotangent.to(v.dtype)) for v, x in ((values, leaf), (truth, exact))
+        )
         torch.testing.assert_close(gradient.double(), true_gradient, rtol=1e-5, atol=1e-6)
 
 
@@ -392,6 +415,7 @@ PRED, MASK = torch.randn(2, 4, 48), torch.ones(2, 4, dtype=torch.bool)
         ("masked_patch_loss", (PRED, IMAGES, MASK, [4], "none"), ValueError, "must have shape .B, C, H, W."),
         ("masked_patch_loss", (PRED, IMAGES, MASK, [8, 8], "none"), ValueError, "a row for each patch"),
         ("masked_patch_loss", (PRED, IMAGES[:1], MASK, [4, 4], "none"), ValueError, "a row for each patch"),
+        ("masked_patch_loss", (PRED[:, 1:], IMAGES, MASK[:, 1:], [4, 4], "none"), ValueError, "a row for each patch"),
         ("masked_patch_loss", (PRED, IMAGES, MASK[:1], [4, 4], "none"), ValueError, "mask must have shape"),
         ("masked_patch_loss", (PRED, IMAGES, MASK.float(), [4, 4], "none"), ValueError, "mask must be boolean"),
         ("masked_patch_loss", (PRED, IMAGES, MASK, [4, 4], "all"), ValueError, "norm must be .*got 'all'"),
