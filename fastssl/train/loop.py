@@ -8,12 +8,15 @@ A method is a `fastssl.train.method.Method`, a torch.nn.Module. One step calls, 
     loss(*embeddings) -> 0-d tensor         what the method is about, apart so that it can be measured alone
     after_step(*embeddings)                 after the optimiser's step: moves the teacher, fills the queue
 
-inputs are a tuple of tensors with a row for each example of the batch. What the optimiser does not train, such as a
+inputs and embeddings are tensors with a row for each example of the batch. What the optimiser does not train, such as a
 teacher, has no requires_grad. All that a step depends on must be in state_dict, for checkpoints. Random numbers come
 from views' generator, or from PyTorch's default one (dropout), which has a seed for each step.
 
 The data are anything with len() that an int64 tensor of positions indexes: data[positions] is the batch that `views`
 gets. A tensor of images is such, and torch.utils.data.TensorDataset(images, labels), whose batches are tuples.
+
+In several processes, each calls forward with its share of the inputs, and loss and after_step with the embeddings of
+all: see `fastssl.train.parallel`.
 
 Beside that, the command line calls `load`, `training_data` and `evaluate`, which say what data a method learns from and
 what it is worth; for images they have defaults. Its options are the arguments of the method's constructor: each has a
@@ -43,7 +46,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from fastssl import grad_cache, use_backend
+from fastssl.distributed import rank, world_size
 from fastssl.train import checkpoint as checkpoints
+from fastssl.train import parallel
 from fastssl.train.evaluate import Health, health
 from fastssl.train.meter import Meter
 from fastssl.train.method import IMPLEMENTATIONS, Method
@@ -105,10 +110,15 @@ def fit(
     A run that was stopped and resumed has the losses of one that was not: the randomness of a step depends on the seed
     and the step's number alone, and everything else is in the checkpoint.
 
+    Where torch.distributed's default group, of CPUs, has several processes, all of them must call this with the same
+    arguments. They have the losses that one process has, but for rounding and for dropout, whose masks are each
+    process's own. See `fastssl.train.parallel`.
+
     Args:
         methods: name -> method (see the module's docstring); changed in place.
         data: what the first method's `views` takes batches of (see there).
-        batch_size: from 1 to len(data); an epoch drops the last len(data) mod batch_size.
+        batch_size: from 1 to len(data), of all processes together, each of which has an equal share; an epoch drops
+            the last len(data) mod batch_size.
         steps: number of batches, at least 1.
         optimizer: "adamw" or "lars".
         learning_rate: the schedule's highest; None: each method's own, with LARS 0.3 batch_size / 256.
@@ -116,23 +126,25 @@ def fit(
         layer_decay: the learning rate of each of the encoder's stages, as a share of the next one's, for fine-tuning.
         clip: the norm to which longer gradients are cut, that of all parameters together; None: they are not.
         amp: forward pass and loss under autocast to bfloat16.
-        chunk_size: examples whose activations are in memory at a time, see `fastssl.grad_cache`; None: all the batch's.
+        chunk_size: examples whose activations are in memory at a time, see `fastssl.grad_cache`, those of all
+            processes together; None: all the batch's.
         seed: of data order, augmentation and dropout.
         checkpoint: file to save to every `save_every` steps, at the end, and on Ctrl-C when the step is done; None:
             nothing is saved.
         resume: go on from the checkpoint.
-        writer: a torch.utils.tensorboard.SummaryWriter, or what has its add_scalar, for the losses and the rest.
-        console: where the progress bar goes.
+        writer: a torch.utils.tensorboard.SummaryWriter, or what has its add_scalar, for the losses and the rest; of
+            several processes only the first has a use for it.
+        console: where the progress bar goes, of the first process.
 
     Returns:
         What each method did, by name, one Step per batch, those before a resumed checkpoint included.
 
     Raises:
-        ValueError: if batch_size or steps is out of range, the optimizer is unknown, or the checkpoint is of another
-            run.
+        ValueError: if batch_size or steps is out of range, the processes cannot have equal shares of a batch or of its
+            chunks, the optimizer is unknown, or the checkpoint is of another run.
         FloatingPointError: if a loss or a gradient is NaN or infinite, before the step that would spoil the weights.
         OSError: if the checkpoint cannot be read or written.
-        KeyboardInterrupt: on Ctrl-C, after saving.
+        KeyboardInterrupt: on Ctrl-C in any process, after saving.
     """
     if not 1 <= batch_size <= len(data):
         raise ValueError(f"batch_size must be from 1 to the number of examples ({len(data)}), got {batch_size}")
@@ -140,8 +152,12 @@ def fit(
         raise ValueError(f"steps must be at least 1, got {steps}")
     if save_every < 1:
         raise ValueError(f"save_every must be at least 1, got {save_every}")
+    parallel.check_shares(batch_size, chunk_size)
+    if rank() > 0:
+        console, writer = Console(quiet=True), None
     rates, decays = {}, {}
     for name, method in methods.items():
+        parallel.start_alike(method)
         rate, decay = defaults(optimizer, method, batch_size)
         rates[name] = rate if learning_rate is None else learning_rate
         decays[name] = decay if weight_decay is None else weight_decay
@@ -161,7 +177,7 @@ def fit(
     }  # fmt: skip
     path = None if checkpoint is None else Path(checkpoint)
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        parallel.in_first_process(lambda: path.parent.mkdir(parents=True, exist_ok=True))
     if resume:
         _restore(path, run, methods, optimizers, history)
     first = len(next(iter(history.values())))
@@ -169,15 +185,17 @@ def fit(
     make_views = next(iter(methods.values())).views
     columns = TextColumn("training"), BarColumn(20), MofNCompleteColumn(), TextColumn("{task.fields[status]}")
     progress = Progress(*columns, TimeRemainingColumn(), console=console)
-    with progress, torch.random.fork_rng(devices=[]), _deferred_interrupt(path is not None) as interrupted:
+    defer = path is not None or world_size() > 1
+    with progress, torch.random.fork_rng(devices=[]), _deferred_interrupt(defer) as interrupted:
         task = progress.add_task("", total=steps, completed=first, status="")
         for step, batch in zip(range(first, steps), _batches(len(data), batch_size, seed, first), strict=False):
             views = make_views(data[batch], torch.Generator().manual_seed(_seed(seed, "views", step)))
+            views = tuple(parallel.share(view, chunk_size) for view in views)
             for name in sorted(methods, reverse=bool(step % 2)):
                 method = methods[name]
                 for group in optimizers[name].param_groups:
                     group["lr"] = group["scale"] * rates[name] * _schedule(step, steps)
-                torch.manual_seed(_seed(seed, "dropout", step))
+                torch.manual_seed(_seed(seed, "dropout", step) + rank())
                 memory = step % _MEMORY_EVERY == 1  # not in step 0, which also pays for the optimiser's state
                 report = step % report_every == 0 or step == steps - 1
                 try:
@@ -189,9 +207,10 @@ def fit(
                 if writer is not None:
                     _write(writer, name, step, done)
                 history[name].append(done)
-            if path is not None and ((step + 1) % save_every == 0 or step == steps - 1 or interrupted.is_set()):
-                _save(path, run, methods, optimizers, history)
-            if interrupted.is_set():
+            stop = parallel.anywhere(interrupted.is_set())
+            if path is not None and ((step + 1) % save_every == 0 or step == steps - 1 or stop):
+                parallel.in_first_process(lambda: _save(path, run, methods, optimizers, history))
+            if stop:
                 raise KeyboardInterrupt
             last = {name: history[name][-1] for name in methods}
             status = (f"{n} loss {s.loss:.4f} {batch_size / s.seconds:7,.0f} examples/s" for n, s in last.items())
@@ -216,6 +235,7 @@ def _train_step(
         else:
             embeddings, loss, meters, objective = _differentiate_by_chunks(method, views, autocast, memory, chunk_size)
         with Meter(memory) as update:
+            parallel.average_gradients(method)
             _check_and_clip(method, clip)
             optimizer.step()
             optimizer.zero_grad()
@@ -234,19 +254,20 @@ Differentiated = tuple[Sequence[Tensor], float, list[Meter], Meter | None]
 
 
 def _differentiate(method: Method, views: tuple[Tensor, ...], autocast: torch.autocast, memory: bool) -> Differentiated:
-    """Embeddings, loss, meters of it all, and that of the loss: the graph is cut at the embeddings and sewn up with
-    their gradients."""
+    """Embeddings of the whole batch, loss, meters of it all, and that of the loss: the graph is cut at the embeddings
+    and sewn up with their gradients."""
     with Meter(memory) as forward, autocast:
         embeddings = method(*views)
     with Meter(memory) as objective:
         leaves = [z.detach().requires_grad_(z.requires_grad) for z in embeddings]
         with autocast:
-            loss = _finite_loss(method, *leaves)
+            whole = [parallel.gather(leaf) for leaf in leaves]
+            loss = _finite_loss(method, *whole)
         loss.backward()
     with Meter(memory) as backward:
         pairs = [(z, leaf.grad) for z, leaf in zip(embeddings, leaves, strict=True) if z.requires_grad]
         torch.autograd.backward(*zip(*pairs, strict=True))
-    return leaves, loss.item(), [forward, objective, backward], objective
+    return whole, loss.item(), [forward, objective, backward], objective
 
 
 def _differentiate_by_chunks(
@@ -256,11 +277,11 @@ def _differentiate_by_chunks(
     embeddings: list[Tensor] = []
 
     def loss_fn(*leaves: Tensor) -> Tensor:
-        embeddings.extend(leaves)
-        return _finite_loss(method, *leaves)
+        embeddings.extend(parallel.gather(leaf, chunk_size) for leaf in leaves)
+        return _finite_loss(method, *embeddings)
 
     with Meter(memory) as everything, autocast:
-        loss = grad_cache(method, views, loss_fn, chunk_size=chunk_size)
+        loss = grad_cache(method, views, loss_fn, chunk_size=chunk_size // world_size())
     return embeddings, loss.item(), [everything], None
 
 
@@ -319,7 +340,7 @@ def _restore(
     """Put back what `_save` saved."""
     if path is None:
         raise ValueError("resume needs a checkpoint, got None")
-    state = checkpoints.load(path)
+    state = parallel.in_first_process(lambda: checkpoints.load(path))
     if not isinstance(state, dict) or state.keys() != {"run", "weights", "optimizers", "history"}:
         raise ValueError(f"{path} is no checkpoint of a training run")
     for name, value in run.items():

@@ -1,0 +1,112 @@
+"""Data parallelism: the processes of torch.distributed's default group do together what one does alone.
+
+    views        Every process draws those of the whole batch under the same generator, and takes its share of the rows.
+    networks     Each process has them all, and embeds its share. Batch normalisation is that of the whole batch, see
+                 `fastssl.train.batch_norm`.
+    loss         The embeddings of all processes are gathered, in the batch's order, and every process takes the loss of
+                 the whole batch. So a method need not know of processes, whatever its loss, its queue or its teacher;
+                 and all processes see the same numbers, NaN included, and come to the same decisions.
+    gradients    The mean over the processes. Gathered rows get the gradient of the sum of the processes' losses, that
+                 is of as many times the one loss: for the parameters behind them the mean makes the sum of the shares
+                 out of that. A parameter of the loss itself, such as a temperature, has the same gradient everywhere.
+
+The first process alone prints, and reads and writes files. Costs: a process holds the views and the embeddings of the
+whole batch, not its activations; drawing the views and the loss, which are not shared out, take each process as long
+as they take one alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fastssl.distributed import gather_rows, mean_over_processes, rank, world_size
+from fastssl.train.batch_norm import synchronize
+
+T = TypeVar("T")
+
+
+@contextlib.contextmanager
+def process_group() -> Iterator[None]:
+    """The default group of the processes that torchrun has started; nothing in a process that it has not."""
+    if not dist.is_available() or not dist.is_torchelastic_launched():
+        yield
+        return
+    dist.init_process_group("gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def check_shares(batch_size: int, chunk_size: int | None) -> None:
+    """Raises ValueError if the processes cannot have equal shares of a batch, and of each of its chunks."""
+    processes = world_size()
+    if batch_size % processes:
+        raise ValueError(f"batch_size must be a multiple of the number of processes ({processes}), got {batch_size}")
+    if chunk_size is not None and processes > 1 and (chunk_size % processes or batch_size % chunk_size):
+        raise ValueError(
+            f"chunk_size must be a multiple of the number of processes ({processes}) that divides batch_size"
+            f" ({batch_size}), got {chunk_size}"
+        )
+
+
+def start_alike(module: nn.Module) -> None:
+    """Gives every process the first one's weights and buffers, and synchronises batch normalisation."""
+    if world_size() > 1:
+        module.load_state_dict(in_first_process(module.state_dict))
+        synchronize(module)
+
+
+def share(x: Tensor, chunk_size: int | None = None) -> Tensor:
+    """This process's rows of a batch: of every chunk, or of the whole, as many as any other process has."""
+    processes = world_size()
+    if processes == 1:
+        return x
+    return x.unflatten(0, (-1, processes, (chunk_size or len(x)) // processes))[:, rank()].flatten(0, 1)
+
+
+def gather(z: Tensor, chunk_size: int | None = None) -> Tensor:
+    """All processes' rows in the batch's order, where they are of what `share` gave."""
+    processes = world_size()
+    if processes == 1:
+        return z
+    rows = len(z) if chunk_size is None else chunk_size // processes
+    return gather_rows(z).unflatten(0, (processes, -1, rows)).transpose(0, 1).flatten(0, 2)
+
+
+def average_gradients(module: nn.Module) -> None:
+    """Puts the mean over the processes in place of each gradient, at one exchange."""
+    gradients = [p.grad for p in module.parameters() if p.grad is not None]
+    if world_size() == 1 or not gradients:
+        return
+    mean = mean_over_processes(torch.cat([g.flatten() for g in gradients]))
+    for g, part in zip(gradients, mean.split([g.numel() for g in gradients]), strict=True):
+        g.copy_(part.view_as(g))
+
+
+def anywhere(condition: bool) -> bool:
+    """Whether it holds in any process."""
+    return condition if world_size() == 1 else bool(gather_rows(torch.tensor([condition])).any())
+
+
+def in_first_process(function: Callable[[], T]) -> T:
+    """Calls it in the first process; every process returns what it returned, or raises what it raised."""
+    if world_size() == 1:
+        return function()
+    outcome: list = [None, None]
+    if rank() == 0:
+        try:
+            outcome[0] = function()
+        except Exception as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome)
+    result, error = outcome
+    if error is not None:
+        raise error
+    return result
