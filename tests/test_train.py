@@ -4,12 +4,15 @@ import copy
 import importlib
 import io
 import math
+import os
 import re
+import shutil
 import sys
 import types
 
 import pytest
 import torch
+import torch._dynamo
 from torch import nn
 
 pytest.importorskip("rich")
@@ -19,7 +22,7 @@ from rich.console import Console
 
 import fastssl.train
 import fastssl.train.__main__ as command_line
-from fastssl.train import DataError, Images, Method, augment, cli, create, data, fit, load, twins
+from fastssl.train import METHODS, DataError, Images, Method, augment, cli, create, data, fit, load, twins
 from fastssl.train.evaluate import accuracies
 from fastssl.train.loop import _train_step
 from fastssl.train.meter import Meter, available_memory
@@ -203,6 +206,9 @@ def command(monkeypatch, main, *arguments):
         (["moco_v1", "--queue", "2.5"], r"--queue: must be a number \(int\), got '2.5'"),
         (["byol", "--total-steps", "7"], "unrecognized arguments: --total-steps"),
         (["simclr", "--pictures", "file.png"], "unrecognized arguments: --pictures"),
+        (["simclr", "--seed", "-1"], "--seed: must be from 0 to 18446744073709551615, got -1"),
+        (["simclr", "--seed", 2**64], "--seed: must be from 0 to .*, got 18446744073709551616"),
+        (["simclr", "--seed", "1.5"], r"--seed: must be a number \(int\), got '1.5'"),
         (["simclr", "--resume"], "--resume needs --checkpoint"),
         (["simclr", "--checkpoint", __file__], "test_train.py exists; --resume goes on from it"),
     ],
@@ -228,8 +234,6 @@ def test_bad_data_gives_one_line(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["moco_v2", "--momentum", "1.5"], "momentum must be from 0 to 1, got 1.5"),
-        (["mae", "--mask-ratio", "2"], "mask_ratio must be from 0 to 1, got 2"),
         (["simclr", "--checkpoint", "/dev/null/run.pt"], "'/dev/null'"),
         (["simclr", "--checkpoint", "nothing.pt", "--resume"], "No such file or directory: 'nothing.pt'"),
         (["vicreg", "--learning-rate", "1e30"], "vicreg: in step 1 the (loss|gradient) "),
@@ -241,6 +245,32 @@ def test_bad_values_give_one_line(monkeypatch, tmp_path, images, arguments, mess
     monkeypatch.setattr(Method, "evaluate", lambda self, dataset: {})
     code = command(monkeypatch, command_line.main, arguments[0], "--steps", 2, "--batch-size", 32, *arguments[1:])
     assert code.startswith("error: ") and "\n" not in code and re.search(message, code)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["moco_v2", "--momentum", "1.5"], "momentum must be from 0 to 1, got 1.5"),
+        (["moco_v1", "--queue", 10**12], "queue must fit into memory, got 1000000000000 keys of 512 bytes"),
+        (["moco_v2", "--queue", 10**30], "queue must fit into memory, got 10*0 keys"),
+        (["mae", "--mask-ratio", "1"], "mask_ratio must hide at least one of 49 patches, and not all, got 1.0"),
+        (["mae", "--mask-ratio", "0.99"], "mask_ratio must hide .*, and not all, got 0.99"),
+        (["mae", "--mask-ratio", "1e-17"], "mask_ratio must hide at least one .*, got 1e-17"),
+        (["mae", "--mask-ratio", "2"], "mask_ratio must hide .*, got 2.0"),
+        (["clip", "--temperature", "0.001"], "temperature must be at least 0.01, got 0.001"),
+    ],
+)
+def test_bad_values_are_found_before_the_data_are_fetched(monkeypatch, arguments, message):
+    monkeypatch.setattr(METHODS[arguments[0]], "load", lambda directory: pytest.fail("fetched"))
+    code = command(monkeypatch, command_line.main, *arguments)
+    assert code.startswith("error: ") and "\n" not in code and re.search(message, code)
+
+
+def test_mae_hides_from_one_patch_to_all_but_one():
+    for mask_ratio in (0.02, 0.97):
+        method = create("mae", 1, mask_ratio=mask_ratio)
+        done = fit({"mae": method}, torch.randint(256, (4, 28, 28), dtype=torch.uint8), batch_size=4, steps=1)
+        assert math.isfinite(done["mae"][0].loss)
 
 
 @pytest.mark.parametrize(
@@ -293,6 +323,17 @@ def test_command_goes_on_where_it_stopped(monkeypatch, capsys, tmp_path, images)
         assert command(monkeypatch, command_line.main, *arguments, *more) == 0
         outputs.append(capsys.readouterr().out.splitlines()[-2:])
     assert outputs[0] == outputs[1] and "linear probe" in outputs[0][1]
+
+
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="torch.compile needs a compiler")
+def test_command_compiles(monkeypatch, capsys, tmp_path):
+    story = tmp_path / "story.txt"
+    story.write_text(" ".join(f"The {i}th of forty sentences ends here." for i in range(40)))
+    torch._dynamo.utils.counters.clear()
+    options = ["simcse", "--data", story, "--batch-size", 16, "--steps", 2, "--compile"]
+    assert command(monkeypatch, command_line.main, *options) == 0
+    assert "simcse step 1: loss" in capsys.readouterr().out
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
 
 
 def test_tensorboard_gets_every_step_or_one_line_says_what_is_missing(monkeypatch, tmp_path, images):

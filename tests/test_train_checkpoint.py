@@ -19,7 +19,6 @@ from fastssl.train.optimizers import LARS, make_optimizer
 
 QUIET = Console(quiet=True)
 IMAGES = torch.randint(256, (48, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-IMAGE_METHODS = [name for name, method in METHODS.items() if method.load is Method.load]
 STEPS = 5
 
 
@@ -65,7 +64,10 @@ def new(name: str, **options) -> Method:
 def data_of(method: Method):
     if type(method).__name__ in ("SupCon", "Supervised"):
         return torch.utils.data.TensorDataset(IMAGES, torch.arange(len(IMAGES)) % 3)
-    return IMAGES
+    tokens = torch.randint(1, 99, (len(IMAGES), 6), generator=torch.Generator().manual_seed(0))
+    if method.load is METHODS["clip"].load:
+        return torch.utils.data.TensorDataset(IMAGES.unsqueeze(1).expand(-1, 3, -1, -1), tokens)
+    return tokens if method.load is METHODS["simcse"].load else IMAGES
 
 
 class InterruptAfter:
@@ -85,16 +87,18 @@ def run(method: Method, steps: int = STEPS, **options):
     return [step.loss for step in history["m"]]
 
 
-@pytest.mark.parametrize("name", IMAGE_METHODS)
-def test_resumed_run_is_the_uninterrupted_one_bit_by_bit(name, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "options"), [*((name, {}) for name in METHODS), ("byol", {"chunk_size": 5}), ("simcse", {"chunk_size": 5})]
+)
+def test_resumed_run_is_the_uninterrupted_one_bit_by_bit(name, options, tmp_path):
     whole, path = new(name), tmp_path / "run.pt"
-    losses = run(whole)
+    losses = run(whole, **options)
     with pytest.raises(KeyboardInterrupt):
-        run(new(name), checkpoint=path, writer=InterruptAfter(1))
+        run(new(name), checkpoint=path, writer=InterruptAfter(1), **options)
     assert len(checkpoint.load(path)["history"]["m"]) == 2
     torch.manual_seed(123)  # whatever happened before
     resumed = create(name, STEPS)
-    assert run(resumed, checkpoint=path, resume=True) == losses
+    assert run(resumed, checkpoint=path, resume=True, **options) == losses
     assert all(torch.equal(x, resumed.state_dict()[key]) for key, x in whole.state_dict().items())
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 

@@ -1,7 +1,12 @@
-"""`python -m fastssl.train METHOD`: train one method on real data and say what its features are worth."""
+"""`python -m fastssl.train METHOD`: train one method on real data and say what its features are worth.
+
+torchrun runs it in several processes (`torchrun --nproc-per-node 2 -m fastssl.train METHOD`): see
+`fastssl.train.parallel`.
+"""
 
 from __future__ import annotations
 
+import argparse
 import inspect
 from pathlib import Path
 from typing import Any
@@ -9,7 +14,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from fastssl.train import METHODS, create, fit
+from fastssl.distributed import rank
+from fastssl.train import METHODS, create, fit, parallel
 from fastssl.train.checkpoint import load_encoder
 from fastssl.train.cli import Parser, RunParser, not_negative_float, positive_float, positive_int, run
 from fastssl.train.method import GIVEN, IMPLEMENTATIONS
@@ -59,7 +65,8 @@ def _parser() -> Parser:
             "--chunk-size",
             type=positive_int,
             metavar="N",
-            help="embed the batch N examples at a time, twice, and keep the activations of no more",
+            help="embed the batch N examples at a time, twice, and keep the activations of no more; N is of all "
+            "processes together, as is the batch size",
         )
         command.add_argument(
             "--backbone", metavar="NAME", help="a model of timm as image encoder (default: a small one)"
@@ -89,7 +96,13 @@ def _writer(directory: str | None) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise ValueError("--tensorboard needs tensorboard: pip install tensorboard") from None
-    return SummaryWriter(directory)
+    return SummaryWriter(directory) if rank() == 0 else None
+
+
+def _check_writable(path: Path) -> None:
+    """Fails now, not after training."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.open("ab").close()
 
 
 def main() -> None:
@@ -99,26 +112,32 @@ def main() -> None:
         parser.error("--resume needs --checkpoint")
     if not args.resume and args.checkpoint is not None and args.checkpoint.exists():
         parser.error(f"--checkpoint: {args.checkpoint} exists; --resume goes on from it")
-    writer = _writer(args.tensorboard)
-    console = Console()
+    with parallel.process_group():
+        _train(args)
+
+
+def _train(args: argparse.Namespace) -> None:
     kind = METHODS[args.method]
-    dataset = kind.load(args.data)
+    options = {name: getattr(args, name) for name in inspect.signature(kind).parameters.keys() - GIVEN}
+    parallel.check_shares(args.batch_size, args.chunk_size)
+    create(args.method, 1, **options)  # fails now, not after the data have been fetched
+    writer = _writer(args.tensorboard)
+    console = Console(quiet=rank() > 0)
+    dataset = parallel.in_first_process(lambda: kind.load(args.data))
     data = kind.training_data(dataset)
     console.print(f"{dataset.name}: {len(data):,} training examples")
     if args.batch_size > len(data):
         raise ValueError(f"--batch-size must be at most the number of examples ({len(data)}), got {args.batch_size}")
     pictures = getattr(args, "pictures", None)
-    if pictures is not None:  # fails now, not after training
-        pictures.parent.mkdir(parents=True, exist_ok=True)
-        pictures.open("ab").close()
+    if pictures is not None:
+        parallel.in_first_process(lambda: _check_writable(pictures))
     steps = args.steps or args.epochs * max(1, len(data) // args.batch_size)
     torch.manual_seed(args.seed)
-    options = inspect.signature(kind).parameters.keys() - GIVEN
-    method = create(args.method, steps, dataset, backbone=args.backbone, **{k: getattr(args, k) for k in options})
+    method = create(args.method, steps, dataset, backbone=args.backbone, **options)
     method.impl = args.impl
-    untrained = method.evaluate(dataset)
+    untrained = parallel.in_first_process(lambda: method.evaluate(dataset))
     if args.encoder is not None:
-        load_encoder(method.encoder, args.encoder)
+        parallel.in_first_process(lambda: load_encoder(method.encoder, args.encoder))
     if args.compile:
         method.encoder.compile()
     history = fit(
@@ -142,10 +161,10 @@ def main() -> None:
     )
     if writer is not None:
         writer.close()
-    for test, value in method.evaluate(dataset).items():
+    for test, value in parallel.in_first_process(lambda: method.evaluate(dataset)).items():
         console.print(f"{test} {value:.1%}, with random weights {untrained[test]:.1%}")
     if pictures is not None:
-        method.pictures(dataset, pictures)
+        parallel.in_first_process(lambda: method.pictures(dataset, pictures))
     if history[args.method][-1].health.collapsed:
         console.print("The run has collapsed: all inputs have nearly the same embedding.")
 

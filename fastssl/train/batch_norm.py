@@ -21,18 +21,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import Function, once_differentiable
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastssl.distributed import gather_rows, mean_over_processes, world_size
 
 
 def synchronize(module: nn.Module) -> None:
-    """Makes every batch normalisation in it one of all processes; parameters, buffers and names stay what they are."""
-    for layer in module.modules():
+    """Makes every batch normalisation in it one of all processes; parameters, buffers and names stay what they are.
+
+    Raises:
+        ValueError: if it has one of another class than PyTorch's, of which nobody knows what else it does.
+    """
+    for name, layer in module.named_modules():
         if type(layer) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
             layer.__class__ = BatchNorm
+        elif isinstance(layer, _BatchNorm) and not isinstance(layer, (BatchNorm, nn.SyncBatchNorm)):
+            raise ValueError(f"{name} must be torch.nn.BatchNorm1d, 2d or 3d, got {type(layer).__name__}")
 
 
-class BatchNorm(nn.modules.batchnorm._BatchNorm):
+class BatchNorm(_BatchNorm):
     """torch.nn.BatchNorm1d, 2d or 3d, in training mode with the statistics of all processes of the default group.
 
     All of them must call it, and its backward pass, with inputs of the same shape.

@@ -32,7 +32,10 @@ class RunParser(Parser):
             help="examples per step, before they are made two views each (default: %(default)s)",
         )
         self.add_argument(
-            "--seed", type=int, default=0, help="of initial weights, data order and augmentation (default: %(default)s)"
+            "--seed",
+            type=seed,
+            default=0,
+            help="of initial weights, data order and augmentation (default: %(default)s)",
         )
         self.add_argument(
             "--data",
@@ -69,18 +72,30 @@ def positive_float(text: str) -> float:
     return _positive(float, text)
 
 
+def seed(text: str) -> int:
+    """What torch.manual_seed takes as it stands."""
+    number = _number(int, text)
+    if not 0 <= number < 2**64:
+        raise argparse.ArgumentTypeError(f"must be from 0 to {2**64 - 1}, got {text}")
+    return number
+
+
 def not_negative_float(text: str) -> float:
     return 0.0 if text == "0" else _positive(float, text)
 
 
 def _positive(kind: type, text: str):
-    try:
-        value = kind(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be a number ({kind.__name__}), got {text!r}") from None
+    value = _number(kind, text)
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"must be positive, got {text}")
     return value
+
+
+def _number(kind: type, text: str):
+    try:
+        return kind(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number ({kind.__name__}), got {text!r}") from None
 
 
 def run(main: Callable[[], None]) -> NoReturn:

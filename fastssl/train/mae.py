@@ -19,7 +19,7 @@ class MAE(Method):
     """See a quarter of an image's patches, and paint the others. The encoder sees nothing else, the decoder is light.
 
     Args:
-        mask_ratio: the share of patches that is hidden.
+        mask_ratio: the share of patches that is hidden: at least one is, and not all.
         norm_pix_loss: whether the pixels to paint are those of each patch less its mean, by its deviation.
         size, colours: of the images.
     """
@@ -34,6 +34,8 @@ class MAE(Method):
         super().__init__()
         self.mask_ratio, self.norm_pix_loss = mask_ratio, norm_pix_loss
         side, features = size // self.patch_size, 48
+        if not 0 < int(side**2 * (1 - mask_ratio)) < side**2:
+            raise ValueError(f"mask_ratio must hide at least one of {side**2} patches, and not all, got {mask_ratio}")
         self.encoder = ViT(size, self.patch_size, colours)
         self.to_decoder = nn.Linear(self.encoder.features, features)
         self.mask_token = nn.Parameter(0.02 * torch.randn(features))

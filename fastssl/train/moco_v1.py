@@ -8,14 +8,15 @@ from torch import Tensor
 
 from fastssl.functional import info_nce
 from fastssl.nn import EMA, MemoryBank
+from fastssl.train.meter import available_memory
 from fastssl.train.two_views import TwoViews
 
 
 class MoCoV1(TwoViews):
     """A query finds the key of the same image among a queue of past keys; a slowly moving teacher makes the keys.
 
-    Keys are normalised by the statistics of their batch, as queries are. The paper shuffles batches among GPUs lest
-    those statistics tell whose key is whose; one process cannot.
+    Keys are normalised by the statistics of their batch, as queries are, whatever the number of processes. The paper,
+    where each GPU has statistics of its own, shuffles batches among them lest those tell whose key is whose.
 
     Args:
         temperature: of InfoNCE.
@@ -27,6 +28,8 @@ class MoCoV1(TwoViews):
 
     def __init__(self, *, temperature: float = 0.07, momentum: float = 0.97, queue: int = 4096) -> None:
         super().__init__(*self.head)
+        if 2 * 4 * 128 * queue > available_memory():  # twice, while it is being made
+            raise ValueError(f"queue must fit into memory, got {queue} keys of 512 bytes")
         self.temperature = temperature
         self.teacher = EMA(self.student, momentum, update_buffers=False).train()
         self.queue = MemoryBank(queue, 128)

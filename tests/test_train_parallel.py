@@ -1,0 +1,315 @@
+"""Data parallel runs: two processes have the losses of one, one and the same weights, and the same errors."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from test_distributed import _run
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+pytest.importorskip("rich")
+pytest.importorskip("sklearn")
+pytest.importorskip("PIL")
+
+from PIL import Image
+from rich.console import Console
+
+from fastssl.distributed import gather_rows, rank, world_size
+from fastssl.train import METHODS, Method, Step, checkpoint, create, fit
+from fastssl.train.batch_norm import BatchNorm, synchronize
+from fastssl.train.moco_v1 import MoCoV1
+from fastssl.train.models import BagOfWords
+
+pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs Gloo")
+STEPS, BATCH, PROCESSES = 5, 12, 2
+KINDS = {"whole": {}, "chunks": {"chunk_size": 4, "steps": 2}, "naive": {}, "amp": {"amp": True}}
+CASES = [(name, kind) for name in METHODS for kind in ("whole", "chunks")] + [("moco_v2", "naive"), ("simclr", "amp")]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+def new(name: str, dtype: torch.dtype = torch.float64) -> Method:
+    """Without dropout, whose masks differ; and in double precision, whose rounding training amplifies to nothing."""
+    torch.manual_seed(rank())  # the first process's weights are to be everybody's
+    method = create(name, STEPS)
+    for module in method.modules():
+        if isinstance(module, BagOfWords):
+            module.words, module.dropout = nn.Embedding(200, module.features, padding_idx=0), nn.Dropout(0)
+    method.to(dtype)
+    if isinstance(method, MoCoV1):
+        method.queue.float()  # as its queries and keys are
+    views = method.views
+    method.views = lambda *args: tuple(x.to(dtype) if x.is_floating_point() else x for x in views(*args))
+    return method
+
+
+def data_of(method: Method) -> Any:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (40, 28, 28), dtype=torch.uint8, generator=generator)
+    tokens = torch.randint(1, 200, (40, 8), generator=generator)
+    if method.load is METHODS["clip"].load:
+        return TensorDataset(images.unsqueeze(1).expand(-1, 3, -1, -1), tokens)
+    if method.load is METHODS["simcse"].load:
+        return tokens
+    labelled = isinstance(method, (METHODS["sup_con"], METHODS["supervised"]))
+    return TensorDataset(images, torch.arange(len(images)) % 3) if labelled else images
+
+
+def steps_of(method: Method, **options: Any) -> list[Step]:
+    options = {"batch_size": BATCH, "steps": STEPS, "console": Console(quiet=True), **options}
+    return fit({"m": method}, data_of(method), **options)["m"]
+
+
+def run(method: Method, **options: Any) -> list[float]:
+    return [step.loss for step in steps_of(method, **options)]
+
+
+def trained(name: str, kind: str) -> dict[str, Any]:
+    method = new(name, torch.float32 if kind == "amp" else torch.float64)
+    method.impl = "naive" if kind == "naive" else "fastssl"
+    history = steps_of(method, **KINDS[kind])
+    return {
+        "losses": [step.loss for step in history],
+        "health": [(h.rank, h.uniformity, h.alignment or 0.0) for h in (step.health for step in history)],
+        "state": dict(method.state_dict()),
+    }
+
+
+class InterruptIn:
+    """Presses Ctrl-C in one process, while the views of that step are being drawn."""
+
+    def __init__(self, method: Method, process: int, step: int) -> None:
+        self.views, self.process, self.left = method.views, process, step
+        method.views = self
+
+    def __call__(self, *args: Any) -> tuple[Tensor, ...]:
+        if self.left == 0 and rank() == self.process:
+            os.kill(os.getpid(), signal.SIGINT)
+        self.left -= 1
+        return self.views(*args)
+
+
+def interrupt(process: int, path: Path | None) -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    method = new("byol")
+    InterruptIn(method, process, 1)
+    with pytest.raises(KeyboardInterrupt):
+        run(method, checkpoint=path)
+    signal.signal(signal.SIGINT, before)
+
+
+def _check_control_c_in_one_process_ends_and_saves_all(folder: Path) -> None:
+    interrupt(1, folder / "two.pt")
+    assert len(checkpoint.load(folder / "two.pt")["history"]["m"]) == 2
+    if rank() == 0:
+        (folder / "copy.pt").write_bytes((folder / "two.pt").read_bytes())
+    dist.barrier()
+    assert run(new("byol"), checkpoint=folder / "copy.pt", resume=True) == run(new("byol"))
+    interrupt(0, None)
+
+
+def _check_the_checkpoint_of_one_process(folder: Path) -> None:
+    torch.save(run(new("byol"), checkpoint=folder / "one.pt", resume=True), folder / f"resumed {rank()}")
+
+
+def _check_nan_in_one_process_stops_all(folder: Path) -> None:
+    method = new("simclr")
+    forward = method.forward
+    method.forward = lambda *views: tuple(z * (math.nan if rank() == 1 else 1) for z in forward(*views))
+    with pytest.raises(FloatingPointError, match="m: in step 0 the loss is nan"):
+        run(method)
+    method = new("simclr")
+    if rank() == 1:
+        method.encoder[0].weight.register_hook(lambda gradient: gradient * math.nan)
+    with pytest.raises(FloatingPointError, match="m: in step 0 the gradient of encoder.0.weight is NaN"):
+        run(method)
+
+
+def _check_what_cannot_be_shared_is_refused(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"batch_size must be a multiple of the number of processes \(2\), got 13"):
+        run(new("simclr"), batch_size=13)
+    for chunk_size in (3, 8):
+        with pytest.raises(ValueError, match=rf"chunk_size .*processes \(2\) .*batch_size \(12\), got {chunk_size}"):
+            run(new("simclr"), chunk_size=chunk_size)
+
+    class Other(nn.BatchNorm2d):
+        """What it adds is nobody's business."""
+
+    method = new("simclr")
+    method.encoder[1] = Other(32)
+    with pytest.raises(ValueError, match=r"encoder.1 must be torch.nn.BatchNorm1d, 2d or 3d, got Other"):
+        run(method)
+
+
+def _check_errors_of_files_are_everybodys(folder: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="elsewhere"):
+        run(new("simclr"), checkpoint=folder / "elsewhere", resume=True)
+    folder.joinpath("directory").mkdir(exist_ok=True)
+    with pytest.raises(OSError, match="Is a directory"):
+        run(new("simclr"), checkpoint=folder / "directory", save_every=2)
+
+
+def _check_only_the_first_process_writes(folder: Path) -> None:
+    class Writer:
+        def add_scalar(self, *args: Any) -> None:
+            assert rank() == 0
+
+    console = Console(record=True, quiet=rank() == 0)
+    run(new("simclr"), writer=Writer(), console=console, steps=1)
+    assert console.export_text() == ""
+
+
+def _check_dropout_is_each_processs_own(folder: Path) -> None:
+    method, masks = create("simcse", STEPS), []
+    method.encoder.dropout.register_forward_hook(lambda module, args, output: masks.append(output != 0))
+    run(method, steps=1)
+    everyone = gather_rows(masks[0].float()).chunk(world_size())
+    assert not torch.equal(*everyone)
+
+
+def _check_batch_norm(folder: Path) -> None:
+    """Against torch's, of the whole batch in double precision: at most twice the error that it has itself."""
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((6, 5), (2, 5), (4, 5, 3), (4, 5, 3, 2), (2, 1, 3, 2, 2)):
+        kind = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}[len(shape)]
+        for options in ({}, {"affine": False}, {"momentum": None, "eps": 0.1}, {"track_running_stats": False}):
+            # Channels of all kinds: with a mean far from 0, or that differs between the processes; constant.
+            x = torch.randn(shape, generator=generator, dtype=torch.float64)
+            channel = [1, shape[1], *[1] * (len(shape) - 2)]
+            x += torch.tensor([0.0, 30.0, 0.0, 0.0, -3.0])[: shape[1]].view(channel)
+            x[: len(x) // 2, :1] += 5
+            x[:, 2:3] = 1.5
+            g = torch.randn(shape, generator=generator, dtype=torch.float64)
+            exact, eager = (_normalized(kind, options, x, g, dtype) for dtype in (torch.float64, torch.float32))
+            for dtype in (torch.float64, torch.float32):
+                ours = _normalized(kind, options, x, g, dtype, parallel=True)
+                for name, value in ours.items():
+                    scale = exact[name].abs().max()
+                    error, allowed = (value - exact[name]).abs().max(), (eager[name] - exact[name]).abs().max()
+                    allowed = 2 * allowed + 1e-6 * scale if dtype == torch.float32 else 1e-12 * scale + 1e-12
+                    assert error <= allowed, (shape, options, dtype, name, error, allowed)
+
+
+def _normalized(
+    kind: type, options: dict[str, Any], x: Tensor, g: Tensor, dtype: torch.dtype, parallel: bool = False
+) -> dict[str, Tensor]:
+    """Outputs, gradients and statistics after two steps of a layer, on the whole batch or on this process's share."""
+    layer = kind(x.shape[1], **options).to(dtype)
+    for i, p in enumerate(layer.parameters()):
+        nn.init.uniform_(p, generator=torch.Generator().manual_seed(i))
+    rows = slice(None)
+    if parallel:
+        before = dict(layer.named_parameters())
+        synchronize(layer)
+        assert type(layer) is BatchNorm and all(p is before[name] for name, p in layer.named_parameters())
+        rows = slice(rank() * len(x) // world_size(), (rank() + 1) * len(x) // world_size())
+    for i in range(2):
+        layer.zero_grad()
+        part = (x[rows] * (1 + i)).to(dtype).requires_grad_()
+        y = layer(part)
+        y.backward(g[rows].to(dtype))
+    gathered = {"y": y.detach(), "x": part.grad}
+    summed = {f"{name} gradient": p.grad for name, p in layer.named_parameters()}
+    if parallel:
+        gathered = {name: gather_rows(z) for name, z in gathered.items()}
+        for z in summed.values():
+            dist.all_reduce(z)
+        if rank() == 1 and layer.track_running_stats:  # alone: evaluation takes no exchange
+            assert layer.eval()(part).shape == part.shape
+    found = {**gathered, **summed, **dict(layer.named_buffers())}
+    return {name: z.double() for name, z in found.items()}
+
+
+def _check_batch_norm_of_half_precision(folder: Path) -> None:
+    x = torch.randn(8, 4, 5, generator=torch.Generator().manual_seed(0)) + 3
+    layer, whole = nn.BatchNorm1d(4), nn.BatchNorm1d(4)
+    synchronize(layer)
+    part = x[4 * rank() :][:4].bfloat16().requires_grad_()
+    y = layer(part)
+    y.backward(torch.ones_like(y) * part)
+    assert y.dtype == part.grad.dtype == torch.bfloat16 and layer.weight.grad.dtype == torch.float32
+    torch.testing.assert_close(gather_rows(y).float(), whole(x.bfloat16().float()), rtol=1e-2, atol=1e-2)
+
+
+def _everything(folder: Path) -> None:
+    for case in CASES:
+        torch.save(trained(*case), folder / f"{' '.join(case)} {rank()}")
+    for check in [check for name, check in globals().items() if name.startswith("_check")]:
+        check(folder)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """What became of everything above in two processes, which are started once."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("runs")
+    interrupt(0, folder / "one.pt")
+    _run(functools.partial(_everything, folder), PROCESSES, folder)
+    return folder
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_two_processes_train_as_one(name, kind, folder):
+    first, second = (torch.load(folder / f"{name} {kind} {r}") for r in range(PROCESSES))
+    assert first["losses"] == second["losses"] and first["health"] == second["health"]
+    assert all(torch.equal(x, second["state"][key]) for key, x in first["state"].items())
+    one = trained(name, kind)
+    if kind == "amp":  # activations are rounded to three digits
+        torch.testing.assert_close(first["losses"], one["losses"], rtol=0.02, atol=0)
+        return
+    torch.testing.assert_close(first["losses"], one["losses"], rtol=1e-9, atol=0)
+    torch.testing.assert_close(first["health"], one["health"], rtol=1e-5, atol=1e-5)  # measured in single precision
+    torch.testing.assert_close(first["state"], one["state"], rtol=1e-6, atol=1e-6)  # Adam divides by small gradients
+
+
+def test_errors_interrupts_and_batch_norm(folder):
+    """All `_check`s have passed, else there was no folder."""
+
+
+def test_checkpoints_go_from_one_process_to_two_and_back(folder):
+    losses = run(new("byol"))
+    for r in range(PROCESSES):
+        assert torch.load(folder / f"resumed {r}") == pytest.approx(losses, rel=1e-9)
+    assert run(new("byol"), checkpoint=folder / "two.pt", resume=True) == pytest.approx(losses, rel=1e-9)
+
+
+def test_torchrun(tmp_path):
+    """The command in two processes and in one. The losses, in single precision, differ by at most 1e-6 of them."""
+    table = ["image,caption"]
+    for i, pixels in enumerate(torch.randint(256, (20, 32, 32, 3), dtype=torch.uint8)):
+        Image.fromarray(pixels.numpy()).save(tmp_path / f"{i}.png")
+        table.append(f"{i}.png,number{i}")
+    (tmp_path / "pictures.csv").write_text("\n".join(table))
+    command = ["-m", "fastssl.train", "siglip", "--data", "pictures.csv", "--batch-size", "8", "--steps", "3"]
+    paths = {**os.environ, "PYTHONPATH": os.pathsep.join(["" if p is None else p for p in sys.path])}
+    losses, outputs = [], []
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for i, launch in enumerate(([], launcher)):
+        done = subprocess.run(
+            [sys.executable, *launch, *command, "--checkpoint", f"{i}.pt"],
+            cwd=tmp_path,
+            env={**paths, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=400,
+        )
+        assert done.returncode == 0, done.stderr
+        outputs.append(re.sub(r"\d+ examples/s.*", "", done.stdout))
+        losses.append([step["loss"] for step in checkpoint.load(tmp_path / f"{i}.pt")["history"]["siglip"]])
+    assert outputs[0] == outputs[1] and "siglip step 2: loss" in outputs[0] and "recall@1 " in outputs[0]
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
