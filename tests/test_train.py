@@ -228,7 +228,7 @@ def test_missing_packages_are_named(monkeypatch):
 
 def test_bad_data_gives_one_line(monkeypatch, tmp_path):
     code = command(monkeypatch, command_line.main, "simclr", "--data", tmp_path)
-    assert code.startswith("error: ") and "does not exist" in code and "\n" not in code
+    assert code.startswith("error: ") and "must have images to train on" in code and "\n" not in code
 
 
 @pytest.mark.parametrize(
