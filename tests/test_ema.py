@@ -400,6 +400,8 @@ def test_step_on_several_devices_and_what_autograd_saved(backend):
     kept = (param * param).sum()
     adamw_ema_step_(**states, **NUMBERS)
     assert param.is_leaf and (param < 1).all() and states["steps"][0] == 1
+    versions = {name: xs[0]._version for name, xs in states.items()}
+    assert versions.pop("grads") == 0 and all(version > 0 for version in versions.values())
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         kept.backward()
 
@@ -472,7 +474,7 @@ def test_step_refuses_low_precision_and_shared_memory(chosen):
         for name, other in (
             ("grads", "params"),
             ("exp_avgs", "grads"),
-            ("exp_avg_sqs", "exp_avgs"),
+            ("exp_avg_sqs", "grads"),
             ("ema_params", "grads"),
         ):
             with pytest.raises(ValueError, match=shared + rf"({name}\[0\] and {other}|{other}\[0\] and {name})\[0\]"):

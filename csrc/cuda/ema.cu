@@ -3,13 +3,21 @@
 //     target = momentum target + (1 - momentum) source
 //
 // of lists of tensors in one pass over memory: a target is read, its source is read, the target is written, 12 bytes for
-// each float32 parameter. One launch serves up to 1024 pairs (128 where they are no more, or before CUDA 12.1): the table
+// each float32 parameter. One launch serves up to 900 pairs (120 where they are no more, or before CUDA 12.1): the table
 // of their addresses goes along as the kernel's parameter, so nothing is copied and nobody waits. All tensors together are
 // cut into chunks of 4096 elements, one for each block, which finds its pair by bisection. Arithmetic is float32, or
 // float64 where the target is; four elements at once where both addresses allow it.
 //
+// Where the source is what AdamW makes of a model (arXiv:1711.05101), in the same pass, 36 bytes instead of 40: with
+// gradient g and step t, which is on the CPU as PyTorch has it,
+//
+//     m = beta1 m + (1 - beta1) g,  v = beta2 v + (1 - beta2) g^2
+//     param = (1 - lr weight_decay) param - lr / (1 - beta1^t) m / (sqrt(v / (1 - beta2^t)) + eps)
+//     ema = momentum ema + (1 - momentum) param
+//
 // A momentum on the GPU is read there.
 #include <algorithm>
+#include <cmath>
 #include <utility>
 #include <vector>
 
@@ -23,27 +31,58 @@ constexpr int kThreads = 256;
 constexpr int kAtOnce = 4;
 constexpr int kChunk = 16 * kThreads;  // elements of a block
 
+constexpr int kFewBytes = 3840;  // of a table: 4 KiB are allowed for a kernel's parameters
 #if CUDART_VERSION >= 12010
-constexpr int kMostPairs = 1024;  // 32 KiB of parameters
+constexpr int kManyBytes = 28800;  // 32764 are allowed
 #else
-constexpr int kMostPairs = 128;  // 4 KiB
+constexpr int kManyBytes = kFewBytes;
 #endif
 
-// Pairs whose elements lie in memory in one order. `ends` are chunks: of a pair with those of all pairs before it.
-template <int kPairs>
-struct Pairs {
-  void* targets[kPairs];
-  const void* sources[kPairs];
-  int64_t counts[kPairs];
-  unsigned ends[kPairs];
-  Element target_elements[kPairs], source_elements[kPairs];
+// Items of work. Those of a table are cut into chunks, and `end` is how many: an item's with those of all before it.
+template <typename Item, int kItems>
+struct Table {
+  Item items[kItems];
   int size;
+};
+
+// Elements lie in memory in one order.
+struct Pair {
+  void* target;
+  const void* source;
+  int64_t count;
+  unsigned end;
+  Element target_element, source_element;
 };
 
 struct Momentum {
   const double* at;  // nullptr: `value` it is
   double value;
+
+  __device__ double weight() const { return 1 - (at ? *at : value); }
 };
+
+// The item of this block, and which of its elements.
+template <typename Item>
+struct Chunk {
+  const Item& item;
+  int64_t first;
+  int count;
+};
+
+template <typename Item, int kItems>
+__device__ Chunk<Item> chunk_of(const Table<Item, kItems>& table) {
+  int i = 0;
+  for (int beyond = table.size - 1; i < beyond;) {
+    const int middle = (i + beyond) / 2;
+    if (table.items[middle].end > blockIdx.x)
+      beyond = middle;
+    else
+      i = middle + 1;
+  }
+  const int64_t first = int64_t(blockIdx.x - (i ? table.items[i - 1].end : 0)) * kChunk;
+  const int64_t left = table.items[i].count - first;
+  return {table.items[i], first, left < kChunk ? static_cast<int>(left) : kChunk};
+}
 
 // torch.lerp's formula: exact at either end, the nearer one being the starting point.
 template <typename W>
@@ -92,28 +131,107 @@ __device__ void blend(void* target, const void* source, Element source_element, 
 
 template <int kPairs>
 __global__ void __launch_bounds__(kThreads, 4)
-    update(const __grid_constant__ Pairs<kPairs> pairs, const __grid_constant__ Momentum momentum) {
-  int pair = 0;
-  for (int beyond = pairs.size - 1; pair < beyond;) {
-    const int middle = (pair + beyond) / 2;
-    if (pairs.ends[middle] > blockIdx.x)
-      beyond = middle;
-    else
-      pair = middle + 1;
-  }
-  const int64_t first = int64_t(blockIdx.x - (pair ? pairs.ends[pair - 1] : 0)) * kChunk;
-  const int64_t left = pairs.counts[pair] - first;
-  const int count = left < kChunk ? static_cast<int>(left) : kChunk;
-  const double weight = 1 - (momentum.at ? *momentum.at : momentum.value);
-  void* const target = pairs.targets[pair];
-  const void* const source = pairs.sources[pair];
-  const Element element = pairs.source_elements[pair];
-  switch (pairs.target_elements[pair]) {
+    update(const __grid_constant__ Table<Pair, kPairs> pairs, const __grid_constant__ Momentum momentum) {
+  const auto& [pair, first, count] = chunk_of(pairs);
+  const double weight = momentum.weight();
+  void* const target = pair.target;
+  const void* const source = pair.source;
+  const Element element = pair.source_element;
+  switch (pair.target_element) {
     case Element::Float32: return blend<float>(target, source, element, first, count, weight);
     case Element::BFloat16: return blend<torch::headeronly::BFloat16>(target, source, element, first, count, weight);
     case Element::Float16: return blend<torch::headeronly::Half>(target, source, element, first, count, weight);
     case Element::Float64: return blend<double>(target, source, element, first, count, weight);
   }
+}
+
+// A parameter and what belongs to it.
+struct Parameter {
+  void* param;
+  const void* grad;
+  void *exp_avg, *exp_avg_sq, *ema;
+  int64_t count;
+  double size, scale;  // lr / (1 - beta1^t), 1 / sqrt(1 - beta2^t)
+  unsigned end;
+  Element element, ema_element;
+};
+
+struct AdamW {
+  double weight1, beta2, weight2, eps, decay;  // 1 - beta1; 1 - beta2; 1 - lr weight_decay
+};
+
+template <typename W>
+struct Step {
+  W weight1, beta2, weight2, eps, decay, size, scale;
+
+  __device__ Step(const AdamW& all, const Parameter& one)
+      : weight1(all.weight1), beta2(all.beta2), weight2(all.weight2), eps(all.eps), decay(all.decay), size(one.size),
+        scale(one.scale) {}
+};
+
+// Of kCount elements at once. `ema` may be `param`: it is read after that is written.
+template <int kCount, typename T, typename S>
+__device__ void advance(T* param, const T* grad, T* exp_avg, T* exp_avg_sq, S* ema, const Step<T>& step,
+                        Wide<S> weight) {
+  using Ts = Vector<T, kCount>;
+  using Ss = Vector<S, kCount>;
+  Ts p = *reinterpret_cast<Ts*>(param), m = *reinterpret_cast<Ts*>(exp_avg), v = *reinterpret_cast<Ts*>(exp_avg_sq);
+  const Ts g = *reinterpret_cast<const Ts*>(grad);
+  for (int j = 0; j < kCount; ++j) {
+    m.at[j] = lerp(m.at[j], g.at[j], step.weight1);
+    v.at[j] = step.beta2 * v.at[j] + step.weight2 * g.at[j] * g.at[j];
+    p.at[j] = step.decay * p.at[j] - step.size * m.at[j] / (step.scale * sqrt(v.at[j]) + step.eps);
+  }
+  *reinterpret_cast<Ts*>(exp_avg) = m;
+  *reinterpret_cast<Ts*>(exp_avg_sq) = v;
+  *reinterpret_cast<Ts*>(param) = p;
+  Ss t = *reinterpret_cast<Ss*>(ema);
+  for (int j = 0; j < kCount; ++j)
+    t.at[j] = static_cast<S>(lerp(static_cast<Wide<S>>(t.at[j]), static_cast<Wide<S>>(p.at[j]), weight));
+  *reinterpret_cast<Ss*>(ema) = t;
+}
+
+template <typename T, typename S>
+__device__ void advance(const Parameter& one, const AdamW& all, int64_t first, int count, double weight_) {
+  T* const param = static_cast<T*>(one.param) + first;
+  const T* const grad = static_cast<const T*>(one.grad) + first;
+  T* const exp_avg = static_cast<T*>(one.exp_avg) + first;
+  T* const exp_avg_sq = static_cast<T*>(one.exp_avg_sq) + first;
+  S* const ema = static_cast<S*>(one.ema) + first;
+  const Step<T> step(all, one);
+  const Wide<S> weight = static_cast<Wide<S>>(weight_);
+  int done = 0;
+  if constexpr (sizeof(T) == 4)
+    if (is_aligned(param) && is_aligned(grad) && is_aligned(exp_avg) && is_aligned(exp_avg_sq) && is_aligned(ema)) {
+      done = count / kAtOnce * kAtOnce;
+      for (int i = kAtOnce * threadIdx.x; i < done; i += kAtOnce * kThreads)
+        advance<kAtOnce>(param + i, grad + i, exp_avg + i, exp_avg_sq + i, ema + i, step, weight);
+    }
+#pragma unroll 1
+  for (int i = done + threadIdx.x; i < count; i += kThreads)
+    advance<1>(param + i, grad + i, exp_avg + i, exp_avg_sq + i, ema + i, step, weight);
+}
+
+template <typename T>
+__device__ void advance(const Parameter& one, const AdamW& all, int64_t first, int count, double weight) {
+  switch (one.ema_element) {
+    case Element::Float32: return advance<T, float>(one, all, first, count, weight);
+    case Element::BFloat16: return advance<T, torch::headeronly::BFloat16>(one, all, first, count, weight);
+    case Element::Float16: return advance<T, torch::headeronly::Half>(one, all, first, count, weight);
+    case Element::Float64: return advance<T, double>(one, all, first, count, weight);
+  }
+}
+
+template <int kParameters>
+__global__ void __launch_bounds__(kThreads, 4)
+    step(const __grid_constant__ Table<Parameter, kParameters> parameters, const __grid_constant__ AdamW adamw,
+         const __grid_constant__ Momentum momentum) {
+  const auto& [parameter, first, count] = chunk_of(parameters);
+  const double weight = momentum.weight();
+  if (parameter.element == Element::Float64)
+    advance<double>(parameter, adamw, first, count, weight);
+  else
+    advance<float>(parameter, adamw, first, count, weight);
 }
 
 // Whether the elements lie one behind another, in any order.
@@ -141,105 +259,183 @@ struct Span {
       : begin(address(x)), end(begin + elements(x) * x.element_size()), list(list), index(index), written(written) {}
 };
 
-// No target may share memory with another tensor, but for its very source.
-void check_spans(std::vector<Span>& spans) {
+// What is written may share memory with nothing.
+void check_spans(std::vector<Span>& spans, const char* written) {
   std::sort(spans.begin(), spans.end(), [](const Span& x, const Span& y) { return x.begin < y.begin; });
-  const Span *last = nullptr, *last_target = nullptr;  // those that end last
+  const Span *last = nullptr, *last_written = nullptr;  // those that end last
   for (const Span& span : spans) {
-    const Span* const before = span.written ? last : last_target;
+    const Span* const before = span.written ? last : last_written;
     if (before && span.begin < before->end)
-      refuse("targets must not share memory, got ", span.list, "[", span.index, "] and ", before->list, "[",
+      refuse(written, " must not share memory, got ", span.list, "[", span.index, "] and ", before->list, "[",
              before->index, "]");
     if (!last || span.end > last->end) last = &span;
-    if (span.written && (!last_target || span.end > last_target->end)) last_target = &span;
+    if (span.written && (!last_written || span.end > last_written->end)) last_written = &span;
   }
 }
 
-void check_pairs(const std::vector<Tensor>& targets, const std::vector<Tensor>& sources) {
-  if (targets.size() != sources.size())
-    refuse("targets and sources must have the same length, got ", targets.size(), " and ", sources.size());
+using Tensors = std::vector<Tensor>;
+
+// An argument: a list of tensors.
+struct List {
+  const char* name;
+  const Tensors& tensors;
+  bool written;
+  bool may_be_first;  // a tensor may be that of the first list
+};
+
+// The lists must fit the first one, tensor by tensor. `written`: the names of those that are.
+void check_lists(const std::vector<List>& lists, const char* written) {
+  const List& first = lists[0];
+  for (const List& list : lists)
+    if (list.tensors.size() != first.tensors.size())
+      refuse(first.name, " and ", list.name, " must have the same length, got ", first.tensors.size(), " and ",
+             list.tensors.size());
   std::vector<Span> spans;
-  for (size_t i = 0; i < targets.size(); ++i) {
-    const Tensor &target = targets[i], &source = sources[i];
-    if (!same(target.sizes(), source.sizes()))
-      refuse("targets[", i, "] and sources[", i, "] must have the same shape, got ", text(target.sizes()), " and ",
-             text(source.sizes()));
-    if (device_of(target) != device_of(source))
-      refuse("targets[", i, "] and sources[", i, "] must be on the same device, got ", device_of(target), " and ",
-             device_of(source));
-    if (device_of(target) != device_of(targets[0]))
-      refuse("targets must be on one device, got ", device_of(targets[0]), " and ", device_of(target));
-    if (!element_of(target))
-      refuse("targets[", i, "] must be of 16, 32 or 64 bits, floating-point, got ", target.scalar_type());
-    if (!element_of(source))
-      refuse("sources[", i, "] must be of 16, 32 or 64 bits, floating-point, got ", source.scalar_type());
-    if (target.numel() == 0) continue;
-    if (elements(target) < target.numel())
-      refuse("targets[", i, "] must have no two elements in one place, got strides ", text(target.strides()));
-    spans.emplace_back(target, "targets", i, true);
-    if (address(target) != address(source) || !same(target.strides(), source.strides()) ||
-        target.scalar_type() != source.scalar_type())
-      spans.emplace_back(source, "sources", i, false);
-  }
-  check_spans(spans);
-}
-
-// Launches for all pairs, kPairs at a time.
-template <int kPairs>
-void update_all(const std::vector<Tensor>& targets, const std::vector<Tensor>& sources, const Momentum& momentum) {
-  const Launch launch(targets[0]);
-  Pairs<kPairs> pairs;
-  for (size_t begin = 0; begin < targets.size(); begin += kPairs) {
-    pairs.size = static_cast<int>(std::min<size_t>(kPairs, targets.size() - begin));
-    unsigned chunks = 0;
-    for (int i = 0; i < pairs.size; ++i) {
-      const Tensor &target = targets[begin + i], &source = sources[begin + i];
-      pairs.targets[i] = target.mutable_data_ptr();
-      pairs.sources[i] = source.const_data_ptr();
-      pairs.counts[i] = target.numel();
-      pairs.ends[i] = chunks += static_cast<unsigned>(ceil_div(target.numel(), kChunk));
-      pairs.target_elements[i] = *element_of(target);
-      pairs.source_elements[i] = *element_of(source);
+  for (size_t i = 0; i < first.tensors.size(); ++i) {
+    const Tensor& like = first.tensors[i];
+    if (device_of(like) != device_of(first.tensors[0]))
+      refuse(first.name, " must be on one device, got ", device_of(first.tensors[0]), " and ", device_of(like));
+    for (const List& list : lists) {
+      const Tensor& x = list.tensors[i];
+      if (!same(x.sizes(), like.sizes()))
+        refuse(first.name, "[", i, "] and ", list.name, "[", i, "] must have the same shape, got ", text(like.sizes()),
+               " and ", text(x.sizes()));
+      if (device_of(x) != device_of(like))
+        refuse(first.name, "[", i, "] and ", list.name, "[", i, "] must be on the same device, got ", device_of(like),
+               " and ", device_of(x));
+      if (!element_of(x))
+        refuse(list.name, "[", i, "] must be of 16, 32 or 64 bits, floating-point, got ", x.scalar_type());
+      if (x.numel() == 0) continue;
+      if (list.written && elements(x) < x.numel())
+        refuse(list.name, "[", i, "] must have no two elements in one place, got strides ", text(x.strides()));
+      if (list.may_be_first && address(x) == address(like) && same(x.strides(), like.strides()) &&
+          x.scalar_type() == like.scalar_type())
+        continue;
+      spans.emplace_back(x, list.name, i, list.written);
     }
-    launch(update<kPairs>, chunks, kThreads, pairs, momentum);
+  }
+  check_spans(spans, written);
+}
+
+// Launches for all items, as many at a time as a table holds.
+template <typename Item, int kItems, typename... Numbers>
+void launch_all(void (*kernel)(Table<Item, kItems>, Numbers...), const std::vector<Item>& items, const Tensor& on,
+                const Numbers&... numbers) {
+  const Launch launch(on);
+  Table<Item, kItems> table;
+  for (size_t begin = 0; begin < items.size(); begin += kItems) {
+    table.size = static_cast<int>(std::min<size_t>(kItems, items.size() - begin));
+    unsigned chunks = 0;
+    for (int i = 0; i < table.size; ++i) {
+      table.items[i] = items[begin + i];
+      table.items[i].end = chunks += static_cast<unsigned>(ceil_div(table.items[i].count, kChunk));
+    }
+    launch(kernel, chunks, kThreads, table, numbers...);
   }
 }
 
-void ema_update_(const std::vector<Tensor>& targets, const std::vector<Tensor>& sources, const Tensor& momentum) {
-  check_pairs(targets, sources);
+// The number, and what keeps it where it is.
+std::pair<Momentum, Tensor> read_momentum(const Tensor& momentum, const Tensor& on) {
+  Tensor number = to_dtype(momentum, ScalarType::Double);
+  if (number.is_cpu()) return {{nullptr, *number.const_data_ptr<double>()}, number};
+  if (device_of(number) != device_of(on)) number = torch::stable::to(number, on.device(), true);
+  return {{number.const_data_ptr<double>(), 0}, number};
+}
+
+void ema_update_(const Tensors& targets, const Tensors& sources, const Tensor& momentum) {
+  check_lists({{"targets", targets, true, false}, {"sources", sources, false, true}}, "targets");
   if (momentum.numel() != 1) refuse("momentum must be one number, got shape ", text(momentum.sizes()));
-  std::vector<Tensor> written, read;               // pairs in one order, sources perhaps copied
+  std::vector<Pair> pairs;
+  Tensors held;                                    // copies of sources
   std::vector<std::pair<Tensor, Tensor>> strided;  // targets, and what is to be copied into them
   for (size_t i = 0; i < targets.size(); ++i) {
     Tensor target = targets[i], source = sources[i];
     if (target.numel() == 0) continue;
     if (!same(target.strides(), source.strides()) || !is_dense(target)) {
-      source = torch::stable::contiguous(source);
+      held.push_back(source = torch::stable::contiguous(source));
       if (!target.is_contiguous()) {
         strided.emplace_back(target, torch::stable::contiguous(target));
         target = strided.back().second;
       }
     }
-    written.push_back(target);
-    read.push_back(source);
+    pairs.push_back({target.mutable_data_ptr(), source.const_data_ptr(), target.numel(), 0, *element_of(target),
+                     *element_of(source)});
   }
-  if (written.empty()) return;
-  Tensor number = to_dtype(momentum, ScalarType::Double);
-  Momentum value{nullptr, 0};
-  if (number.is_cpu()) {
-    value.value = *number.const_data_ptr<double>();
-  } else {
-    if (device_of(number) != device_of(written[0])) number = torch::stable::to(number, written[0].device(), true);
-    value.at = number.const_data_ptr<double>();
-  }
-  if (written.size() <= 128)
-    update_all<128>(written, read, value);
+  if (pairs.empty()) return;
+  const auto [number, kept] = read_momentum(momentum, targets[0]);
+  constexpr int kFew = kFewBytes / sizeof(Pair), kMany = kManyBytes / sizeof(Pair);
+  if (pairs.size() <= kFew)
+    launch_all(update<kFew>, pairs, targets[0], number);
   else
-    update_all<kMostPairs>(written, read, value);
+    launch_all(update<kMany>, pairs, targets[0], number);
   for (auto& [target, updated] : strided) torch::stable::copy_(target, updated);
 }
 
-STABLE_TORCH_LIBRARY_IMPL(fastssl, CUDA, m) { m.impl("ema_update_", TORCH_BOX(&ema_update_)); }
+void adamw_ema_step_(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs, const Tensors& exp_avg_sqs,
+                     const Tensors& ema_params, const Tensors& steps, const Tensor& lr_, double beta1, double beta2,
+                     double eps, double weight_decay, const Tensor& momentum) {
+  check_lists({{"params", params, true, false},
+               {"grads", grads, false, false},
+               {"exp_avgs", exp_avgs, true, false},
+               {"exp_avg_sqs", exp_avg_sqs, true, false},
+               {"ema_params", ema_params, true, true}},
+              "params, exp_avgs, exp_avg_sqs, ema_params");
+  if (steps.size() != params.size())
+    refuse("params and steps must have the same length, got ", params.size(), " and ", steps.size());
+  for (const auto& [name, number] : {std::pair("lr", lr_), {"momentum", momentum}})
+    if (number.numel() != 1) refuse(name, " must be one number, got shape ", text(number.sizes()));
+  if (!lr_.is_cpu()) refuse("lr must be on the CPU, got ", device_of(lr_));
+  for (size_t i = 0; i < params.size(); ++i) {
+    const ScalarType dtype = params[i].scalar_type();
+    if (dtype != ScalarType::Float && dtype != ScalarType::Double)
+      refuse("params[", i, "] must be float32 or float64, got ", dtype);
+    for (const List& list : {List{"grads", grads}, {"exp_avgs", exp_avgs}, {"exp_avg_sqs", exp_avg_sqs}})
+      if (list.tensors[i].scalar_type() != dtype)
+        refuse("params[", i, "] and ", list.name, "[", i, "] must have the same dtype, got ", dtype, " and ",
+               list.tensors[i].scalar_type());
+    if (steps[i].dim() || steps[i].scalar_type() != ScalarType::Float || !steps[i].is_cpu())
+      refuse("steps[", i, "] must be a 0-d tensor, float32, on the CPU, got ", steps[i].scalar_type(), " on ",
+             device_of(steps[i]), " of shape ", text(steps[i].sizes()));
+  }
+  const double lr = *to_dtype(lr_, ScalarType::Double).const_data_ptr<double>();
+  std::vector<Parameter> parameters;
+  Tensors held;                                    // copies
+  std::vector<std::pair<Tensor, Tensor>> strided;  // what is written, and what is to be copied into it
+  for (size_t i = 0; i < params.size(); ++i) {
+    const double step = *static_cast<float*>(steps[i].mutable_data_ptr()) += 1;
+    if (params[i].numel() == 0) continue;
+    bool in_order = is_dense(params[i]);
+    for (const Tensors* list : {&grads, &exp_avgs, &exp_avg_sqs, &ema_params})
+      in_order &= same((*list)[i].strides(), params[i].strides());
+    const auto laid_out = [&](const Tensor& x, bool written) {
+      if (in_order || x.is_contiguous()) return x;
+      held.push_back(torch::stable::contiguous(x));
+      if (written) strided.emplace_back(x, held.back());
+      return held.back();
+    };
+    const Tensor param = laid_out(params[i], true);
+    const Tensor ema = address(ema_params[i]) == address(params[i]) ? param : laid_out(ema_params[i], true);
+    parameters.push_back({param.mutable_data_ptr(), laid_out(grads[i], false).const_data_ptr(),
+                          laid_out(exp_avgs[i], true).mutable_data_ptr(),
+                          laid_out(exp_avg_sqs[i], true).mutable_data_ptr(), ema.mutable_data_ptr(), param.numel(),
+                          lr / (1 - std::pow(beta1, step)), 1 / std::sqrt(1 - std::pow(beta2, step)), 0,
+                          *element_of(param), *element_of(ema)});
+  }
+  if (parameters.empty()) return;
+  const auto [number, kept] = read_momentum(momentum, params[0]);
+  const AdamW adamw{1 - beta1, beta2, 1 - beta2, eps, 1 - lr * weight_decay};
+  constexpr int kFew = kFewBytes / sizeof(Parameter), kMany = kManyBytes / sizeof(Parameter);
+  if (parameters.size() <= kFew)
+    launch_all(step<kFew>, parameters, params[0], adamw, number);
+  else
+    launch_all(step<kMany>, parameters, params[0], adamw, number);
+  for (auto& [written, updated] : strided) torch::stable::copy_(written, updated);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastssl, CUDA, m) {
+  m.impl("ema_update_", TORCH_BOX(&ema_update_));
+  m.impl("adamw_ema_step_", TORCH_BOX(&adamw_ema_step_));
+}
 
 }  // namespace
 }  // namespace fastssl

@@ -84,7 +84,7 @@ def adamw_ema_step_(
         ema_params: the teacher's parameters, of the same shapes and devices, float32, bfloat16, float16 or float64;
             changed. A parameter that has no teacher is its own.
         steps: 0-d float32 tensors on the CPU: how many steps each parameter has taken; changed.
-        lr: a number, or a 0-d tensor, whose value is not checked.
+        lr: a number, or a 0-d tensor, whose value is not checked; one on a GPU is waited for.
         betas: of the two averages, from 0 to below 1.
         eps: not negative, like
         weight_decay.
@@ -117,7 +117,8 @@ def adamw_ema_step_(
         numbers = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "momentum": momentum}
         reference.ema.adamw_ema_step_(**lists, **numbers)
         return
-    lr, momentum = (torch.as_tensor(x, dtype=torch.float64) for x in (lr, momentum))
+    lr = torch.as_tensor(lr, dtype=torch.float64, device="cpu")
+    momentum = torch.as_tensor(momentum, dtype=torch.float64)
     *tensors, _ = lists.values()
     devices = {x.device for some in tensors for x in some}
     if len(devices) > 1:

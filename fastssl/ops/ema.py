@@ -2,8 +2,8 @@
 
     target = momentum target + (1 - momentum) source
 
-There is no derivative. `momentum` and `lr` are 0-d tensors: on the CPU the value is read, elsewhere nobody waits for
-momentum's.
+There is no derivative. `momentum` is a 0-d tensor: on the CPU its value is read, elsewhere nobody waits for it. `lr` is
+one, too, and on the CPU, like `steps`.
 """
 
 from __future__ import annotations

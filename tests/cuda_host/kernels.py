@@ -208,7 +208,7 @@ def test_moving_averages(target, momentum):
 
 
 def test_moving_averages_of_very_many_pairs():
-    for count in (128, 129, 1024, 1025):
+    for count in (120, 121, 900, 901):
         targets, sources = (list(torch.randn(count, 3).unbind()) for _ in range(2))
         expected = torch.stack(targets).lerp(torch.stack(sources), 0.25)
         cuda.ema_update_(targets, sources, torch.tensor(0.75, dtype=torch.float64))
@@ -221,6 +221,53 @@ def test_moving_averages_write_targets_only():
     target.zero_()
     cuda.ema_update_([target, memory[0, 1:4].zero_()], [torch.ones(target.shape), torch.ones(3)], torch.tensor(0.5))
     assert (target == 0.5).all() and memory.isnan().sum() == memory.numel() - target.numel() - 3
+
+
+LR, MOMENTUM = torch.tensor(0.02, dtype=torch.float64), torch.tensor(0.9, dtype=torch.float64)
+ADAMW = LR, 0.9, 0.99, 1e-8, 0.1, MOMENTUM
+
+
+def _parameters(dtype: torch.dtype, ema: torch.dtype) -> list[list[Tensor]]:
+    """params, grads, exp_avgs, exp_avg_sqs, ema_params, steps."""
+    lists = [[target for target, _ in _pairs(of, of)] for of in (dtype, dtype, dtype, dtype, ema)]
+    lists[1][10] = lists[1][10].contiguous()  # of other strides than its parameter
+    lists[3] = [x.square_() for x in lists[3]]
+    return [*lists, [torch.tensor(float(i % 3), device="cpu") for i in range(len(lists[0]))]]
+
+
+@pytest.mark.parametrize("ema", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_adamw_and_moving_averages(dtype, ema):
+    states = _parameters(dtype, ema)
+    exact, eager = ([[x.to(d or x.dtype, copy=True) for x in xs] for xs in states[:-1]] for d in (torch.float64, None))
+    for lists in (exact, eager):
+        portable.adamw_ema_step_portable_(*lists, [x.clone() for x in states[-1]], *ADAMW)
+    cuda.adamw_ema_step_(*states, *ADAMW)
+    assert [int(x) for x in states[-1]] == [i % 3 + 1 for i in range(len(states[-1]))]
+    for results, others, truths in zip(states[:-1], eager, exact, strict=True):
+        for result, other, truth in zip(results, others, truths, strict=True):
+            if result.numel():
+                error, allowed = ((x.double() - truth).abs().max().item() for x in (result, other))
+                assert error <= 2 * allowed + 2e-7 * truth.abs().max().item()
+
+
+def test_adamw_of_very_many_parameters_and_of_some_without_a_teacher():
+    for count in (53, 54, 400, 401):
+        states = [list(x.unbind()) for x in torch.rand(5, count, 3)]
+        states[4][::2] = [x.detach() for x in states[0][::2]]
+        expected = [[x.clone() for x in xs] for xs in states]
+        expected[4][::2] = expected[0][::2]
+        for op, lists in ((cuda.adamw_ema_step_, states), (portable.adamw_ema_step_portable_, expected)):
+            op(*lists, [torch.tensor(0.0, device="cpu") for _ in range(count)], *ADAMW)
+        torch.testing.assert_close(states, expected)
+
+
+def test_adamw_writes_what_it_should_only():
+    memory = torch.full((5, 40, 50), math.nan)
+    lists = [[x[3:30:2, 5:45:3].fill_(1)] for x in memory]
+    cuda.adamw_ema_step_(*lists, [torch.tensor(0.0, device="cpu")], *ADAMW)
+    assert memory.isnan().sum() == memory.numel() - 5 * 14 * 14 and (lists[1][0] == 1).all()
+    assert not any((x == 1).any() for x in (lists[0][0], lists[4][0]))
 
 
 LOW, ZEROS = torch.ones(4), torch.zeros(4)
@@ -242,6 +289,29 @@ LOW, ZEROS = torch.ones(4), torch.zeros(4)
 def test_bad_pairs(targets, sources, momentum, match):
     with pytest.raises(ValueError, match=match):
         cuda.ema_update_(targets, sources, torch.tensor(momentum))
+    assert (LOW == 1).all()
+
+
+@pytest.mark.parametrize(
+    "place, tensor, match",
+    [
+        (1, ZEROS[1:], r"params\[0\] and grads\[0\] .*shape, got \[4\] and \[3\]"),
+        (1, ZEROS.double(), r"params\[0\] and grads\[0\] must have the same dtype, got Float and Double"),
+        (
+            2,
+            LOW,
+            r"exp_avg_sqs, ema_params must not share memory, got (exp_avgs|params)\[0\] and (exp_avgs|params)\[0\]",
+        ),
+        (0, LOW.half(), r"params\[0\] must be float32 or float64, got Half"),
+        (5, torch.zeros(1), r"steps\[0\] must be a 0-d tensor, float32, on the CPU, got Float on cpu of shape \[1\]"),
+        (6, torch.zeros(2), r"lr must be one number, got shape \[2\]"),
+    ],
+)
+def test_bad_parameters(place, tensor, match):
+    args = [[LOW], *([x.clone()] for x in 4 * [ZEROS]), [torch.zeros((), device="cpu")], *ADAMW]
+    args[place] = tensor if place == 6 else [tensor]
+    with pytest.raises(ValueError, match=match):
+        cuda.adamw_ema_step_(*args)
     assert (LOW == 1).all()
 
 
