@@ -11,8 +11,11 @@ times: with fastssl's kernels, with the naive code, and with the naive code in f
 
 each as one vector, by their distance from float64's, over the length of float64's. fastssl's may be twice the naive
 code's, which is what float32 itself loses, plus eight units in its last place, since a single number such as the loss
-may be right by luck. The curves may differ by `DRIFT` at any step, as a share of the loss's root mean square: that much
-chaos alone makes of rounding; a wrong gradient makes more.
+may be right by luck.
+
+Of the curves the running means over a tenth of the run are compared, which may differ by `DRIFT`, as a share of the
+loss's root mean square. Single steps may differ more: two naive runs of VICReg whose first weights differed by 6e-8
+were 4.9 % apart at one of 60 steps, and 1.1 % in running means.
 """
 
 from __future__ import annotations
@@ -46,11 +49,13 @@ class Agreement:
 
     Attributes:
         errors: the largest relative error of any look, by quantity and implementation.
-        drift: the largest difference of the curves, as a share of the loss's root mean square.
+        drift: the largest difference of the curves' running means, as a share of the loss's root mean square.
+        largest: the same of single steps.
     """
 
     errors: Errors
     drift: float
+    largest: float
 
     @property
     def complaints(self) -> list[str]:
@@ -62,7 +67,7 @@ class Agreement:
                     f"{quantity}: relative error {error['fastssl']:.1e}, that of naive float32 {error['naive']:.1e}"
                 )
         if not self.drift <= DRIFT:
-            lines.append(f"the curves differ by {self.drift:.1%} of the loss, at most {DRIFT:.0%} is allowed")
+            lines.append(f"the curves' running means differ by {self.drift:.1%} of the loss, above {DRIFT:.0%}")
         return lines
 
 
@@ -99,8 +104,9 @@ def agreement(found: Sequence[Errors], history: dict[str, list[Step]]) -> Agreem
         for quantity in found[0]
     }
     losses = {impl: torch.tensor([step.loss for step in steps], dtype=torch.float64) for impl, steps in history.items()}
-    difference = (losses["fastssl"] - losses["naive"]).abs().max()
-    return Agreement(errors, (difference / losses["naive"].square().mean().sqrt()).item())
+    difference = (losses["fastssl"] - losses["naive"]) / losses["naive"].square().mean().sqrt()
+    means = difference.unfold(0, max(1, len(difference) // 10), 1).mean(1)
+    return Agreement(errors, means.abs().max().item(), difference.abs().max().item())
 
 
 def step_errors(method: Method, views: Sequence[Tensor]) -> Errors:

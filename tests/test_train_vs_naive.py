@@ -71,7 +71,7 @@ def views_of(name: str, method: Method) -> tuple[torch.Tensor, ...]:
 
 
 def agree(errors: train_agreement.Errors) -> list[str]:
-    return Agreement(errors, 0.0).complaints
+    return Agreement(errors, 0.0, 0.0).complaints
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -154,7 +154,9 @@ def test_curves_that_part_are_noticed():
     close = agreement(found, {"naive": steps(4.0, 2.0), "fastssl": steps(4.0, 2.1)})
     assert not close.complaints and close.drift == pytest.approx(0.1 / math.sqrt(10))
     apart = agreement(found, {"naive": steps(4.0, 2.0), "fastssl": steps(4.0, 2.2)})
-    assert apart.complaints == ["the curves differ by 6.3% of the loss, at most 5% is allowed"]
+    assert apart.complaints == ["the curves' running means differ by 6.3% of the loss, above 5%"]
+    spike = agreement(found, {"naive": steps(*[1.0] * 40), "fastssl": steps(*[1.0] * 20, 1.1, *[1.0] * 19)})
+    assert not spike.complaints and spike.largest == pytest.approx(0.1) and spike.drift == pytest.approx(0.1 / 4)
     assert agreement(found, {"naive": steps(4.0), "fastssl": steps(math.nan)}).complaints
     worse = [*found, {"loss": {"naive": 1e-7, "fastssl": 2e-6}}]
     assert agreement(worse, {"naive": steps(4.0), "fastssl": steps(4.0)}).complaints[0].startswith("loss: ")
