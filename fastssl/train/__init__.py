@@ -3,6 +3,7 @@
 python -m fastssl.train simclr --steps 200
 python -m fastssl.train barlow_twins --help
 python -m fastssl.train.demo
+torchrun --nproc-per-node 2 -m fastssl.train simclr --batch-size 1024
 """
 
 from importlib.util import find_spec
