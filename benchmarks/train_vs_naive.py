@@ -143,7 +143,7 @@ def _arguments() -> Any:
     parser.add_argument("methods", nargs="*", metavar="METHOD", help=f"of {', '.join(TWINS)}; all by default")
     parser.add_argument("--steps", type=positive_int, default=200, help="of each method (default: %(default)s)")
     parser.add_argument(
-        "--memory-budget", type=positive_float, default=1.0, metavar="GIB", help="for batches (default: %(default)s)"
+        "--memory-budget", type=positive_float, default=2.0, metavar="GIB", help="for batches (default: %(default)s)"
     )
     parser.add_argument(
         "--largest-batch",
