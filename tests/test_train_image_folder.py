@@ -148,8 +148,8 @@ def test_pictures_of_all_kinds(tmp_path):
 
 def test_images_are_decoded_once(animals, monkeypatch, tmp_path):
     decoded = []
-    decode = image_folder._decode
-    monkeypatch.setattr(image_folder, "_decode", lambda files: decoded.append(len(files)) or decode(files))
+    decode = image_folder.decode
+    monkeypatch.setattr(image_folder, "decode", lambda files: decoded.append(len(files)) or decode(files))
     first = data.load(animals)
     data.load(animals)
     assert decoded == [17]

@@ -18,10 +18,10 @@ pytest.importorskip("rich")
 pytest.importorskip("sklearn")
 pytest.importorskip("PIL")
 
-from PIL import Image
+from PIL import Image, ImageColor
 from rich.console import Console
 
-from fastssl.train import DataError, create, fit, packages, pairs, text, twins
+from fastssl.train import DataError, create, fit, image_text, packages, pairs, text, twins
 
 QUIET = Console(quiet=True)
 COLOURS = ["red", "green", "blue", "yellow", "purple", "orange", "white", "black", "pink", "brown"]
@@ -46,7 +46,8 @@ def emoji_files() -> dict[str, bytes]:
     for code, (x, y) in codes.items():
         fill = (0, 0, 0, 0) if code == "1F34E" else (50 * x, 50 * y, 9, 255)
         sheet.paste(fill, (34 * x + 1, 34 * y + 1, 34 * x + 33, 34 * y + 33))
-        emoji.append({"unified": code, "sheet_x": x, "sheet_y": y})
+        group = "food-fruit" if code == "1F34E" else "person-activity"
+        emoji.append({"unified": code, "sheet_x": x, "sheet_y": y, "subcategory": group})
     for person, y in zip(emoji[:2], (0, 1), strict=True):
         tone = person["unified"].replace("1F3C3", "1F3C3-1F3FD")
         sheet.paste((50, 50 * y, 77, 255), (35, 34 * y + 1, 67, 34 * y + 33))
@@ -150,10 +151,11 @@ def test_emoji_are_cut_out_and_named(published):
         "man running race", "man running: medium skin tone race",
         "red apple fruit red",
     ]  # fmt: skip
-    colours = {name: pair.image.getcolors() for name, pair in by_caption.items()}
-    assert colours["woman running race"] == [(32 * 32, (0, 0, 9))]
-    assert colours["man running: medium skin tone race"] == [(32 * 32, (50, 50, 77))]
-    assert colours["red apple fruit red"] == [(32 * 32, (255, 255, 255))]
+    colours = {name: pair.image.flatten(1).unique(dim=1).T.tolist() for name, pair in by_caption.items()}
+    assert colours["woman running race"] == [[0, 0, 9]]
+    assert colours["man running: medium skin tone race"] == [[50, 50, 77]]
+    assert colours["red apple fruit red"] == [[255, 255, 255]]
+    assert [pair.label for pair in by_caption.values()] == ["person-activity"] * 4 + ["food-fruit"]
 
 
 def test_variants_are_not_split():
@@ -190,6 +192,53 @@ def test_a_table(table):
     assert (loaded.name, len(loaded.train), len(loaded.test)) == ("pictures.csv", 48, 12)
     captions = [set(map(tuple, part.tensors[1].tolist())) for part in (loaded.train, loaded.test)]
     assert (len(captions[0]), len(captions[1])) == (8, 2) and not captions[0] & captions[1]
+
+
+def test_what_is_to_be_tested_is_not_trained_on_under_another_name(table):
+    for i in range(60):
+        (table.parent / f"{i}.png").write_bytes(png(Image.new("RGB", (20, 20), (0, 0, i // 2))))  # colours come in twos
+    loaded = pairs.load(table)
+    test, train = ({row.numpy().tobytes() for row in part.tensors[0]} for part in (loaded.test, loaded.train))
+    assert not test & train and len(loaded.test) == 12 and len(loaded.train) < 48
+    for i in range(60):
+        (table.parent / f"{i}.png").write_bytes(png(Image.new("RGB", (20, 20), "red")))
+    with pytest.raises(DataError, match=r"pictures.csv must have images to train on that are not those to be tested"):
+        pairs.load(table)
+
+
+def test_labels_of_a_table(table):
+    rows = table.read_text().splitlines()
+    labels = ["label", *("warm" if i % 10 in (0, 3, 5) else "" if i % 10 == 1 else "cold" for i in range(60))]
+    table.write_text("\n".join(f"{row},{label}" for row, label in zip(rows, labels, strict=True)))
+    loaded = pairs.load(table)
+    assert loaded.classes == ("cold", "warm") and len(loaded.test_labels) == len(loaded.test) == 12
+    for pixels, label in zip(loaded.test.tensors[0], loaded.test_labels.tolist(), strict=True):
+        colour = COLOURS.index(next(c for c in COLOURS if ImageColor.getrgb(c) == tuple(pixels[:, 0, 0].tolist())))
+        assert label == (1 if colour in (0, 3, 5) else -1 if colour == 1 else 0)
+
+
+def test_zero_shot_classification_of_known_vectors(table):
+    """A class is the normalised mean of the unit vectors of its name in all templates; images without one are left."""
+    loaded = pairs.load(table)
+    method = new("clip").eval()
+    classes = ("red", "blue", "green", "purple things", "no", "none", "nothing")
+    sentences = [[template.format(name) for template in image_text.TEMPLATES] for name in classes]
+    with torch.no_grad():
+        vectors = [method.text_projection(method.text_encoder(text.tokenize(row))) for row in sentences]
+        vectors = torch.stack([v.div(v.norm(dim=1, keepdim=True)).mean(0) for v in vectors])
+        embeddings = method.class_embeddings(classes)
+    torch.testing.assert_close(embeddings, vectors / vectors.norm(dim=1, keepdim=True))
+    labels = torch.tensor([6, 6, 6, -1, 0, 1, 2, 3, 4, 5, -1, 6])
+    for shift, expected in ((0, (1.0, 1.0)), (1, (0.0, 1.0))):
+        images = embeddings[(labels + shift) % 7]
+        method.class_embeddings = lambda names, shift=shift: torch.eye(7) - 0.01 * torch.eye(7).roll(5, 1)
+        images = (torch.eye(7) + 0.5 * torch.eye(7).roll(-1, 1))[(labels + shift) % 7]  # second: the class before
+        method.forward = lambda pixels, tokens, images=images: (images, images)
+        found = method.evaluate(loaded._replace(classes=classes, test_labels=labels))
+        assert tuple(found.values())[2:] == expected
+        assert list(found)[2:] == [f"top-{k} of 7 classes (40.0% are of one)" for k in (1, 5)]
+    none = loaded._replace(classes=classes, test_labels=torch.full((12,), -1))
+    assert list(method.evaluate(none)) == ["recall@1 of 12 texts", "recall@10 of 12 texts"]
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import io
 import os
 import zlib
 from collections import Counter
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -60,7 +61,8 @@ def read(folder: Path) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
     stats = [file.stat() for file in files]
     listing = [f"{file} {stat.st_size} {stat.st_mtime_ns}" for file, stat in zip(files, stats, strict=True)]
     place = cache_folder("folders") / hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()
-    images = cached(place, repr((SIZE, listing)), lambda: _decode(files))
+    images = cached(place, repr((SIZE, listing)), lambda: decode(files))
+    images = images[:, 0] if (images == images[:, :1]).all() else images
     return images[: len(train)], labels[0], images[len(train) :], labels[1]
 
 
@@ -101,20 +103,23 @@ def _images(root: Path) -> list[tuple[Path, str]]:
     return [(path, name) for _, path, name in sorted(images)]
 
 
-def _decode(files: list[Path]) -> Tensor:
-    """(len(files), 3, SIZE, SIZE) uint8, or without the colours if all are grey."""
+def decode(files: Sequence[Path], resize: Callable[..., Image.Image] = ImageOps.fit) -> Tensor:
+    """(len(files), 3, SIZE, SIZE) uint8; `resize`(image, size, filter) is by default the image's middle.
+
+    Raises:
+        DataError: if one cannot be read as an image.
+    """
+
+    def pixels(file: Path) -> Tensor:
+        return to_tensor(resize(picture(file), (SIZE, SIZE), Image.Resampling.BICUBIC))
+
     images = torch.empty(len(files), 3, SIZE, SIZE, dtype=torch.uint8)
     with ThreadPoolExecutor() as pool:
         try:
-            decoded = pool.map(_middle, files)
-            for row, pixels in zip(images, track(decoded, "reading images", len(files), transient=True), strict=True):
-                row.copy_(pixels)
+            decoded = pool.map(pixels, files)
+            for row, image in zip(images, track(decoded, "reading images", len(files), transient=True), strict=True):
+                row.copy_(image)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    grey = bool((images == images[:, :1]).all())
-    return images[:, 0].contiguous() if grey else images
-
-
-def _middle(file: Path) -> Tensor:
-    return to_tensor(ImageOps.fit(picture(file), (SIZE, SIZE), Image.Resampling.BICUBIC))
+    return images

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,18 @@ from fastssl.train.augment import color_jitter, random_resized_crop_flip
 from fastssl.train.method import Method
 from fastssl.train.models import BagOfWords, image_encoder
 from fastssl.train.pairs import Pairs
-from fastssl.train.text import VOCABULARY
+from fastssl.train.text import VOCABULARY, tokenize
+
+# What a class is called to be found by its name, as captions might say it. Their vectors' mean stands for the class.
+TEMPLATES = (
+    "{}",
+    "a picture of {}",
+    "a drawing of {}",
+    "a small picture of {}",
+    "an emoji of {}",
+    "an icon of {}",
+    "a symbol for {}",
+)
 
 
 class ImageText(Method):
@@ -50,13 +62,35 @@ class ImageText(Method):
 
     @torch.no_grad()
     def evaluate(self, dataset: Pairs) -> dict[str, float]:
-        """Zero-shot retrieval: shares of test images whose own text is among the nearest of all texts of the test."""
+        """Zero-shot retrieval: shares of test images whose own text is among the nearest of all texts of the test.
+
+        And if they have classes, zero-shot classification: shares whose class is among the nearest; beside it the share
+        of the most frequent class, which is what always guessing that would find.
+        """
         training = self.training
         self.eval()
         images, tokens = dataset.test.tensors
         vectors = [self(image / 255, text) for image, text in zip(images.split(1024), tokens.split(1024), strict=True)]
+        classes = self.class_embeddings(dataset.classes) if dataset.classes else None
         self.train(training)
         image, text = (torch.cat(parts) for parts in zip(*vectors, strict=True))
         _, nearest = topk_similarity(image, text, min(10, len(text)))
         own = nearest == torch.arange(len(image)).unsqueeze(1)
-        return {f"recall@{k} of {len(text)} texts": own[:, :k].any(1).float().mean().item() for k in (1, 10)}
+        found = {f"recall@{k} of {len(text)} texts": own[:, :k].any(1).float().mean().item() for k in (1, 10)}
+        labels = dataset.test_labels[dataset.test_labels >= 0]
+        if len(labels):
+            _, nearest = topk_similarity(image[dataset.test_labels >= 0], classes, min(5, len(classes)))
+            right = nearest == labels.unsqueeze(1)
+            task = f"of {len(classes)} classes ({labels.bincount().max() / len(labels):.1%} are of one)"
+            found |= {f"top-{k} {task}": right[:, :k].any(1).float().mean().item() for k in (1, 5)}
+        return found
+
+    def class_embeddings(self, classes: Sequence[str]) -> Tensor:
+        """(len(classes), features) unit vectors: of the unit vectors of each class's name in all TEMPLATES the mean.
+
+        So does CLIP (arXiv:2103.00020, section 3.1.4), whose text encoder reads sentences. That of bags of words has a
+        template's words only as a shift, the same for all classes, and more words that dilute the name.
+        """
+        tokens = tokenize([template.format(name) for name in classes for template in TEMPLATES])
+        text = F.normalize(self.text_projection(self.text_encoder(tokens)), dim=1)
+        return F.normalize(text.unflatten(0, (len(classes), -1)).mean(1), dim=1)

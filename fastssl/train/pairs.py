@@ -1,4 +1,4 @@
-"""Images and what they are called, without a data hub: emoji, or any table of image files and captions.
+"""Images and what they are called, without a data hub: emoji, clip art, or any table of image files and captions.
 
 The pictures are Google's (Apache-2.0), in the npm package emoji-datasource-google (MIT); names and keywords are those
 of emojibase-data (MIT).
@@ -18,10 +18,11 @@ from typing import NamedTuple
 
 import torch
 from PIL import Image
+from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from fastssl.train import packages
-from fastssl.train.image_folder import SIZE, picture, to_tensor
+from fastssl.train import openclipart, packages
+from fastssl.train.image_folder import SIZE, decode, picture, to_tensor
 from fastssl.train.packages import DataError
 from fastssl.train.text import tokenize
 
@@ -47,20 +48,27 @@ class Pair(NamedTuple):
     Attributes:
         concept: what it has in common with its variants, which must not be trained on where it is tested.
         variant: whether another of the concept is to be tested, not this one.
+        label: its class's name, "" if it has none.
     """
 
-    image: Image.Image
+    image: Tensor
     caption: str
     concept: str
     variant: bool = False
+    label: str = ""
 
 
 class Pairs(NamedTuple):
-    """Pairs to train on and pairs of other concepts to test: (N, 3, SIZE, SIZE) uint8 images, (N, LENGTH) tokens."""
+    """Pairs to train on and pairs of other concepts to test: (N, 3, SIZE, SIZE) uint8 images, (N, LENGTH) tokens.
+
+    If they have classes, `test_labels` are those of the test images, (N,) int64 places in `classes`, -1 without one.
+    """
 
     name: str
     train: TensorDataset
     test: TensorDataset
+    classes: tuple[str, ...]
+    test_labels: Tensor
 
     @property
     def facts(self) -> dict[str, int]:
@@ -69,17 +77,22 @@ class Pairs(NamedTuple):
 
 
 def load(source: str | os.PathLike[str] | None = None) -> Pairs:
-    """3,786 emoji with names and keywords, or the images of a table. A fifth of the concepts are for testing.
+    """3,786 emoji with names and keywords, clip art, or the images of a table. A fifth of the concepts are for testing.
+
+    Images that are the same as one to be tested, pixel by pixel, are not trained on.
 
     Args:
-        source: CSV file with columns image, a path relative to the file, and caption; or folder that has the emoji
-            (32.png and emoji.json of the package emoji-datasource-google, data.json of emojibase-data); default: the
-            user's cache, filled by npm.
+        source: CSV file with columns image, a path relative to the file, and caption, and label if there are classes;
+            "openclipart", see `fastssl.train.openclipart`; or folder that has the emoji (32.png and emoji.json of the
+            package emoji-datasource-google, data.json of emojibase-data); default: the user's cache, filled by npm.
 
     Raises:
-        DataError: if the emoji cannot be had, or the table or an image cannot be read, or it has only one caption.
+        DataError: if emoji or clip art cannot be had, or the table or an image cannot be read, or it has only one
+            caption or image.
     """
-    if source is not None and not Path(source).is_dir():
+    if source == "openclipart":
+        name, pairs = "OpenClipart", [Pair(*row) for row in openclipart.read()]
+    elif source is not None and not Path(source).is_dir():
         name, pairs = Path(source).name, list(_table(Path(source)))
     else:
         name, pairs = "emoji", list(_emoji(packages.read("emoji", EMOJI, source)))
@@ -87,23 +100,29 @@ def load(source: str | os.PathLike[str] | None = None) -> Pairs:
     if len(concepts) < 2:
         raise DataError(f"{name} must have at least 2 different captions, got {len(concepts)}")
     tested = set(concepts[: max(1, len(concepts) // 5)])
-    train = [pair for pair in pairs if pair.concept not in tested]
     test = [pair for pair in pairs if pair.concept in tested and not pair.variant]
-    return Pairs(name, _tensors(train), _tensors(test))
+    seen = {_pixels(pair) for pair in test}
+    train = [pair for pair in pairs if pair.concept not in tested and _pixels(pair) not in seen]
+    if not train:
+        raise DataError(f"{name} must have images to train on that are not those to be tested")
+    classes = tuple(sorted({pair.label for pair in pairs} - {""}))
+    labels = torch.tensor([classes.index(pair.label) if pair.label else -1 for pair in test])
+    return Pairs(name, _tensors(train), _tensors(test), classes, labels)
 
 
 def _emoji(files: dict[str, bytes]) -> Iterator[Pair]:
     sheet, cells = picture(io.BytesIO(files["32.png"])), {}
     for emoji in json.loads(files["emoji.json"]):
         for tone in (emoji, *emoji.get("skin_variations", {}).values()):
-            cells[_code(tone["unified"])] = tone["sheet_x"], tone["sheet_y"]
+            cells[_code(tone["unified"])] = tone["sheet_x"], tone["sheet_y"], emoji["subcategory"]
     for emoji in json.loads(files["data.json"]):
         for tone in (emoji, *emoji.get("skins", [])):
             if (cell := cells.get(_code(tone["hexcode"]))) is not None:
-                left, top = (1 + (SIZE + 2) * place for place in cell)  # cells have a margin of one pixel
-                image = sheet.crop((left, top, left + SIZE, top + SIZE))
+                *place, group = cell
+                left, top = (1 + (SIZE + 2) * number for number in place)  # cells have a margin of one pixel
+                image = to_tensor(sheet.crop((left, top, left + SIZE, top + SIZE)))
                 caption = " ".join((tone["label"], *emoji.get("tags", [])))
-                yield Pair(image, caption, _concept(emoji["hexcode"]), variant=tone is not emoji)
+                yield Pair(image, caption, _concept(emoji["hexcode"]), variant=tone is not emoji, label=group)
 
 
 def _code(code: str) -> str:
@@ -126,10 +145,15 @@ def _table(path: Path) -> Iterator[Pair]:
     for row in rows:
         if not row.get("image") or not row.get("caption"):
             raise DataError(f"{path} must have columns image and caption in every row, got {row}")
-        image = picture(path.parent / row["image"]).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
-        yield Pair(image, row["caption"], row["caption"].lower())
+    images = decode([path.parent / row["image"] for row in rows], Image.Image.resize)
+    for row, image in zip(rows, images, strict=True):
+        yield Pair(image, row["caption"], row["caption"].lower(), label=row.get("label") or "")
+
+
+def _pixels(pair: Pair) -> bytes:
+    return pair.image.numpy().tobytes()
 
 
 def _tensors(pairs: list[Pair]) -> TensorDataset:
-    images = torch.stack([to_tensor(pair.image) for pair in pairs]).contiguous()
+    images = torch.stack([pair.image for pair in pairs])
     return TensorDataset(images, tokenize([pair.caption for pair in pairs]))

@@ -1,0 +1,103 @@
+"""Drawings of the Open Clip Art Library (public domain), release 0.18, with titles and keywords: a larger, noisy set.
+
+The drawings are those of Debian's package openclipart-png; the rest is in the metadata of openclipart-svg's files.
+Captions are the words of title and keywords, each once. Titles that more than three drawings share are names of
+collections: the name of the file stands in. Words of the artist's name and such as say nothing are left out.
+"""
+
+from __future__ import annotations
+
+import functools
+import html
+import re
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from PIL import ImageOps
+from torch import Tensor
+
+from fastssl.train import packages
+from fastssl.train.cache import cache_folder, cached
+from fastssl.train.image_folder import SIZE, decode
+from fastssl.train.packages import DataError
+
+DEBIAN_PACKAGES = "openclipart-svg", "openclipart-png"
+SYSTEM_DIRECTORY = Path("/usr/share/openclipart")
+
+_ALIKE = 8  # drawings of one caption that stay: 1,375 are stars
+_LARGEST = 16_000_000  # pixels of a drawing that stays: nineteen have more, three times as many as all others together
+_SAY_NOTHING = {"clipart", "hash", "svg", "theme", "unsorted"}
+
+
+def read() -> list[tuple[Tensor, str, str, bool, str]]:
+    """Image (3, SIZE, SIZE), caption, title, whether the title was before, and the folder of about 6,000 drawings.
+
+    Debian's packages are used where they are installed, or fetched, 156 MB, for which apt-get checks their signed
+    checksums. What is made of them stays in the user's cache.
+
+    Raises:
+        DataError: if the packages cannot be had.
+    """
+    content = cached(cache_folder("openclipart") / "pairs", f"{SIZE}", _make)
+    return [(image, *row) for image, row in zip(content["images"], content["rows"], strict=True)]
+
+
+def _make() -> dict[str, Any]:
+    if all((SYSTEM_DIRECTORY / kind).is_dir() for kind in ("png", "svg")):
+        return _convert(SYSTEM_DIRECTORY)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            for package in DEBIAN_PACKAGES:
+                packages.unpack_debian(package, Path(folder))
+        except DataError as error:
+            raise DataError(f"OpenClipart is in Debian's {' and '.join(DEBIAN_PACKAGES)}, but {error}") from None
+        return _convert(Path(folder) / SYSTEM_DIRECTORY.relative_to("/"))
+
+
+def _convert(root: Path) -> dict[str, Any]:
+    drawings = []
+    for svg in sorted((root / "svg").rglob("*.svg")):
+        path = svg.relative_to(root / "svg")
+        png = root / "png" / path.with_suffix(".png")
+        if png.exists() and _pixels(png) <= _LARGEST:
+            drawings.append((png, path, *_metadata(svg)))
+    if not drawings:
+        raise DataError(f"{root} must have drawings in both svg and png")
+    titles, captions, concepts = Counter(title.lower() for _, _, title, _, _ in drawings), Counter(), Counter()
+    files, rows = [], []
+    for png, path, title, keywords, artist in drawings:
+        name = title if title and titles[title.lower()] <= 3 else path.stem
+        left_out = _SAY_NOTHING | set(_words(artist))
+        name, keywords = ([word for word in _words(text) if word not in left_out] for text in (name, keywords))
+        caption = " ".join(dict.fromkeys(name + keywords))
+        concept = " ".join(name) or caption
+        captions[caption] += 1
+        if caption and captions[caption] <= _ALIKE:
+            folder = path.parts[0].replace("_", " ")
+            files.append(png)
+            rows.append((caption, concept, concept in concepts, "" if folder in _SAY_NOTHING else folder))
+            concepts[concept] += 1
+    return {"images": decode(files, functools.partial(ImageOps.pad, color="white")), "rows": rows}
+
+
+def _pixels(png: Path) -> int:
+    with open(png, "rb") as file:
+        header = file.read(24)
+    return int.from_bytes(header[16:20], "big") * int.from_bytes(header[20:24], "big")
+
+
+def _metadata(svg: Path) -> tuple[str, str, str]:
+    """Title, keywords, artist."""
+    content = svg.read_bytes()
+    text = content[content.find(b"<metadata") : content.find(b"</metadata>")].decode(errors="replace")
+    artist = re.search(r"<dc:creator>.*?<dc:title[^>]*>(.*?)</dc:title>", text, re.DOTALL)
+    title = re.search(r"<dc:title[^>]*>(.*?)</dc:title>", text, re.DOTALL)
+    keywords = re.findall(r"<rdf:li[^>/]*>(.*?)</rdf:li>", text, re.DOTALL)
+    found = title[1] if title else "", " ".join(keywords), artist[1] if artist else ""
+    return tuple(" ".join(html.unescape(part).split()) for part in found)
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"[^\W\d_]{2,}", text.lower())
