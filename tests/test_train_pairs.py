@@ -21,7 +21,7 @@ pytest.importorskip("PIL")
 from PIL import Image, ImageColor
 from rich.console import Console
 
-from fastssl.train import DataError, create, fit, image_text, packages, pairs, text, twins
+from fastssl.train import DataError, create, fit, image_text, packages, pairs, python_doc, text, twins
 
 QUIET = Console(quiet=True)
 COLOURS = ["red", "green", "blue", "yellow", "purple", "orange", "white", "black", "pink", "brown"]
@@ -282,6 +282,45 @@ def test_sentences(published, tmp_path):
         text.load(file)
     with pytest.raises(DataError, match="cannot be read as a text"):
         text.load(tmp_path / "none.txt")
+
+
+def test_sentences_of_pythons_documentation(monkeypatch, tmp_path):
+    page = "<html><title>No title</title><body><h1>No heading</h1>{}<pre>no = code</pre></body></html>"
+    body = "<p>Call <code><span>len(x&lt;{0})</span></code> for\n{0}. It is e{1} enough here!</p>"
+    body += "<ul><li><p>New in version.</p></ul>"
+    commands = []
+
+    def run(*command, cwd):
+        commands.append(command)
+        if command[0] == "apt-cache":
+            return "python3-doc\n  Depends: python3.11-doc\n"
+        if command[0] == "apt-get":
+            (cwd / "python3.11-doc_3.11.2-6_all.deb").touch()
+        elif command[0] == "dpkg-deb":
+            root = cwd / "usr/share/doc/python3.11/html"
+            (root / "library").mkdir(parents=True)
+            (root / "genindex.html").write_text(page.format("<p>An index without any prose.</p>"))
+            for i in range(5):
+                (root / f"library/{i}.html").write_text(page.format(body.format(i, "ven" * (i + 1))))
+        return ""
+
+    def missing(*command, cwd):
+        raise DataError(f"{command[0]} is not installed")
+
+    monkeypatch.setattr(python_doc, "_installed", lambda: False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(packages, "run", missing)
+    with pytest.raises(DataError, match="documentation is in Debian's python3-doc, but apt-cache is not installed"):
+        text.load("python")
+    monkeypatch.setattr(packages, "run", run)
+    loaded = text.load("python")
+    text.load("python")
+    assert [command[0] for command in commands] == ["apt-cache", "apt-get", "dpkg-deb"]
+    assert commands[1][2] == "python3.11-doc" and loaded.name == "Python's documentation"
+    lines = []
+    for i in range(5):
+        lines += [f"Call len(x<{i}) for {i}.", f"It is e{'ven' * (i + 1)} enough here!", *["New in version."][i:]]
+    assert torch.equal(torch.cat([loaded.train, loaded.test]), text.tokenize(lines))
 
 
 @pytest.fixture

@@ -41,8 +41,8 @@ class RunParser(Parser):
             "--data",
             metavar="PATH",
             help="data of your own: a folder of images, best with a folder for each class, or a file where the method "
-            "takes one: images and captions (CSV), text; or a folder that has the method's data set; or, for images and "
-            "captions, openclipart (default: found or fetched; images: FASTSSL_DATA)",
+            "takes one: images and captions (CSV), text; or a folder that has the method's data set; openclipart, for "
+            "images and captions; python, for sentences (default: found or fetched; images: FASTSSL_DATA)",
         )
 
     def add_arguments_of(self, constructor: type) -> None:

