@@ -34,9 +34,9 @@ def _seeded(seed: int = 0) -> torch.Generator:
 def _layouts(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Tensor]:
     """The same numbers contiguous, transposed, and with gaps."""
     x = torch.randn(*shape, generator=_seeded()).to(dtype)
-    gaps = torch.full((shape[0], 2 * shape[1], shape[2] + 3), math.nan, dtype=dtype)
-    gaps[:, ::2, 1:-2] = x
-    return [x, x.transpose(1, 2).contiguous().transpose(1, 2), gaps[:, ::2, 1:-2]]
+    gaps = torch.full((shape[0], 2 * shape[1] + 1, shape[2] + 3), math.nan, dtype=dtype)
+    gaps[:, 1::2, 1:-2] = x
+    return [x, x.transpose(1, 2).contiguous().transpose(1, 2), gaps[:, 1::2, 1:-2]]
 
 
 def _ids(batch: int, count: int, below: int, dtype: torch.dtype = torch.int64) -> Tensor:
@@ -324,6 +324,15 @@ def test_the_steps_of_mae(dtype, mask_ratio, kernels):
     cotangent = torch.randn(ours.shape, generator=_seeded(9)).to(dtype)
     gradients = [torch.autograd.grad(out, leaves, cotangent, allow_unused=True) for out in (ours, theirs)]
     torch.testing.assert_close(*gradients)
+
+
+def test_ids_and_features_with_gaps(backend):
+    tokens, row = torch.randn(2, 3, 4), torch.randn(4, 2)[:, 0]
+    ids = torch.tensor([[3, 1], [0, 2], [2, 0]]).T
+    expected = restore_tokens(tokens, ids.contiguous(), row.contiguous())
+    assert torch.equal(restore_tokens(tokens, ids, row), expected)
+    expected = scatter_tokens(tokens, ids.contiguous(), 5, row.contiguous())
+    assert torch.equal(scatter_tokens(tokens, ids, 5, row), expected)
 
 
 def test_a_token_that_is_restored_twice_or_nowhere(backend):

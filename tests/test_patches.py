@@ -105,11 +105,11 @@ def test_dtypes_may_differ(dtype, other, kernels):
 @pytest.mark.parametrize("loss", ["patch", "smooth_l1", "cosine", "mse"])
 def test_predictions_and_masks_in_any_layout(loss, kernels):
     mask = (torch.rand(12, 4, generator=_seeded(2)) < 0.6).T
-    images, pred, cotangent = _normal(4, 3, 12, 16), _normal(4, 12, 48, seed=1), _normal(12, 4, seed=3).T
+    images, pred, cotangent = _normal(4, 3, 12, 16), _normal(4, 13, 50, seed=1)[:, 1:, 1:49], _normal(12, 4, seed=3).T
     results = []
     for x, m, grad in (
         (pred, mask.contiguous(), cotangent.contiguous()),
-        *((x, mask, cotangent) for x in _layouts(pred)),
+        *((x, mask, cotangent) for x in (pred.contiguous(), *_layouts(pred))),
     ):
         leaf = x.detach().requires_grad_()
         if loss == "patch":
