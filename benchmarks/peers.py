@@ -14,25 +14,43 @@ from torch.library import Library
 
 
 @functools.cache
+def _torchvision() -> Library | None:
+    """Makes torchvision importable, for those who import it for what is not used here.
+
+    It refuses where its binary operators were built for another PyTorch: the two that it asks for by name get a
+    schema, and no kernel. The schemas live as long as the Library that is returned.
+    """
+    try:
+        importlib.import_module("torchvision")
+    except ImportError:
+        return None
+    except RuntimeError as error:
+        if "torchvision::" not in str(error):
+            raise
+        library = Library("torchvision", "FRAGMENT")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        return library
+
+
 def lightly() -> ModuleType:
     """lightly.loss.
 
     Raises:
         ImportError: if lightly is not installed.
     """
-    try:
-        return importlib.import_module("lightly.loss")
-    except RuntimeError as error:
-        # lightly imports torchvision for other losses, and torchvision refuses to be imported where its binary
-        # operators were built for another PyTorch: the two that it asks for by name get a schema, and no kernel.
-        if "torchvision::" not in str(error):
-            raise
-    torchvision = Library("torchvision", "FRAGMENT")
-    for name in ("nms", "qnms"):
-        torchvision.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    module = importlib.import_module("lightly.loss")
-    module._torchvision = torchvision  # the schemas live as long as the Library that defined them
-    return module
+    _torchvision()
+    return importlib.import_module("lightly.loss")
+
+
+def timm() -> ModuleType:
+    """timm.
+
+    Raises:
+        ImportError: if timm is not installed.
+    """
+    _torchvision()
+    return importlib.import_module("timm")
 
 
 def lightly_nt_xent_loss() -> type[nn.Module]:

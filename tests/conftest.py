@@ -82,3 +82,13 @@ def lightly_loss():
         return lightly_nt_xent_loss()
     except ImportError as error:
         pytest.skip(f"lightly is not installed: {error}")
+
+
+@pytest.fixture(scope="session")
+def timm():
+    from peers import timm
+
+    try:
+        return timm()
+    except ImportError as error:
+        pytest.skip(f"timm is not installed: {error}")

@@ -280,9 +280,8 @@ def test_patch_embed_module(backend):
     assert [n for n, _ in video.named_parameters()] == ["proj.weight"] and tokens.shape[1] == 2 * video.num_patches
 
 
-def test_checkpoints_of_timm_load():
-    layers = pytest.importorskip("timm.layers")
-    theirs, ours = layers.PatchEmbed(32, 8, 3, 20), PatchEmbed(32, 8, 3, 20)
+def test_checkpoints_of_timm_load(timm):
+    theirs, ours = timm.layers.PatchEmbed(32, 8, 3, 20), PatchEmbed(32, 8, 3, 20)
     ours.load_state_dict(theirs.state_dict())
     images = _normal(2, 3, 32, 32)
     assert (ours.img_size, ours.grid_size, ours.num_patches) == (theirs.img_size, theirs.grid_size, theirs.num_patches)

@@ -2,7 +2,6 @@
 
 import io
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,20 +16,6 @@ from fastssl.train.evaluate import features
 from fastssl.train.models import Encoder, Timm
 
 IMAGES = torch.randint(256, (16, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture(scope="module")
-def timm():
-    sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-    try:
-        import peers
-
-        peers.lightly()  # makes torchvision, which timm needs, importable beside a PyTorch that it was not built for
-        return __import__("timm")
-    except (ImportError, RuntimeError) as error:
-        pytest.skip(f"timm cannot be imported: {error}")
-    finally:
-        sys.path.pop()
 
 
 def new(name: str, backbone: str | None):
