@@ -280,6 +280,34 @@ def test_patch_embed_module(backend):
     assert [n for n, _ in video.named_parameters()] == ["proj.weight"] and tokens.shape[1] == 2 * video.num_patches
 
 
+def _gradient(pred: Tensor, target: Tensor, **options) -> Tensor:
+    """Of the sum over all rows as masked, (1, L, D) each."""
+    leaf = pred.clone().requires_grad_()
+    masked_feature_loss(leaf, target, torch.ones(pred.shape[:2]), reduction="sum", **options).backward()
+    return leaf.grad
+
+
+def test_what_is_equal_has_no_gradient_in_l1(kernels):
+    pred, target = _normal(1, 2, 37), _normal(1, 2, 37, seed=1)
+    equal = torch.rand(pred.shape, generator=_seeded()) < 0.5
+    gradient = _gradient(pred, target.where(~equal, pred), beta=0.0)
+    torch.testing.assert_close(gradient, (pred - target).sign().where(~equal, 0) / 37)
+
+
+def test_gradient_of_the_cosine_of_a_row_below_its_clamp(kernels):
+    target = _normal(1, 1, 37)
+    gradient = _gradient(1e-14 * (target + _normal(1, 1, 37, seed=1)), target, loss="cosine")
+    torch.testing.assert_close(gradient, -target / target.norm() / 1e-12)
+
+
+@pytest.mark.parametrize("loss", ["smooth_l1", "cosine", "mse"])
+def test_a_gradient_in_bfloat16_is_that_in_float32_rounded(kernels, loss):
+    pred, target = _normal(1, 5, 37, dtype=torch.bfloat16), _normal(1, 5, 37, seed=1)
+    gradient, exact = (_gradient(x, target, loss=loss) for x in (pred, pred.float()))
+    assert gradient.dtype == torch.bfloat16
+    torch.testing.assert_close(gradient, exact.bfloat16(), rtol=0, atol=0)
+
+
 def test_checkpoints_of_timm_load(timm):
     theirs, ours = timm.layers.PatchEmbed(32, 8, 3, 20), PatchEmbed(32, 8, 3, 20)
     ours.load_state_dict(theirs.state_dict())
