@@ -78,16 +78,14 @@ def adamw_ema_step_(
 
     Args:
         params: tensors of any shape, float32 or float64; changed.
-        grads: as many, each of its parameter's shape, dtype and device, as are
-        exp_avgs and
-        exp_avg_sqs: zeros before the first step; changed.
+        grads: as many, each of its parameter's shape, dtype and device.
+        exp_avgs, exp_avg_sqs: likewise; zeros before the first step; changed.
         ema_params: the teacher's parameters, of the same shapes and devices, float32, bfloat16, float16 or float64;
             changed. A parameter that has no teacher is its own.
         steps: 0-d float32 tensors on the CPU: how many steps each parameter has taken; changed.
         lr: a number, or a 0-d tensor, whose value is not checked; one on a GPU is waited for.
         betas: of the two averages, from 0 to below 1.
-        eps: not negative, like
-        weight_decay.
+        eps, weight_decay: not negative.
         momentum: as `ema_update_`'s.
 
     From its first element to its last, nothing that is changed may share memory with another tensor.
