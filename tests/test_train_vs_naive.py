@@ -54,7 +54,8 @@ def small_data(monkeypatch):
     images = Images("blobs", pictures[:64], labels[:64], pictures[64:], labels[64:])
     coloured = F.pad(pictures, (2, 2, 2, 2)).unsqueeze(1).repeat(1, 3, 1, 1)
     texts = torch.stack([labels + 1, *(x.flatten().long() + 10 for x in (rows, columns))], 1)
-    pairs = Pairs("pairs", *(TensorDataset(coloured[part], texts[part]) for part in (slice(64), slice(64, 96))))
+    train, test = (TensorDataset(coloured[part], texts[part]) for part in (slice(64), slice(64, 96)))
+    pairs = Pairs("pairs", train, test, (), torch.full((32,), -1))
     sentences = Sentences("sentences", *torch.randint(1, 50, (96, 6), generator=generator).split((64, 32)))
     for module, dataset in ((images_module, images), (pairs_module, pairs), (text_module, sentences)):
         monkeypatch.setattr(module, "load", lambda source, dataset=dataset: dataset)
