@@ -95,6 +95,9 @@ class AdamW(torch.optim.AdamW):
         _refuse_variants(param_group)
         super().add_param_group(param_group)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "teacher": self.teacher, "student": self.student}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         for group in state["param_groups"]:
             _refuse_variants(group)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -395,7 +396,9 @@ def test_step_with_tensors_for_numbers_and_with_nothing_to_do(backend):
 
 
 def test_step_on_several_devices_and_what_autograd_saved(backend):
-    states = {name: [*xs, *(x if name == "steps" else x.to("meta") for x in xs)] for name, xs in _small().items()}
+    states = {
+        name: [*xs, *(x.clone() if name == "steps" else x.to("meta") for x in xs)] for name, xs in _small().items()
+    }
     param = states["params"][0].requires_grad_()
     kept = (param * param).sum()
     adamw_ema_step_(**states, **NUMBERS)
@@ -483,6 +486,9 @@ def test_step_refuses_low_precision_and_shared_memory(chosen):
         twice["ema_params"][1] = twice["params"][0]
         with pytest.raises(ValueError, match=shared):
             adamw_ema_step_(**twice, **NUMBERS)
+        alone = {name: [*xs, *(y.clone() for y in xs)] for name, xs in states.items()} | {"steps": states["steps"] * 2}
+        with pytest.raises(ValueError, match="steps must be a tensor for each parameter, got one of them twice"):
+            adamw_ema_step_(**alone, **NUMBERS)
         with pytest.raises(ValueError, match=r"exp_avgs\[0\] must have no two elements in one place"):
             adamw_ema_step_(**states | {"exp_avgs": [torch.ones(1).expand(2)]}, **NUMBERS)
     assert all((x == (name != "steps")).all() for name, xs in states.items() for x in xs)
@@ -591,6 +597,22 @@ def test_optimizer_takes_a_closure_and_a_scaler():
         scaler.update()
         assert teacher.step == steps == optimizer.state[model.weight]["step"]
     assert model.weight.isfinite().all() and teacher.module.weight.isfinite().all()
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_copy_of_an_optimizer_moves_its_own_student_and_teacher(copied):
+    model = _Byol()
+    teacher, optimizer = _train_byol(model, True, 2)
+    before = copy.deepcopy((model.state_dict(), teacher.state_dict()))
+    other, follower, twin = copied((model, teacher, optimizer))
+    assert twin.student is other.student and twin.teacher is follower
+    other.backward(2)
+    twin.step()
+    torch.testing.assert_close((model.state_dict(), teacher.state_dict()), before, rtol=0, atol=0)
+    model.backward(2)
+    optimizer.step()
+    torch.testing.assert_close(other.state_dict(), model.state_dict(), rtol=0, atol=0)
+    torch.testing.assert_close(follower.state_dict(), teacher.state_dict(), rtol=0, atol=0)
 
 
 def test_bad_optimizers():

@@ -82,7 +82,7 @@ def adamw_ema_step_(
         exp_avgs, exp_avg_sqs: likewise; zeros before the first step; changed.
         ema_params: the teacher's parameters, of the same shapes and devices, float32, bfloat16, float16 or float64;
             changed. A parameter that has no teacher is its own.
-        steps: 0-d float32 tensors on the CPU: how many steps each parameter has taken; changed.
+        steps: 0-d float32 tensors on the CPU, each its own: how many steps each parameter has taken; changed.
         lr: a number, or a 0-d tensor, whose value is not checked; one on a GPU is waited for.
         betas: of the two averages, from 0 to below 1.
         eps, weight_decay: not negative.
@@ -99,6 +99,8 @@ def adamw_ema_step_(
     lists = {name: list(x) for name, x in {**states, "ema_params": ema_params, "steps": steps}.items()}
     for name, tensors in lists.items():
         check_tensors(name, tensors)
+    if len(set(map(id, lists["steps"]))) < len(lists["steps"]):
+        raise ValueError("steps must be a tensor for each parameter, got one of them twice")
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise TypeError(f"betas must be two numbers, got {betas!r}")
     for i, beta in enumerate(betas):
