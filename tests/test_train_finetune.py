@@ -13,6 +13,7 @@ from rich.console import Console
 
 import fastssl.train.__main__ as command_line
 from fastssl.train import Images, Method, checkpoint, cli, create, data, fit
+from fastssl.train.evaluate import health
 from fastssl.train.optimizers import make_optimizer
 
 QUIET = Console(quiet=True)
@@ -62,6 +63,17 @@ def test_supervised_is_cross_entropy_and_learns(images, vit):
     after = method.evaluate(images)
     assert list(after) == ["kNN accuracy", "linear probe", "accuracy"]
     assert after["accuracy"] > max(0.6, before["accuracy"] + 0.2) and losses[-1] < 0.8 * losses[0]
+
+
+def test_a_collapse_is_one_of_features(images):
+    """Logits of two classes lie on a line, as they should."""
+    method = supervised(images._replace(train_labels=images.train_labels % 2))
+    with torch.no_grad():
+        method.head.weight[1] = -method.head.weight[0]
+        method.head.bias.zero_()
+    labelled = method.training_data(images)[torch.arange(64)]
+    embeddings = method(*method.views(labelled, torch.Generator().manual_seed(0)))
+    assert not health(method.monitored(*embeddings)).collapsed
 
 
 def test_accuracy_of_a_known_head(images):

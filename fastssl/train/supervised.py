@@ -43,10 +43,10 @@ class Supervised(Method):
         return random_view(images, generator), labels
 
     def forward(self, view: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        return self.head(pooled(self.encoder(view))), labels
+        return pooled(self.encoder(view)), labels
 
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(logits, labels)
+    def loss(self, features: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(self.head(features), labels)
 
     @torch.no_grad()
     def evaluate(self, dataset: Images) -> dict[str, float]:
@@ -54,5 +54,5 @@ class Supervised(Method):
         classes = self.head(features(self.encoder, dataset.test)).argmax(1)
         return {**super().evaluate(dataset), "accuracy": (classes == dataset.test_labels).float().mean().item()}
 
-    def monitored(self, logits: Tensor, labels: Tensor) -> tuple[Tensor]:
-        return (logits,)
+    def monitored(self, features: Tensor, labels: Tensor) -> tuple[Tensor]:
+        return (features,)
