@@ -43,7 +43,25 @@ def test_a_model_of_timm_is_trained(timm, name, tmp_path):
 
 
 def test_one_that_must_know_the_size_of_images(timm):
-    assert new("simclr", "vit_tiny_patch16_224").encoder(torch.rand(2, 1, 28, 28)).shape == (2, 192)
+    assert Timm("vit_tiny_patch16_224", 32)(torch.rand(2, 1, 32, 32)).shape == (2, 192)
+
+
+@pytest.mark.parametrize(
+    "name, match",
+    [
+        ("vit_tiny_patch16_224", "have patches that divide images of size 28, got 'vit_tiny_patch16_224'"),
+        ("inception_v3", "take images of size 28, got 'inception_v3': .*Kernel size"),
+    ],
+)
+def test_one_that_cannot_take_the_images(timm, name, match):
+    with pytest.raises(ValueError, match=f"backbone must {match}"):
+        new("simclr", name)
+
+
+def test_features_are_the_widths_of_outputs(timm):
+    encoder = Timm("mobilenetv3_small_050", 32)
+    assert encoder.training and all(module.training for module in encoder.modules())
+    assert encoder.features == encoder(torch.rand(2, 1, 32, 32)).shape[1] == 1024
 
 
 def test_a_method_made_afterwards_has_the_small_encoder(timm):

@@ -21,7 +21,8 @@ def backbone(name: str | None, size: int) -> Iterator[None]:
         size: of the images.
 
     Raises:
-        ValueError: if timm is not installed or has no such model, or if nothing in the block asked for it.
+        ValueError: if timm is not installed or has no such model, it cannot take the images, or nothing in the block
+            asked for it.
     """
     if name is None:
         yield
@@ -62,7 +63,15 @@ class Timm(nn.Module):
             self.model = timm.create_model(name, num_classes=0, img_size=size)
         except TypeError:  # convolutions take any size
             self.model = timm.create_model(name, num_classes=0)
-        self.features = getattr(self.model, "head_hidden_size", self.model.num_features)
+        patches = getattr(self.model, "patch_embed", None)
+        if isinstance(patches, timm.layers.PatchEmbed) and any(size % side for side in patches.patch_size):
+            raise ValueError(f"backbone must have patches that divide images of size {size}, got {name!r}")
+        try:
+            with torch.no_grad():
+                self.features = self.model.eval()(torch.zeros(1, 3, size, size)).shape[1]
+        except (AssertionError, RuntimeError) as error:
+            raise ValueError(f"backbone must take images of size {size}, got {name!r}: {error}") from None
+        self.model.train()
 
     def forward(self, images: Tensor) -> Tensor:
         return self.model(images.expand(-1, 3, -1, -1))
