@@ -126,7 +126,12 @@ def test_the_middle_of_a_picture_is_taken(tmp_path):
 def test_pictures_of_all_kinds(tmp_path):
     grey16 = Image.fromarray((np.arange(256, dtype=np.uint16) * 257).reshape(16, 16))
     grey16.save(tmp_path / "16.png")
-    assert np.array_equal(np.asarray(picture(tmp_path / "16.png"))[..., 0].ravel(), np.arange(256))
+    (tmp_path / "16.pgm").write_bytes(b"P5 16 16 65535\n" + np.asarray(grey16).astype(">u2").tobytes())
+    for name in ("16.png", "16.pgm"):
+        assert np.array_equal(np.asarray(picture(tmp_path / name))[..., 0].ravel(), np.arange(256))
+    Image.new("F", (9, 9), 0.5).save(tmp_path / "float.tif")
+    with pytest.raises(DataError, match="float.tif cannot be read as an image: nobody knows which of its floating-"):
+        picture(tmp_path / "float.tif")
     Image.new("CMYK", (9, 9), (0, 255, 255, 0)).save(tmp_path / "cmyk.tif")
     assert picture(tmp_path / "cmyk.tif").getpixel((4, 4)) == (255, 0, 0)
     Image.new("RGBA", (9, 9), (255, 0, 0, 0)).save(tmp_path / "nothing.png")

@@ -75,7 +75,9 @@ def picture(file: Path | io.BytesIO) -> Image.Image:
     try:
         with Image.open(file) as image:
             image.draft(None, (2 * SIZE, 2 * SIZE))
-            if image.mode.startswith("I;16"):  # which convert would cut at 255
+            if image.mode == "F":
+                raise ValueError("nobody knows which of its floating-point numbers is white")
+            if image.mode.startswith("I"):  # 16 bits, which convert would cut at 255
                 image = image.convert("I").point(lambda level: level * (1 / 257)).convert("L")
             image = ImageOps.exif_transpose(image).convert("RGBA")
     except Exception as error:  # a damaged file can make a decoder raise almost anything
