@@ -205,14 +205,14 @@ def _agreement(results: Results) -> Grid:
     header = ["method", "loss", "naive", "its gradients", "naive", "whole step", "naive", "state", "naive"]
     header += ["curves apart", "running means", "agree"]
     text = (
-        f"{LOOKS} times in each run the same step is taken from the same weights with fastssl, with naive code, and "
-        "with naive code in float64. Relative errors against float64, the largest of all looks; naive's is what "
-        "float32 itself loses. Loss and its gradients are of the same embeddings; whole step is the gradients of all "
-        "parameters, where float32 loses more because activations near 0 change sign; state is teacher, queue and "
-        f"running statistics. Tolerance: {TIMES:.0f} times naive's, plus eight units in the last place. Curves apart: "
-        "the largest difference of the two free runs' losses, as a share of the loss's root mean square; training "
-        "amplifies rounding, so that single steps may be far apart. Running means over a tenth of the run may differ "
-        f"by {DRIFT:.0%}."
+        f"{min(LOOKS, results.steps)} times in each run the same step is taken from the same weights with fastssl, "
+        "with naive code, and with naive code in float64. Relative errors against float64, the largest of all looks; "
+        "naive's is what float32 itself loses. Loss and its gradients are of the same embeddings; whole step is the "
+        "gradients of all parameters, where float32 loses more because activations near 0 change sign; state is "
+        f"teacher, queue and running statistics. Tolerance: {TIMES:.0f} times naive's, plus eight units in the last "
+        "place. Curves apart: the largest difference of the two free runs' losses, as a share of the loss's root mean "
+        "square; training amplifies rounding, so that single steps may be far apart. Running means over a tenth of the "
+        f"run may differ by {DRIFT:.0%}."
     )
     return Grid("Agreement", text, header, rows)
 
