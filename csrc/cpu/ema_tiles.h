@@ -1,4 +1,5 @@
-// What an exponential moving average, and AdamW before it, does to a run of elements: a table of plain functions, one per instruction set.
+// What an exponential moving average, and AdamW before it, does to a run of elements: a table of plain functions, one
+// per instruction set.
 #pragma once
 
 #include <cstdint>
