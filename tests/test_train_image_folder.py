@@ -238,8 +238,9 @@ def test_the_command_trains_on_a_folder(animals, monkeypatch, capsys, tmp_path):
     code, output = command("supervised", "--vit", "--data", animals)
     assert code == 0 and "animals, 2 classes: 13 training examples" in output and "kNN accuracy" in output
     for i in range(10):
-        write(tmp_path / "flat" / f"{i}.png", (i, 0, 0))
-    code, output = command("simclr", "--data", tmp_path / "flat")
-    assert code == 0 and "flat, no classes, so no kNN: 8 training examples" in output
+        write(tmp_path / "flat [bold]" / f"{i}.png", (i, 0, 0))
+    monkeypatch.chdir(tmp_path / "flat [bold]")
+    code, output = command("simclr", "--data", ".")
+    assert code == 0 and "flat [bold], no classes, so no kNN: 8 training examples" in output
     assert "effective rank, of 256 dimensions" in output
-    assert command("sup_con", "--data", tmp_path / "flat")[0].startswith("error: flat, no classes, so no kNN: the meth")
+    assert command("sup_con", "--data", ".")[0].startswith("error: flat [bold], no classes, so no kNN: the method")

@@ -192,6 +192,8 @@ def test_a_table(table):
     assert (loaded.name, len(loaded.train), len(loaded.test)) == ("pictures.csv", 48, 12)
     captions = [set(map(tuple, part.tensors[1].tolist())) for part in (loaded.train, loaded.test)]
     assert (len(captions[0]), len(captions[1])) == (8, 2) and not captions[0] & captions[1]
+    table.write_text(table.read_text(), encoding="utf-8-sig")  # as spreadsheets write it
+    assert torch.equal(pairs.load(table).train.tensors[0], loaded.train.tensors[0])
 
 
 def test_what_is_to_be_tested_is_not_trained_on_under_another_name(table):

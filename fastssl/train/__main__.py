@@ -125,7 +125,7 @@ def _train(args: argparse.Namespace) -> None:
     console = Console(quiet=rank() > 0)
     dataset = parallel.in_first_process(lambda: kind.load(args.data))
     data = kind.training_data(dataset)
-    console.print(f"{dataset.name}: {len(data):,} training examples")
+    console.print(f"{dataset.name}: {len(data):,} training examples", markup=False)
     if args.batch_size > len(data):
         raise ValueError(f"--batch-size must be at most the number of examples ({len(data)}), got {args.batch_size}")
     pictures = getattr(args, "pictures", None)

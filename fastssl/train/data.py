@@ -96,7 +96,7 @@ def _named(directory: Path) -> Images:
         return _fashion_mnist(directory)
     train, train_labels, test, test_labels = image_folder.read(directory)
     classes = "no classes, so no kNN" if train_labels is None else f"{train_labels.max() + 1} classes"
-    return Images(f"{directory.name}, {classes}", train, train_labels, test, test_labels)
+    return Images(f"{directory.resolve().name}, {classes}", train, train_labels, test, test_labels)
 
 
 def _system() -> Images:
