@@ -137,6 +137,11 @@ def test_fit_rejects_what_cannot_be_trained(images):
         fit(new_twins(), images.train, batch_size=2001, steps=1, console=QUIET)
     with pytest.raises(ValueError, match="steps .*got 0"):
         fit(new_twins(), images.train, batch_size=8, steps=0, console=QUIET)
+    for clip in (0, -1.0, math.nan):  # a negative one would turn the gradients round
+        with pytest.raises(ValueError, match=f"clip must be positive, got {clip}"):
+            fit(new_twins(), images.train, batch_size=8, steps=1, clip=clip, console=QUIET)
+    with pytest.raises(ValueError, match="methods must be one at least, got none"):
+        fit({}, images.train, batch_size=8, steps=1, console=QUIET)
     broken = new_twins()["fastssl"]
     nn.init.constant_(broken.projector[-1].weight, math.nan)
     with pytest.raises(FloatingPointError, match="mine: in step 0 the loss is nan"):

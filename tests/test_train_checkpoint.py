@@ -247,6 +247,14 @@ def test_nan_stops_the_run_before_it_spoils_the_weights():
         assert all(p.isfinite().all() for p in method.parameters())
 
 
+@pytest.mark.parametrize("options", [{}, {"chunk_size": 4}], ids=str)
+def test_a_loss_may_leave_out_an_embedding(options):
+    more = tiny(loss=lambda z, left_out: z.square().mean())
+    forward = more.forward
+    more.forward = lambda view: (*(z := forward(view)), 2 * z[0])
+    assert run(more, 3, **options) == run(tiny(), 3, **options)
+
+
 def test_gradients_are_clipped_to_a_norm(monkeypatch):
     norms = []
 

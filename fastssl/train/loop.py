@@ -140,12 +140,16 @@ def fit(
         What each method did, by name, one Step per batch, those before a resumed checkpoint included.
 
     Raises:
-        ValueError: if batch_size or steps is out of range, the processes cannot have equal shares of a batch or of its
-            chunks, the optimizer is unknown, or the checkpoint is of another run.
+        ValueError: if there is no method, batch_size, steps or clip is out of range, the processes cannot have equal
+            shares of a batch or of its chunks, the optimizer is unknown, or the checkpoint is of another run.
         FloatingPointError: if a loss or a gradient is NaN or infinite, before the step that would spoil the weights.
         OSError: if the checkpoint cannot be read or written.
         KeyboardInterrupt: on Ctrl-C in any process, after saving.
     """
+    if not methods:
+        raise ValueError("methods must be one at least, got none")
+    if clip is not None and not clip > 0:
+        raise ValueError(f"clip must be positive, got {clip}")
     if not 1 <= batch_size <= len(data):
         raise ValueError(f"batch_size must be from 1 to the number of examples ({len(data)}), got {batch_size}")
     if steps < 1:
@@ -265,7 +269,7 @@ def _differentiate(method: Method, views: tuple[Tensor, ...], autocast: torch.au
             loss = _finite_loss(method, *whole)
         loss.backward()
     with Meter(memory) as backward:
-        pairs = [(z, leaf.grad) for z, leaf in zip(embeddings, leaves, strict=True) if z.requires_grad]
+        pairs = [(z, leaf.grad) for z, leaf in zip(embeddings, leaves, strict=True) if leaf.grad is not None]
         torch.autograd.backward(*zip(*pairs, strict=True))
     return whole, loss.item(), [forward, objective, backward], objective
 
