@@ -32,8 +32,8 @@ class AdamW(torch.optim.AdamW):
     Raises:
         TypeError: if teacher is no EMA.
         ValueError: if numbers are out of range, parameters or gradients are of another dtype, or sparse, parameters of
-            student and teacher differ in number or shape, or a group, perhaps a loaded one, asks for `amsgrad` or
-            `maximize`.
+            student and teacher differ in number or shape, or a group, perhaps a loaded one, asks for `amsgrad`,
+            `maximize` or `differentiable`.
     """
 
     def __init__(
@@ -107,6 +107,6 @@ class AdamW(torch.optim.AdamW):
 
 
 def _refuse_variants(group: dict[str, Any]) -> None:
-    for name in ("amsgrad", "maximize"):
+    for name in ("amsgrad", "maximize", "differentiable"):
         if group.get(name):
             raise ValueError(f"{name} must be False, got {group[name]}")

@@ -214,6 +214,7 @@ def command(monkeypatch, main, *arguments):
         (["simclr", "--seed", "-1"], "--seed: must be from 0 to 18446744073709551615, got -1"),
         (["simclr", "--seed", 2**64], "--seed: must be from 0 to .*, got 18446744073709551616"),
         (["simclr", "--seed", "1.5"], r"--seed: must be a number \(int\), got '1.5'"),
+        (["supervised", "--layer-decay", "2"], "--layer-decay: must be at most 1, got 2"),
         (["simclr", "--resume"], "--resume needs --checkpoint"),
         (["simclr", "--checkpoint", __file__], "test_train.py exists; --resume goes on from it"),
     ],
@@ -240,6 +241,7 @@ def test_bad_data_gives_one_line(monkeypatch, tmp_path):
     "arguments, message",
     [
         (["simclr", "--checkpoint", "/dev/null/run.pt"], "'/dev/null'"),
+        (["supervised", "--from", "nothing.pt"], "No such file or directory: 'nothing.pt'"),
         (["simclr", "--checkpoint", "nothing.pt", "--resume"], "No such file or directory: 'nothing.pt'"),
         (["vicreg", "--learning-rate", "1e30"], "vicreg: in step 1 the (loss|gradient) "),
     ],

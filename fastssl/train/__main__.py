@@ -17,7 +17,7 @@ from rich.console import Console
 from fastssl.distributed import rank
 from fastssl.train import METHODS, create, fit, parallel
 from fastssl.train.checkpoint import load_encoder
-from fastssl.train.cli import Parser, RunParser, not_negative_float, positive_float, positive_int, run
+from fastssl.train.cli import Parser, RunParser, not_negative_float, positive_float, positive_int, run, share
 from fastssl.train.method import GIVEN, IMPLEMENTATIONS
 from fastssl.train.optimizers import OPTIMIZERS
 
@@ -54,7 +54,7 @@ def _parser() -> Parser:
         )
         command.add_argument(
             "--layer-decay",
-            type=positive_float,
+            type=share,
             default=1.0,
             metavar="SHARE",
             help="learning rate of each of the encoder's stages, as a share of the next one's (default: %(default)s)",
@@ -121,6 +121,8 @@ def _train(args: argparse.Namespace) -> None:
     options = {name: getattr(args, name) for name in inspect.signature(kind).parameters.keys() - GIVEN}
     parallel.check_shares(args.batch_size, args.chunk_size)
     create(args.method, 1, **options)  # fails now, not after the data have been fetched
+    if args.encoder is not None:
+        parallel.in_first_process(lambda: args.encoder.open("rb").close())
     writer = _writer(args.tensorboard)
     console = Console(quiet=rank() > 0)
     dataset = parallel.in_first_process(lambda: kind.load(args.data))

@@ -80,6 +80,13 @@ def seed(text: str) -> int:
     return number
 
 
+def share(text: str) -> float:
+    value = _positive(float, text)
+    if value > 1:
+        raise argparse.ArgumentTypeError(f"must be at most 1, got {text}")
+    return value
+
+
 def not_negative_float(text: str) -> float:
     return 0.0 if text == "0" else _positive(float, text)
 

@@ -82,7 +82,7 @@ class ImageText(Method):
             _, nearest = topk_similarity(image[dataset.test_labels >= 0], classes, min(5, len(classes)))
             right = nearest == labels.unsqueeze(1)
             task = f"of {len(classes)} classes ({labels.bincount().max() / len(labels):.1%} are of one)"
-            found |= {f"top-{k} {task}": right[:, :k].any(1).float().mean().item() for k in (1, 5)}
+            found |= {f"top-{k} {task}": right[:, :k].any(1).float().mean().item() for k in (1, 5) if k < len(classes)}
         return found
 
     def class_embeddings(self, classes: Sequence[str]) -> Tensor:
