@@ -11,7 +11,7 @@ demo: .venv/demo
 
 # In two processes, whose threads do not wait for each other by turning in circles.
 test: .venv/test
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
+	OMP_WAIT_POLICY=passive OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
 
 bench: .venv/bench
 	$(BIN)/python benchmarks/run.py
