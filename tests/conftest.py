@@ -73,22 +73,18 @@ def medium():
     torch.set_float32_matmul_precision("medium")
 
 
-@pytest.fixture(scope="session")
-def lightly_loss():
-    """lightly's NTXentLoss."""
-    from peers import lightly_nt_xent_loss
+def _peer(name: str):
+    """A fixture: what peers.py returns by that name."""
+    import peers
 
-    try:
-        return lightly_nt_xent_loss()
-    except ImportError as error:
-        pytest.skip(f"lightly is not installed: {error}")
+    @pytest.fixture(scope="session", name=name)
+    def load():
+        try:
+            return getattr(peers, name)()
+        except ImportError as error:
+            pytest.skip(str(error))
+
+    return load
 
 
-@pytest.fixture(scope="session")
-def timm():
-    from peers import timm
-
-    try:
-        return timm()
-    except ImportError as error:
-        pytest.skip(f"timm is not installed: {error}")
+lightly, lightly_nt_xent_loss, open_clip, timm = map(_peer, ("lightly", "lightly_nt_xent_loss", "open_clip", "timm"))

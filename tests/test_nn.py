@@ -75,10 +75,10 @@ def test_formula_with_memory_bank(size, backend):
 @pytest.mark.parametrize("temperature", [0.07, 0.5, 10, -1.0])
 @pytest.mark.parametrize("bank", [0, (1, 6), (8, 6), (64, 6)])
 @pytest.mark.parametrize("gather_distributed", [False, True])
-def test_lightly(temperature, bank, gather_distributed, lightly_loss, backend):
+def test_lightly(temperature, bank, gather_distributed, lightly_nt_xent_loss, backend):
     """Argument for argument, with the same random bank from the same seed."""
     torch.manual_seed(0)
-    theirs = lightly_loss(temperature, bank, gather_distributed)
+    theirs = lightly_nt_xent_loss(temperature, bank, gather_distributed)
     torch.manual_seed(0)
     ours = NTXentLoss(temperature, bank, gather_distributed)
     _assert_steps_agree(ours, theirs, [4, 3, 1, 20, 8], dim=6)
@@ -87,9 +87,9 @@ def test_lightly(temperature, bank, gather_distributed, lightly_loss, backend):
         assert torch.equal(ours.memory_bank.bank_ptr, theirs.memory_bank.bank_ptr)
 
 
-def test_lightly_state(lightly_loss):
+def test_lightly_state(lightly_nt_xent_loss):
     """The same parameters, buffers and saved state."""
-    ours, theirs = (loss(0.5, (8, 6)) for loss in (NTXentLoss, lightly_loss))
+    ours, theirs = (loss(0.5, (8, 6)) for loss in (NTXentLoss, lightly_nt_xent_loss))
     assert not [*ours.parameters()] and not ours.state_dict() and not theirs.state_dict()
     assert [(n, b.shape, b.dtype) for n, b in ours.named_buffers()] == [
         (n, b.shape, b.dtype) for n, b in theirs.named_buffers()
@@ -118,14 +118,14 @@ def test_bad_arguments(kwargs, match):
 
 
 @pytest.mark.parametrize("kwargs, _", BAD)
-def test_bad_arguments_are_lightlys(kwargs, _, lightly_loss):
+def test_bad_arguments_are_lightlys(kwargs, _, lightly_nt_xent_loss):
     with pytest.raises(ValueError):
-        lightly_loss(**kwargs)
+        lightly_nt_xent_loss(**kwargs)
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"memory_bank_size": (0, 8)}, {"memory_bank_size": [4, 8]}])
-def test_good_arguments(kwargs, lightly_loss):
-    for loss in (NTXentLoss, lightly_loss):
+def test_good_arguments(kwargs, lightly_nt_xent_loss):
+    for loss in (NTXentLoss, lightly_nt_xent_loss):
         assert loss(**kwargs)(*_views(3, 8)).isfinite()
 
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
-from types import ModuleType
 
-import peers
 import pytest
 import torch
 from torch import Tensor, nn
@@ -16,14 +14,6 @@ from fastssl import nn as ours
 from fastssl.functional import covariance_loss, variance_loss
 
 SHAPES = [(2, 1), (2, 7), (3, 2), (10, 10), (9, 40), (40, 9), (64, 100), (100, 64)]
-
-
-@pytest.fixture(scope="module")
-def lightly() -> ModuleType:
-    try:
-        return peers.lightly()
-    except ImportError as error:
-        pytest.skip(str(error))
 
 
 def _views(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> list[Tensor]:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from types import ModuleType
 
-import peers
 import pytest
 import torch
 import torch.nn.functional as F
@@ -30,23 +28,6 @@ def _value_and_gradients(loss: nn.Module, inputs: list, *others) -> list[Tensor]
 def _assert_agree(first: list[Tensor], second: list[Tensor], rtol: float = 1e-4, atol: float = 1e-6) -> None:
     for x, y in zip(first, second, strict=True):
         torch.testing.assert_close(x, y, rtol=rtol, atol=atol, check_dtype=False)
-
-
-def _peer(load: Callable[[], ModuleType]) -> ModuleType:
-    try:
-        return load()
-    except ImportError as error:
-        pytest.skip(str(error))
-
-
-@pytest.fixture(scope="module")
-def open_clip() -> ModuleType:
-    return _peer(peers.open_clip)
-
-
-@pytest.fixture(scope="module")
-def lightly() -> ModuleType:
-    return _peer(peers.lightly)
 
 
 @pytest.fixture(scope="module")
