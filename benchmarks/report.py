@@ -177,5 +177,9 @@ def _seconds(value: float) -> str:
 def _bytes(r: Measurement | None) -> str:
     if r is None or math.isnan(r.extra_memory):
         return r.note if r else ""
-    mib = r.extra_memory / 2**20
-    return f"{mib / 1024:.2f} GiB" if mib >= 1024 else f"{mib:.0f} MiB"
+    return size(r.extra_memory)
+
+
+def size(value: float) -> str:
+    """Bytes in GiB or MiB."""
+    return f"{value / 2**30:.2f} GiB" if value >= 2**30 else f"{value / 2**20:.0f} MiB"

@@ -82,22 +82,17 @@ def _grow(
     method, limit = METHODS[name](**options), _limit()
     method.impl = impl
 
-    def extra(rows: int) -> float:
+    def once(rows: int) -> int | None:
         own = torch.arange(rows)
         embeddings = [z[own % len(z)].requires_grad_(grad) for z, grad in sample]
-        try:
-            with Meter(memory=True) as meter, running(method):
-                method.loss(*embeddings).backward()
-        except (MemoryError, RuntimeError) as error:
-            if "memory" not in str(error) and not isinstance(error, MemoryError):
-                raise
-            return math.inf
-        return math.nan if meter.extra is None else meter.extra
+        with Meter(memory=True) as meter, running(method):
+            method.loss(*embeddings).backward()
+        return meter.extra
 
-    extra(min(SMALLEST, largest))  # libraries and threads
+    _bytes(once, min(SMALLEST, largest))  # libraries and threads
     found = []
     for batch_size in sizes(largest):
-        found.append(Memory(batch_size, extra(batch_size)))
+        found.append(Memory(batch_size, _bytes(once, batch_size)))
         if not found[-1].bytes <= budget:
             break
     return found, limit
@@ -109,14 +104,23 @@ def _train(name: str, impl: str, batch_size: int, chunk_size: int, data: str | N
     examples, method = METHODS[name].training_data(dataset), create(name, 2, dataset)
     method.impl, limit = impl, _limit()
     arguments = {"batch_size": batch_size, "chunk_size": chunk_size, "steps": 2, "seed": seed}
-    try:
+
+    def second_step() -> int | None:
         history = fit({impl: method}, examples, **arguments, console=Console(quiet=True))
+        return history[impl][1].peak_bytes
+
+    return Memory(batch_size, _bytes(second_step)), limit
+
+
+def _bytes(measured: Callable[..., int | None], *arguments: Any) -> float:
+    """What it returns; NaN for None, infinite if it runs out of memory."""
+    try:
+        found = measured(*arguments)
     except (MemoryError, RuntimeError) as error:
         if "memory" not in str(error) and not isinstance(error, MemoryError):
             raise
-        return Memory(batch_size, math.inf), limit
-    peak = history[impl][1].peak_bytes
-    return Memory(batch_size, math.nan if peak is None else peak), limit
+        return math.inf
+    return math.nan if found is None else found
 
 
 def sizes(largest: int) -> list[int]:

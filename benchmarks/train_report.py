@@ -9,11 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from report import size
 from rich.table import Table
 from train_agreement import DRIFT, LOOKS, TIMES
 from train_figures import Plot
 from train_losses import CHUNK, Cost
-from train_results import GIB, MIB, Huge, Point, Result, Results
+from train_results import Huge, Point, Result, Results
 
 _QUIET = 0.1  # cores; the system's own housekeeping
 FACTOR = 5  # what fastssl is to stay below the memory budget by, where naive exceeds it
@@ -280,7 +281,7 @@ def _size(value: float, limit: float = math.nan) -> str:
         return ""
     if math.isinf(value):
         return f"more than {_size(limit)}"
-    return f"{value / GIB:.2f} GiB" if value >= GIB else f"{value / MIB:.0f} MiB"
+    return size(value)
 
 
 def write(results: Results, plots: Sequence[Plot], path: Path) -> None:

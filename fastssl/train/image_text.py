@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastssl.functional import topk_similarity
 from fastssl.train import pairs
-from fastssl.train.augment import color_jitter, random_resized_crop_flip
+from fastssl.train.augment import color_jitter, random_resized_crop_flip, to_float
 from fastssl.train.method import Method
 from fastssl.train.models import BagOfWords, image_encoder
 from fastssl.train.pairs import Pairs
@@ -52,7 +52,7 @@ class ImageText(Method):
     def views(batch: tuple[Tensor, Tensor], generator: torch.Generator) -> tuple[Tensor, ...]:
         """(B, 3, H, W) uint8 images, and tokens -> a random view of each image, and the text less some of its words."""
         images, tokens = batch
-        view = random_resized_crop_flip(images.float() / 255, generator)
+        view = random_resized_crop_flip(to_float(images), generator)
         return color_jitter(view, generator), tokens * (torch.rand(tokens.shape, generator=generator) > 0.2)
 
     def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
@@ -70,7 +70,9 @@ class ImageText(Method):
         training = self.training
         self.eval()
         images, tokens = dataset.test.tensors
-        vectors = [self(image / 255, text) for image, text in zip(images.split(1024), tokens.split(1024), strict=True)]
+        vectors = [
+            self(to_float(image), text) for image, text in zip(images.split(1024), tokens.split(1024), strict=True)
+        ]
         classes = self.class_embeddings(dataset.classes) if dataset.classes else None
         self.train(training)
         image, text = (torch.cat(parts) for parts in zip(*vectors, strict=True))
