@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import subprocess
 import sys
 import textwrap
@@ -413,9 +414,10 @@ def test_topk_similarity(dtype, normalize, monkeypatch):
     query, bank = _rows(37, 12, dtype=dtype), _rows(101, 12, seed=1, dtype=dtype)
     exact = [F.normalize(z.double()) if normalize else z.double() for z in (query, bank)]
     S = exact[0] @ exact[1].T
+    module = importlib.import_module(topk_similarity.__module__)  # the package has a function of that name
     for columns, elements in ((1 << 14, 1 << 22), (7, 50), (13, 1)):
-        monkeypatch.setattr(fastssl.functional.contrastive, "_TOPK_COLUMNS", columns)
-        monkeypatch.setattr(fastssl.functional.contrastive, "_TOPK_ELEMENTS", elements)
+        monkeypatch.setattr(module, "_TOPK_COLUMNS", columns)
+        monkeypatch.setattr(module, "_TOPK_ELEMENTS", elements)
         for k in (1, 5, 100, 101):
             values, indices = topk_similarity(query, bank, k, normalize=normalize)
             assert values.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)

@@ -11,8 +11,6 @@ from fastssl.functional.contrastive import (
     nt_xent,
     similarity_logsumexp,
     sup_con,
-    topk_similarity,
-    uniformity,
 )
 from fastssl.functional.correlation import (
     barlow_twins,
@@ -37,6 +35,8 @@ from fastssl.functional.masking import (
 from fastssl.functional.memory_bank import enqueue_
 from fastssl.functional.patches import masked_feature_loss, masked_patch_loss, patch_embed
 from fastssl.functional.sigmoid import siglip_loss
+from fastssl.functional.topk_similarity import topk_similarity
+from fastssl.functional.uniformity import uniformity
 
 __all__ = [
     "adamw_ema_step_",

@@ -16,7 +16,7 @@ from fastssl.distributed import (
 )
 from fastssl.functional import clip_loss, siglip_loss
 from fastssl.functional._shared import as_scalar, dot, finish, logsumexp
-from fastssl.functional.contrastive import _cross_entropy
+from fastssl.functional.contrastive.pairs import cross_entropy
 from fastssl.ops._precision import product_precision
 
 _IMPLEMENTATIONS = ("bidir", "shift", "reduce", "gather")
@@ -199,5 +199,5 @@ def _against_constants(image: Tensor, text: Tensor, logit_scale: float | Tensor,
     loss = 0
     for rows, columns in ((image, text.detach()), (text, image.detach())):
         negatives = logsumexp(*ring.similarity_logsumexp(rows, columns, scale, own, precision))
-        loss = loss + _cross_entropy(negatives, dot(rows, columns) * scale) / 2
+        loss = loss + cross_entropy(negatives, dot(rows, columns) * scale) / 2
     return finish(loss, "mean", image)

@@ -1,0 +1,93 @@
+"""The softmax loss of pairs of images and texts."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fastssl import reference
+from fastssl._checks import check_group, check_labels, check_pair, check_reduction, check_scalar, check_share
+from fastssl.distributed import ProcessGroup, Ring
+from fastssl.functional._shared import as_scalar, finish
+from fastssl.functional.contrastive.pairs import pair_loss, pair_metrics
+from fastssl.ops import current_backend
+from fastssl.ops._precision import product_precision
+
+
+def clip_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: float | Tensor,
+    *,
+    labels: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    return_metrics: bool = False,
+    group: ProcessGroup | None = None,
+) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+    r"""The symmetric softmax loss of CLIP (arXiv:2103.00020), with labels that of UniCL (arXiv:2204.03610).
+
+    With S = logit_scale image_features text_features^T, each image must find its text among all texts, and each text
+    its image among all images:
+
+        loss_i = 1/2 (log sum_j exp(S_ij) - S_ii) + 1/2 (log sum_j exp(S_ji) - S_ii)
+
+    With labels, a row's positives are all columns of the same label, and S_ii becomes their mean similarity.
+    The B x B logits are never stored: memory is O(B D).
+
+    Args:
+        image_features: (B, D) rows, normalised by the caller; float32, bfloat16, float16 or float64.
+        text_features: (B, D), of image_features' dtype and device.
+        logit_scale: multiplies the similarities (in CLIP exp of a parameter): a number, or a 0-d tensor, which
+            gets its exact gradient.
+        labels: (B,) int64, the label of each pair; None: every pair has its own.
+        label_smoothing: the share of the target that is spread over all columns, as in
+            `torch.nn.functional.cross_entropy`.
+        reduction: "mean" over the B pairs, "sum", or "none".
+        return_metrics: also return what people log, at no further product.
+        group: processes that hold B pairs each of one batch: the images and texts of all of them are a pair's
+            negatives. None: this process alone. All must call this, and the backward pass, with the same arguments
+            but for the features. The texts travel from one to the next (`fastssl.distributed`): nobody holds the
+            whole batch. Without labels only.
+
+    Returns:
+        0-d loss, or with "none" (B,) losses, in image_features' dtype, float32 under autocast. The mean over an
+        empty batch is NaN. With return_metrics (loss, metrics), detached 0-d float32 tensors: "image_accuracy" and
+        "text_accuracy", the shares of images and of texts whose own partner is more similar than any other (not with
+        labels); "positive_similarity", the mean <image_i, text_i>; "alignment", the mean |image_i - text_i|^2
+        (arXiv:2005.10242).
+
+        With a group, the loss (and metrics) of this process's pairs. The mean over the processes of their mean losses
+        is that of one process on the whole batch. Gradients of features are those of the sum of the processes' losses,
+        and of logit_scale each process gets a share of that: averaged over the processes, as DistributedDataParallel
+        does, gradients of parameters are those of one process on the whole batch. There are no second derivatives.
+
+    Raises:
+        TypeError: if features or labels are no tensors, or logit_scale neither number nor tensor.
+        ValueError: if shapes, dtypes or devices do not fit, or logit_scale is a number that is not finite, or on every
+            process, if those of group differ in shapes, dtypes or requires_grad.
+    """
+    check_pair(image_features, text_features, "image_features", "text_features")
+    check_scalar("logit_scale", logit_scale)
+    check_share("label_smoothing", label_smoothing)
+    check_reduction(reduction)
+    if labels is not None:
+        check_labels(labels, image_features, "image_features")
+        if group is not None:
+            raise ValueError(f"labels must be None where there is a group, got shape {tuple(labels.shape)}")
+    check_group(group)
+    if current_backend() == "reference":
+        return reference.contrastive.clip_loss(
+            image_features, text_features, logit_scale, labels=labels, label_smoothing=label_smoothing,
+            reduction=reduction, return_metrics=return_metrics,
+        )  # fmt: skip
+    scale, precision = as_scalar(logit_scale, image_features), product_precision(image_features)
+    ring = None
+    if group is not None:
+        ring = Ring(group, image_features=image_features, text_features=text_features, logit_scale=scale)
+    loss, sums = pair_loss(image_features, text_features, scale, labels, label_smoothing, precision, ring)
+    loss = finish(loss, reduction, image_features)
+    if not return_metrics:
+        return loss
+    negatives = [] if labels is not None else [[pair] for pair in sums]
+    accuracies, metrics = pair_metrics(image_features, text_features, scale, negatives)
+    return loss, {**dict(zip(("image_accuracy", "text_accuracy"), accuracies, strict=False)), **metrics}

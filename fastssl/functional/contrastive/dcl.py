@@ -1,0 +1,68 @@
+"""The contrastive loss without the positive in the denominator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fastssl import reference
+from fastssl._checks import check_pair, check_reduction, check_temperature
+from fastssl.functional._shared import dot, finish, inverse, logsumexp, unit
+from fastssl.functional.contrastive.exponential_sums import pair_sums
+from fastssl.ops import contrastive, current_backend
+from fastssl.ops._precision import product_precision
+
+
+def dcl(
+    z1: Tensor,
+    z2: Tensor,
+    *,
+    temperature: float | Tensor = 0.1,
+    weight_fn: Callable[[Tensor, Tensor], Tensor] | None = None,
+    normalize: bool = True,
+    reduction: str = "mean",
+) -> Tensor:
+    r"""The decoupled contrastive loss (DCL, arXiv:2110.06848): NT-Xent without the positive in the denominator.
+
+        loss_i = -w_i <z1_i, z2_i> / T + log sum_{j != i} (exp(<z1_i, z1_j> / T) + exp(<z1_i, z2_j> / T))
+
+    and likewise for the rows of z2, T being the temperature. Memory is O(B D).
+
+    Args:
+        z1: (B, D) embeddings of the first views; float32, bfloat16, float16 or float64.
+        z2: (B, D) embeddings of the second views, of z1's dtype and device.
+        temperature: T, a number, or a 0-d tensor, which gets its exact gradient.
+        weight_fn: (rows, partners) -> (B,) weights w of the positives, called for either side with its (normalised)
+            rows and those of the other; None: 1.
+        normalize: divide each row by its Euclidean norm, as `torch.nn.functional.normalize` does.
+        reduction: "mean" over the 2B rows, "sum", or "none".
+
+    Returns:
+        0-d loss, or with "none" (2B,) losses, those of z1's rows first; in z1's dtype, float32 under autocast. The
+        mean over an empty batch is NaN, and a pair alone has no negatives: minus infinity.
+
+    Raises:
+        TypeError: if z1 or z2 is no tensor, or temperature neither number nor tensor.
+        ValueError: if shapes, dtypes or devices do not fit, temperature is a number that is zero or not finite (as a
+            tensor: NaN comes out), or reduction is unknown.
+    """
+    check_pair(z1, z2)
+    check_temperature(temperature)
+    check_reduction(reduction)
+    if current_backend() == "reference":
+        return reference.contrastive.dcl(
+            z1, z2, temperature=temperature, weight_fn=weight_fn, normalize=normalize, reduction=reduction
+        )
+    scale, precision = inverse(temperature, z1), product_precision(z1)
+    x, y = (unit(z) if normalize else z for z in (z1, z2))
+    positive = dot(x, y) * scale
+    own = torch.arange(x.shape[0], device=x.device)
+    across = [logsumexp(*pair) for pair in pair_sums(x, y, scale, own, precision)]
+    losses = []
+    for rows, partners, lse in ((x, y, across[0]), (y, x, across[1])):
+        within = logsumexp(*contrastive.self_logsumexp(rows, scale, precision))
+        aligned = positive if weight_fn is None else positive * weight_fn(rows, partners)
+        losses.append(torch.logaddexp(within, lse) - aligned)
+    return finish(torch.cat(losses), reduction, z1)

@@ -1,0 +1,124 @@
+"""InfoNCE: queries, their positive keys, and negative keys from a batch or a queue."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from fastssl import reference
+from fastssl._checks import check_group, check_negatives, check_pair, check_reduction, check_share, check_temperature
+from fastssl.distributed import ProcessGroup, Ring
+from fastssl.functional._shared import dot, finish, inverse, logsumexp, unit
+from fastssl.functional.contrastive.exponential_sums import row_sums, sum_exponentials
+from fastssl.functional.contrastive.pairs import cross_entropy, mean_row, pair_loss, pair_metrics
+from fastssl.ops import current_backend
+from fastssl.ops._precision import product_precision
+
+
+def info_nce(
+    query: Tensor,
+    positive_key: Tensor,
+    negative_keys: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 0.1,
+    negative_mode: str = "unpaired",
+    in_batch_negatives: bool | None = None,
+    symmetric: bool = False,
+    normalize: bool = True,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    return_metrics: bool = False,
+    group: ProcessGroup | None = None,
+) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+    r"""InfoNCE (CPC, arXiv:1807.03748): each query must find its positive key among negative keys.
+
+        loss_i = -log( exp(<q_i, k_i> / temperature) / sum_k exp(<q_i, k> / temperature) )
+
+    where k runs over the positive key of query i and its negatives: those of `negative_keys` (a queue, as in MoCo,
+    arXiv:1911.05722), the positive keys of the other queries (SimCSE, arXiv:2104.08821; MoCo v3, arXiv:2104.02057),
+    or both (SimCSE with hard negatives).
+
+    The similarities with shared keys are never stored: memory is O((B + K) D). Keys without `requires_grad` cost
+    nothing in the backward pass, and may be overwritten before it if `normalize` is False.
+
+    Args:
+        query: (B, D) float32, bfloat16, float16 or float64.
+        positive_key: (B, D), of query's dtype and device.
+        negative_keys: (K, D), negatives of every query, or with negative_mode "paired" (B, K, D), K for each.
+        temperature: divides the similarities: a number, or a 0-d tensor, which gets its exact gradient.
+        negative_mode: "unpaired" or "paired", the shape of negative_keys.
+        in_batch_negatives: whether other queries' positive keys are negatives; None: where there are no
+            negative_keys.
+        symmetric: the mean of this loss and that in which queries and positive keys have changed places; only
+            where other rows of the batch are the only negatives.
+        normalize: divide each row by its Euclidean norm, as `torch.nn.functional.normalize` does.
+        label_smoothing: the share of the target that is spread over all of a query's keys, as in
+            `torch.nn.functional.cross_entropy`; only where other rows of the batch are the only negatives.
+        reduction: "mean" over the B queries, "sum", or "none".
+        return_metrics: also return what people log, at no further product.
+        group: processes that hold a part of the batch each, see `clip_loss`; where in_batch_negatives are, the positive
+            keys of all of them are a query's negatives. negative_keys stay where they are.
+
+    Returns:
+        0-d loss, or with "none" (B,) losses, in query's dtype, float32 under autocast. The mean over an empty batch
+        is NaN. A query without negatives has loss 0. With return_metrics (loss, metrics), detached 0-d float32
+        tensors: "accuracy", the share of queries that are more similar to their positive key than to any negative
+        (where symmetric, of both directions); "positive_similarity", the mean <q_i, k_i>; "alignment", the mean
+        |q_i - k_i|^2 (arXiv:2005.10242).
+
+    Raises:
+        TypeError: if query, positive_key or negative_keys is no tensor, or temperature neither number nor tensor.
+        ValueError: if shapes, dtypes, devices or options do not fit, or temperature is a number that is zero or not
+            finite (as a tensor: NaN comes out), or on every process, if those of group differ in shapes, dtypes or
+            requires_grad.
+    """
+    check_pair(query, positive_key, "query", "positive_key")
+    check_negatives(query, negative_keys, negative_mode)
+    if in_batch_negatives is None:
+        in_batch_negatives = negative_keys is None
+    check_share("label_smoothing", label_smoothing)
+    for name, value in (("symmetric", symmetric), ("label_smoothing", label_smoothing)):
+        if value and (negative_keys is not None or not in_batch_negatives):
+            raise ValueError(f"{name} must be {type(value)(0)} unless all negatives are from the batch, got {value}")
+    check_temperature(temperature)
+    check_reduction(reduction)
+    check_group(group)
+    if current_backend() == "reference":
+        return reference.contrastive.info_nce(
+            query, positive_key, negative_keys, temperature=temperature, negative_mode=negative_mode,
+            in_batch_negatives=in_batch_negatives, symmetric=symmetric, normalize=normalize,
+            label_smoothing=label_smoothing, reduction=reduction, return_metrics=return_metrics,
+        )  # fmt: skip
+    precision, scale = product_precision(query), inverse(temperature, query)
+    q, k, others = (unit(x) if normalize and x is not None else x for x in (query, positive_key, negative_keys))
+    ring = None
+    if group is not None and in_batch_negatives:
+        ring = Ring(group, query=q, positive_key=k, temperature=scale)
+    if symmetric:
+        loss, sums = pair_loss(q, k, scale, None, label_smoothing, precision, ring)
+        directions = [[pair] for pair in sums]
+    else:
+        sums, shared = [], [k] if in_batch_negatives and ring is None else []
+        if negative_mode == "unpaired" and others is not None:
+            shared.append(others)
+        elif others is not None:
+            sums.append(sum_exponentials(dot(q[:, None], others) * scale))
+        own = torch.arange(q.shape[0], device=q.device) if in_batch_negatives else None
+        if ring is not None:
+            sums.append(row_sums(q, k, scale, own, precision, ring))
+        if shared:
+            keys = torch.cat(shared) if len(shared) > 1 else shared[0]  # a queue is not to be copied
+            sums.append(row_sums(q, keys, scale, own if ring is None else None, precision))
+        similarity = dot(q, k)
+        negatives = [logsumexp(*pair) for pair in sums] or [torch.full_like(similarity, float("-inf"))]
+        loss = cross_entropy(functools.reduce(torch.logaddexp, negatives), similarity * scale)
+        if label_smoothing:
+            loss = loss + label_smoothing * scale * (similarity - dot(q, mean_row(k, ring)))
+        directions = [sums]
+    loss = finish(loss, reduction, query)
+    if not return_metrics:
+        return loss
+    accuracy, metrics = pair_metrics(q, k, scale, directions)
+    return loss, {"accuracy": torch.stack(accuracy).mean(), **metrics}

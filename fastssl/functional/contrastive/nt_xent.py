@@ -1,0 +1,49 @@
+"""The loss of SimCLR."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fastssl import reference
+from fastssl._checks import check_pair, check_reduction, check_temperature
+from fastssl.functional._shared import finish, inverse
+from fastssl.ops import contrastive, current_backend
+from fastssl.ops._precision import product_precision
+
+
+def nt_xent(
+    z1: Tensor, z2: Tensor, *, temperature: float | Tensor = 0.5, normalize: bool = True, reduction: str = "mean"
+) -> Tensor:
+    r"""NT-Xent, the normalised temperature-scaled cross-entropy of SimCLR (arXiv:2002.05709).
+
+    Row i of z1 and row i of z2 embed two views of one image. Each of the 2B rows of [z1; z2] must pick its
+    partner among the 2B - 1 others:
+
+        loss_i = -log( exp(<z_i, z_pos(i)> / temperature) / sum_{j != i} exp(<z_i, z_j> / temperature) )
+
+    The 2B x 2B similarities are never stored: memory is O(B D).
+
+    Args:
+        z1: (B, D) embeddings of the first views; float32, bfloat16, float16 or float64.
+        z2: (B, D) embeddings of the second views, of z1's dtype and device.
+        temperature: divides the similarities: a number, or a 0-d tensor, which gets its exact gradient.
+            A negative one is taken as it stands.
+        normalize: divide each row by its Euclidean norm, as `torch.nn.functional.normalize` does.
+        reduction: "mean" over the 2B rows, "sum", or "none".
+
+    Returns:
+        0-d loss, or with "none" (2B,) losses, those of z1's rows first; in z1's dtype, float32 under autocast.
+        The mean over an empty batch is NaN. NaN and Inf in z1 or z2 come out as NaN.
+
+    Raises:
+        TypeError: if z1 or z2 is no tensor, or temperature neither number nor tensor.
+        ValueError: if shapes, dtypes or devices do not fit, temperature is a number that is zero or not finite
+            (as a tensor: NaN comes out), or reduction is unknown.
+    """
+    check_pair(z1, z2)
+    check_temperature(temperature)
+    check_reduction(reduction)
+    if current_backend() == "reference":
+        return reference.contrastive.nt_xent(z1, z2, temperature=temperature, normalize=normalize, reduction=reduction)
+    loss, _, _ = contrastive.nt_xent(z1, z2, inverse(temperature, z1), normalize, product_precision(z1))
+    return finish(loss, reduction, z1)

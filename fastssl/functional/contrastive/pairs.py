@@ -1,0 +1,71 @@
+"""What losses of pairs share: each row's cross-entropy, that of both directions, and what people log of them."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastssl.distributed import Ring, mean_over_processes
+from fastssl.functional._shared import dot, logsumexp
+from fastssl.functional.contrastive.exponential_sums import Sums, largest_similarity, pair_sums
+from fastssl.ops import contrastive
+from fastssl.ops._precision import accumulate_dtype
+
+
+def cross_entropy(negatives: Tensor, positive: Tensor) -> Tensor:
+    """log(exp(positive) + exp(negatives)) - positive, without cancellation."""
+    return -F.logsigmoid(positive - negatives) * (1 + 0 * positive.detach())  # NaN, not 0, where positive is infinite
+
+
+def pair_loss(
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    labels: Tensor | None,
+    label_smoothing: float,
+    precision: str,
+    ring: Ring | None = None,
+) -> tuple[Tensor, tuple[Sums, Sums]]:
+    """The mean of the cross-entropies of row i and of column i of scale x y^T, and the sums over the negatives of both.
+
+    The positive is the diagonal, or with labels all rows and columns of the same label alike, and then the sums are
+    over all.
+    """
+    if labels is None and ring is None:
+        loss, _, *sums = contrastive.clip_loss(x, y, scale, precision)
+        sums = sums[:2], sums[2:]
+        aligned = dot(x, y) if label_smoothing else None
+    else:
+        own = torch.arange(x.shape[0], device=x.device) if labels is None else None
+        sums = pair_sums(x, y, scale, own, precision, ring)
+        rows, columns = (logsumexp(*pair) for pair in sums)
+        if labels is None:
+            aligned = dot(x, y)
+            loss = (cross_entropy(rows, aligned * scale) + cross_entropy(columns, aligned * scale)) / 2
+        else:
+            (of_y, count), (of_x, _) = (contrastive.class_sums(z, labels) for z in (y, x))
+            aligned = (dot(x, of_y) + dot(y, of_x)) / (2 * count)
+            loss = (rows + columns) / 2 - aligned * scale
+    if label_smoothing:
+        loss = loss + label_smoothing * scale * (aligned - (dot(x, mean_row(y, ring)) + dot(y, mean_row(x, ring))) / 2)
+    return loss, sums
+
+
+def mean_row(x: Tensor, ring: Ring | None = None) -> Tensor:
+    """The mean row, of all processes in a ring, in the dtype of sums."""
+    mean = x.mean(0, dtype=accumulate_dtype(x.dtype))
+    return mean if ring is None else mean_over_processes(mean, ring.group)
+
+
+@torch.no_grad()
+def pair_metrics(
+    x: Tensor, y: Tensor, scale: Tensor, negatives: list[list[Sums]]
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """The shares of rows whose positive is above the largest negative, for each set of these; and what pairs give."""
+    x, y = (t.detach().to(accumulate_dtype(t.dtype)) for t in (x, y))
+    similarity = dot(x, y)
+    distance = (x - y).square().sum(1)
+    metrics = {"positive_similarity": similarity.mean(), "alignment": distance.mean()}
+    accuracies = [(similarity * scale > largest_similarity(sums)).float().mean() for sums in negatives]
+    return accuracies, {name: value.float() for name, value in metrics.items()}
