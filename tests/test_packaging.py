@@ -107,8 +107,9 @@ def test_wheel_holds_one_package(source, wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     assert {name.split("/")[0].split("-")[0] for name in names} == {"fastssl", "fastssl_kernels"}
-    kernels = {f"fastssl/kernels/{p.relative_to(source / 'kernels')}" for p in (source / "kernels").rglob("*.py")}
-    assert kernels and kernels <= names
+    for package, folder in (("fastssl", "fastssl"), ("fastssl/kernels", "kernels")):
+        files = {f"{package}/{p.relative_to(source / folder)}" for p in (source / folder).rglob("*.py")}
+        assert files and files <= names
     assert f"fastssl/_C{sysconfig.get_config_var('EXT_SUFFIX')}" in names
     assert not [name for name in names if name.endswith((".cpp", ".h", ".cu"))]
 

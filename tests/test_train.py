@@ -22,7 +22,9 @@ from rich.console import Console
 
 import fastssl.train
 import fastssl.train.__main__ as command_line
-from fastssl.train import METHODS, DataError, Images, Method, augment, cli, create, data, fit, load, twins
+from fastssl.train import METHODS, DataError, Images, Method, cli, create, fit, load, twins
+from fastssl.train.data import augment
+from fastssl.train.data import images as data
 from fastssl.train.evaluate import accuracies
 from fastssl.train.loop import _train_step
 from fastssl.train.meter import Meter, available_memory

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from fastssl.train import create, fit
 from fastssl.train.evaluate import features
-from fastssl.train.models import Encoder, Timm
+from fastssl.train.networks.models import Encoder, Timm
 
 IMAGES = torch.randint(256, (16, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 

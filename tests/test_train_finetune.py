@@ -12,7 +12,8 @@ pytest.importorskip("sklearn")
 from rich.console import Console
 
 import fastssl.train.__main__ as command_line
-from fastssl.train import Images, Method, checkpoint, cli, create, data, fit
+from fastssl.train import Images, Method, checkpoint, cli, create, fit
+from fastssl.train.data import images as data
 from fastssl.train.evaluate import health
 from fastssl.train.optimizers import make_optimizer
 

@@ -15,9 +15,11 @@ from PIL import Image
 from rich.console import Console
 
 import fastssl.train.__main__ as command_line
-from fastssl.train import METHODS, DataError, Method, augment, cli, create, data, fit, image_folder
-from fastssl.train.cache import cached
-from fastssl.train.image_folder import SIZE, picture
+from fastssl.train import METHODS, DataError, Method, cli, create, fit
+from fastssl.train.data import augment, image_folder
+from fastssl.train.data import images as data
+from fastssl.train.data.cache import cached
+from fastssl.train.data.image_folder import SIZE, picture
 
 IMAGE_METHODS = [name for name, method in METHODS.items() if method.load is Method.load]
 

@@ -13,7 +13,7 @@ pytest.importorskip("sklearn")
 from rich.console import Console
 
 from fastssl.train import METHODS, Images, Method, create, fit, twins
-from fastssl.train.vit import position_embedding
+from fastssl.train.networks.vit import position_embedding
 
 QUIET = Console(quiet=True)
 IMAGE_METHODS = [name for name, method in METHODS.items() if method.load is Method.load]

@@ -11,7 +11,8 @@ pytest.importorskip("PIL")
 
 from PIL import Image
 
-from fastssl.train import DataError, openclipart, packages, pairs
+from fastssl.train import DataError
+from fastssl.train.data import openclipart, packages, pairs
 
 SVG = """<?xml version="1.0"?>
 <svg xmlns="http://www.w3.org/2000/svg"><metadata><rdf:RDF><cc:Work rdf:about="">

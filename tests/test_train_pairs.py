@@ -21,7 +21,8 @@ pytest.importorskip("PIL")
 from PIL import Image, ImageColor
 from rich.console import Console
 
-from fastssl.train import DataError, create, fit, image_text, packages, pairs, python_doc, text, twins
+from fastssl.train import DataError, create, fit, image_text, twins
+from fastssl.train.data import packages, pairs, python_doc, text
 
 QUIET = Console(quiet=True)
 COLOURS = ["red", "green", "blue", "yellow", "purple", "orange", "white", "black", "pink", "brown"]

@@ -27,9 +27,9 @@ from rich.console import Console
 
 from fastssl.distributed import gather_rows, rank, world_size
 from fastssl.train import METHODS, Method, Step, checkpoint, create, fit
-from fastssl.train.batch_norm import BatchNorm, synchronize
-from fastssl.train.moco_v1 import MoCoV1
-from fastssl.train.models import BagOfWords
+from fastssl.train.methods.moco_v1 import MoCoV1
+from fastssl.train.networks.batch_norm import BatchNorm, synchronize
+from fastssl.train.networks.models import BagOfWords
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs Gloo")
 STEPS, BATCH, PROCESSES = 5, 12, 2

@@ -26,11 +26,11 @@ from train_losses import CHUNKED, loss_costs
 from train_results import Timing, step_ratio
 
 from fastssl.train import METHODS, Images, Method, Step, cli, create, fit, twins
-from fastssl.train import data as images_module
-from fastssl.train import pairs as pairs_module
-from fastssl.train import text as text_module
-from fastssl.train.pairs import Pairs
-from fastssl.train.text import Sentences
+from fastssl.train.data import images as images_module
+from fastssl.train.data import pairs as pairs_module
+from fastssl.train.data import text as text_module
+from fastssl.train.data.pairs import Pairs
+from fastssl.train.data.text import Sentences
 
 QUIET = Console(quiet=True)
 NAMES = train_vs_naive.TWINS

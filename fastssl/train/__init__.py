@@ -11,7 +11,7 @@ from importlib.util import find_spec
 if missing := [name for name in ("PIL", "rich", "sklearn") if find_spec(name) is None]:
     raise ImportError(f'fastssl.train needs {", ".join(missing)}: in fastssl\'s folder, pip install ".[demo]"')
 
-from fastssl.train.data import DataError, Images, load
+from fastssl.train.data.images import DataError, Images, load
 from fastssl.train.loop import Step, fit
 from fastssl.train.method import Method, twins
 from fastssl.train.methods import METHODS, create

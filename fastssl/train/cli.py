@@ -9,8 +9,8 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+from fastssl.train.data.packages import DataError
 from fastssl.train.method import GIVEN
-from fastssl.train.packages import DataError
 
 
 class Parser(argparse.ArgumentParser):

@@ -20,7 +20,7 @@ from fastssl.train import Step, fit, load, twins
 from fastssl.train.cli import RunParser, positive_float, positive_int, run
 from fastssl.train.meter import Meter, available_memory
 from fastssl.train.method import IMPLEMENTATIONS
-from fastssl.train.simclr import SimCLR
+from fastssl.train.methods.simclr import SimCLR
 
 FEATURES = 128
 COLORS = {"naive": "tab:orange", "fastssl": "tab:blue"}

@@ -11,8 +11,8 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
 from fastssl.functional import topk_similarity, uniformity
-from fastssl.train.augment import to_float
-from fastssl.train.data import Images
+from fastssl.train.data.augment import to_float
+from fastssl.train.data.images import Images
 
 
 def pooled(features: Tensor) -> Tensor:

@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastssl.functional import topk_similarity
-from fastssl.train import pairs
-from fastssl.train.augment import color_jitter, random_resized_crop_flip, to_float
+from fastssl.train.data import pairs
+from fastssl.train.data.augment import color_jitter, random_resized_crop_flip, to_float
+from fastssl.train.data.pairs import Pairs
+from fastssl.train.data.text import VOCABULARY, tokenize
 from fastssl.train.method import Method
-from fastssl.train.models import BagOfWords, image_encoder
-from fastssl.train.pairs import Pairs
-from fastssl.train.text import VOCABULARY, tokenize
+from fastssl.train.networks.models import BagOfWords, image_encoder
 
 # What a class is called to be found by its name, as captions might say it. Their vectors' mean stands for the class.
 TEMPLATES = (

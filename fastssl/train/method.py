@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastssl.train import data, evaluate
+from fastssl.train import evaluate
+from fastssl.train.data import images
 
 IMPLEMENTATIONS = {"fastssl": "auto", "naive": "reference"}  # name -> the backend of fastssl.use_backend
 GIVEN = {"total_steps", "size", "colours", "classes"}  # a constructor's arguments that the run and the images decide
@@ -39,7 +40,7 @@ class Method(nn.Module):
     @staticmethod
     def load(directory: str | None) -> Any:
         """The data set: an object with a `name` that says what it is, from which the next two methods take data."""
-        return data.load(directory)
+        return images.load(directory)
 
     @staticmethod
     def training_data(dataset: Any) -> Any:

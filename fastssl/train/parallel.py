@@ -2,7 +2,7 @@
 
     views        Every process draws those of the whole batch under the same generator, and takes its share of the rows.
     networks     Each process has them all, and embeds its share. Batch normalisation is that of the whole batch, see
-                 `fastssl.train.batch_norm`.
+                 `fastssl.train.networks.batch_norm`.
     loss         The embeddings of all processes are gathered, in the batch's order, and every process takes the loss of
                  the whole batch. So a method need not know of processes, whatever its loss, its queue or its teacher;
                  and all processes see the same numbers, NaN included, and come to the same decisions.
@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastssl.distributed import gather_rows, mean_over_processes, rank, world_size
-from fastssl.train.batch_norm import synchronize
+from fastssl.train.networks.batch_norm import synchronize
 
 T = TypeVar("T")
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fastssl.train.augment import random_view
+from fastssl.train.data.augment import random_view
 from fastssl.train.method import Method
-from fastssl.train.models import image_encoder, mlp
+from fastssl.train.networks.models import image_encoder, mlp
 
 
 class TwoViews(Method):

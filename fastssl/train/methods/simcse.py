@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from fastssl.functional import info_nce, topk_similarity
-from fastssl.train import text
+from fastssl.train.data import text
+from fastssl.train.data.text import VOCABULARY, Sentences
 from fastssl.train.method import Method
-from fastssl.train.models import BagOfWords
-from fastssl.train.text import VOCABULARY, Sentences
+from fastssl.train.networks.models import BagOfWords
 
 
 class SimCSE(Method):

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from fastssl.functional import sup_con
-from fastssl.train.data import Images
+from fastssl.train.data.images import Images
 from fastssl.train.two_views import TwoViews
 
 

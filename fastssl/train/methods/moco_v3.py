@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastssl.functional import info_nce
-from fastssl.train.byol import BYOL
+from fastssl.train.methods.byol import BYOL
 
 
 class MoCoV3(BYOL):

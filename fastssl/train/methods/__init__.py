@@ -5,22 +5,22 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from fastssl.train import models
-from fastssl.train.barlow_twins import BarlowTwins
-from fastssl.train.byol import BYOL
-from fastssl.train.clip import CLIP
-from fastssl.train.mae import MAE
 from fastssl.train.method import Method
-from fastssl.train.moco_v1 import MoCoV1
-from fastssl.train.moco_v2 import MoCoV2
-from fastssl.train.moco_v3 import MoCoV3
-from fastssl.train.siglip import SigLIP
-from fastssl.train.simclr import SimCLR
-from fastssl.train.simcse import SimCSE
-from fastssl.train.simsiam import SimSiam
-from fastssl.train.sup_con import SupCon
-from fastssl.train.supervised import Supervised
-from fastssl.train.vicreg import VICReg
+from fastssl.train.methods.barlow_twins import BarlowTwins
+from fastssl.train.methods.byol import BYOL
+from fastssl.train.methods.clip import CLIP
+from fastssl.train.methods.mae import MAE
+from fastssl.train.methods.moco_v1 import MoCoV1
+from fastssl.train.methods.moco_v2 import MoCoV2
+from fastssl.train.methods.moco_v3 import MoCoV3
+from fastssl.train.methods.siglip import SigLIP
+from fastssl.train.methods.simclr import SimCLR
+from fastssl.train.methods.simcse import SimCSE
+from fastssl.train.methods.simsiam import SimSiam
+from fastssl.train.methods.sup_con import SupCon
+from fastssl.train.methods.supervised import Supervised
+from fastssl.train.methods.vicreg import VICReg
+from fastssl.train.networks import models
 
 METHODS: dict[str, type[Method]] = {
     "barlow_twins": BarlowTwins,

@@ -18,10 +18,10 @@ from typing import Any
 from PIL import ImageOps
 from torch import Tensor
 
-from fastssl.train import packages
-from fastssl.train.cache import cache_folder, cached
-from fastssl.train.image_folder import SIZE, decode
-from fastssl.train.packages import DataError
+from fastssl.train.data import packages
+from fastssl.train.data.cache import cache_folder, cached
+from fastssl.train.data.image_folder import SIZE, decode
+from fastssl.train.data.packages import DataError
 
 DEBIAN_PACKAGES = "openclipart-svg", "openclipart-png"
 SYSTEM_DIRECTORY = Path("/usr/share/openclipart")

@@ -7,13 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from fastssl.train.augment import random_view
-from fastssl.train.data import Images
+from fastssl.train.data.augment import random_view
+from fastssl.train.data.images import Images
 from fastssl.train.evaluate import features, pooled
-from fastssl.train.mae import MAE
 from fastssl.train.method import Method
-from fastssl.train.models import image_encoder
-from fastssl.train.vit import ViT
+from fastssl.train.methods.mae import MAE
+from fastssl.train.networks.models import image_encoder
+from fastssl.train.networks.vit import ViT
 
 
 class Supervised(Method):

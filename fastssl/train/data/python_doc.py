@@ -7,9 +7,9 @@ import tempfile
 from html.parser import HTMLParser
 from pathlib import Path
 
-from fastssl.train import packages
-from fastssl.train.cache import cache_folder, cached
-from fastssl.train.packages import DataError
+from fastssl.train.data import packages
+from fastssl.train.data.cache import cache_folder, cached
+from fastssl.train.data.packages import DataError
 
 SYSTEM_DIRECTORY = Path("/usr/share/doc")
 

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from fastssl.train import image_folder, packages
-from fastssl.train.cache import cache_folder
-from fastssl.train.packages import DataError
+from fastssl.train.data import image_folder, packages
+from fastssl.train.data.cache import cache_folder
+from fastssl.train.data.packages import DataError
 
 DEBIAN_PACKAGE = "dataset-fashion-mnist"
 SYSTEM_DIRECTORY = Path("/usr/share/datasets/fashion-mnist")
@@ -71,8 +71,8 @@ def load(directory: str | os.PathLike[str] | None = None) -> Images:
 
     Args:
         directory: folder with the four idx files, gzipped or not, or any other folder of images, see
-            `fastssl.train.image_folder`; default: environment variable FASTSSL_DATA. If either names a folder, no other
-            source is tried.
+            `fastssl.train.data.image_folder`; default: environment variable FASTSSL_DATA. If either names a folder, no
+            other source is tried.
 
     Raises:
         DataError: if no source has the images, saying what was tried; or if a file in `directory` is missing

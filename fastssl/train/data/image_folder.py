@@ -20,8 +20,8 @@ from PIL import Image, ImageOps
 from rich.progress import track
 from torch import Tensor
 
-from fastssl.train.cache import cache_folder, cached
-from fastssl.train.packages import DataError
+from fastssl.train.data.cache import cache_folder, cached
+from fastssl.train.data.packages import DataError
 
 SIZE = 32
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastssl.nn import EMA
-from fastssl.train.augment import strong_view
-from fastssl.train.models import mlp
+from fastssl.train.data.augment import strong_view
+from fastssl.train.networks.models import mlp
 from fastssl.train.two_views import TwoViews
 
 

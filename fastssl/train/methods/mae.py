@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastssl.functional import masked_patch_loss, random_masking_ids, restore_tokens
-from fastssl.train.augment import random_resized_crop_flip, to_float
-from fastssl.train.data import Images
+from fastssl.train.data.augment import random_resized_crop_flip, to_float
+from fastssl.train.data.images import Images
 from fastssl.train.method import Method
-from fastssl.train.vit import ViT, layers, position_embedding
+from fastssl.train.networks.vit import ViT, layers, position_embedding
 
 
 class MAE(Method):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastssl.train.augment import strong_view
-from fastssl.train.moco_v1 import MoCoV1
+from fastssl.train.data.augment import strong_view
+from fastssl.train.methods.moco_v1 import MoCoV1
 
 
 class MoCoV2(MoCoV1):

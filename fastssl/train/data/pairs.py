@@ -21,10 +21,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from fastssl.train import openclipart, packages
-from fastssl.train.image_folder import SIZE, decode, picture, to_tensor
-from fastssl.train.packages import DataError
-from fastssl.train.text import tokenize
+from fastssl.train.data import openclipart, packages
+from fastssl.train.data.image_folder import SIZE, decode, picture, to_tensor
+from fastssl.train.data.packages import DataError
+from fastssl.train.data.text import tokenize
 
 _PICTURES, _NAMES = "emoji-datasource-google@16.0.0", "emojibase-data@16.0.3"
 EMOJI = {
@@ -83,8 +83,8 @@ def load(source: str | os.PathLike[str] | None = None) -> Pairs:
 
     Args:
         source: CSV file with columns image, a path relative to the file, and caption, and label if there are classes;
-            "openclipart", see `fastssl.train.openclipart`; or folder that has the emoji (32.png and emoji.json of the
-            package emoji-datasource-google, data.json of emojibase-data); default: the user's cache, filled by npm.
+            "openclipart", see `fastssl.train.data.openclipart`; or folder that has the emoji (32.png and emoji.json of
+            the package emoji-datasource-google, data.json of emojibase-data); default: the user's cache, filled by npm.
 
     Raises:
         DataError: if emoji or clip art cannot be had, or the table or an image cannot be read, or it has only one

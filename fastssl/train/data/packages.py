@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from fastssl.train.cache import cache_folder
+from fastssl.train.data.cache import cache_folder
 
 
 class DataError(RuntimeError):
