@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import fastssl
+from fastssl import distributed
 from fastssl.distributed import Ring, gather_rows, rank, world_size
 from fastssl.functional import clip_loss, info_nce, siglip_loss
 from fastssl.nn import ClipLoss, DCLLoss, DCLWLoss, MemoryBank, NTXentLoss, SigLipLoss
@@ -337,9 +338,9 @@ def _check_half_precision_sums() -> None:
     for dtype in (torch.bfloat16, torch.float32):
         x, y = (_mine(F.normalize(x, dim=1).bfloat16().to(dtype)) for x in _all_views()[0])
         ring = Ring(dist.group.WORLD, x=x, y=y)
-        row, _, column, _ = ring.pair_logsumexp(x, y, scale, own, "bfloat16")
-        total, _ = ring.similarity_logsumexp(x, y, scale, own, "bfloat16")
-        softplus = ring.similarity_softplus(x, y, scale, torch.tensor(0.0), own, "bfloat16")
+        row, _, column, _ = distributed.contrastive.pair_logsumexp(ring, x, y, scale, own, "bfloat16")
+        total, _ = distributed.contrastive.similarity_logsumexp(ring, x, y, scale, own, "bfloat16")
+        softplus = distributed.sigmoid.similarity_softplus(ring, x, y, scale, torch.tensor(0.0), own, "bfloat16")
         for value in (row.sum() + column.sum(), total.sum(), softplus):
             gradients.append(torch.autograd.grad(value, (x, y)))
     for half, exact in zip(gradients[:3], gradients[3:], strict=True):

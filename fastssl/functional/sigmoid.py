@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastssl import reference
+from fastssl import distributed, reference
 from fastssl._checks import (
     check_group,
     check_pair,
@@ -77,5 +77,5 @@ def siglip_loss(
         ring = Ring(group, **dict(zip(names, inputs, strict=True)))
         own = torch.arange(batch, device=image_features.device)
         positive = dot(image_features, text_features) * scale + bias
-        loss = ring.similarity_softplus(*inputs, own, precision) - F.logsigmoid(positive).sum()
+        loss = distributed.sigmoid.similarity_softplus(ring, *inputs, own, precision) - F.logsigmoid(positive).sum()
     return finish(loss / batch if reduction == "mean" else loss, "none", image_features)

@@ -16,6 +16,7 @@ from fastssl.distributed import (
 )
 from fastssl.functional import clip_loss, siglip_loss
 from fastssl.functional._shared import as_scalar, dot, finish, logsumexp
+from fastssl.functional.contrastive.exponential_sums import row_sums
 from fastssl.functional.contrastive.pairs import cross_entropy
 from fastssl.ops._precision import product_precision
 
@@ -198,6 +199,6 @@ def _against_constants(image: Tensor, text: Tensor, logit_scale: float | Tensor,
     own = torch.arange(image.shape[0], device=image.device)
     loss = 0
     for rows, columns in ((image, text.detach()), (text, image.detach())):
-        negatives = logsumexp(*ring.similarity_logsumexp(rows, columns, scale, own, precision))
+        negatives = logsumexp(*row_sums(rows, columns, scale, own, precision, ring))
         loss = loss + cross_entropy(negatives, dot(rows, columns) * scale) / 2
     return finish(loss, "mean", image)

@@ -12,6 +12,7 @@ from fastssl._checks import check_pair, check_temperature
 from fastssl.distributed import Ring, default_group, rank, world_size
 from fastssl.functional import dcl
 from fastssl.functional._shared import dot, finish, inverse, logsumexp, unit
+from fastssl.functional.contrastive.exponential_sums import row_sums
 from fastssl.ops._precision import product_precision
 
 
@@ -66,7 +67,7 @@ class DCLLoss(nn.Module):
         views = [unit(out) for out in (out0, out1)]
         ring = Ring(default_group(rank(), world_size()), out0=views[0], out1=views[1], temperature=scale)
         rows, own = torch.cat(views), torch.arange(out0.shape[0], device=out0.device).repeat(2)
-        negatives = [logsumexp(*ring.similarity_logsumexp(rows, y, scale, own, precision)) for y in views]
+        negatives = [logsumexp(*row_sums(rows, y, scale, own, precision, ring)) for y in views]
         positive = dot(rows, torch.cat(views[::-1])) * scale
         if self.weight_fn is not None:
             positive = positive * torch.cat([self.weight_fn(*views), self.weight_fn(*views[::-1])])

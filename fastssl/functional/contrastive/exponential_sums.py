@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastssl import distributed
 from fastssl.distributed import Ring
 from fastssl.functional._shared import needs_gradient
 from fastssl.ops import contrastive
@@ -24,7 +25,7 @@ def row_sums(
     x: Tensor, y: Tensor, scale: Tensor, exclude: Tensor | None, precision: str, ring: Ring | None = None
 ) -> Sums:
     if ring is not None:
-        return ring.similarity_logsumexp(x, y, scale, exclude, precision)
+        return distributed.contrastive.similarity_logsumexp(ring, x, y, scale, exclude, precision)
     weigh = needs_gradient(x, y, scale)
     return contrastive.similarity_logsumexp(x, y, scale, exclude, weigh, precision)[:2]
 
@@ -33,8 +34,10 @@ def pair_sums(
     x: Tensor, y: Tensor, scale: Tensor, exclude: Tensor | None, precision: str, ring: Ring | None = None
 ) -> tuple[Sums, Sums]:
     """Those of the rows, and those of the columns."""
-    pair_logsumexp = contrastive.pair_logsumexp if ring is None else ring.pair_logsumexp
-    sums = pair_logsumexp(x, y, scale, exclude, precision)
+    if ring is not None:
+        sums = distributed.contrastive.pair_logsumexp(ring, x, y, scale, exclude, precision)
+    else:
+        sums = contrastive.pair_logsumexp(x, y, scale, exclude, precision)
     return sums[:2], sums[2:]
 
 

@@ -1,0 +1,32 @@
+"""What a loss needs of the other processes: their number, their rows, or sums over all rows."""
+
+from fastssl.distributed import contrastive, sigmoid
+from fastssl.distributed.processes import (
+    ProcessGroup,
+    check_alike,
+    check_group,
+    default_group,
+    gather_rows,
+    mean_over_processes,
+    rank,
+    with_mean_gradient,
+    with_scaled_gradient,
+    world_size,
+)
+from fastssl.distributed.ring import Ring
+
+__all__ = [
+    "ProcessGroup",
+    "Ring",
+    "check_alike",
+    "check_group",
+    "contrastive",
+    "default_group",
+    "gather_rows",
+    "mean_over_processes",
+    "rank",
+    "sigmoid",
+    "with_mean_gradient",
+    "with_scaled_gradient",
+    "world_size",
+]

@@ -1,0 +1,186 @@
+"""The processes of a group: their number, their rows, and whether what they hold is alike."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd import Function
+
+ProcessGroup = dist.ProcessGroup if dist.is_available() else type(None)
+
+
+def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compiler.disable, which imports torch._dynamo: only where something has, else nothing is compiled."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        run = torch.compiler.disable(function) if "torch._dynamo" in sys.modules else function
+        return run(*args, **kwargs)
+
+    return call
+
+
+def rank() -> int:
+    """This process's rank in the default group, 0 without one."""
+    return dist.get_rank() if _initialized() else 0
+
+
+def world_size() -> int:
+    """The number of processes in the default group, 1 without one."""
+    return dist.get_world_size() if _initialized() else 1
+
+
+def default_group(index: int, processes: int) -> ProcessGroup:
+    """The default group, if it has as many processes, and this one has that rank in it."""
+    if not _initialized() or (rank(), world_size()) != (index, processes):
+        raise ValueError(
+            "rank and world_size must be those of torch.distributed's default group,"
+            f" {(rank(), world_size()) if _initialized() else 'which there is not'}, got {(index, processes)}"
+        )
+    return dist.group.WORLD
+
+
+def gather_rows(x: Tensor, group: ProcessGroup | None = None) -> Tensor:
+    """The rows of x of all processes, in the order of their ranks.
+
+    The gradient of a process's x is that of the sum of all processes' losses. All must call this, and later its
+    backward pass, with an x of the same shape and dtype.
+
+    Args:
+        x: (B, ...) rows of this process.
+        group: the processes; None: all of them.
+
+    Returns:
+        (processes B, ...), rows rank B to (rank + 1) B being x.
+    """
+    return _GatherRows.apply(x, group)
+
+
+def mean_over_processes(x: Tensor, group: ProcessGroup | None = None) -> Tensor:
+    """The mean of x over the processes, summed in float32 or float64. Its gradient is the mean of their gradients."""
+    return _Mean.apply(x.to(torch.promote_types(x.dtype, torch.float32)), group).to(x.dtype)
+
+
+def with_mean_gradient(x: Tensor, group: ProcessGroup | None = None) -> Tensor:
+    """x, with the mean over the processes of their gradients of x in place of this one's."""
+    return _WithGradient.apply(x, lambda gradient: mean_over_processes(gradient, group))
+
+
+def with_scaled_gradient(x: Tensor, factor: float) -> Tensor:
+    """x, with its gradient times factor."""
+    return _WithGradient.apply(x, lambda gradient: gradient * factor)
+
+
+def check_group(group: Any) -> None:
+    """Raises TypeError if group is no ProcessGroup, ValueError if this process has no part in it."""
+    if not _initialized():
+        raise ValueError(f"group must be None where torch.distributed is not initialised, got {group!r}")
+    if not isinstance(group, ProcessGroup):
+        if group is dist.GroupMember.NON_GROUP_MEMBER:
+            raise ValueError(f"group must contain this process, got one without process {rank()}")
+        raise TypeError(f"group must be a torch.distributed.ProcessGroup or None, got {type(group).__name__}")
+
+
+@uncompiled
+def check_alike(group: ProcessGroup, tensors: dict[str, Tensor]) -> None:
+    """Raises ValueError on every process, if the tensors differ: one exchange of a few integers, and a wait for it."""
+    device = next(iter(tensors.values())).device
+    mine = [int(torch.is_grad_enabled())]
+    for t in tensors.values():
+        mine += [t.dtype.itemsize, t.dtype.is_floating_point + 2 * (t.dtype == torch.bfloat16), int(t.requires_grad)]
+        mine += t.shape
+    # Tensors of another number of dimensions would make a table of another width; no loss lets them come here.
+    table = torch.empty(dist.get_world_size(group) * len(mine), dtype=torch.int64, device=device)
+    all_gather(table, torch.tensor(mine, device=device), group)
+    rows = table.view(-1, len(mine)).tolist()
+    if any(row != mine for row in rows):
+        names = " and ".join(tensors)
+        start, shapes = 1, []
+        for t in tensors.values():
+            shapes.append([tuple(row[start + 3 : start + 3 + t.dim()]) for row in rows])
+            start += 3 + t.dim()
+        raise ValueError(
+            f"{names} must have the same shape, dtype and requires_grad on every process of group, got "
+            + " and ".join(str(s) for s in shapes)
+            + f" on the processes, and here {', '.join(f'{t.dtype}, {t.requires_grad}' for t in tensors.values())}"
+        )
+
+
+def _initialized() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def all_gather(output: Tensor, x: Tensor, group: ProcessGroup | None) -> None:
+    (getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor)(output, x, group=group)
+
+
+class _GatherRows(Function):
+    @staticmethod
+    def forward(x: Tensor, group: ProcessGroup | None) -> Tensor:
+        output = x.new_empty(dist.get_world_size(group) * x.shape[0], *x.shape[1:])
+        all_gather(output, x.contiguous(), group)
+        return output
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.group = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        return _SumRows.apply(grad, ctx.group), None
+
+
+class _SumRows(Function):
+    """The gather's transpose: the sum over processes of this process's part of x."""
+
+    @staticmethod
+    def forward(x: Tensor, group: ProcessGroup | None) -> Tensor:
+        output = x.new_empty(x.shape[0] // dist.get_world_size(group), *x.shape[1:])
+        # PyTorch 2.13 gave it, and the gather, another name.
+        reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+        reduce_scatter(output, x.contiguous(), group=group)
+        return output
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.group = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        return _GatherRows.apply(grad, ctx.group), None
+
+
+class _Mean(Function):
+    @staticmethod
+    def forward(x: Tensor, group: ProcessGroup | None) -> Tensor:
+        x = x.contiguous().clone()
+        dist.all_reduce(x, group=group)
+        return x / dist.get_world_size(group)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.group = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        return _Mean.apply(grad, ctx.group), None
+
+
+class _WithGradient(Function):
+    @staticmethod
+    def forward(x: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.change = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        return ctx.change(grad), None
