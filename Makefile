@@ -14,7 +14,7 @@ test: .venv/test
 	OMP_WAIT_POLICY=passive OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
 
 bench: .venv/bench
-	$(BIN)/python benchmarks/run.py
+	$(BIN)/python -m benchmarks.ops
 
 clean:
 	rm -rf .venv build dist *.egg-info fastssl/_build.json fastssl/*.so

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 import fastssl
+from benchmarks.ops import peers
 from fastssl import _native
 from fastssl.reference import OPS
-
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # for peers.py
 
 if _native.status()["_C"] is None:
     from fastssl import _C
@@ -74,8 +70,7 @@ def medium():
 
 
 def _peer(name: str):
-    """A fixture: what peers.py returns by that name."""
-    import peers
+    """A fixture: what `peers` returns by that name."""
 
     @pytest.fixture(scope="session", name=name)
     def load():

@@ -9,20 +9,17 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import measure  # conftest.py puts benchmarks/ on the path
 import pytest
-import registry
-import report
-import run
 import torch
-from machine import Rates
-from registry import Contestant
 
+from benchmarks.ops import __main__ as run
+from benchmarks.ops import measure, registry, report
+from benchmarks.ops.machine import Rates
+from benchmarks.ops.registry import Contestant
 from fastssl import reference
 from fastssl.reference import OPS
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-
+ROOT = Path(__file__).parents[1]
 RATES = Rates({torch.float32: (1e11, "float32"), torch.bfloat16: (4e11, "bfloat16")}, 1e10)
 
 
@@ -227,10 +224,10 @@ def test_memory_is_measured_in_a_process_of_its_own(nt_xent):
 
 
 def test_runner(tmp_path):
-    command = [sys.executable, str(BENCHMARKS / "run.py"), "nt_xent", "--dtype", "float32,medium"]
+    command = [sys.executable, "-m", "benchmarks.ops", "nt_xent", "--dtype", "float32,medium"]
     command += ["--sizes", "64,32x16", "--against", "naive", "--repeats", "3", "--markdown", "--output", str(tmp_path)]
-    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert "python benchmarks/run.py nt_xent --dtype float32,medium --sizes 64,32x16" in output
+    output = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    assert "python -m benchmarks.ops nt_xent --dtype float32,medium --sizes 64,32x16" in output
     with (tmp_path / "nt_xent.csv").open() as file:
         rows = list(csv.DictReader(file))
     names = {"float32": ["fastssl", "naive"], "medium": ["fastssl", "naive", "naive, medium"]}

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable
 from types import ModuleType
 
-import peers
 import pytest
 import torch
 import torch.distributed as dist
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import fastssl
+from benchmarks.ops import peers
 from fastssl import distributed
 from fastssl.distributed import Ring, gather_rows, rank, world_size
 from fastssl.functional import clip_loss, info_nce, siglip_loss

@@ -15,16 +15,14 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 pytest.importorskip("sklearn")
 
-import measure  # conftest.py puts benchmarks/ on the path
-import train_agreement
-import train_losses
-import train_memory
-import train_vs_naive
 from rich.console import Console
-from train_agreement import Agreement, Watched, agreement, step_errors
-from train_losses import CHUNKED, loss_costs
-from train_results import Timing, step_ratio
 
+from benchmarks.ops import measure
+from benchmarks.twins import __main__ as program
+from benchmarks.twins import agreement, losses, memory
+from benchmarks.twins.agreement import Agreement, Watched, step_errors
+from benchmarks.twins.losses import CHUNKED, loss_costs
+from benchmarks.twins.results import Timing, step_ratio
 from fastssl.train import METHODS, Images, Method, Step, cli, create, fit, twins
 from fastssl.train.data import images as images_module
 from fastssl.train.data import pairs as pairs_module
@@ -33,7 +31,7 @@ from fastssl.train.data.pairs import Pairs
 from fastssl.train.data.text import Sentences
 
 QUIET = Console(quiet=True)
-NAMES = train_vs_naive.TWINS
+NAMES = program.TWINS
 needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="resident memory is measured on Linux only")
 
 
@@ -71,7 +69,7 @@ def views_of(name: str, method: Method) -> tuple[torch.Tensor, ...]:
     return method.views(batch, torch.Generator().manual_seed(0))
 
 
-def agree(errors: train_agreement.Errors) -> list[str]:
+def agree(errors: agreement.Errors) -> list[str]:
     return Agreement(errors, 0.0, 0.0).complaints
 
 
@@ -125,7 +123,7 @@ def no_queue(method, kernel):
 )
 def test_a_wrong_kernel_is_noticed(monkeypatch, name, quantity, spoil):
     """One that fastssl's twin alone has."""
-    method, results = new_twins(name)["fastssl"], train_agreement._results
+    method, results = new_twins(name)["fastssl"], agreement._results
     views = views_of(name, method)
     if hasattr(method, "teacher"):
         with torch.no_grad():
@@ -142,7 +140,7 @@ def test_a_wrong_kernel_is_noticed(monkeypatch, name, quantity, spoil):
             spoil(method, kernel)
         return results(method, *inputs)
 
-    monkeypatch.setattr(train_agreement, "_results", spoilt)
+    monkeypatch.setattr(agreement, "_results", spoilt)
     complaints = agree(step_errors(method, views))
     assert any(line.startswith(f"{quantity}: relative error") for line in complaints), complaints
 
@@ -152,15 +150,15 @@ def test_curves_that_part_are_noticed():
         return [Step(loss, 1.0, 0.5, 0.1, None, None) for loss in losses]
 
     found = [{"loss": {"naive": 1e-7, "fastssl": 2e-7}}]
-    close = agreement(found, {"naive": steps(4.0, 2.0), "fastssl": steps(4.0, 2.1)})
+    close = agreement.agreement(found, {"naive": steps(4.0, 2.0), "fastssl": steps(4.0, 2.1)})
     assert not close.complaints and close.drift == pytest.approx(0.1 / math.sqrt(10))
-    apart = agreement(found, {"naive": steps(4.0, 2.0), "fastssl": steps(4.0, 2.2)})
+    apart = agreement.agreement(found, {"naive": steps(4.0, 2.0), "fastssl": steps(4.0, 2.2)})
     assert apart.complaints == ["the curves' running means differ by 6.3% of the loss, above 5%"]
-    spike = agreement(found, {"naive": steps(*[1.0] * 40), "fastssl": steps(*[1.0] * 20, 1.1, *[1.0] * 19)})
+    spike = agreement.agreement(found, {"naive": steps(*[1.0] * 40), "fastssl": steps(*[1.0] * 20, 1.1, *[1.0] * 19)})
     assert not spike.complaints and spike.largest == pytest.approx(0.1) and spike.drift == pytest.approx(0.1 / 4)
-    assert agreement(found, {"naive": steps(4.0), "fastssl": steps(math.nan)}).complaints
+    assert agreement.agreement(found, {"naive": steps(4.0), "fastssl": steps(math.nan)}).complaints
     worse = [*found, {"loss": {"naive": 1e-7, "fastssl": 2e-6}}]
-    assert agreement(worse, {"naive": steps(4.0), "fastssl": steps(4.0)}).complaints[0].startswith("loss: ")
+    assert agreement.agreement(worse, {"naive": steps(4.0), "fastssl": steps(4.0)}).complaints[0].startswith("loss: ")
 
 
 def test_looking_changes_no_run():
@@ -168,7 +166,7 @@ def test_looking_changes_no_run():
         both, data = new_twins("simcse", 6), METHODS["simcse"].load(None).train
         watched = Watched(data, both["fastssl"], 6) if watch else data
         history = fit(both, watched, batch_size=16, steps=6, console=QUIET)
-        assert not watch or len(watched.found) == train_agreement.LOOKS
+        assert not watch or len(watched.found) == agreement.LOOKS
         return [step.loss for step in history["fastssl"]]
 
     assert losses(True) == losses(False)
@@ -184,16 +182,16 @@ def test_memory_and_first_steps_are_not_timed():
 @pytest.fixture
 def quick(monkeypatch):
     """One repetition, no compiler, memory that is not measured."""
-    monkeypatch.setattr(train_losses, "_REPEATS", 1)
+    monkeypatch.setattr(losses, "_REPEATS", 1)
     monkeypatch.setattr(measure.gc, "collect", lambda: None)
-    monkeypatch.setattr(train_losses, "compiled", lambda loss: loss)
-    monkeypatch.setattr(train_losses, "extra_memory", lambda step: 0.0)
-    monkeypatch.setattr(train_vs_naive, "SWEEP_EXAMPLES", 64)
+    monkeypatch.setattr(losses, "compiled", lambda loss: loss)
+    monkeypatch.setattr(losses, "extra_memory", lambda step: 0.0)
+    monkeypatch.setattr(program, "SWEEP_EXAMPLES", 64)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_other_ways_to_compute_a_loss_are_right(name, quick, monkeypatch):
-    monkeypatch.setattr(train_losses, "CHUNK", 300 if name in ("barlow_twins", "vicreg") else 7)
+    monkeypatch.setattr(losses, "CHUNK", 300 if name in ("barlow_twins", "vicreg") else 7)
     both = new_twins(name)
     embeddings = [z.detach().requires_grad_(z.requires_grad) for z in both["naive"](*views_of(name, both["naive"]))]
     costs = loss_costs(both["fastssl"], embeddings)
@@ -209,7 +207,7 @@ def test_a_wrong_way_to_compute_a_loss_is_not_timed(quick, monkeypatch):
     def broken(loss):
         raise RuntimeError("no compiler")
 
-    monkeypatch.setattr(train_losses, "compiled", broken)
+    monkeypatch.setattr(losses, "compiled", broken)
     costs = loss_costs(both["fastssl"], embeddings)
     assert costs["chunked"].note.startswith("wrong: error") and math.isnan(costs["chunked"].seconds)
     assert costs["compile"].note == "failed: RuntimeError: no compiler"
@@ -232,7 +230,7 @@ def test_a_batch_that_does_not_fit_is_noticed():
     z = [torch.randn(64, 128, requires_grad=True) for _ in range(2)]
     budget, last = 64 * 2**20, {}
     for impl, method in both.items():
-        found, limit = train_memory.largest_batch("simclr", method, z, budget, 2048)
+        found, limit = memory.largest_batch("simclr", method, z, budget, 2048)
         assert [m.batch_size for m in found] == [256, 512, 1024, 2048][: len(found)] and limit > budget
         assert all(m.bytes <= budget for m in found[:-1])
         last[impl] = found[-1]
@@ -242,33 +240,33 @@ def test_a_batch_that_does_not_fit_is_noticed():
 @needs_linux
 def test_memory_beyond_the_limit_is_refused_and_not_taken(monkeypatch):
     """In a process of its own, as all of them are."""
-    assert train_memory._alone(_refused) == math.inf
+    assert memory._alone(_refused) == math.inf
 
 
 def _refused() -> float:
-    train_memory._SHARE = 0.01
+    memory._SHARE = 0.01
     sample = [(torch.randn(64, 128), True)] * 2
-    limit = train_memory._limit()
-    train_memory._limit = lambda: limit
+    limit = memory._limit()
+    memory._limit = lambda: limit
     rows = 256 * 2 ** math.ceil(math.log2(math.sqrt(limit / 16) / 256))
-    return train_memory._grow("simclr", "naive", {}, sample, math.inf, rows)[0][-1].bytes
+    return memory._grow("simclr", "naive", {}, sample, math.inf, rows)[0][-1].bytes
 
 
 @pytest.fixture
 def here(monkeypatch):
     """Memory is measured in this process, which has no limit."""
-    monkeypatch.setattr(train_memory, "_alone", lambda task, *arguments: task(*arguments))
-    monkeypatch.setattr(train_memory, "_limit", lambda: math.nan)
+    monkeypatch.setattr(memory, "_alone", lambda task, *arguments: task(*arguments))
+    monkeypatch.setattr(memory, "_limit", lambda: math.nan)
 
 
 def command(monkeypatch, folder, *arguments):
     arguments = "--steps", 3, "--batch-size", 16, "--sweep", "16,32", "--largest-batch", 64, *arguments
     monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments), "--output", str(folder)])
     with pytest.raises(SystemExit) as caught:
-        cli.run(train_vs_naive.main)
-    with open(folder / "train_vs_naive.csv") as file:
+        cli.run(program.main)
+    with open(folder / "twins.csv") as file:
         lines = list(csv.DictReader(file))
-    return caught.value.code, lines, (folder / "train_vs_naive.html").read_text()
+    return caught.value.code, lines, (folder / "twins.html").read_text()
 
 
 def test_command(monkeypatch, tmp_path, capsys, quick, here):
@@ -299,7 +297,7 @@ def test_command(monkeypatch, tmp_path, capsys, quick, here):
     assert all(f"<td>{name}</td>" in report for name in NAMES)
     pictures = sorted(tmp_path.glob("*.png"))
     assert [path.name for path in pictures] == [
-        f"train_{plot}.png" for plot in ("accuracy", "curves", "memory", "steps", "sweep")
+        f"twins_{plot}.png" for plot in ("accuracy", "curves", "memory", "steps", "sweep")
     ]
     assert report.count('src="data:image/png;base64,') == len(pictures)
     assert "--impl naive" in report and "naive PyTorch" in report
@@ -331,5 +329,5 @@ def test_one_method_that_fails_or_disagrees_does_not_stop_the_others(monkeypatch
 def test_unknown_methods_give_one_line(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["command", "simclr", "dino"])
     with pytest.raises(SystemExit) as caught:
-        train_vs_naive.main()
+        program.main()
     assert caught.value.code == 2 and "dino is none of barlow_twins, byol" in capsys.readouterr().err

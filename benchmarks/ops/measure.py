@@ -14,11 +14,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import registry
 import torch
-from machine import OtherProcesses, Rates, available_memory
-from registry import MODES, Benchmark, Contestant, Size
 from torch import Tensor
+
+from benchmarks.ops import registry
+from benchmarks.ops.machine import OtherProcesses, Rates, available_memory
+from benchmarks.ops.registry import MODES, Benchmark, Contestant, Size
 
 _SECONDS_PER_CONTESTANT = 2.0
 _REPEATS = (7, 500)

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import Tensor
-from train_agreement import running
 
+from benchmarks.twins.agreement import running
 from fastssl.train import METHODS, Method, create, fit
 from fastssl.train.meter import Meter, available_memory
 

@@ -8,10 +8,11 @@ import math
 import textwrap
 from pathlib import Path
 
-from machine import Rates
-from measure import Measurement
 from rich.console import Console
 from rich.table import Table
+
+from benchmarks.ops.machine import Rates
+from benchmarks.ops.measure import Measurement
 
 _QUIET = 0.1  # cores; the system's own housekeeping
 _MODES = {

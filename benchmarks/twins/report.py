@@ -9,12 +9,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from report import size
 from rich.table import Table
-from train_agreement import DRIFT, LOOKS, TIMES
-from train_figures import Plot
-from train_losses import CHUNK, Cost
-from train_results import Huge, Point, Result, Results
+
+from benchmarks.ops.report import size
+from benchmarks.twins.agreement import DRIFT, LOOKS, TIMES
+from benchmarks.twins.figures import Plot
+from benchmarks.twins.losses import CHUNK, Cost
+from benchmarks.twins.results import Huge, Point, Result, Results
 
 _QUIET = 0.1  # cores; the system's own housekeeping
 FACTOR = 5  # what fastssl is to stay below the memory budget by, where naive exceeds it

@@ -189,7 +189,7 @@ def load(names: Sequence[str] = ()) -> dict[str, Benchmark]:
     """The benchmarks whose family, operation or name is among `names`, or all, by name."""
     for module in pkgutil.iter_modules(reference.__path__):
         if Path(__file__).with_name(f"{module.name}.py").exists():
-            importlib.import_module(module.name)
+            importlib.import_module(f"{__package__}.{module.name}")
     return {b.name: b for b in BENCHMARKS.values() if not names or not {b.family, b.op, b.name}.isdisjoint(names)}
 
 

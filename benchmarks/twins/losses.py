@@ -16,12 +16,12 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from measure import extra_memory, interleaved_seconds
-from registry import MODES, compiled
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from train_agreement import TIMES, as_twins, in_float64, loss_and_gradients, relative, running
 
+from benchmarks.ops.measure import extra_memory, interleaved_seconds
+from benchmarks.ops.registry import MODES, compiled
+from benchmarks.twins.agreement import TIMES, as_twins, in_float64, loss_and_gradients, relative, running
 from fastssl.functional import restore_tokens
 from fastssl.train import Method
 from fastssl.train.method import IMPLEMENTATIONS

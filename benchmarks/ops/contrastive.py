@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 
-import peers
 import torch
 import torch.nn.functional as F
-from registry import Benchmark, Loss, Size, blockwise, unit_pairs
 from torch import Tensor
+
+from benchmarks.ops import peers
+from benchmarks.ops.registry import Benchmark, Loss, Size, blockwise, unit_pairs
 
 TEMPERATURE = 0.5  # the default of fastssl, of the reference and of lightly
 QUEUE_TEMPERATURE = 0.07  # MoCo's

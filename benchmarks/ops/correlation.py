@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import peers
 import torch
 import torch.nn.functional as F
-from registry import Benchmark, LossAndGradients, Size
 from torch import Tensor
+
+from benchmarks.ops import peers
+from benchmarks.ops.registry import Benchmark, LossAndGradients, Size
 
 LAMBDA = 5e-3  # Barlow Twins'
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from registry import Benchmark, Inputs, Size, output_and_gradients, outputs
 from torch import Tensor
 
+from benchmarks.ops.registry import Benchmark, Inputs, Size, output_and_gradients, outputs
 from fastssl import reference
 
 MASK_RATIO = 0.75  # MAE's

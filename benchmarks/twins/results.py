@@ -10,10 +10,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-from train_agreement import TIMES, UNITS, Agreement
-from train_losses import Cost
-from train_memory import Memory
-
+from benchmarks.twins.agreement import TIMES, UNITS, Agreement
+from benchmarks.twins.losses import Cost
+from benchmarks.twins.memory import Memory
 from fastssl.train import Step
 
 MIB, GIB = 2**20, 2**30

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from registry import Benchmark, Inputs, Size, in_place
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from benchmarks.ops.registry import Benchmark, Inputs, Size, in_place
 from fastssl.functional import ema_update_
 
 MOMENTUM = 0.996  # BYOL's, before training

@@ -1,6 +1,6 @@
 """The registry under pytest-benchmark, to compare two commits.
 
-pytest benchmarks --benchmark-autosave --benchmark-compare
+pytest benchmarks/ops --benchmark-autosave --benchmark-compare
 """
 
 from __future__ import annotations
@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-import registry
 import torch
+
+from benchmarks.ops import registry
 
 CASES = [(name, size, mode) for name, b in registry.load().items() for mode in b.modes for size in b.sizes]
 

@@ -1,6 +1,6 @@
 """Train methods with fastssl's kernels and with naive ones, side by side: whether they agree, how fast, how small.
 
-Every method is trained twice at once, from the same weights on the same batches, and compared (see train_agreement.py);
+Every method is trained twice at once, from the same weights on the same batches, and compared (see agreement.py);
 its loss is measured alone against other ways to compute it; batches grow until they exceed a budget of memory; its
 features are tested against random weights and a supervised run. SimCLR is also timed over batch sizes. All goes into
 a table, a CSV, plots and a report in HTML. The exit status is 1 if anything failed or twins disagreed.
@@ -15,24 +15,21 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import machine
-import measure
-import registry
 import torch
-import train_figures
-import train_report
 from rich.console import Console
-from train_agreement import Watched, agreement
-from train_losses import loss_costs, masking_seconds
-from train_memory import largest_batch, training_step
-from train_results import GIB, Huge, Point, Result, Results, Timing, Writer, step_ratio
 
 import fastssl
+from benchmarks.ops import machine, measure, registry
+from benchmarks.twins import figures, report
+from benchmarks.twins.agreement import Watched, agreement
+from benchmarks.twins.losses import loss_costs, masking_seconds
+from benchmarks.twins.memory import largest_batch, training_step
+from benchmarks.twins.results import GIB, Huge, Point, Result, Results, Timing, Writer, step_ratio
 from fastssl.train import METHODS, Method, Step, create, fit, twins
 from fastssl.train.cli import RunParser, positive_float, positive_int, run
 from fastssl.train.networks.vit import ViT
 
-PROGRAM = "python benchmarks/train_vs_naive.py"
+PROGRAM = "python -m benchmarks.twins"
 TWINS = [name for name in METHODS if name != "supervised"]
 SWEEP = "simclr"
 SWEEP_SIZES = (256, 512, 1024, 2048, 4096, 8192)
@@ -177,7 +174,7 @@ def main() -> None:
     registry.load()
     described = machine.describe() | {"fastssl": fastssl.__version__, "kernels": measure.kernel_of("nt_xent")}
     results = Results(command.strip(), described, args.steps, args.seed, args.memory_budget * GIB)
-    writer = Writer(args.output / "train_vs_naive.csv")
+    writer = Writer(args.output / "twins.csv")
     bench = Bench(args.batch_size, args.steps, args.seed, args.data, console)
 
     def add(found: list[Any], label: str, function: Callable[..., Any], *arguments: Any) -> None:
@@ -197,10 +194,10 @@ def main() -> None:
             add(results.sweep, f"{SWEEP}, batches of {size}", bench.point, SWEEP, size)
         add(results.huge, f"{SWEEP}, a batch of {args.largest_batch}", bench.huge, SWEEP, args.largest_batch)
     results.other_processes_cores = bench.other_processes_cores
-    figures = train_figures.draw(results, args.output)
-    train_report.write(results, figures, args.output / "train_vs_naive.html")
-    Console(width=None if sys.stdout.isatty() else 220).print(train_report.terminal_table(results))
-    console.print(f"Written: {', '.join(str(path) for path in sorted(args.output.glob('train_*')))}")
+    plots = figures.draw(results, args.output)
+    report.write(results, plots, args.output / "twins.html")
+    Console(width=None if sys.stdout.isatty() else 220).print(report.terminal_table(results))
+    console.print(f"Written: {', '.join(str(path) for path in sorted(args.output.glob('twins*')))}")
     if results.complaints:
         sys.exit("\n".join(results.complaints))
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from registry import Benchmark, Inputs, Size, in_place
 from torch import Tensor
+
+from benchmarks.ops.registry import Benchmark, Inputs, Size, in_place
 
 
 @torch.no_grad()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import peers
 import torch
 import torch.nn.functional as F
-from registry import Benchmark, Size, blockwise, unit_pairs
 from torch import Tensor
+
+from benchmarks.ops import peers
+from benchmarks.ops.registry import Benchmark, Size, blockwise, unit_pairs
 
 LOGIT_SCALE, LOGIT_BIAS = 10.0, -10.0  # SigLIP's, before training
 

@@ -10,7 +10,8 @@ from typing import NamedTuple
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, PercentFormatter
-from train_results import GIB, MIB, Result, Results
+
+from benchmarks.twins.results import GIB, MIB, Result, Results
 
 COLORS = {"naive": "#D55E00", "fastssl": "#0072B2", "random": "#777777", "supervised": "#009E73"}
 MARKERS = {"random": "|", "supervised": "D", "naive": "s", "fastssl": "o"}
@@ -31,7 +32,7 @@ def draw(results: Results, folder: Path) -> list[Plot]:
 
     def add(name: str, title: str, text: str, function: Callable[[Results], Figure], wanted: object) -> None:
         if wanted:
-            plots.append(Plot(folder / f"train_{name}.png", title, text))
+            plots.append(Plot(folder / f"twins_{name}.png", title, text))
             figure = function(results)
             figure.savefig(plots[-1].path, dpi=150, format="png")
 

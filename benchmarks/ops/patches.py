@@ -6,9 +6,9 @@ from __future__ import annotations
 import math
 
 import torch
-from registry import Benchmark, Inputs, Loss, Size, output_and_gradients
 from torch import Tensor
 
+from benchmarks.ops.registry import Benchmark, Inputs, Loss, Size, output_and_gradients
 from fastssl import reference
 
 MASK_RATIO = 0.75  # MAE's

@@ -7,14 +7,11 @@ import shlex
 import sys
 from pathlib import Path
 
-import machine
-import measure
-import registry
-import report
 import torch
 from rich.console import Console
 
 import fastssl
+from benchmarks.ops import machine, measure, registry, report
 
 
 def _names(known: tuple[str, ...]):
@@ -84,7 +81,7 @@ def main(argv: list[str]) -> int:
     described = machine.describe() | {"fastssl": fastssl.__version__}
     with console.status("the machine's rates"):
         rates = machine.measure_rates()
-    command = f"OMP_NUM_THREADS={torch.get_num_threads()} python benchmarks/run.py {shlex.join(argv)}".strip()
+    command = f"OMP_NUM_THREADS={torch.get_num_threads()} python -m benchmarks.ops {shlex.join(argv)}".strip()
     arguments.output.mkdir(parents=True, exist_ok=True)
     failed = False
     for op, benchmark in registry.load(arguments.family).items():

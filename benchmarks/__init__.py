@@ -1,0 +1,1 @@
+"""What fastssl costs beside other code: operations alone (ops), and whole training runs (twins)."""

@@ -1,0 +1,1 @@
+"""Methods trained twice at once, with fastssl and with naive PyTorch: `python -m benchmarks.twins`."""
