@@ -6,20 +6,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastssl import reference
-from fastssl._checks import (
-    check_batch,
-    check_eps,
-    check_group,
-    check_number,
-    check_pair,
-    check_rows,
-)
+from fastssl._arithmetic import finish, needs_gradient
+from fastssl._checks import check_batch, check_eps, check_group, check_number, check_pair, check_rows
 from fastssl.distributed import ProcessGroup, gather_rows, mean_over_processes
-from fastssl.functional._shared import (
-    finish,
-    needs_gradient,
-    without_autocast,
-)
+from fastssl.distributed.correlation import center, correction, correlate, mean_square, standardize
 from fastssl.ops import correlation, current_backend
 from fastssl.ops._precision import accumulate_dtype, product_precision
 
@@ -316,11 +306,11 @@ def _vicreg_of_processes(
     """The same, of processes that exchange their shares of the D x D covariances."""
     dtype = accumulate_dtype(z_a.dtype)
     invariance = mean_over_processes((z_a.to(dtype) - z_b.to(dtype)).square().mean(), group)
-    centered = [_center(z, group) for z in (z_a, z_b)]
-    correction = _correction(z_a, unbiased, group)
-    covariances = (_correlate(x, x, group) * correction for x in centered)
+    centered = [center(z, group) for z in (z_a, z_b)]
+    factor = correction(z_a, unbiased, group)
+    covariances = (correlate(x, x, group) * factor for x in centered)
     covariance = sum(correlation.off_diagonal_squares(C) for C in covariances) / z_a.shape[1]
-    variances = (_mean_square(x, group) * correction for x in centered)
+    variances = (mean_square(x, group) * factor for x in centered)
     variance = sum(F.relu(1 - (x + eps).sqrt()).mean() for x in variances) / 2
     loss = lambda_param * invariance + mu_param * variance + nu_param * covariance
     return loss, invariance, variance, covariance
@@ -341,42 +331,9 @@ def _gather(group: ProcessGroup | None, *views: Tensor) -> tuple[Tensor, ...]:
     return views if group is None else tuple(gather_rows(z, group) for z in views)
 
 
-def _center(z: Tensor, group: ProcessGroup | None) -> Tensor:
-    """z less the means of its columns over all processes, in the dtype of sums."""
-    if group is None:
-        return correlation.center(z)
-    z = z.to(accumulate_dtype(z.dtype))
-    shifted = z - mean_over_processes(z[:1].detach(), group)  # nearly exact where a column is constant
-    return shifted - mean_over_processes(shifted.mean(0), group)
-
-
-def _standardize(z: Tensor, eps: float, unbiased: bool, group: ProcessGroup | None) -> Tensor:
-    centered = _center(z, group)
-    variance = _mean_square(centered, group) * _correction(z, unbiased, group)
-    return centered * (variance + eps).rsqrt()
-
-
-def _mean_square(x: Tensor, group: ProcessGroup | None) -> Tensor:
-    mean = x.square().mean(0)
-    return mean if group is None else mean_over_processes(mean, group)
-
-
-def _correction(z: Tensor, unbiased: bool, group: ProcessGroup | None) -> float:
-    """What a mean over the rows of all processes is to be multiplied by."""
-    rows = z.shape[0] * (1 if group is None else group.size())
-    return rows / (rows - unbiased)
-
-
-def _correlate(a: Tensor, b: Tensor, group: ProcessGroup | None) -> Tensor:
-    """The mean over the rows of all processes of the products of each two columns, under autocast too."""
-    with without_autocast(a):
-        product = a.T @ b / a.shape[0]
-    return product if group is None else mean_over_processes(product, group)
-
-
 def _cross_correlation(z_a: Tensor, z_b: Tensor, eps: float, unbiased: bool, group: ProcessGroup | None) -> Tensor:
-    a, b = (_standardize(z, eps, unbiased, group) for z in (z_a, z_b))
-    return _correlate(a, b, group)
+    a, b = (standardize(z, eps, unbiased, group) for z in (z_a, z_b))
+    return correlate(a, b, group)
 
 
 def _with_metrics(

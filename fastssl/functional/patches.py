@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastssl import reference
+from fastssl._arithmetic import needs_gradient
 from fastssl._checks import (
     check_alike,
     check_ids,
@@ -18,7 +19,6 @@ from fastssl._checks import (
     check_reduction,
     check_rows,
 )
-from fastssl.functional._shared import needs_gradient
 from fastssl.ops import current_backend, patches
 from fastssl.ops._precision import autocast_enabled
 

@@ -7,18 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastssl import distributed, reference
-from fastssl._checks import (
-    check_group,
-    check_pair,
-    check_scalar,
-)
+from fastssl._arithmetic import as_scalar, dot, finish, needs_gradient
+from fastssl._checks import check_group, check_pair, check_scalar
 from fastssl.distributed import ProcessGroup, Ring
-from fastssl.functional._shared import (
-    as_scalar,
-    dot,
-    finish,
-    needs_gradient,
-)
 from fastssl.ops import current_backend, sigmoid
 from fastssl.ops._precision import product_precision
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastssl._arithmetic import unit, without_autocast
 from fastssl._checks import check_alike, check_features, check_rows
-from fastssl.functional._shared import unit, without_autocast
 from fastssl.ops._precision import accumulate_dtype
 
 _TOPK_COLUMNS, _TOPK_ELEMENTS = 1 << 14, 1 << 22  # of a block of similarities

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastssl import reference
+from fastssl._arithmetic import as_scalar, finish, unit
 from fastssl._checks import check_rows, check_scalar
-from fastssl.functional._shared import as_scalar, finish, unit
 from fastssl.ops import contrastive, current_backend
 from fastssl.ops._precision import product_precision
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fastssl._arithmetic import finish, without_autocast
 from fastssl._checks import check_batch, check_number, check_pair
 from fastssl.distributed import check_alike, default_group, gather_rows, rank, world_size
+from fastssl.distributed.correlation import correlate, standardize
 from fastssl.functional import barlow_twins, correlation_algorithm
-from fastssl.functional._shared import finish, without_autocast
-from fastssl.functional.correlation import _correlate, _standardize
 from fastssl.ops import correlation
 
 
@@ -61,14 +61,14 @@ class BarlowTwinsLoss(nn.Module):
         group = default_group(rank(), world_size())
         check_alike(group, {"z_a": z_a, "z_b": z_b})
         check_batch(None, z_a=z_a)
-        a, b = (_standardize(z, 1e-5, False, None) for z in (z_a, z_b))
+        a, b = (standardize(z, 1e-5, False, None) for z in (z_a, z_b))
         if correlation_algorithm(world_size() * a.shape[0], a.shape[1]) == "dual":
             a, b = gather_rows(a, group), gather_rows(b, group)
             diagonal = (a * b).mean(0)
             with without_autocast(a):
                 redundancy = correlation.gram_squares(a, b) / a.shape[0] ** 2
         else:
-            C = _correlate(a, b, group)
+            C = correlate(a, b, group)
             diagonal, redundancy = C.diagonal(), correlation.off_diagonal_squares(C)
         return finish((diagonal - 1).square().sum() + self.lambda_param * redundancy, "none", z_a)
 

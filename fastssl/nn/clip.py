@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fastssl._arithmetic import as_scalar, cross_entropy, dot, finish, logsumexp
 from fastssl._checks import check_pair, check_scalar
+from fastssl._exponential_sums import row_sums
 from fastssl.distributed import (
     ProcessGroup,
     Ring,
@@ -15,9 +17,6 @@ from fastssl.distributed import (
     with_scaled_gradient,
 )
 from fastssl.functional import clip_loss, siglip_loss
-from fastssl.functional._shared import as_scalar, dot, finish, logsumexp
-from fastssl.functional.contrastive.exponential_sums import row_sums
-from fastssl.functional.contrastive.pairs import cross_entropy
 from fastssl.ops._precision import product_precision
 
 _IMPLEMENTATIONS = ("bidir", "shift", "reduce", "gather")

@@ -8,11 +8,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from fastssl._arithmetic import dot, finish, inverse, logsumexp, unit
 from fastssl._checks import check_pair, check_temperature
+from fastssl._exponential_sums import row_sums
 from fastssl.distributed import Ring, default_group, rank, world_size
 from fastssl.functional import dcl
-from fastssl.functional._shared import dot, finish, inverse, logsumexp, unit
-from fastssl.functional.contrastive.exponential_sums import row_sums
 from fastssl.ops._precision import product_precision
 
 

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastssl._arithmetic import dot, finish, unit
 from fastssl._checks import check_pair
 from fastssl.distributed import gather_rows, rank, world_size
 from fastssl.functional import nt_xent, similarity_logsumexp
-from fastssl.functional._shared import dot, finish, unit
 
 
 class NTXentLoss(nn.Module):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fastssl._arithmetic import dot, finish
 from fastssl._checks import check_labels, check_rows
 from fastssl.functional import similarity_logsumexp, sup_con
-from fastssl.functional._shared import dot, finish
 from fastssl.ops.contrastive import class_sums
 
 

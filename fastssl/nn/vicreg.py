@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastssl._arithmetic import finish
 from fastssl._checks import check_eps, check_number, check_pair
 from fastssl.distributed import default_group, rank, world_size
 from fastssl.functional import vicreg
-from fastssl.functional._shared import finish
 from fastssl.ops._precision import accumulate_dtype
 
 

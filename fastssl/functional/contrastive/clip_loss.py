@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastssl import reference
+from fastssl._arithmetic import as_scalar, finish
 from fastssl._checks import check_group, check_labels, check_pair, check_reduction, check_scalar, check_share
 from fastssl.distributed import ProcessGroup, Ring
-from fastssl.functional._shared import as_scalar, finish
 from fastssl.functional.contrastive.pairs import pair_loss, pair_metrics
 from fastssl.ops import current_backend
 from fastssl.ops._precision import product_precision

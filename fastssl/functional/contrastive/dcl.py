@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from fastssl import reference
+from fastssl._arithmetic import dot, finish, inverse, logsumexp, unit
 from fastssl._checks import check_pair, check_reduction, check_temperature
-from fastssl.functional._shared import dot, finish, inverse, logsumexp, unit
-from fastssl.functional.contrastive.exponential_sums import pair_sums
+from fastssl._exponential_sums import pair_sums
 from fastssl.ops import contrastive, current_backend
 from fastssl.ops._precision import product_precision
 

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from fastssl import reference
+from fastssl._arithmetic import cross_entropy, dot, finish, inverse, logsumexp, unit
 from fastssl._checks import check_group, check_negatives, check_pair, check_reduction, check_share, check_temperature
+from fastssl._exponential_sums import row_sums, sum_exponentials
 from fastssl.distributed import ProcessGroup, Ring
-from fastssl.functional._shared import dot, finish, inverse, logsumexp, unit
-from fastssl.functional.contrastive.exponential_sums import row_sums, sum_exponentials
-from fastssl.functional.contrastive.pairs import cross_entropy, mean_row, pair_loss, pair_metrics
+from fastssl.functional.contrastive.pairs import mean_row, pair_loss, pair_metrics
 from fastssl.ops import current_backend
 from fastssl.ops._precision import product_precision
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastssl import reference
+from fastssl._arithmetic import finish, inverse
 from fastssl._checks import check_pair, check_reduction, check_temperature
-from fastssl.functional._shared import finish, inverse
 from fastssl.ops import contrastive, current_backend
 from fastssl.ops._precision import product_precision
 

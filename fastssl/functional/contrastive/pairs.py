@@ -1,21 +1,15 @@
-"""What losses of pairs share: each row's cross-entropy, that of both directions, and what people log of them."""
+"""What losses of pairs share: the cross-entropies of both directions, and what people log of them."""
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from fastssl._arithmetic import cross_entropy, dot, logsumexp
+from fastssl._exponential_sums import Sums, largest_similarity, pair_sums
 from fastssl.distributed import Ring, mean_over_processes
-from fastssl.functional._shared import dot, logsumexp
-from fastssl.functional.contrastive.exponential_sums import Sums, largest_similarity, pair_sums
 from fastssl.ops import contrastive
 from fastssl.ops._precision import accumulate_dtype
-
-
-def cross_entropy(negatives: Tensor, positive: Tensor) -> Tensor:
-    """log(exp(positive) + exp(negatives)) - positive, without cancellation."""
-    return -F.logsigmoid(positive - negatives) * (1 + 0 * positive.detach())  # NaN, not 0, where positive is infinite
 
 
 def pair_loss(

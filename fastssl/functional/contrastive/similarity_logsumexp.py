@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from fastssl import reference
+from fastssl._arithmetic import as_scalar, logsumexp
 from fastssl._checks import check_alike, check_features, check_rows, check_scalar, check_vector
-from fastssl.functional._shared import as_scalar, logsumexp
-from fastssl.functional.contrastive.exponential_sums import row_sums
+from fastssl._exponential_sums import row_sums
 from fastssl.ops import current_backend
 from fastssl.ops._precision import product_precision
 

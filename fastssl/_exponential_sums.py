@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastssl import distributed
+from fastssl._arithmetic import needs_gradient
 from fastssl.distributed import Ring
-from fastssl.functional._shared import needs_gradient
 from fastssl.ops import contrastive
 
 Sums = tuple[Tensor, Tensor]  # (total, shift) of the exponentials of similarities: log-sum-exp = log(total) + shift

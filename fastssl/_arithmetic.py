@@ -1,4 +1,4 @@
-"""What the functions of several families share."""
+"""What functions and modules of several families reckon with: scalars, unit rows, log-sum-exps, the end of a loss."""
 
 from __future__ import annotations
 
@@ -44,6 +44,11 @@ def needs_gradient(*tensors: Tensor) -> bool:
 def logsumexp(total: Tensor, shift: Tensor) -> Tensor:
     some = total != 0  # the gradient of log(0) is NaN
     return total.where(some, 1).log().where(some, float("-inf")) + shift
+
+
+def cross_entropy(negatives: Tensor, positive: Tensor) -> Tensor:
+    """log(exp(positive) + exp(negatives)) - positive, without cancellation."""
+    return -F.logsigmoid(positive - negatives) * (1 + 0 * positive.detach())  # NaN, not 0, where positive is infinite
 
 
 def finish(loss: Tensor, reduction: str, x: Tensor) -> Tensor:
