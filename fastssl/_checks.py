@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -39,10 +40,17 @@ def check_batch(group: ProcessGroup | None, **views: Tensor) -> None:
         raise ValueError(f"{name} must have at least 2 rows, got shape {tuple(z.shape)}")
 
 
-def check_tensors(name: str, tensors: list[Tensor]) -> None:
-    for i, x in enumerate(tensors):
+def check_tensors(name: str, tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Them, in a list."""
+    try:
+        found = iter(tensors)
+    except TypeError:
+        raise TypeError(f"{name} must be a list of tensors, got {type(tensors).__name__}") from None
+    found = list(found)
+    for i, x in enumerate(found):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name}[{i}] must be a Tensor, got {type(x).__name__}")
+    return found
 
 
 def check_ids(name: str, ids: Tensor, x: Tensor, name_x: str = "tokens") -> None:

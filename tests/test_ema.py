@@ -90,13 +90,57 @@ def test_nan_and_infinity_come_through(kernels):
     assert target.isfinite().tolist() == [False] * 4 + [True]
 
 
-def test_a_fixed_point(kernels):
-    """A teacher that has reached its student stays there, whatever the momentum rounds to."""
-    student = torch.randn(1000)
-    teacher = student.clone()
-    for momentum in MOMENTA:
+def _extremes(dtype: torch.dtype) -> Tensor:
+    info = torch.finfo(dtype)
+    positive = torch.tensor([0.0, 1.0, 3.1, info.tiny, info.max, math.inf, math.nan], dtype=torch.float64)
+    return torch.cat([positive, -positive]).to(dtype)
+
+
+def _same_bits(x: Tensor, y: Tensor) -> bool:
+    """-0 is not 0, and any NaN is NaN."""
+    signs = (z.signbit() & ~z.isnan() for z in (x, y))
+    return torch.equal(x.nan_to_num(7, math.inf, -math.inf), y.nan_to_num(7, math.inf, -math.inf)) and torch.equal(
+        *signs
+    )
+
+
+@pytest.mark.parametrize("momentum", [0.0, 1e-9, *MOMENTA, 1 - 1e-9, 1.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_is_equal_stays(dtype, momentum, kernels):
+    """A teacher that has reached its student stays there, whatever the momentum rounds to; infinity stays, and -0."""
+    for other in DTYPES:
+        wide = torch.promote_types(dtype, other)
+        narrow = other if wide == dtype else dtype
+        values = torch.cat([torch.randn(1000).to(narrow), _extremes(narrow)])
+        teacher, student = values.to(dtype, copy=True), values.to(other)
+        before = teacher.clone()
         ema_update_([teacher], [student], momentum)
-    assert torch.equal(teacher, student)
+        assert wide not in (dtype, other) or _same_bits(teacher, before)
+
+
+@pytest.mark.parametrize("source", DTYPES, ids=str)
+@pytest.mark.parametrize("target", DTYPES, ids=str)
+def test_whatever_the_values(target, source, kernels):
+    """Momentum 0 is a copy, 1 changes nothing, and between them it is float64's sum."""
+    values = _extremes(source if source != torch.float64 else torch.promote_types(target, torch.float32)).to(source)
+    targets, sources = _extremes(target).repeat(len(values)), values.repeat_interleave(len(_extremes(target)))
+    for momentum in (0.0, *MOMENTA, 1.0):
+        result = targets.clone()
+        ema_update_([result], [sources], momentum)
+        if momentum in (0, 1):
+            assert _same_bits(result, targets if momentum else sources.to(target))
+        else:
+            expected = momentum * targets.double() + (1 - momentum) * sources.double()
+            tolerance = 2 * torch.finfo(target).eps
+            torch.testing.assert_close(result, expected.to(target), rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+def test_a_tensor_momentum_has_exact_ends(backend):
+    for number in (0.0, 1.0):
+        target, source = torch.tensor([math.inf, 1.0, -0.0]), torch.tensor([math.nan, -math.inf, 0.0])
+        expected = source.clone() if number == 0 else target.clone()
+        ema_update_([target], [source], torch.tensor(number))
+        assert _same_bits(target, expected)
 
 
 def test_momentum_may_be_a_tensor(backend):
@@ -143,6 +187,14 @@ def test_compiles(backend):
         ([torch.ones(2)], [torch.ones(2).long()], 0.5, ValueError, "16, 32 or 64 bits.*(int64|long)"),
         ([torch.ones(2), 1.0], [torch.ones(2)] * 2, 0.5, TypeError, r"targets\[1\] must be a Tensor, got float"),
         ([torch.ones(2)], [None], 0.5, TypeError, r"sources\[0\] must be a Tensor, got NoneType"),
+        ([torch.ones(2)], None, 0.5, TypeError, "sources must be a list of tensors, got NoneType"),
+        (
+            [torch.ones(2)],
+            [torch.ones(2)],
+            torch.ones((), device="meta"),
+            ValueError,
+            "momentum must have a value.*meta",
+        ),
         ([torch.ones(2)], [torch.ones(2)], 1.5, ValueError, "momentum must be from 0 to 1, got 1.5"),
         ([torch.ones(2)], [torch.ones(2)], math.nan, ValueError, "momentum must be from 0 to 1, got nan"),
         ([torch.ones(2)], [torch.ones(2)], "1", TypeError, "momentum must be a number, got str"),
@@ -372,6 +424,27 @@ def test_step_lets_nan_and_infinity_through(kernels):
         assert states["params"][0].isfinite().tolist() == states["ema_params"][0].isfinite().tolist() == expected
 
 
+@pytest.mark.parametrize("ema", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_step_keeps_what_is_infinite(dtype, ema, kernels):
+    """Without a gradient neither a parameter of infinity moves nor its teacher, whether that is its own or not."""
+    for momentum in (0.0, *MOMENTA, 1.0):
+        param = torch.tensor([math.inf, -math.inf, -0.0, 1.0], dtype=dtype)
+        zeros, teacher = [torch.zeros(4, dtype=dtype) for _ in range(6)], param.to(ema, copy=True)
+        other = param.clone()
+        lists = (
+            [param, other],
+            zeros[:2],
+            zeros[2:4],
+            zeros[4:],
+            [teacher, other],
+            [torch.tensor(0.0), torch.tensor(0.0)],
+        )
+        adamw_ema_step_(*lists, **NUMBERS | {"momentum": momentum, "weight_decay": 0})
+        for x in (param, other, teacher):
+            assert _same_bits(x, torch.tensor([math.inf, -math.inf, -0.0, 1.0], dtype=x.dtype))
+
+
 def test_ends_of_momentum_and_parameters_without_a_teacher(kernels):
     for ema in DTYPES:
         states = _parameters(ema=ema)
@@ -446,6 +519,10 @@ def test_step_is_a_proper_operation():
             r"ema_params\[0\] must be of 16, 32 or 64 bits.*(int64|long)",
         ),
         ({"ema_params": [torch.ones(2, device="meta")]}, ValueError, "same device.*cpu and meta"),
+        ({"steps": [torch.zeros((), device="meta")]}, ValueError, r"steps\[0\] must be .* on the CPU, got .*meta"),
+        ({"momentum": torch.ones((), device="meta")}, ValueError, "momentum must have a value, got a tensor on meta"),
+        ({"lr": torch.ones((), device="meta")}, ValueError, "lr must have a value, got a tensor on meta"),
+        ({"grads": None}, TypeError, "grads must be a list of tensors, got NoneType"),
         ({"steps": [torch.zeros(1)]}, ValueError, r"steps\[0\] must be a 0-d tensor, float32, on the CPU, got .*\[1\]"),
         ({"steps": [torch.tensor(1)]}, ValueError, r"steps\[0\] must be a 0-d tensor, float32, .*got .*(int64|Long)"),
         ({"lr": -1.0}, ValueError, "lr must not be negative, got -1"),
@@ -470,7 +547,7 @@ def test_bad_input_of_a_step(changed, error, match, chosen):
 def test_step_refuses_low_precision_and_shared_memory(chosen):
     low = {name: [torch.zeros(())] if name == "steps" else [torch.ones(2).bfloat16()] for name in STATES}
     states = _small()
-    shared = "params, .*ema_params must not share memory, got "
+    shared = "params, .*ema_params and steps must not share memory, got "
     with fastssl.use_backend(chosen):
         with pytest.raises(ValueError, match=r"params\[0\] must be float32 or float64, got .*[Bb][Ff]loat16"):
             adamw_ema_step_(**low, **NUMBERS)
@@ -486,9 +563,11 @@ def test_step_refuses_low_precision_and_shared_memory(chosen):
         twice["ema_params"][1] = twice["params"][0]
         with pytest.raises(ValueError, match=shared):
             adamw_ema_step_(**twice, **NUMBERS)
-        alone = {name: [*xs, *(y.clone() for y in xs)] for name, xs in states.items()} | {"steps": states["steps"] * 2}
-        with pytest.raises(ValueError, match="steps must be a tensor for each parameter, got one of them twice"):
-            adamw_ema_step_(**alone, **NUMBERS)
+        alone = {name: [*xs, *(y.clone() for y in xs)] for name, xs in states.items()}
+        one = torch.zeros(1)
+        for steps in (states["steps"] * 2, [one[0], one.view(())], [twice["params"][1][1], torch.zeros(())]):
+            with pytest.raises(ValueError, match=r"and steps must not share memory, got .*steps\[[01]\]"):
+                adamw_ema_step_(**alone | {"steps": steps, "params": twice["params"]}, **NUMBERS)
         with pytest.raises(ValueError, match=r"exp_avgs\[0\] must have no two elements in one place"):
             adamw_ema_step_(**states | {"exp_avgs": [torch.ones(1).expand(2)]}, **NUMBERS)
     assert all((x == (name != "steps")).all() for name, xs in states.items() for x in xs)

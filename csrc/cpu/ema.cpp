@@ -83,8 +83,8 @@ struct List {
   bool may_be_first;  // a tensor may be that of the first list
 };
 
-// The lists must fit the first one, tensor by tensor. `written`: the names of those that are.
-void check_lists(const std::vector<List>& lists, const char* written) {
+// The lists must fit the first one, tensor by tensor. `written`: the names of those that are; `counts` are, too.
+void check_lists(const std::vector<List>& lists, const char* written, at::TensorList counts = {}) {
   const List& first = lists[0];
   for (const List& list : lists)
     TORCH_CHECK_VALUE(list.tensors.size() == first.tensors.size(), first.name, " and ", list.name,
@@ -110,7 +110,17 @@ void check_lists(const std::vector<List>& lists, const char* written) {
       spans.emplace_back(x, list.name, i, list.written);
     }
   }
+  for (size_t i = 0; i < counts.size(); ++i) spans.emplace_back(counts[i], "steps", i, true);
   check_spans(spans, written);
+}
+
+void check_steps(at::TensorList steps, at::TensorList params) {
+  TORCH_CHECK_VALUE(steps.size() == params.size(), "params and steps must have the same length, got ", params.size(),
+                    " and ", steps.size());
+  for (size_t i = 0; i < steps.size(); ++i)
+    TORCH_CHECK_VALUE(steps[i].dim() == 0 && steps[i].scalar_type() == at::kFloat && steps[i].is_cpu(), "steps[", i,
+                      "] must be a 0-d tensor, float32, on the CPU, got ", steps[i].toString(), " of shape ",
+                      steps[i].sizes());
 }
 
 // visit(item, its first element, how many) of runs of all items, which the threads share.
@@ -126,6 +136,8 @@ void for_runs(const std::vector<Item>& items, const Visit& visit) {
   });
 }
 
+Shares shares(double momentum) { return {static_cast<float>(momentum), static_cast<float>(1 - momentum)}; }
+
 void ema_update_(at::TensorList targets, at::TensorList sources, const Tensor& momentum_) {
   check_lists({{"targets", targets, true, false}, {"sources", sources, false, true}}, "targets");
   const double momentum = momentum_.item<double>();
@@ -137,7 +149,7 @@ void ema_update_(at::TensorList targets, at::TensorList sources, const Tensor& m
     Tensor target = targets[i], source = sources[i];
     if (target.numel() == 0) continue;
     if (!has_element(target)) {
-      target.lerp_(source.to(target.scalar_type()), 1 - momentum);
+      portable<&ema_update_>("fastssl::ema_update_portable_", target, source, momentum_);
       continue;
     }
     if (!has_element(source)) held.push_back(source = source.to(at::kFloat));
@@ -153,10 +165,10 @@ void ema_update_(at::TensorList targets, at::TensorList sources, const Tensor& m
                      element_of(target), element_of(source), target.numel(), end});
   }
   const EmaTiles& tile = FASTSSL_TABLE_IN_USE(ema_tiles);
-  const float weight = static_cast<float>(1 - momentum);
+  const Shares of = shares(momentum);
   for_runs(pairs, [&](const Pair& pair, int64_t offset, int64_t count) {
     tile.blend(pair.target + offset * bytes_of(pair.target_element), pair.target_element,
-               pair.source + offset * bytes_of(pair.source_element), pair.source_element, count, weight);
+               pair.source + offset * bytes_of(pair.source_element), pair.source_element, count, of);
   });
   for (const auto& [target, updated] : strided) target.copy_(updated);
 }
@@ -175,14 +187,13 @@ struct Parameter {
 void adamw_ema_step_(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs, at::TensorList exp_avg_sqs,
                      at::TensorList ema_params, at::TensorList steps, const Tensor& lr_, double beta1, double beta2,
                      double eps, double weight_decay, const Tensor& momentum_) {
+  check_steps(steps, params);
   check_lists({{"params", params, true, false},
                {"grads", grads, false, false},
                {"exp_avgs", exp_avgs, true, false},
                {"exp_avg_sqs", exp_avg_sqs, true, false},
                {"ema_params", ema_params, true, true}},
-              "params, their states and ema_params");
-  TORCH_CHECK_VALUE(steps.size() == params.size(), "params and steps must have the same length, got ", params.size(),
-                    " and ", steps.size());
+              "params, exp_avgs, exp_avg_sqs, ema_params and steps", steps);
   bool is_double = false;
   for (size_t i = 0; i < params.size(); ++i) {
     const auto dtype = params[i].scalar_type();
@@ -191,9 +202,6 @@ void adamw_ema_step_(at::TensorList params, at::TensorList grads, at::TensorList
     for (const auto& [name, tensors] : {std::pair("grads", grads), {"exp_avgs", exp_avgs}, {"exp_avg_sqs", exp_avg_sqs}})
       TORCH_CHECK_VALUE(tensors[i].scalar_type() == dtype, "params[", i, "] and ", name, "[", i,
                         "] must have the same dtype, got ", params[i].dtype(), " and ", tensors[i].dtype());
-    TORCH_CHECK_VALUE(steps[i].dim() == 0 && steps[i].scalar_type() == at::kFloat && steps[i].is_cpu(), "steps[", i,
-                      "] must be a 0-d tensor, float32, on the CPU, got ", steps[i].toString(), " of shape ",
-                      steps[i].sizes());
     is_double |= dtype == at::kDouble || ema_params[i].scalar_type() == at::kDouble;
   }
   if (is_double)
@@ -229,10 +237,10 @@ void adamw_ema_step_(at::TensorList params, at::TensorList grads, at::TensorList
                           param.numel(), end});
   }
   const EmaTiles& tile = FASTSSL_TABLE_IN_USE(ema_tiles);
-  const float weight = static_cast<float>(1 - momentum);
+  const Shares of = shares(momentum);
   for_runs(parameters, [&](const Parameter& p, int64_t offset, int64_t count) {
     tile.adamw(p.param + offset, p.grad + offset, p.exp_avg + offset, p.exp_avg_sq + offset,
-               p.ema + offset * bytes_of(p.ema_element), p.ema_element, count, p.step, weight);
+               p.ema + offset * bytes_of(p.ema_element), p.ema_element, count, p.step, of);
   });
   for (const auto& [written, updated] : strided) written.copy_(updated);
 }

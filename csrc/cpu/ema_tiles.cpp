@@ -1,28 +1,45 @@
 // A run of elements of an exponential moving average, compiled once per instruction set.
 #include "ema_tiles.h"
 
+#include <cstring>
+
 #include "common/rows.h"
 
 namespace fastssl::FASTSSL_ISA {
 namespace {
 
-// torch.lerp's formula: exact at either end, the nearer one being the starting point.
-template <typename Floats>
-inline Floats lerp(Floats target, Floats source, float weight) {
-  const Floats apart = source - target;
-  return weight < 0.5f ? target + apart * weight : source - apart * (1 - weight);
+// torch.lerp's formula.
+inline float lerp(float start, float end, float weight) {
+  const float apart = end - start;
+  return weight < 0.5f ? start + apart * weight : end - apart * (1 - weight);
 }
 
-void blend_floats(float* target, const float* source, int64_t count, float weight) {
+// near + share (far - near), which leaves equal values as they are, -0 too. Where their difference is infinite or NaN,
+// as that of infinities and of huge numbers may be: near rest + far share.
+template <typename Floats>
+inline Floats towards(Floats near, Floats far, float share, float rest) {
+  const Floats apart = near - far;
+  return apart - apart == 0.f ? near - apart * share : near * rest + far * share;
+}
+
+void blend_floats(float* target, const float* source, int64_t count, Shares of) {
+  if (of.target == 0) {  // nothing of what it holds, be it NaN
+    std::memcpy(target, source, count * sizeof(float));
+    return;
+  }
+  const bool stays = of.source < 0.5f;
+  const float *const near = stays ? target : source, *const far = stays ? source : target;
+  const float share = stays ? of.source : of.target, rest = stays ? of.target : of.source;
   int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) store(target + i, lerp(load(target + i), load(source + i), weight));
-  for (; i < count; ++i) target[i] = lerp(target[i], source[i], weight);
+  for (; i + kLanes <= count; i += kLanes) store(target + i, towards(load(near + i), load(far + i), share, rest));
+  for (; i < count; ++i) target[i] = towards(near[i], far[i], share, rest);
 }
 
 void blend(void* target, Element target_element, const void* source, Element source_element, int64_t count,
-           float weight) {
+           Shares of) {
+  if (of.source == 0) return;
   if (target_element == Element::Float32 && source_element == Element::Float32)
-    return blend_floats(static_cast<float*>(target), static_cast<const float*>(source), count, weight);
+    return blend_floats(static_cast<float*>(target), static_cast<const float*>(source), count, of);
   constexpr int64_t kRun = 512;  // elements at a time as float32, in the first-level cache
   float wide_target[kRun], wide_source[kRun];
   for (int64_t i = 0; i < count; i += kRun) {
@@ -31,13 +48,13 @@ void blend(void* target, Element target_element, const void* source, Element sou
     const char* const s = static_cast<const char*>(source) + i * bytes_of(source_element);
     load_row(t, target_element, run, 1, wide_target);
     load_row(s, source_element, run, 1, wide_source);
-    blend_floats(wide_target, wide_source, run, weight);
+    blend_floats(wide_target, wide_source, run, of);
     store_row(wide_target, target_element, run, 1, t);
   }
 }
 
 void adamw(float* param, const float* grad, float* exp_avg, float* exp_avg_sq, void* ema, Element ema_element,
-           int64_t count, const AdamWStep& step, float weight) {
+           int64_t count, const AdamWStep& step, Shares of) {
   constexpr int64_t kRun = 1024;  // elements that the first-level cache holds between the two
   const auto [weight1, beta2, weight2, eps, decay, size, scale] = step;
   for (int64_t begin = 0; begin < count; begin += kRun) {
@@ -49,7 +66,7 @@ void adamw(float* param, const float* grad, float* exp_avg, float* exp_avg_sq, v
       v[i] = beta2 * v[i] + weight2 * g[i] * g[i];
       p[i] = decay * p[i] - size * m[i] / (scale * __builtin_sqrtf(v[i]) + eps);
     }
-    blend(static_cast<char*>(ema) + begin * bytes_of(ema_element), ema_element, p, Element::Float32, run, weight);
+    blend(static_cast<char*>(ema) + begin * bytes_of(ema_element), ema_element, p, Element::Float32, run, of);
   }
 }
 

@@ -19,14 +19,19 @@ struct AdamWStep {
   float scale;  // 1 / sqrt(1 - beta2^t)
 };
 
-struct EmaTiles {
-  // target += weight (source - target), in float32, of `count` elements.
-  void (*blend)(void* target, Element target_element, const void* source, Element source_element, int64_t count,
-                float weight);
+// Of a moving average: momentum, and 1 - momentum.
+struct Shares {
+  float target, source;
+};
 
-  // AdamW's step of `count` elements, then ema += weight (param - ema). `ema` may be `param`.
+struct EmaTiles {
+  // target = momentum target + (1 - momentum) source, in float32, of `count` elements.
+  void (*blend)(void* target, Element target_element, const void* source, Element source_element, int64_t count,
+                Shares of);
+
+  // AdamW's step of `count` elements, then ema = momentum ema + (1 - momentum) param. `ema` may be `param`.
   void (*adamw)(float* param, const float* grad, float* exp_avg, float* exp_avg_sq, void* ema, Element ema_element,
-                int64_t count, const AdamWStep& step, float weight);
+                int64_t count, const AdamWStep& step, Shares of);
 };
 
 FASTSSL_TABLE(EmaTiles, ema_tiles)

@@ -58,7 +58,7 @@ struct Momentum {
   const double* at;  // nullptr: `value` it is
   double value;
 
-  __device__ double weight() const { return 1 - (at ? *at : value); }
+  __device__ double get() const { return at ? *at : value; }
 };
 
 // The item of this block, and which of its elements.
@@ -84,12 +84,30 @@ __device__ Chunk<Item> chunk_of(const Table<Item, kItems>& table) {
   return {table.items[i], first, left < kChunk ? static_cast<int>(left) : kChunk};
 }
 
-// torch.lerp's formula: exact at either end, the nearer one being the starting point.
+// torch.lerp's formula.
 template <typename W>
-__device__ W lerp(W target, W source, W weight) {
-  const W apart = source - target;
-  return weight < W(0.5) ? target + apart * weight : source - apart * (1 - weight);
+__device__ W lerp(W start, W end, W weight) {
+  const W apart = end - start;
+  return weight < W(0.5) ? start + apart * weight : end - apart * (1 - weight);
 }
+
+// A moving average, from the nearer of both values, so that equal ones stay as they are, -0 too. Where their difference is
+// infinite or NaN, as that of infinities and of huge numbers may be, it is the sum of the shares.
+template <typename W>
+struct Average {
+  W momentum, weight;
+
+  __device__ explicit Average(double momentum)
+      : momentum(static_cast<W>(momentum)), weight(static_cast<W>(1 - momentum)) {}
+
+  __device__ W operator()(W target, W source) const {
+    if (momentum == 0) return source;
+    if (weight == 0) return target;
+    const W apart = target - source;
+    if (!(apart - apart == 0)) return momentum * target + weight * source;
+    return weight < W(0.5) ? target - apart * weight : source - (source - target) * momentum;
+  }
+};
 
 template <typename T>
 __device__ bool is_aligned(const T* x) {
@@ -97,11 +115,11 @@ __device__ bool is_aligned(const T* x) {
 }
 
 template <typename T, typename S>
-__device__ void blend(void* targets, const void* sources, int64_t first, int count, double weight_) {
+__device__ void blend(void* targets, const void* sources, int64_t first, int count, double momentum) {
   using W = Wide<T>;
   T* const target = static_cast<T*>(targets) + first;
   const S* const source = static_cast<const S*>(sources) + first;
-  const W weight = static_cast<W>(weight_);
+  const Average<W> average(momentum);
   int done = 0;
   if (is_aligned(target) && is_aligned(source)) {
     done = count / kAtOnce * kAtOnce;
@@ -110,22 +128,22 @@ __device__ void blend(void* targets, const void* sources, int64_t first, int cou
       Vector<T, kAtOnce> t = *at;
       const Vector<S, kAtOnce> s = *reinterpret_cast<const Vector<S, kAtOnce>*>(source + i);
       for (int j = 0; j < kAtOnce; ++j)
-        t.at[j] = static_cast<T>(lerp(static_cast<W>(t.at[j]), static_cast<W>(s.at[j]), weight));
+        t.at[j] = static_cast<T>(average(static_cast<W>(t.at[j]), static_cast<W>(s.at[j])));
       *at = t;
     }
   }
   for (int i = done + threadIdx.x; i < count; i += kThreads)
-    target[i] = static_cast<T>(lerp(static_cast<W>(target[i]), static_cast<W>(source[i]), weight));
+    target[i] = static_cast<T>(average(static_cast<W>(target[i]), static_cast<W>(source[i])));
 }
 
 template <typename T>
 __device__ void blend(void* target, const void* source, Element source_element, int64_t first, int count,
-                      double weight) {
+                      double momentum) {
   switch (source_element) {
-    case Element::Float32: return blend<T, float>(target, source, first, count, weight);
-    case Element::BFloat16: return blend<T, torch::headeronly::BFloat16>(target, source, first, count, weight);
-    case Element::Float16: return blend<T, torch::headeronly::Half>(target, source, first, count, weight);
-    case Element::Float64: return blend<T, double>(target, source, first, count, weight);
+    case Element::Float32: return blend<T, float>(target, source, first, count, momentum);
+    case Element::BFloat16: return blend<T, torch::headeronly::BFloat16>(target, source, first, count, momentum);
+    case Element::Float16: return blend<T, torch::headeronly::Half>(target, source, first, count, momentum);
+    case Element::Float64: return blend<T, double>(target, source, first, count, momentum);
   }
 }
 
@@ -133,15 +151,15 @@ template <int kPairs>
 __global__ void __launch_bounds__(kThreads, 4)
     update(const __grid_constant__ Table<Pair, kPairs> pairs, const __grid_constant__ Momentum momentum) {
   const auto& [pair, first, count] = chunk_of(pairs);
-  const double weight = momentum.weight();
+  const double number = momentum.get();
   void* const target = pair.target;
   const void* const source = pair.source;
   const Element element = pair.source_element;
   switch (pair.target_element) {
-    case Element::Float32: return blend<float>(target, source, element, first, count, weight);
-    case Element::BFloat16: return blend<torch::headeronly::BFloat16>(target, source, element, first, count, weight);
-    case Element::Float16: return blend<torch::headeronly::Half>(target, source, element, first, count, weight);
-    case Element::Float64: return blend<double>(target, source, element, first, count, weight);
+    case Element::Float32: return blend<float>(target, source, element, first, count, number);
+    case Element::BFloat16: return blend<torch::headeronly::BFloat16>(target, source, element, first, count, number);
+    case Element::Float16: return blend<torch::headeronly::Half>(target, source, element, first, count, number);
+    case Element::Float64: return blend<double>(target, source, element, first, count, number);
   }
 }
 
@@ -172,7 +190,7 @@ struct Step {
 // Of kCount elements at once. `ema` may be `param`: it is read after that is written.
 template <int kCount, typename T, typename S>
 __device__ void advance(T* param, const T* grad, T* exp_avg, T* exp_avg_sq, S* ema, const Step<T>& step,
-                        Wide<S> weight) {
+                        const Average<Wide<S>>& average) {
   using Ts = Vector<T, kCount>;
   using Ss = Vector<S, kCount>;
   Ts p = *reinterpret_cast<Ts*>(param), m = *reinterpret_cast<Ts*>(exp_avg), v = *reinterpret_cast<Ts*>(exp_avg_sq);
@@ -187,38 +205,38 @@ __device__ void advance(T* param, const T* grad, T* exp_avg, T* exp_avg_sq, S* e
   *reinterpret_cast<Ts*>(param) = p;
   Ss t = *reinterpret_cast<Ss*>(ema);
   for (int j = 0; j < kCount; ++j)
-    t.at[j] = static_cast<S>(lerp(static_cast<Wide<S>>(t.at[j]), static_cast<Wide<S>>(p.at[j]), weight));
+    t.at[j] = static_cast<S>(average(static_cast<Wide<S>>(t.at[j]), static_cast<Wide<S>>(p.at[j])));
   *reinterpret_cast<Ss*>(ema) = t;
 }
 
 template <typename T, typename S>
-__device__ void advance(const Parameter& one, const AdamW& all, int64_t first, int count, double weight_) {
+__device__ void advance(const Parameter& one, const AdamW& all, int64_t first, int count, double momentum) {
   T* const param = static_cast<T*>(one.param) + first;
   const T* const grad = static_cast<const T*>(one.grad) + first;
   T* const exp_avg = static_cast<T*>(one.exp_avg) + first;
   T* const exp_avg_sq = static_cast<T*>(one.exp_avg_sq) + first;
   S* const ema = static_cast<S*>(one.ema) + first;
   const Step<T> step(all, one);
-  const Wide<S> weight = static_cast<Wide<S>>(weight_);
+  const Average<Wide<S>> average(momentum);
   int done = 0;
   if constexpr (sizeof(T) == 4)
     if (is_aligned(param) && is_aligned(grad) && is_aligned(exp_avg) && is_aligned(exp_avg_sq) && is_aligned(ema)) {
       done = count / kAtOnce * kAtOnce;
       for (int i = kAtOnce * threadIdx.x; i < done; i += kAtOnce * kThreads)
-        advance<kAtOnce>(param + i, grad + i, exp_avg + i, exp_avg_sq + i, ema + i, step, weight);
+        advance<kAtOnce>(param + i, grad + i, exp_avg + i, exp_avg_sq + i, ema + i, step, average);
     }
 #pragma unroll 1
   for (int i = done + threadIdx.x; i < count; i += kThreads)
-    advance<1>(param + i, grad + i, exp_avg + i, exp_avg_sq + i, ema + i, step, weight);
+    advance<1>(param + i, grad + i, exp_avg + i, exp_avg_sq + i, ema + i, step, average);
 }
 
 template <typename T>
-__device__ void advance(const Parameter& one, const AdamW& all, int64_t first, int count, double weight) {
+__device__ void advance(const Parameter& one, const AdamW& all, int64_t first, int count, double momentum) {
   switch (one.ema_element) {
-    case Element::Float32: return advance<T, float>(one, all, first, count, weight);
-    case Element::BFloat16: return advance<T, torch::headeronly::BFloat16>(one, all, first, count, weight);
-    case Element::Float16: return advance<T, torch::headeronly::Half>(one, all, first, count, weight);
-    case Element::Float64: return advance<T, double>(one, all, first, count, weight);
+    case Element::Float32: return advance<T, float>(one, all, first, count, momentum);
+    case Element::BFloat16: return advance<T, torch::headeronly::BFloat16>(one, all, first, count, momentum);
+    case Element::Float16: return advance<T, torch::headeronly::Half>(one, all, first, count, momentum);
+    case Element::Float64: return advance<T, double>(one, all, first, count, momentum);
   }
 }
 
@@ -227,11 +245,11 @@ __global__ void __launch_bounds__(kThreads, 4)
     step(const __grid_constant__ Table<Parameter, kParameters> parameters, const __grid_constant__ AdamW adamw,
          const __grid_constant__ Momentum momentum) {
   const auto& [parameter, first, count] = chunk_of(parameters);
-  const double weight = momentum.weight();
+  const double number = momentum.get();
   if (parameter.element == Element::Float64)
-    advance<double>(parameter, adamw, first, count, weight);
+    advance<double>(parameter, adamw, first, count, number);
   else
-    advance<float>(parameter, adamw, first, count, weight);
+    advance<float>(parameter, adamw, first, count, number);
 }
 
 // Whether the elements lie one behind another, in any order.
@@ -283,8 +301,8 @@ struct List {
   bool may_be_first;  // a tensor may be that of the first list
 };
 
-// The lists must fit the first one, tensor by tensor. `written`: the names of those that are.
-void check_lists(const std::vector<List>& lists, const char* written) {
+// The lists must fit the first one, tensor by tensor. `written`: the names of those that are; `counts` are, too.
+void check_lists(const std::vector<List>& lists, const char* written, const Tensors& counts = {}) {
   const List& first = lists[0];
   for (const List& list : lists)
     if (list.tensors.size() != first.tensors.size())
@@ -314,7 +332,17 @@ void check_lists(const std::vector<List>& lists, const char* written) {
       spans.emplace_back(x, list.name, i, list.written);
     }
   }
+  for (size_t i = 0; i < counts.size(); ++i) spans.emplace_back(counts[i], "steps", i, true);
   check_spans(spans, written);
+}
+
+void check_steps(const Tensors& steps, const Tensors& params) {
+  if (steps.size() != params.size())
+    refuse("params and steps must have the same length, got ", params.size(), " and ", steps.size());
+  for (size_t i = 0; i < steps.size(); ++i)
+    if (steps[i].dim() || steps[i].scalar_type() != ScalarType::Float || !steps[i].is_cpu())
+      refuse("steps[", i, "] must be a 0-d tensor, float32, on the CPU, got ", steps[i].scalar_type(), " on ",
+             device_of(steps[i]), " of shape ", text(steps[i].sizes()));
 }
 
 // Launches for all items, as many at a time as a table holds.
@@ -374,14 +402,13 @@ void ema_update_(const Tensors& targets, const Tensors& sources, const Tensor& m
 void adamw_ema_step_(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs, const Tensors& exp_avg_sqs,
                      const Tensors& ema_params, const Tensors& steps, const Tensor& lr_, double beta1, double beta2,
                      double eps, double weight_decay, const Tensor& momentum) {
+  check_steps(steps, params);
   check_lists({{"params", params, true, false},
                {"grads", grads, false, false},
                {"exp_avgs", exp_avgs, true, false},
                {"exp_avg_sqs", exp_avg_sqs, true, false},
                {"ema_params", ema_params, true, true}},
-              "params, exp_avgs, exp_avg_sqs, ema_params");
-  if (steps.size() != params.size())
-    refuse("params and steps must have the same length, got ", params.size(), " and ", steps.size());
+              "params, exp_avgs, exp_avg_sqs, ema_params and steps", steps);
   for (const auto& [name, number] : {std::pair("lr", lr_), {"momentum", momentum}})
     if (number.numel() != 1) refuse(name, " must be one number, got shape ", text(number.sizes()));
   if (!lr_.is_cpu()) refuse("lr must be on the CPU, got ", device_of(lr_));
@@ -393,9 +420,6 @@ void adamw_ema_step_(const Tensors& params, const Tensors& grads, const Tensors&
       if (list.tensors[i].scalar_type() != dtype)
         refuse("params[", i, "] and ", list.name, "[", i, "] must have the same dtype, got ", dtype, " and ",
                list.tensors[i].scalar_type());
-    if (steps[i].dim() || steps[i].scalar_type() != ScalarType::Float || !steps[i].is_cpu())
-      refuse("steps[", i, "] must be a 0-d tensor, float32, on the CPU, got ", steps[i].scalar_type(), " on ",
-             device_of(steps[i]), " of shape ", text(steps[i].sizes()));
   }
   const double lr = *to_dtype(lr_, ScalarType::Double).const_data_ptr<double>();
   std::vector<Parameter> parameters;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Iterable
 
 import torch
@@ -33,10 +34,10 @@ def ema_update_(targets: Iterable[Tensor], sources: Iterable[Tensor], momentum: 
         ValueError: before anything is changed, if numbers, shapes, dtypes or devices do not fit, momentum is a number
             below 0 or above 1, or a target shares memory.
     """
-    targets, sources = list(targets), list(sources)
-    check_tensors("targets", targets)
-    check_tensors("sources", sources)
-    _check_momentum(momentum)
+    lists = {name: check_tensors(name, x) for name, x in (("targets", targets), ("sources", sources))}
+    _check_momentum(momentum, lists["targets"])
+    written = lists["targets"]
+    targets, sources = _local(lists).values()
     if current_backend() == "reference":
         ema.check_pairs(targets, sources)
         reference.ema.ema_update_(targets, sources, momentum)
@@ -47,7 +48,7 @@ def ema_update_(targets: Iterable[Tensor], sources: Iterable[Tensor], momentum: 
         ema.check_pairs(targets, sources)
     for part in _by_device(devices, [targets, sources]):
         ema.ema_update_(*part, momentum)
-    torch.autograd.graph.increment_version(targets)
+    torch.autograd.graph.increment_version(written)
 
 
 @torch.no_grad()
@@ -96,11 +97,8 @@ def adamw_ema_step_(
             weight_decay or momentum is out of range, a gradient is sparse, or memory is shared.
     """
     states = {"params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
-    lists = {name: list(x) for name, x in {**states, "ema_params": ema_params, "steps": steps}.items()}
-    for name, tensors in lists.items():
-        check_tensors(name, tensors)
-    if len(set(map(id, lists["steps"]))) < len(lists["steps"]):
-        raise ValueError("steps must be a tensor for each parameter, got one of them twice")
+    states |= {"ema_params": ema_params, "steps": steps}
+    lists = {name: check_tensors(name, x) for name, x in states.items()}
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise TypeError(f"betas must be two numbers, got {betas!r}")
     for i, beta in enumerate(betas):
@@ -111,7 +109,11 @@ def adamw_ema_step_(
         (check_scalar if name == "lr" else check_number)(name, number)
         if not isinstance(number, Tensor) and number < 0:
             raise ValueError(f"{name} must not be negative, got {number}")
-    _check_momentum(momentum)
+    if isinstance(lr, Tensor):
+        _check_has_value("lr", lr, lists["params"])
+    _check_momentum(momentum, lists["params"])
+    written = [x for name, xs in lists.items() if name != "grads" for x in xs]
+    lists = _local({name: xs for name, xs in lists.items() if name != "steps"}) | {"steps": lists["steps"]}
     if current_backend() == "reference":
         ema.check_parameters(**lists)
         numbers = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "momentum": momentum}
@@ -119,21 +121,47 @@ def adamw_ema_step_(
         return
     lr = torch.as_tensor(lr, dtype=torch.float64, device="cpu")
     momentum = torch.as_tensor(momentum, dtype=torch.float64)
-    *tensors, _ = lists.values()
+    *tensors, steps = lists.values()
     devices = {x.device for some in tensors for x in some}
-    if len(devices) > 1:
+    if len(devices) > 1 or not all(step.is_cpu for step in steps):
         ema.check_parameters(**lists)
     for part in _by_device(devices, list(lists.values())):
-        ema.adamw_ema_step_(*part, lr, *betas, eps, weight_decay, momentum)
-    for name in ("params", "exp_avgs", "exp_avg_sqs", "ema_params", "steps"):
-        torch.autograd.graph.increment_version(lists[name])
+        ema.adamw_ema_step_(*part, lr, *map(float, (*betas, eps, weight_decay)), momentum)
+    torch.autograd.graph.increment_version(written)
 
 
-def _check_momentum(momentum: float | Tensor) -> None:
+def _check_momentum(momentum: float | Tensor, targets: list[Tensor]) -> None:
     if isinstance(momentum, Tensor):
         check_scalar("momentum", momentum)
+        _check_has_value("momentum", momentum, targets)
     else:
         check_share("momentum", momentum)
+
+
+def _check_has_value(name: str, number: Tensor, tensors: list[Tensor]) -> None:
+    if number.is_meta and not all(x.is_meta for x in tensors):
+        raise ValueError(f"{name} must have a value, got a tensor on {number.device}")
+
+
+def _local(lists: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
+    """This process's shards in place of DTensors, which there can be only where their module was imported."""
+    module = sys.modules.get("torch.distributed.tensor")
+    if module is None or not any(isinstance(x, module.DTensor) for tensors in lists.values() for x in tensors):
+        return lists
+    first = next(iter(lists))
+    for i, tensors in enumerate(zip(*lists.values(), strict=False)):
+        for name, x in zip(lists, tensors, strict=True):
+            like, found = (
+                f"{tuple(y.shape)} as {y.placements} on {y.device_mesh}" if isinstance(y, module.DTensor) else "whole"
+                for y in (tensors[0], x)
+            )
+            if like != found:
+                raise ValueError(f"{first}[{i}] and {name}[{i}] must be sharded alike, got {like} and {found}")
+            if isinstance(x, module.DTensor) and any(placement.is_partial() for placement in x.placements):
+                raise ValueError(f"{name}[{i}] must not be a partial sum, got {x.placements}")
+    return {
+        name: [x.to_local() if isinstance(x, module.DTensor) else x for x in tensors] for name, tensors in lists.items()
+    }
 
 
 def _by_device(devices: set[torch.device], lists: list[list[Tensor]]) -> list[list[list[Tensor]]]:

@@ -8,7 +8,7 @@ one, too, and on the CPU, like `steps`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from fastssl.ops._op import current_backend
 
 _library = torch.library.Library("fastssl", "FRAGMENT")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_BLOCK = 1 << 15  # elements
 
 
 def check_pairs(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
@@ -36,25 +37,28 @@ def check_parameters(
 ) -> None:
     """What kernels check by themselves, too."""
     alike = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
-    written = ("params", "exp_avgs", "exp_avg_sqs", "ema_params")
-    _check_lists({"params": params, **alike, "ema_params": ema_params}, written, "ema_params")
     if len(steps) != len(params):
         raise ValueError(f"params and steps must have the same length, got {len(params)} and {len(steps)}")
-    for i, (param, step) in enumerate(zip(params, steps, strict=True)):
+    for i, step in enumerate(steps):
+        if step.dim() or step.dtype != torch.float32 or step.device.type != "cpu":
+            found = f"{step.dtype} on {step.device} of shape {list(step.shape)}"
+            raise ValueError(f"steps[{i}] must be a 0-d tensor, float32, on the CPU, got {found}")
+    written = ("params", "exp_avgs", "exp_avg_sqs", "ema_params")
+    _check_lists({"params": params, **alike, "ema_params": ema_params}, written, "ema_params", steps)
+    for i, param in enumerate(params):
         if param.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"params[{i}] must be float32 or float64, got {param.dtype}")
         for name, tensors in alike.items():
             if tensors[i].dtype != param.dtype:
                 dtypes = f"{param.dtype} and {tensors[i].dtype}"
                 raise ValueError(f"params[{i}] and {name}[{i}] must have the same dtype, got {dtypes}")
-        if step.dim() or step.dtype != torch.float32 or step.device.type != "cpu":
-            found = f"{step.dtype} on {step.device} of shape {list(step.shape)}"
-            raise ValueError(f"steps[{i}] must be a 0-d tensor, float32, on the CPU, got {found}")
 
 
-def _check_lists(lists: dict[str, Sequence[Tensor]], written: Sequence[str], may_be_first: str) -> None:
-    """The lists must fit the first one, tensor by tensor, and what is written may share memory with nothing, but that
-    a tensor of the list `may_be_first` may be that of the first."""
+def _check_lists(
+    lists: dict[str, Sequence[Tensor]], written: Sequence[str], may_be_first: str, steps: Sequence[Tensor] = ()
+) -> None:
+    """The lists must fit the first one, tensor by tensor, and what is written, as steps are, may share memory with
+    nothing, but that a tensor of the list `may_be_first` may be that of the first."""
     first, likes = next(iter(lists.items()))
     for name, tensors in lists.items():
         if len(tensors) != len(likes):
@@ -81,11 +85,13 @@ def _check_lists(lists: dict[str, Sequence[Tensor]], written: Sequence[str], may
             same = (x.data_ptr(), x.stride(), x.dtype) == (like.data_ptr(), like.stride(), like.dtype)
             if name != may_be_first or not same:
                 spans.append((*_span(x), f"{name}[{i}]", name in written))
+    spans += [(*_span(step), f"steps[{i}]", True) for i, step in enumerate(steps)]
     last_end, last_name, written_end, written_name = 0, "", 0, ""
     for begin, end, name, is_written in sorted(spans):
         if begin < (last_end if is_written else written_end):
             pair = f"{name} and {last_name if is_written else written_name}"
-            raise ValueError(f"{', '.join(written)} must not share memory, got {pair}")
+            names = f"{', '.join(written)} and steps" if steps else written[0]
+            raise ValueError(f"{names} must not share memory, got {pair}")
         if end > last_end:
             last_end, last_name = end, name
         if is_written and end > written_end:
@@ -104,16 +110,36 @@ def _span(x: Tensor) -> tuple[int, int]:
 
 def _portable(targets: Sequence[Tensor], sources: Sequence[Tensor], momentum: Tensor) -> None:
     check_pairs(targets, sources)
-    together = [], []
+    number = momentum.item() if momentum.device.type == "cpu" else momentum
     for target, source in zip(targets, sources, strict=True):
         wide = torch.promote_types(target.dtype, torch.float32)
-        if target.dtype == source.dtype == wide and momentum.device.type == "cpu":
-            together[0].append(target)
-            together[1].append(source)
-        else:
-            target.copy_(target.to(wide).lerp(source.to(wide), (1 - momentum).to(wide)))
-    if together[0]:
-        torch._foreach_lerp_(*together, 1 - momentum.item())
+        for into, of in _blocks(target, source):
+            into.copy_(_average(into.to(wide), of.to(wide), number))
+
+
+def _blocks(target: Tensor, source: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
+    """Rows of both, on the CPU as many as its cache holds."""
+    if target.device.type != "cpu" or target.numel() <= _BLOCK:
+        return [(target, source)]
+    rows = max(1, _BLOCK * target.shape[0] // target.numel())
+    return zip(target.split(rows), source.split(rows), strict=True)
+
+
+def _average(target: Tensor, source: Tensor, momentum: float | Tensor) -> Tensor:
+    """From the nearer of both, which leaves equal values as they are, -0 too; but where their difference is infinite or
+    NaN, as that of infinities and of huge numbers may be, the sum. A momentum on another device is not waited for."""
+    choose = torch.where if isinstance(momentum, Tensor) else _choose
+    weight = 1 - momentum
+    either = zip((source, target, momentum), (target, source, weight), strict=True)
+    near, far, share = (choose(momentum < 0.5, x, y) for x, y in either)
+    moved = near - (near - far) * share
+    if target.device.type != "cpu" or not moved.sum().isfinite():
+        moved = torch.where(moved.isfinite(), moved, momentum * target + weight * source)
+    return choose(momentum == 0, source, choose(momentum == 1, target, moved))
+
+
+def _choose(condition: bool, x: Tensor, y: Tensor) -> Tensor:
+    return x if condition else y
 
 
 def _portable_adamw(

@@ -11,9 +11,13 @@ from torch import Tensor
 
 @torch.no_grad()
 def ema_update_(targets: Sequence[Tensor], sources: Sequence[Tensor], momentum: float | Tensor) -> None:
-    """target = momentum target + (1 - momentum) source, of every pair."""
+    """target = momentum target + (1 - momentum) source, of every pair; what is equal stays as it is, infinity too."""
     for target, source in zip(targets, sources, strict=True):
-        target.copy_(momentum * target + (1 - momentum) * source)
+        if momentum == 0:
+            target.copy_(source)
+        elif momentum != 1:
+            average = momentum * target + (1 - momentum) * source
+            target.copy_(torch.where(target == source, target, average))
 
 
 @torch.no_grad()

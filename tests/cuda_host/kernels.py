@@ -207,6 +207,29 @@ def test_moving_averages(target, momentum):
             assert error <= 2 * allowed + 1e-7 * truth.abs().max().item()
 
 
+@pytest.mark.parametrize("momentum", [0.0, 1e-9, 0.3, 0.996, 1.0])
+@pytest.mark.parametrize("target", DTYPES, ids=str)
+def test_moving_averages_of_infinities_and_huge_numbers(target, momentum):
+    """As in the portable code, bit for bit where both are equal, and at the ends of momentum; NaN is NaN."""
+    for source in DTYPES:
+        values = []
+        for dtype in (target, source):
+            narrow = dtype if dtype != torch.float64 else torch.promote_types(target, torch.float32)
+            positive = torch.tensor([0.0, 1.0, torch.finfo(narrow).max, math.inf, math.nan], dtype=torch.float64)
+            values.append(torch.cat([positive, -positive]).to(dtype))
+        targets, sources = values[0].repeat(10), values[1].repeat_interleave(10)
+        equal, expected = targets.double() == sources.double(), targets.clone()
+        portable.ema_update_portable_([expected], [sources], torch.tensor(momentum, dtype=torch.float64))
+        before = targets.clone()
+        cuda.ema_update_([targets], [sources], torch.tensor(momentum, dtype=torch.float64))
+        torch.testing.assert_close(targets, expected, equal_nan=True)
+        exact = before if momentum else sources.to(target)
+        kept = torch.ones_like(equal) if momentum in (0, 1) else equal & (before.signbit() == sources.signbit())
+        assert torch.equal(targets[kept].nan_to_num(7), exact[kept].nan_to_num(7))
+        numbers = kept & ~exact.isnan()
+        assert torch.equal(targets[numbers].signbit(), exact[numbers].signbit())
+
+
 def test_moving_averages_of_very_many_pairs():
     for count in (120, 121, 900, 901):
         targets, sources = (list(torch.randn(count, 3).unbind()) for _ in range(2))
@@ -300,9 +323,10 @@ def test_bad_pairs(targets, sources, momentum, match):
         (
             2,
             LOW,
-            r"exp_avg_sqs, ema_params must not share memory, got (exp_avgs|params)\[0\] and (exp_avgs|params)\[0\]",
+            r"ema_params and steps must not share memory, got (exp_avgs|params)\[0\] and (exp_avgs|params)\[0\]",
         ),
         (0, LOW.half(), r"params\[0\] must be float32 or float64, got Half"),
+        (5, LOW[0], r"and steps must not share memory, got (steps|params)\[0\] and (steps|params)\[0\]"),
         (5, torch.zeros(1), r"steps\[0\] must be a 0-d tensor, float32, on the CPU, got Float on cpu of shape \[1\]"),
         (6, torch.zeros(2), r"lr must be one number, got shape \[2\]"),
     ],
