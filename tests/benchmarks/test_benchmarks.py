@@ -19,7 +19,7 @@ from benchmarks.ops.registry import Contestant
 from fastssl import reference
 from fastssl.reference import OPS
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RATES = Rates({torch.float32: (1e11, "float32"), torch.bfloat16: (4e11, "bfloat16")}, 1e10)
 
 

@@ -1,7 +1,7 @@
 """The operations of csrc/cuda, compared with the portable ones.
 
-Run by tests/test_cuda.py in a process of its own, where FASTSSL_CUDA_HOST names the library that was compiled for the
-CPU (cuda_runtime.h beside this says how): the sanitizers must be there from the start. Every test runs three times,
+Run by tests/gpu/test_cuda.py in a process of its own, where FASTSSL_CUDA_HOST names the library that was compiled for
+the CPU (cuda_runtime.h beside this says how): the sanitizers must be there from the start. Every test runs three times,
 with the threads of a block in another order. Without that variable it runs once, on the GPU. Memory that nobody has
 written is NaN.
 """
@@ -16,10 +16,10 @@ import signal
 
 import pytest
 import torch
-from cuda_host.compile import OPERATIONS
 from torch import Tensor
 
 from fastssl.reference import OPS
+from tests.gpu.cuda_host.compile import OPERATIONS
 
 LIBRARY = os.environ.get("FASTSSL_CUDA_HOST")
 ORDERS = {"forwards": 0, "backwards": 1, "shuffled": 2} if LIBRARY else {"on the GPU": 0}

@@ -30,7 +30,7 @@ DUAL = [(2, 3), (3, 17), (17, 33), (33, 65), (64, 127), (65, 129), (127, 200), (
 PARAMS = {"barlow_twins": (1.0, 0.05), "vicreg": (25.0, 25.0, 10.0), "variance_covariance": (25.0, 10.0)}
 
 if INTERPRETED:
-    from triton_checks import interpreter
+    from tests.gpu.triton_checks import interpreter
 
     interpreter.patch()
     interpreter.hurry()

@@ -8,7 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from accuracy import (
+from torch import Tensor
+
+import fastssl
+from fastssl.ops import _portable
+from fastssl.ops._op import Op
+from fastssl.reference import OPS, Sample
+from tests.accuracy import (
     Results,
     as_double,
     assert_as_accurate_as_eager,
@@ -23,12 +29,6 @@ from accuracy import (
     unreduced,
     weighted_error,
 )
-from torch import Tensor
-
-import fastssl
-from fastssl.ops import _portable
-from fastssl.ops._op import Op
-from fastssl.reference import OPS, Sample
 
 POISONED = ("5x64", "33x16", "not normalized", "5x7x64", "scale=14.0", "labels", "queue", "paired and batch", "views")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from accuracy import Results, assert_as_accurate_as_eager, evaluate, truth_and_eager
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -31,6 +30,7 @@ from fastssl.functional import (
 from fastssl.ops import _portable, correlation
 from fastssl.ops._op import Op
 from fastssl.reference import OPS, Sample
+from tests.accuracy import Results, assert_as_accurate_as_eager, evaluate, truth_and_eager
 
 SIZES = (2, 3, 17, 33, 64, 129, 257)
 DIMS = (1, 2, 15, 33, 64, 130, 257)

@@ -8,7 +8,6 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.distributed as dist
-from test_distributed import _assert_parts_of, _peer, _run
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -16,6 +15,7 @@ import fastssl
 from fastssl.distributed import rank, world_size
 from fastssl.functional import barlow_twins, cross_correlation, vicreg
 from fastssl.nn import BarlowTwinsLoss, VICRegLoss
+from tests.distributed.test_distributed import _assert_parts_of, _peer, _run
 
 BATCH = 5
 # Of up to 20 rows: D x D correlations are the smaller message, or rows are, and then either algorithm runs.

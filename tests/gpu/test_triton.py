@@ -3,7 +3,7 @@
 FASTSSL_TRITON_SWEEP=1 compiles every configuration of every kernel for every architecture instead of a selection, and
 has the assembler count spills:
 
-    FASTSSL_TRITON_SWEEP=1 python -m pytest tests/test_triton.py -k compile
+    FASTSSL_TRITON_SWEEP=1 python -m pytest tests/gpu/test_triton.py -k compile
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from triton_checks.compile_gate import (  # noqa: E402
+from tests.gpu.triton_checks.compile_gate import (  # noqa: E402
     MATRICES,
     PRECISIONS,
     PRODUCTS,
@@ -33,7 +33,7 @@ from triton_checks.compile_gate import (  # noqa: E402
 )
 
 SWEEP = os.environ.get("FASTSSL_TRITON_SWEEP") == "1"
-TESTS = Path(__file__).parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("file", ["numerics", "numerics_sums", "numerics_correlation"])
@@ -43,9 +43,9 @@ def test_numerics(interpret, file):
         pytest.skip("needs a GPU")
     environment = os.environ | {"TRITON_INTERPRET": interpret, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"triton_checks/{file}.py"],
-        cwd=TESTS,
-        env=environment | {"PYTHONPATH": os.pathsep.join(filter(None, (str(TESTS), os.environ.get("PYTHONPATH"))))},
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/gpu/triton_checks/{file}.py"],
+        cwd=ROOT,
+        env=environment,
         capture_output=True,
         text=True,
     )

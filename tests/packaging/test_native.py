@@ -164,5 +164,5 @@ def test_library_holds_no_path_of_the_machine_that_built_it():
     from fastssl import _C
 
     contents = Path(_C.__file__).read_bytes()
-    for path in (Path(__file__).parent.parent, Path(torch.__file__).parent, sys.prefix):
+    for path in (Path(__file__).parents[2], Path(torch.__file__).parent, sys.prefix):
         assert os.fsencode(path) not in contents

@@ -24,7 +24,7 @@ OPERATIONS = ["similarity", "pair", "self", "softplus"]
 SIZES = [(1, 1, 1), (1, 9, 8), (3, 129, 64), (127, 65, 130), (129, 127, 24), (2, 400, 40), (5, 3, 1100)]
 
 if INTERPRETED:
-    from triton_checks import interpreter
+    from tests.gpu.triton_checks import interpreter
 
     interpreter.patch()
     interpreter.hurry()

@@ -9,21 +9,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from cuda_host.compile import ARCHITECTURES, OPERATIONS, cuda_library, host_library, nvcc, run, sanitizers
 
 from fastssl import _native
+from tests.gpu.cuda_host.compile import ARCHITECTURES, OPERATIONS, cuda_library, host_library, nvcc, run, sanitizers
 
-TESTS = Path(__file__).parent
+ROOT = Path(__file__).parents[2]
+KERNELS = "tests/gpu/cuda_host/kernels.py"
 SANITIZERS = sanitizers()
-pytestmark = pytest.mark.xdist_group("cuda")  # one process, which compiles once
 pytestmark = pytest.mark.xdist_group("cuda")  # which compiles once
 needs_nvcc = pytest.mark.skipif(nvcc() is None, reason="nvcc not found")
 
 
 def _run_kernels(**environment: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-pno:cacheprovider", "-pno:faulthandler", "cuda_host/kernels.py"],
-        cwd=TESTS,
+        [sys.executable, "-m", "pytest", "-q", "-pno:cacheprovider", "-pno:faulthandler", KERNELS],
+        cwd=ROOT,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), **environment},
         capture_output=True,
         text=True,
@@ -73,7 +73,7 @@ def _operations_on_cuda(library: str, *before: str) -> str:
             "print(*(name for name, dump in zip(names, dumps) if '\\nCUDA: registered at csrc/cuda/' in dump))",
         ]
     )
-    return run(sys.executable, "-W", "ignore", "-c", code, cwd=TESTS.parent).split()
+    return run(sys.executable, "-W", "ignore", "-c", code, cwd=ROOT).split()
 
 
 @needs_nvcc
@@ -97,7 +97,7 @@ def test_loads_beside_a_torch_with_cuda(compiled):
 @needs_nvcc
 def test_library_holds_no_path_of_the_machine_that_built_it(compiled):
     contents = compiled[0].read_bytes()
-    for path in (TESTS.parent, Path(torch.__file__).parent, sys.prefix):
+    for path in (ROOT, Path(torch.__file__).parent, sys.prefix):
         assert os.fsencode(path) not in contents
 
 

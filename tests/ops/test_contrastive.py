@@ -11,7 +11,6 @@ import textwrap
 import pytest
 import torch
 import torch.nn.functional as F
-from accuracy import Results, assert_as_accurate_as_eager, evaluate, public, truth_and_eager, unreduced
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -28,6 +27,7 @@ from fastssl.functional import (
     uniformity,
 )
 from fastssl.reference import OPS, Sample
+from tests.accuracy import Results, assert_as_accurate_as_eager, evaluate, public, truth_and_eager, unreduced
 
 SIZES = (1, 3, 63, 64, 65, 127, 128, 129, 255, 256, 257, 511, 513)
 DIMS = (1, 2, 15, 16, 17, 31, 33, 100, 128, 130, 257, 768)

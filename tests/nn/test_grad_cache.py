@@ -9,7 +9,6 @@ import weakref
 import pytest
 import torch
 import torch.distributed as dist
-from test_distributed import _mean, _run
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -17,6 +16,7 @@ from fastssl import grad_cache
 from fastssl.distributed import rank, world_size
 from fastssl.functional import clip_loss, info_nce, nt_xent
 from fastssl.nn import NTXentLoss
+from tests.distributed.test_distributed import _mean, _run
 
 BATCH, DIM = 13, 8
 

@@ -24,7 +24,7 @@ PRECISIONS = [p for p in DTYPES if p != "tf32" or not INTERPRETED or os.environ.
 SIZES = [(1, 1), (1, 8), (2, 3), (3, 1), (5, 64), (33, 127), (64, 130), (65, 64), (129, 16), (192, 40), (3, 1100)]
 
 if INTERPRETED:
-    from triton_checks import interpreter
+    from tests.gpu.triton_checks import interpreter
 
     interpreter.patch()
     interpreter.hurry()

@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from test_distributed import _run
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
+
+from tests.distributed.test_distributed import _run
 
 pytest.importorskip("rich")
 pytest.importorskip("sklearn")
