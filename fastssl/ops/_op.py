@@ -13,8 +13,7 @@ which names of arguments it knows the formula).
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -22,38 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastssl.ops._backend import current_backend
+from fastssl.ops._precision import autocast_available
+
 _library = torch.library.Library("fastssl", "DEF")
-_BACKENDS = ("auto", "portable", "reference")
-_backend = "auto"
-
-
-@contextlib.contextmanager
-def use_backend(name: str) -> Iterator[None]:
-    """Choose, inside a `with` block, what computes fastssl's operations in this process.
-
-    What ran a forward pass also runs its backward pass, wherever that is called. torch.compile
-    recompiles when the choice changes.
-
-    Args:
-        name: "auto", the kernels of the device (the default); "portable", blocks of plain PyTorch in
-            O(B D) memory; or "reference", the naive formula, which is slow and large but easy to trust.
-
-    Raises:
-        ValueError: if `name` is none of these.
-    """
-    if name not in _BACKENDS:
-        raise ValueError(f"name must be one of {', '.join(map(repr, _BACKENDS))}, got {name!r}")
-    global _backend
-    before, _backend = _backend, name
-    try:
-        yield
-    finally:
-        _backend = before
-
-
-def current_backend() -> str:
-    """The backend that `use_backend` chose here: "auto" outside of any `with` block."""
-    return _backend
 
 
 def triton_launcher(family: str, name: str) -> Callable[..., Any] | None:
@@ -120,7 +91,7 @@ def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
 
     def run(*args: Any) -> Any:
         device = args[0].device.type
-        if not torch.amp.is_autocast_available(device):
+        if not autocast_available(device):
             return function(*args)
         with torch.autocast(device, enabled=False):
             return function(*args)

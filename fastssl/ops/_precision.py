@@ -27,14 +27,21 @@ def _float32_matmul_precision() -> str:
     return torch.get_float32_matmul_precision()
 
 
-# torch.compile cannot trace it, and recompiles when it changes. This is what torch.compiler.assume_constant_result does
-# once it has imported torch._dynamo, which takes longer than all else here.
+def autocast_available(device_type: str) -> bool:
+    """Whether there is an autocast for devices of that type at all."""
+    return torch.amp.is_autocast_available(device_type)
+
+
+# torch.compile cannot trace the first, and recompiles when it changes; in PyTorch 2.11 it cannot trace the second,
+# which never changes. This is what torch.compiler.assume_constant_result does once it has imported torch._dynamo, which
+# takes longer than all else here.
 _float32_matmul_precision._dynamo_marked_constant = True
+autocast_available._dynamo_marked_constant = True
 
 
 def autocast_enabled(x: Tensor) -> bool:
     """Whether autocast is on for the device of `x`."""
-    return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
+    return autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from fastssl.ops._op import current_backend
+from fastssl.ops._backend import current_backend
 
 _library = torch.library.Library("fastssl", "FRAGMENT")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastssl.ops._op import current_backend
+from fastssl.ops._backend import current_backend
 
 _library = torch.library.Library("fastssl", "FRAGMENT")
 
