@@ -37,6 +37,11 @@ def dot(x: Tensor, y: Tensor) -> Tensor:
     return (x.to(dtype) * y.to(dtype)).sum(-1)
 
 
+def kept(y: Tensor) -> Tensor:
+    """y, for the reference to keep: a constant may be overwritten before the backward pass, as a queue is."""
+    return y if y.requires_grad else y.clone()
+
+
 def needs_gradient(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 

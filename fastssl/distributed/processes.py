@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 ProcessGroup = dist.ProcessGroup if dist.is_available() else type(None)
+_DESCRIPTION = 160  # bytes, of a tensor in words
 
 
 def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -88,28 +89,34 @@ def check_group(group: Any) -> None:
 
 
 @uncompiled
-def check_alike(group: ProcessGroup, tensors: dict[str, Tensor]) -> None:
-    """Raises ValueError on every process, if the tensors differ: one exchange of a few integers, and a wait for it."""
+def check_alike(group: ProcessGroup | None, tensors: dict[str, Tensor]) -> None:
+    """Raises ValueError on every process, if the tensors differ: one exchange of a few bytes, and a wait for it."""
     device = next(iter(tensors.values())).device
-    mine = [int(torch.is_grad_enabled())]
-    for t in tensors.values():
-        mine += [t.dtype.itemsize, t.dtype.is_floating_point + 2 * (t.dtype == torch.bfloat16), int(t.requires_grad)]
-        mine += t.shape
-    # Tensors of another number of dimensions would make a table of another width; no loss lets them come here.
-    table = torch.empty(dist.get_world_size(group) * len(mine), dtype=torch.int64, device=device)
-    all_gather(table, torch.tensor(mine, device=device), group)
-    rows = table.view(-1, len(mine)).tolist()
-    if any(row != mine for row in rows):
-        names = " and ".join(tensors)
-        start, shapes = 1, []
-        for t in tensors.values():
-            shapes.append([tuple(row[start + 3 : start + 3 + t.dim()]) for row in rows])
-            start += 3 + t.dim()
-        raise ValueError(
-            f"{names} must have the same shape, dtype and requires_grad on every process of group, got "
-            + " and ".join(str(s) for s in shapes)
-            + f" on the processes, and here {', '.join(f'{t.dtype}, {t.requires_grad}' for t in tensors.values())}"
-        )
+    if "cpu:" in dist.get_backend_config(group):
+        device = torch.device("cpu")  # where it meets that of a process whose tensors are elsewhere
+    mine = b"".join(_describe(t).encode().ljust(_DESCRIPTION) for t in tensors.values())
+    table = torch.empty(dist.get_world_size(group) * len(mine), dtype=torch.uint8, device=device)
+    all_gather(table, torch.frombuffer(bytearray(mine), dtype=torch.uint8).to(device), group)
+    everyone = bytes(table.tolist())
+    if everyone == mine * dist.get_world_size(group):
+        return
+    differences = []
+    for i, name in enumerate(tensors):
+        kinds: dict[str, list[int]] = {}
+        for process, start in enumerate(range(i * _DESCRIPTION, len(everyone), len(mine))):
+            kinds.setdefault(everyone[start : start + _DESCRIPTION].decode().strip(), []).append(process)
+        if len(kinds) > 1:
+            on_processes = (f"{kind} on {', '.join(map(str, processes))}" for kind, processes in kinds.items())
+            differences.append(f"{name} {' and '.join(on_processes)}")
+    raise ValueError(
+        f"{' and '.join(tensors)} must have the same shape, dtype, device and requires_grad on every process of group,"
+        f" got {'; '.join(differences)}"
+    )
+
+
+def _describe(x: Tensor) -> str:
+    requires_grad = torch.is_grad_enabled() and x.requires_grad
+    return f"({tuple(x.shape)}, {x.dtype}, {x.device.type}, requires_grad={requires_grad})"[:_DESCRIPTION]
 
 
 def _initialized() -> bool:

@@ -79,14 +79,13 @@ class Ring:
         sent = [t.contiguous() for t in tensors]
         received = tuple(torch.empty_like(t) for t in sent)
         neighbours = (dist.isend, sent, self.rank + 1), (dist.irecv, received, self.rank - 1)
-        works = dist.batch_isend_irecv(
-            [
-                dist.P2POp(op, t, group=self.group, group_peer=peer % self.size)
-                for op, tensors, peer in neighbours
-                for t in tensors
-                if t.numel()
-            ]
-        )
+        ops = [
+            dist.P2POp(op, t, group=self.group, group_peer=peer % self.size)
+            for op, tensors, peer in neighbours
+            for t in tensors
+            if t.numel()
+        ]
+        works = dist.batch_isend_irecv(ops) if ops else []  # there are none of an empty batch
 
         def wait(sent: list[Tensor] = sent) -> Tensors:  # which are kept until they have gone
             for work in works:

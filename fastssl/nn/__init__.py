@@ -5,7 +5,7 @@ from fastssl.nn.clip import ClipLoss, SigLipLoss
 from fastssl.nn.dcl import DCLLoss, DCLWLoss
 from fastssl.nn.ema import EMA
 from fastssl.nn.info_nce import InfoNCELoss
-from fastssl.nn.memory_bank import MemoryBank
+from fastssl.nn.memory_bank import MemoryBank, MemoryBankModule
 from fastssl.nn.ntxent import NTXentLoss
 from fastssl.nn.patch_embed import PatchEmbed
 from fastssl.nn.supcon import SupConLoss
@@ -19,6 +19,7 @@ __all__ = [
     "EMA",
     "InfoNCELoss",
     "MemoryBank",
+    "MemoryBankModule",
     "NTXentLoss",
     "PatchEmbed",
     "SigLipLoss",

@@ -65,7 +65,7 @@ class DCLLoss(nn.Module):
         check_temperature(self.temperature)
         scale, precision = inverse(self.temperature, out0), product_precision(out0)
         views = [unit(out) for out in (out0, out1)]
-        ring = Ring(default_group(rank(), world_size()), out0=views[0], out1=views[1], temperature=scale)
+        ring = Ring(default_group(rank(), world_size()), out0=out0, out1=out1, temperature=scale)
         rows, own = torch.cat(views), torch.arange(out0.shape[0], device=out0.device).repeat(2)
         negatives = [logsumexp(*row_sums(rows, y, scale, own, precision, ring)) for y in views]
         positive = dot(rows, torch.cat(views[::-1])) * scale

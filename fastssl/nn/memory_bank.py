@@ -1,13 +1,15 @@
-"""A queue of past keys."""
+"""Queues of past keys: this package's, and lightly's."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastssl import functional
-from fastssl.distributed import gather_rows, world_size
+from fastssl.distributed import check_alike, gather_rows, world_size
 
 
 class MemoryBank(nn.Module):
@@ -80,15 +82,115 @@ class MemoryBank(nn.Module):
                 are, or at unit length with `normalize`.
 
         Raises:
-            ValueError: if keys is not of shape (B, dim).
+            TypeError: if keys is no tensor.
+            ValueError: if keys is not of shape (B, dim), or with `gather_distributed` on every process, if they differ
+                in shape, dtype or device. The queue is then unchanged.
         """
-        dim = self.keys.shape[1]
-        if keys.dim() != 2 or keys.shape[1] != dim:
-            raise ValueError(f"keys must have shape (B, {dim}), got {tuple(keys.shape)}")
-        if self.gather_distributed and world_size() > 1:
-            keys = gather_rows(keys)
+        keys = _rows_of_all_processes("keys", keys, self.keys.shape[1], self.gather_distributed)
         functional.enqueue_(self.keys, self.position, keys.to(self.keys.device), self.normalize)
 
     def extra_repr(self) -> str:
         size, dim = self.keys.shape
         return f"{size}, {dim}, gather_distributed={self.gather_distributed}, normalize={self.normalize}"
+
+
+class MemoryBankModule(nn.Module):
+    """A queue of past embeddings, which takes the place of lightly's class of this name.
+
+    At the end of the bank the rows that do not fit are dropped, and the next update begins at its first row. It is not
+    saved in the state dict. `MemoryBank` does better; this one is for losses that are written for lightly's.
+
+    Attributes:
+        size: as given, as a tuple.
+        gather_distributed, feature_dim_first: as given.
+        bank: (rows, features) float32 buffer, random unit rows at first, or empty.
+        bank_ptr: (1,) int64 buffer, the row that the next update writes first.
+
+    Args:
+        size: (rows, features), or 0 for no bank.
+        gather_distributed: enter the rows of all processes, which must hold the same number of them.
+        feature_dim_first: whether a call returns the bank transposed.
+
+    Raises:
+        TypeError: if size is neither an integer nor a sequence of integers.
+        ValueError: if size has a negative entry or is neither 0 nor a pair.
+    """
+
+    bank: Tensor
+    bank_ptr: Tensor
+
+    def __init__(
+        self, size: int | Sequence[int], gather_distributed: bool = False, feature_dim_first: bool = True
+    ) -> None:
+        super().__init__()
+        self.size = check_bank_size("size", size)
+        self.gather_distributed = gather_distributed
+        self.feature_dim_first = feature_dim_first
+        bank = F.normalize(torch.randn(self.size), dim=-1) if len(self.size) == 2 else torch.empty(0)
+        self.register_buffer("bank", bank, persistent=False)
+        self.register_buffer("bank_ptr", torch.zeros(1, dtype=torch.long), persistent=False)
+
+    def forward(self, output: Tensor, labels: None = None, update: bool = False) -> tuple[Tensor, Tensor | None]:
+        """The output, and a copy of the bank as it was before the update.
+
+        Args:
+            output: (B, features) embeddings.
+            labels: without effect.
+            update: enter output into the bank.
+
+        Returns:
+            (output, bank), the bank (features, rows), or (rows, features) without `feature_dim_first`, and None where
+            there is none.
+
+        Raises:
+            TypeError, ValueError: as `update`.
+        """
+        if self.size[0] == 0:
+            return output, None
+        bank = self.bank.clone()
+        if update:
+            self.update(output)
+        return output, bank.T if self.feature_dim_first else bank
+
+    @torch.no_grad()
+    def update(self, output: Tensor) -> None:
+        """Enter output (B, features) into the bank.
+
+        Raises:
+            TypeError: if output is no tensor.
+            ValueError: if output is not of shape (B, features), or with `gather_distributed` on every process, if they
+                differ in shape, dtype or device. The bank is then unchanged.
+        """
+        rows = _rows_of_all_processes("output", output, self.size[1], self.gather_distributed).to(self.bank)
+        count = rows.shape[0]
+        # What is dropped becomes a copy of the last row that fits: no branch, and no wait for the device.
+        source = torch.arange(count, device=rows.device).clamp(max=self.size[0] - 1 - self.bank_ptr)
+        self.bank.index_copy_(0, self.bank_ptr + source, rows[source])
+        end = self.bank_ptr + count
+        self.bank_ptr.copy_(end.where(end < self.size[0], 0))
+
+    def extra_repr(self) -> str:
+        return f"{self.size}, gather_distributed={self.gather_distributed}, feature_dim_first={self.feature_dim_first}"
+
+
+def check_bank_size(name: str, size: int | Sequence[int]) -> tuple[int, ...]:
+    """lightly's: (rows, features), or (0,) for no bank."""
+    sizes = (size,) if isinstance(size, int) else size
+    if not isinstance(sizes, Sequence) or not all(isinstance(n, int) for n in sizes):
+        raise TypeError(f"{name} must be an integer or two, got {size!r}")
+    if any(n < 0 for n in sizes):
+        raise ValueError(f"{name} must not be negative, got {size}")
+    if tuple(sizes) != (0,) and len(sizes) != 2:
+        raise ValueError(f"{name} must be a (rows, features) pair, or 0 for no bank, got {size}")
+    return tuple(sizes)
+
+
+def _rows_of_all_processes(name: str, rows: Tensor, dim: int, gather_distributed: bool) -> Tensor:
+    if not isinstance(rows, Tensor):
+        raise TypeError(f"{name} must be a Tensor, got {type(rows).__name__}")
+    across = gather_distributed and world_size() > 1
+    if across:
+        check_alike(None, {name: rows})
+    if rows.dim() != 2 or rows.shape[1] != dim:
+        raise ValueError(f"{name} must have shape (B, {dim}), got {tuple(rows.shape)}")
+    return gather_rows(rows) if across else rows

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from fastssl._arithmetic import dot, finish, unit
 from fastssl._checks import check_pair
-from fastssl.distributed import gather_rows, rank, world_size
+from fastssl.distributed import check_alike, gather_rows, rank, world_size
 from fastssl.functional import nt_xent, similarity_logsumexp
+from fastssl.nn.memory_bank import MemoryBankModule, check_bank_size
 
 
 class NTXentLoss(nn.Module):
@@ -20,8 +21,8 @@ class NTXentLoss(nn.Module):
     It takes the place of lightly's class of this name, without a change elsewhere.
 
     Attributes:
-        memory_bank: the queue, with the buffers `bank` and `bank_ptr`. They are not saved in the state dict, and what
-            an update has beyond the end of the bank is dropped; `fastssl.nn.MemoryBank` does better.
+        memory_bank: the queue, a `MemoryBankModule`. It is not saved in the state dict, and what an update has beyond
+            its end is dropped; `fastssl.nn.MemoryBank` does better.
         temperature, gather_distributed: as given.
 
     Args:
@@ -42,7 +43,7 @@ class NTXentLoss(nn.Module):
         self, temperature: float = 0.5, memory_bank_size: int | Sequence[int] = 0, gather_distributed: bool = False
     ) -> None:
         super().__init__()
-        self.memory_bank = _Bank(memory_bank_size, gather_distributed)
+        self.memory_bank = MemoryBankModule(check_bank_size("memory_bank_size", memory_bank_size), gather_distributed)
         self.temperature = temperature
         self.gather_distributed = gather_distributed
         if abs(temperature) < 1e-8:
@@ -61,15 +62,16 @@ class NTXentLoss(nn.Module):
             0-d loss, in the dtype that `fastssl.functional.nt_xent` returns.
 
         Raises:
-            TypeError, ValueError: as `fastssl.functional.nt_xent`.
+            TypeError, ValueError: as `fastssl.functional.nt_xent`, and with `gather_distributed` on every process, if
+                they differ in shapes, dtypes, devices or requires_grad. The queue is then unchanged.
         """
-        if self.memory_bank.size[0] > 0:
-            losses = self._against_memory_bank
-        elif self.gather_distributed and world_size() > 1:
-            losses = self._against_all_processes
-        else:
+        across = self.gather_distributed and world_size() > 1
+        if self.memory_bank.size[0] == 0 and not across:
             return nt_xent(out0, out1, temperature=self.temperature)
-        check_pair(out0, out1)
+        check_pair(out0, out1, "out0", "out1")
+        if across:
+            check_alike(None, {"out0": out0, "out1": out1})
+        losses = self._against_memory_bank if self.memory_bank.size[0] > 0 else self._against_all_processes
         return finish(losses(out0, out1), "mean", out0)
 
     def _against_memory_bank(self, out0: Tensor, out1: Tensor) -> Tensor:
@@ -92,32 +94,3 @@ class NTXentLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return f"temperature={self.temperature}, gather_distributed={self.gather_distributed}"
-
-
-class _Bank(nn.Module):
-    """lightly's queue. `size` is (rows, features), or (0,) for none."""
-
-    def __init__(self, size: int | Sequence[int], gather_distributed: bool) -> None:
-        super().__init__()
-        self.size = (size,) if isinstance(size, int) else tuple(size)
-        if any(n < 0 for n in self.size):
-            raise ValueError(f"memory_bank_size must not be negative, got {size}")
-        if self.size != (0,) and len(self.size) != 2:
-            raise ValueError(f"memory_bank_size must be a (rows, features) pair, or 0 for no bank, got {size}")
-        self.gather_distributed = gather_distributed
-        bank = F.normalize(torch.randn(self.size), dim=-1) if len(self.size) == 2 else torch.empty(0)
-        self.register_buffer("bank", bank, persistent=False)
-        self.register_buffer("bank_ptr", torch.zeros(1, dtype=torch.long), persistent=False)
-
-    @torch.no_grad()
-    def update(self, rows: Tensor) -> None:
-        """At the end of the bank the rows that do not fit are dropped, and the next update begins at its first row."""
-        if self.gather_distributed and world_size() > 1:
-            rows = gather_rows(rows)
-        rows = rows.to(self.bank)
-        count = rows.shape[0]
-        # What is dropped becomes a copy of the last row that fits: no branch, and no wait for the device.
-        source = torch.arange(count, device=rows.device).clamp(max=self.size[0] - 1 - self.bank_ptr)
-        self.bank.index_copy_(0, self.bank_ptr + source, rows[source])
-        end = self.bank_ptr + count
-        self.bank_ptr.copy_(end.where(end < self.size[0], 0))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fastssl._arithmetic import finish
 from fastssl._checks import check_eps, check_number, check_pair
-from fastssl.distributed import default_group, rank, world_size
+from fastssl.distributed import check_alike, default_group, rank, world_size
 from fastssl.functional import vicreg
 from fastssl.ops._precision import accumulate_dtype
 
@@ -66,7 +66,11 @@ class VICRegLoss(nn.Module):
         Raises:
             TypeError, ValueError: as `fastssl.functional.vicreg`.
         """
-        if not isinstance(z_a, Tensor) or not isinstance(z_b, Tensor) or z_a.dim() < 3 or z_a.shape != z_b.shape:
+        if not isinstance(z_a, Tensor) or not isinstance(z_b, Tensor):
+            return self._loss(z_a, z_b)
+        if self.gather_distributed and world_size() > 1:
+            check_alike(None, {"z_a": z_a, "z_b": z_b})  # all processes are to take as many losses
+        if z_a.dim() < 3 or z_a.shape != z_b.shape:
             return self._loss(z_a, z_b)
         if 0 in z_a.shape[1:-1]:
             raise ValueError(f"z_a and z_b must have at least one position, got shape {tuple(z_a.shape)}")

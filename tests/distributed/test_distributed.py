@@ -6,6 +6,7 @@ import datetime
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from types import ModuleType
 
 import pytest
@@ -20,7 +21,18 @@ from benchmarks.ops import peers
 from fastssl import distributed
 from fastssl.distributed import Ring, gather_rows, rank, world_size
 from fastssl.functional import clip_loss, info_nce, siglip_loss
-from fastssl.nn import ClipLoss, DCLLoss, DCLWLoss, MemoryBank, NTXentLoss, SigLipLoss
+from fastssl.nn import (
+    BarlowTwinsLoss,
+    ClipLoss,
+    DCLLoss,
+    DCLWLoss,
+    InfoNCELoss,
+    MemoryBank,
+    MemoryBankModule,
+    NTXentLoss,
+    SigLipLoss,
+    VICRegLoss,
+)
 
 BATCH, DIM, SECONDS = 6, 8, 120
 
@@ -494,13 +506,13 @@ def _check_unlike_processes_are_refused() -> None:
     last = rank() == world_size() - 1
     group, losses = dist.group.WORLD, {**_softmax_losses(), "siglip_loss": siglip_loss}
     for loss in losses.values():
-        with pytest.raises(ValueError, match=rf"same shape.*on every process.*\({BATCH}, 8\).*\({BATCH - 1}, 8\)"):
+        with pytest.raises(ValueError, match=rf"same shape.*every process.*\({BATCH}, 8\).*\({BATCH - 1}, 8\)"):
             loss(x[: BATCH - last], y[: BATCH - last], 2.0, group=group)
         with pytest.raises(ValueError, match="requires_grad on every process"):
             loss(x.detach() if last else x, y, 2.0, group=group)
         with pytest.raises(ValueError, match="requires_grad on every process"), torch.set_grad_enabled(last):
             loss(x, y, 2.0, group=group)
-    with pytest.raises(ValueError, match="dtype and requires_grad on every process.*torch.float"):
+    with pytest.raises(ValueError, match="every process.*torch.float64.* on 0.*and .*torch.float32"):
         clip_loss(*((x, y) if last else (x.double(), y.double())), 2.0, group=group)
     with pytest.raises(TypeError, match="group must be a torch.distributed.ProcessGroup or None, got int"):
         clip_loss(x, y, 2.0, group=3)
@@ -511,6 +523,64 @@ def _check_unlike_processes_are_refused() -> None:
             clip_loss(x, y, 2.0, group=group)
     with pytest.raises(ValueError, match=r"rank and world_size must be .*default group, \(\d, \d\), got \(9, 10\)"):
         ClipLoss(rank=9, world_size=10)(x, y, 2.0)
+
+
+def _check_unlike_rows_are_not_gathered() -> None:
+    """ValueError on every process, and queues as they were."""
+    x, y = (_mine(x) for x in _all_views()[0])
+    last = rank() == world_size() - 1
+    unlike = {
+        "rows": (x[: BATCH - last], y[: BATCH - last]),
+        "no rows": (x[last * BATCH :], y[last * BATCH :]),
+        "features": (x[:, : DIM - last], y[:, : DIM - last]),
+        "dimensions": (x[None], y[None]) if last else (x, y),
+        "dtype": (x.bfloat16(), y.bfloat16()) if last else (x, y),
+        "device": (x.to("meta"), y.to("meta")) if last else (x, y),
+        "requires_grad": (x.detach(), y.detach()) if last else (x, y),
+    }
+    queue = (4 * world_size() * BATCH, DIM)
+    losses = [NTXentLoss(gather_distributed=True), NTXentLoss(0.5, queue, gather_distributed=True)]
+    losses += [DCLLoss(gather_distributed=True), BarlowTwinsLoss(gather_distributed=True)]
+    losses += [VICRegLoss(gather_distributed=True), InfoNCELoss(group=dist.group.WORLD)]
+    banks = [MemoryBank(*queue, gather_distributed=True), MemoryBankModule(queue, gather_distributed=True)]
+    banks.append(losses[1].memory_bank)
+    before = [{name: buffer.clone() for name, buffer in bank.named_buffers()} for bank in banks]
+    for difference, views in unlike.items():
+        for loss in losses:
+            # The arguments of a process are looked at before those of all.
+            if difference != "dimensions" or isinstance(loss, VICRegLoss):
+                with pytest.raises(ValueError, match=r"must have the same shape, dtype.* on every process of group"):
+                    loss(*views)
+        for bank in banks:
+            if difference != "requires_grad":  # which a queue does not ask for
+                with pytest.raises(ValueError, match=r"must have the same shape, dtype.* on every process of group"):
+                    bank.update(views[1])
+        for bank, buffers in zip(banks, before, strict=True):
+            assert all(torch.equal(buffer, buffers[name]) for name, buffer in bank.named_buffers())
+    with pytest.raises(ValueError, match=rf"got keys \(\({BATCH}, 8\), torch.float32, cpu, requires_grad=False\) on 0"):
+        banks[0].update(unlike["rows"][1])
+    positions = [x[:, None].expand(-1, 2 + last, -1) for x in (x, y)]
+    with pytest.raises(ValueError, match="on every process of group"):
+        VICRegLoss(gather_distributed=True)(*positions)
+
+
+def _check_empty_batches() -> None:
+    """NaN, the mean of nothing, and no gradients."""
+    losses = {**_softmax_losses(), "siglip_loss": siglip_loss}
+    losses = [lambda x, y, loss=loss: loss(x, y, 2.0, group=dist.group.WORLD) for loss in losses.values()]
+    losses += [NTXentLoss(gather_distributed=True), DCLLoss(gather_distributed=True)]
+    for options in (dict(), dict(local_loss=True), dict(gather_with_grad=True)):
+        losses.append(partial(ClipLoss(**options, rank=rank(), world_size=world_size()), logit_scale=2.0))
+    for loss in losses:
+        x, y = (torch.zeros(0, DIM, requires_grad=True) for _ in range(2))
+        value = loss(x, y)
+        assert value.shape == () and value.isnan()
+        value.backward()
+        assert x.grad.shape == (0, DIM)
+    for bank in (MemoryBank(8, DIM, gather_distributed=True), MemoryBankModule((8, DIM), gather_distributed=True)):
+        before = next(bank.buffers()).clone()
+        bank.update(x)
+        assert torch.equal(next(bank.buffers()), before)
 
 
 def _check_metrics() -> None:
@@ -565,6 +635,8 @@ def _check_everything() -> None:
         _check_dcl,
         _check_queue_of_all_processes,
         _check_unlike_processes_are_refused,
+        _check_unlike_rows_are_not_gathered,
+        _check_empty_batches,
         _check_no_second_derivatives,
         _check_metrics,
         *((_check_silence, _check_compiled_ring) if world_size() == 2 else ()),  # which take long

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import fastssl
 from fastssl.functional import enqueue_, info_nce, similarity_logsumexp
-from fastssl.nn import InfoNCELoss, MemoryBank
+from fastssl.nn import InfoNCELoss, MemoryBank, MemoryBankModule
 from fastssl.reference import memory_bank as reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -182,16 +182,23 @@ def _loss(query: Tensor, key: Tensor, keys: Tensor) -> Tensor:
     return info_nce(query, key, negative_keys=keys, temperature=0.2, normalize=False)
 
 
-def test_may_be_overwritten_before_the_backward_pass(backend):
+def _losses_of_similarities(query: Tensor, key: Tensor, keys: Tensor) -> Tensor:
+    return F.softplus(similarity_logsumexp(query, keys, scale=5.0, offset=5 * (query * key).sum(1))).mean()
+
+
+@pytest.mark.parametrize("chosen", ["auto", "portable", "reference"])
+@pytest.mark.parametrize("loss", [_loss, _losses_of_similarities])
+def test_may_be_overwritten_before_the_backward_pass(loss, chosen):
     """The queue that a loss saw counts, not the one that is there when it is differentiated."""
     bank = MemoryBank(8, 6)
     steps = [(_unit(3, 6, seed=2 * s).requires_grad_(), _unit(3, 6, seed=2 * s + 1)) for s in range(4)]
     expected = []
     losses = 0
     for query, key in steps:
-        expected.append(torch.autograd.grad(_loss(query, key, bank.keys.clone()), query)[0])
-        losses = losses + _loss(query, key, bank.keys)
-        bank.update(key)
+        with fastssl.use_backend(chosen):
+            expected.append(torch.autograd.grad(loss(query, key, bank.keys.clone()), query)[0])
+            losses = losses + loss(query, key, bank.keys)
+            bank.update(key)
     for x, y in zip(torch.autograd.grad(losses, [query for query, _ in steps]), expected, strict=True):
         assert torch.equal(x, y)
 
@@ -283,3 +290,50 @@ def test_bad_arguments(args, error, match):
 def test_bad_keys(shape):
     with pytest.raises(ValueError, match=r"keys must have shape \(B, 3\), got"):
         MemoryBank(8, 3).update(torch.ones(shape))
+
+
+@pytest.mark.parametrize("feature_dim_first", [True, False])
+def test_lightlys_module(feature_dim_first, lightly):
+    """Its arguments, buffers and returns, while the bank goes round."""
+    from lightly.models.modules.memory_bank import MemoryBankModule as Theirs
+
+    modules = []
+    for module in (MemoryBankModule, Theirs):
+        torch.manual_seed(5)
+        modules.append(module(size=(7, 3), gather_distributed=False, feature_dim_first=feature_dim_first))
+    ours, theirs = modules
+    assert ours.size == theirs.size == (7, 3) and not ours.state_dict() and not theirs.state_dict()
+    for seed, batch in enumerate([3, 3, 3, 7, 1, 2]):
+        output = _unit(batch, 3, seed=seed).requires_grad_()
+        before = ours.bank.clone()
+        for update in (False, True):
+            results = [module(output, labels=None, update=update) for module in modules]
+            assert all(result[0] is output for result in results)
+            assert torch.equal(results[0][1], results[1][1]) and results[0][1].shape == results[1][1].shape
+            assert torch.equal(results[0][1], before.T if feature_dim_first else before)
+            assert torch.equal(ours.bank, theirs.bank) and torch.equal(ours.bank_ptr, theirs.bank_ptr)
+    for module in (MemoryBankModule(0), Theirs(0)):
+        assert module(output, update=True)[0] is output and module(output)[1] is None
+
+
+@pytest.mark.parametrize(
+    ("size", "error", "match"),
+    [
+        (3, ValueError, r"size must be a \(rows, features\) pair, or 0 for no bank, got 3"),
+        ((-1, 8), ValueError, r"size must not be negative, got \(-1, 8\)"),
+        (2.5, TypeError, "size must be an integer or two, got 2.5"),
+        ((2, None), TypeError, r"size must be an integer or two, got \(2, None\)"),
+    ],
+)
+def test_bad_sizes_of_lightlys_module(size, error, match):
+    with pytest.raises(error, match=match):
+        MemoryBankModule(size)
+
+
+@pytest.mark.parametrize(("output", "error"), [(torch.ones(2, 4), ValueError), ([[1.0]], TypeError)])
+def test_bad_output_for_lightlys_module(output, error):
+    bank = MemoryBankModule((7, 3))
+    before = bank.bank.clone()
+    with pytest.raises(error, match="output must "):
+        bank(output, update=True)
+    assert torch.equal(bank.bank, before)

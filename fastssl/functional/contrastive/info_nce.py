@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastssl import reference
-from fastssl._arithmetic import cross_entropy, dot, finish, inverse, logsumexp, unit
+from fastssl._arithmetic import cross_entropy, dot, finish, inverse, kept, logsumexp, unit
 from fastssl._checks import check_group, check_negatives, check_pair, check_reduction, check_share, check_temperature
 from fastssl._exponential_sums import row_sums, sum_exponentials
 from fastssl.distributed import ProcessGroup, Ring
@@ -86,6 +86,7 @@ def info_nce(
     check_reduction(reduction)
     check_group(group)
     if current_backend() == "reference":
+        negative_keys = None if negative_keys is None else kept(negative_keys)
         return reference.contrastive.info_nce(
             query, positive_key, negative_keys, temperature=temperature, negative_mode=negative_mode,
             in_batch_negatives=in_batch_negatives, symmetric=symmetric, normalize=normalize,
@@ -95,7 +96,7 @@ def info_nce(
     q, k, others = (unit(x) if normalize and x is not None else x for x in (query, positive_key, negative_keys))
     ring = None
     if group is not None and in_batch_negatives:
-        ring = Ring(group, query=q, positive_key=k, temperature=scale)
+        ring = Ring(group, query=query, positive_key=positive_key, temperature=scale)
     if symmetric:
         loss, sums = pair_loss(q, k, scale, None, label_smoothing, precision, ring)
         directions = [[pair] for pair in sums]

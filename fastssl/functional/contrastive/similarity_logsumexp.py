@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastssl import reference
-from fastssl._arithmetic import as_scalar, logsumexp
+from fastssl._arithmetic import as_scalar, kept, logsumexp
 from fastssl._checks import check_alike, check_features, check_rows, check_scalar, check_vector
 from fastssl._exponential_sums import row_sums
 from fastssl.ops import current_backend
@@ -59,6 +59,6 @@ def similarity_logsumexp(
     if offset is not None:
         check_vector("offset", offset, x)
     if current_backend() == "reference":
-        return reference.contrastive.similarity_logsumexp(x, y, scale=scale, exclude=exclude, offset=offset)
+        return reference.contrastive.similarity_logsumexp(x, kept(y), scale=scale, exclude=exclude, offset=offset)
     lse = logsumexp(*row_sums(x, y, as_scalar(scale, x), exclude, product_precision(x)))
     return lse if offset is None else lse - offset
