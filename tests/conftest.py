@@ -17,6 +17,8 @@ if _native.status()["_C"] is None:
 else:
     INSTRUCTION_SETS = []
 
+PORTABLE = pytest.param("portable", marks=pytest.mark.unsanitized)
+
 
 def pytest_collection_modifyitems(config, items):
     """Drops the repetitions of one and the same test: an operation without C++ knows no instruction sets."""
@@ -33,14 +35,14 @@ def pytest_collection_modifyitems(config, items):
     items[:] = [item for item in items if not repeats(item)]
 
 
-@pytest.fixture(params=["auto", "portable"])
+@pytest.fixture(params=["auto", PORTABLE])
 def backend(request):
     """Runs the test with the kernels that users get, and with the portable code."""
     with fastssl.use_backend(request.param):
         yield request.param
 
 
-@pytest.fixture(params=["portable", *(INSTRUCTION_SETS or ["auto"])])
+@pytest.fixture(params=[PORTABLE, *(INSTRUCTION_SETS or ["auto"])])
 def kernels(request):
     """Runs the test with the portable code and with every instruction set of the C++ library that this CPU has."""
     if request.param not in INSTRUCTION_SETS:

@@ -90,6 +90,7 @@ def _assert_both_algorithms_accurate(name: str, rows: int, dim: int, dtype: torc
 
 @pytest.mark.parametrize("rows", SIZES)
 @pytest.mark.parametrize("name", ["barlow_twins", "vicreg"])
+@pytest.mark.sanitized
 def test_every_edge_of_a_tile(name, rows, kernels):
     for dim in DIMS:
         _assert_both_algorithms_accurate(name, rows, dim, torch.float32)

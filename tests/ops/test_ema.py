@@ -39,6 +39,7 @@ def _worst(results: list[Tensor], truth: list[Tensor]) -> float:
 @pytest.mark.parametrize("momentum", MOMENTA)
 @pytest.mark.parametrize("source", DTYPES, ids=str)
 @pytest.mark.parametrize("target", DTYPES, ids=str)
+@pytest.mark.sanitized
 def test_as_accurate_as_eager_float32(target, source, momentum, kernels):
     targets, sources = _tensors(target, 0), _tensors(source, 1)
     wide = torch.promote_types(target, torch.float32)
@@ -62,6 +63,7 @@ def test_ends_are_exact(dtype, kernels):
     assert all(map(torch.equal, targets, sources))
 
 
+@pytest.mark.sanitized
 def test_more_elements_than_one_thread_takes(kernels):
     """Runs of threads that begin and end within tensors, and a source that is laid out otherwise."""
     torch.set_num_threads(2)
@@ -73,6 +75,7 @@ def test_more_elements_than_one_thread_takes(kernels):
     torch.testing.assert_close(targets, expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.sanitized
 def test_only_targets_are_written(kernels):
     """What lies between and behind them keeps its NaN."""
     memory = torch.full((40, 50), math.nan)
@@ -392,6 +395,7 @@ def test_step_is_as_accurate_as_adamw(dtype, ema, betas, kernels):
         assert _worst(states[name], truth[name]) <= allowed, name
 
 
+@pytest.mark.sanitized
 def test_step_of_more_elements_than_one_thread_takes(kernels):
     torch.set_num_threads(2)
     shapes = [(70001,), (3,), (257, 1000), (), (40000,), (1,)]

@@ -218,6 +218,7 @@ def test_structured_masks_compile():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.sanitized
 def test_gather_and_scatter(shape, dtype, kernels):
     batch, length, dim = shape
     count = 0 if length == 0 else length + 2
@@ -241,6 +242,7 @@ def test_gather_and_scatter(shape, dtype, kernels):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("positions", [False, True])
+@pytest.mark.sanitized
 def test_restore_undoes_masking(shape, dtype, positions, kernels):
     batch, length, dim = shape
     for x in _layouts(shape, dtype):
@@ -335,6 +337,7 @@ def test_ids_and_features_with_gaps(backend):
     assert torch.equal(scatter_tokens(tokens, ids, 5, row), expected)
 
 
+@pytest.mark.sanitized
 def test_a_token_that_is_restored_twice_or_nowhere(backend):
     visible = torch.randn(2, 3, 4, requires_grad=True)
     ids = torch.tensor([[0, 0, 2, 9], [1, 1, 1, 5]])
@@ -496,6 +499,7 @@ SEED = torch.tensor(5)
     ],
 )
 @pytest.mark.skipif(fastssl._native.status()["_C"] is not None, reason="the checks of the C++ library")
+@pytest.mark.sanitized
 def test_kernels_refuse_what_does_not_fit(name, args, match):
     with pytest.raises(ValueError, match=match):
         getattr(torch.ops.fastssl, name)(*args)

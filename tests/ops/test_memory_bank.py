@@ -15,6 +15,7 @@ from fastssl.functional import enqueue_, info_nce, similarity_logsumexp
 from fastssl.nn import InfoNCELoss, MemoryBank, MemoryBankModule
 from fastssl.reference import memory_bank as reference
 
+pytestmark = pytest.mark.sanitized
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 

@@ -43,12 +43,21 @@ def _samples(name: str, dtype: torch.dtype) -> dict[str, Sample]:
     return {sample.label: sample for sample in OPS[name].samples(dtype, "cpu")}
 
 
-def _cases(*dtypes: torch.dtype, where: Callable[[Sample], bool] = lambda sample: True) -> Any:
+def _cases(
+    *dtypes: torch.dtype,
+    where: Callable[[Sample], bool] = lambda sample: True,
+    unsanitized: tuple[torch.dtype, ...] = (),
+) -> Any:
     """Parametrises a test over (spec, sample)."""
     return pytest.mark.parametrize(
         "spec, sample",
         [
-            pytest.param(spec, sample, id=f"{name}-{str(dtype).removeprefix('torch.')}-{label.replace(' ', '_')}")
+            pytest.param(
+                spec,
+                sample,
+                id=f"{name}-{str(dtype).removeprefix('torch.')}-{label.replace(' ', '_')}",
+                marks=[pytest.mark.unsanitized] * (dtype in unsanitized),
+            )
             for name, spec in OPS.items()
             for dtype in dtypes
             if dtype in spec.dtypes
@@ -71,7 +80,8 @@ def _truth_and_eager(name: str, label: str, dtype: torch.dtype) -> tuple[Results
     return truth_and_eager(OPS[name], unreduced(OPS[name], _samples(name, dtype)[label]))
 
 
-@_cases(*FLOATS, torch.float64)
+@pytest.mark.sanitized
+@_cases(*FLOATS, torch.float64, unsanitized=(torch.float16, torch.float64))
 def test_value_and_gradients(spec, sample, kernels):
     yardstick = _truth_and_eager(spec.name, sample.label, sample.args[0].dtype)
     sample = unreduced(spec, sample)
@@ -297,6 +307,7 @@ def test_same_bits_in_every_run(spec, sample, backend):
 
 
 @_cases(*FLOATS, where=lambda s: s.label in ("65x129", "129x64", "64x127", "64x65x127", "129x257x16", "300x40"))
+@pytest.mark.sanitized
 def test_misaligned_data(spec, sample, backend):
     """One element off any alignment: the same bits."""
 

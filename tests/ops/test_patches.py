@@ -62,6 +62,7 @@ def _relative(result: Tensor, truth: Tensor) -> float:
 
 @pytest.mark.parametrize("norm", [True, False, "per_channel"])
 @pytest.mark.parametrize("size, patch", [pair for pair in SIZES if math.prod(pair[1]) > 2], ids=str)
+@pytest.mark.sanitized
 def test_patch_loss_of_images_in_any_layout(size, patch, norm, kernels):
     length = _length(size, patch)
     pred = _normal(size[0], length, size[1] * math.prod(patch), seed=1).requires_grad_()
@@ -103,6 +104,7 @@ def test_dtypes_may_differ(dtype, other, kernels):
 
 
 @pytest.mark.parametrize("loss", ["patch", "smooth_l1", "cosine", "mse"])
+@pytest.mark.sanitized
 def test_predictions_and_masks_in_any_layout(loss, kernels):
     mask = (torch.rand(12, 4, generator=_seeded(2)) < 0.6).T
     images, pred, cotangent = _normal(4, 3, 12, 16), _normal(4, 13, 50, seed=1)[:, 1:, 1:49], _normal(12, 4, seed=3).T
@@ -168,6 +170,7 @@ def test_reductions(backend):
 
 
 @pytest.mark.parametrize("elements", [1, 15, 16, 17, 63, 64, 65, 1023])
+@pytest.mark.sanitized
 def test_rows_of_any_length(elements, kernels):
     """About a vector's and a run of vectors' length."""
     pred, target, mask = _normal(2, 3, elements), _normal(2, 3, elements, seed=1), torch.ones(2, 3)
@@ -203,6 +206,7 @@ def test_images_without_a_graph_may_require_grad():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size, patch", SIZES, ids=str)
+@pytest.mark.sanitized
 def test_gather_and_scatter(size, patch, dtype, backend):
     length = _length(size, patch)
     for images, kind in itertools.product(_layouts(_normal(*size, dtype=dtype)), (torch.int64, torch.int32)):
@@ -459,6 +463,7 @@ PRED, MASK = torch.randn(2, 4, 48), torch.ones(2, 4, dtype=torch.bool)
     ],
 )
 @pytest.mark.skipif(fastssl._native.status()["_C"] is not None, reason="the checks of the C++ library")
+@pytest.mark.sanitized
 def test_kernels_refuse_what_does_not_fit(name, args, error, match):
     with pytest.raises(error, match=match):
         getattr(torch.ops.fastssl, name)(*args)
