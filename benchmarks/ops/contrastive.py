@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.ops import peers
-from benchmarks.ops.registry import Benchmark, Loss, Size, blockwise, unit_pairs
+from benchmarks.ops.registry import Benchmark, Loss, Size, blockwise, square_matrices, square_products, unit_pairs
 
 TEMPERATURE = 0.5  # the default of fastssl, of the reference and of lightly
 QUEUE_TEMPERATURE = 0.07  # MoCo's
@@ -43,20 +43,10 @@ def _nt_xent_oracle(row: Tensor, z1: Tensor, z2: Tensor) -> Tensor:
     return F.cross_entropy(S, (row + len(z1)) % rows, reduction="sum") / rows
 
 
-def _matrices(**count: float):
-    """By the number of rows x rows matrices alive at once."""
-    return lambda size, itemsize: {name: n * size[0] ** 2 * itemsize for name, n in count.items()}
-
-
 def _nt_xent_needs(size: Size, itemsize: int) -> dict[str, float]:
     """Measured as 3.3 to 3.6, 1.1 to 1.2, and 4.2 to 5.8 matrices. metric_learning: rows for each negative pair."""
-    needs = _matrices(naive=4, compile=2, lightly=6)(size, itemsize)
+    needs = square_matrices(naive=4, compile=2, lightly=6)(size, itemsize)
     return {**needs, "metric_learning": 4 * size[0] ** 3 * itemsize}
-
-
-def _square_flops(units: float):
-    """units U, U being the operations of one product of all rows with all rows."""
-    return lambda size: units * 2 * size[0] ** 2 * size[1]
 
 
 def _views_traffic(size: Size, itemsize: int) -> float:
@@ -71,7 +61,7 @@ Benchmark(
     memory_sizes=((32768, 128), (131072, 128)),
     inputs=_views,
     # S is symmetric: half of its tiles forward; backward that half again, and two products with it.
-    flops=_square_flops(2),
+    flops=square_products(2),
     traffic=_views_traffic,
     needs=_nt_xent_needs,
     arguments={"temperature": TEMPERATURE},
@@ -143,10 +133,10 @@ Benchmark(
     memory_sizes=((65536, 512),),
     inputs=_clip_inputs,
     # S forward, S again backward, and a product with it for either side.
-    flops=_square_flops(4),
+    flops=square_products(4),
     # Both sides, twice read and their gradients written; totals and shifts of rows and columns written and read.
     traffic=lambda size, itemsize: 6 * size[0] * size[1] * itemsize + 8 * size[0] * 4,
-    needs=_matrices(naive=5, compile=3, open_clip=5),  # measured as 4.2, 2.1, 4.3
+    needs=square_matrices(naive=5, compile=3, open_clip=5),  # measured as 4.2, 2.1, 4.3
     peers={"open_clip": lambda: peers.open_clip().ClipLoss()},
     oracle=_clip_oracle,
 )
@@ -172,10 +162,10 @@ Benchmark(
     sizes=((64, 128), (256, 128), (512, 128), (2048, 128), (8192, 128)),
     memory_sizes=((65536, 512),),
     inputs=_labelled,
-    flops=_square_flops(2),  # as NT-Xent
+    flops=square_products(2),  # as NT-Xent
     # As NT-Xent; the sums of each label are a read and a write more, forward and backward.
     traffic=lambda size, itemsize: _views_traffic(size, itemsize) + 4 * size[0] * size[1] * itemsize,
-    needs=_matrices(naive=6, compile=2, metric_learning=14),  # measured as 5.6, 1.1, 12.3
+    needs=square_matrices(naive=6, compile=2, metric_learning=14),  # measured as 5.6, 1.1, 12.3
     arguments={"temperature": LABEL_TEMPERATURE},
     peers={"metric_learning": lambda: peers.metric_learning_sup_con(LABEL_TEMPERATURE)},
     oracle=_sup_con_oracle,
@@ -197,20 +187,10 @@ Benchmark(
     sizes=((512, 128), (8192, 128)),
     memory_sizes=(),
     inputs=_views,
-    flops=_square_flops(2),  # as NT-Xent
+    flops=square_products(2),  # as NT-Xent
     traffic=_views_traffic,
-    needs=_matrices(naive=4, compile=3, lightly=7),  # measured as 3.1, 1.6 to 2.0, 5.6 to 6.6
+    needs=square_matrices(naive=4, compile=3, lightly=7),  # measured as 3.1, 1.6 to 2.0, 5.6 to 6.6
     arguments={"temperature": LABEL_TEMPERATURE},
     peers={"lightly": lambda: peers.lightly().DCLLoss(LABEL_TEMPERATURE)},
     oracle=_dcl_oracle,
-)
-
-Benchmark(
-    "uniformity",
-    sizes=((64, 128), (512, 128), (4096, 128)),
-    memory_sizes=(),
-    inputs=lambda size, dtype: tuple(z.to(dtype).requires_grad_() for z in _rows(size)),
-    flops=_square_flops(2),  # as NT-Xent
-    traffic=lambda size, itemsize: 3 * size[0] * size[1] * itemsize,
-    needs=_matrices(naive=5, compile=3),
 )

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastssl import functional, reference
+from fastssl import functional
 from fastssl.reference import OPS
 
 Size = tuple[int, ...]
@@ -147,8 +147,8 @@ class Benchmark:
 
     @property
     def family(self) -> str:
-        """The module that the operation lives in."""
-        return getattr(functional, self.op).__module__.rpartition(".")[2]
+        """The module of `fastssl.functional` that the operation lives in."""
+        return getattr(functional, self.op).__module__.split(".")[2]
 
     def contestants(self, size: Size, mode: str, against: tuple[str, ...] = BASELINES) -> dict[str, Contestant]:
         """fastssl first, then the baselines that `against` names and this operation has."""
@@ -187,7 +187,7 @@ class Benchmark:
 
 def load(names: Sequence[str] = ()) -> dict[str, Benchmark]:
     """The benchmarks whose family, operation or name is among `names`, or all, by name."""
-    for module in pkgutil.iter_modules(reference.__path__):
+    for module in pkgutil.iter_modules(functional.__path__):
         if Path(__file__).with_name(f"{module.name}.py").exists():
             importlib.import_module(f"{__package__}.{module.name}")
     return {b.name: b for b in BENCHMARKS.values() if not names or not {b.family, b.op, b.name}.isdisjoint(names)}
@@ -208,6 +208,16 @@ def unit_pairs(size: Size, dtype: torch.dtype) -> tuple[Tensor, ...]:
     x, noise = (F.normalize(torch.randn(*size, generator=generator), dim=1) for _ in range(2))
     y = F.normalize(x + 3**0.5 * noise, dim=1)
     return tuple(z.to(dtype).requires_grad_() for z in (x, y))
+
+
+def square_products(units: float) -> Callable[[Size], float]:
+    """`flops` of as many products of all rows with all rows, for sizes (rows, features)."""
+    return lambda size: units * 2 * size[0] ** 2 * size[1]
+
+
+def square_matrices(**count: float) -> Callable[[Size, int], dict[str, float]]:
+    """`needs` by the number of rows x rows matrices that each contestant holds at once."""
+    return lambda size, itemsize: {name: n * size[0] ** 2 * itemsize for name, n in count.items()}
 
 
 def blockwise(share: Callable[..., Tensor]) -> Callable[..., LossAndGradients]:
