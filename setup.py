@@ -120,7 +120,11 @@ class BuildNative(build_ext):
 
 
 setup(
-    packages=[*find_packages(include=["fastssl", "fastssl.*"]), "fastssl.kernels"],
+    packages=[
+        *find_packages(include=["fastssl", "fastssl.*"], exclude=["fastssl.kernels*"]),
+        "fastssl.kernels",
+        *(f"fastssl.kernels.{name}" for name in find_packages("kernels")),
+    ],
     package_dir={"fastssl": "fastssl", "fastssl.kernels": "kernels"},
     ext_modules=[Extension("fastssl._C", sources=[])],
     cmdclass={"build_ext": BuildNative},

@@ -5,7 +5,7 @@ With S = scale x y^T + bias for M rows x_i and N rows y_j, the column exclude[i]
     total = sum_ij softplus(S_ij),    W_ij = sigmoid(S_ij)
     dtotal/dx = scale W y,    dtotal/dy = scale W^T x,    dtotal/dscale = <x, W y>,    dtotal/dbias = sum_ij W_ij
 
-There is no normaliser, so the forward pass takes the gradients too: `accumulate` in _tiles.py with the weights
+There is no normaliser, so the forward pass takes the gradients too: common/accumulate.py with the weights
 "sigmoid", by rows, which also leaves each row's loss and sum of weights; and then with x and y exchanged.
 
 Cost, in units U = 2 M N D floating-point operations: S and W y 2 U, S^T and W^T x 2 U; 1 U for the loss alone. Both
@@ -22,7 +22,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastssl.kernels._tiles import accumulate, collect_sums, pad
+from fastssl.kernels.common.accumulate import accumulate
+from fastssl.kernels.common.collect import collect_sums
+from fastssl.kernels.common.rows import pad
 
 
 def similarity_softplus(

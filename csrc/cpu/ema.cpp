@@ -22,7 +22,8 @@
 #include <cmath>
 #include <vector>
 
-#include "common/tiled.h"
+#include "common/portable.h"
+#include "common/tensors.h"
 #include "ema_tiles.h"
 
 namespace fastssl {

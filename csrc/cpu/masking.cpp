@@ -26,7 +26,8 @@
 
 #include "common/pages.h"
 #include "common/places.h"
-#include "common/tiled.h"
+#include "common/portable.h"
+#include "common/tensors.h"
 #include "masking_tiles.h"
 
 namespace fastssl {

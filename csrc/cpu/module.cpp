@@ -4,7 +4,7 @@
 #include <torch/version.h>
 
 #include "common/isa.h"
-#include "contrastive.h"
+#include "common/schedule.h"
 
 namespace py = pybind11;
 

@@ -25,7 +25,8 @@
 
 #include "common/pages.h"
 #include "common/places.h"
-#include "common/tiled.h"
+#include "common/portable.h"
+#include "common/tensors.h"
 #include "patches_tiles.h"
 
 namespace fastssl {

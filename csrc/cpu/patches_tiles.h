@@ -4,7 +4,7 @@
 #include <cstdint>
 
 #include "common/table.h"
-#include "product_tiles.h"
+#include "common/product_tiles.h"
 
 namespace fastssl {
 

@@ -8,11 +8,14 @@
 //
 // Algorithm. There is no normaliser: a tile's weights are known as soon as it is. Each tile of S is computed once,
 // turned into weights, and multiplied twice, into its rows of dX and, transposed, into its columns of dY, as in
-// contrastive.cpp. With U = 2 M N D operations that is 3 U in all and no second pass, in O((M + N) D) memory, where
+// contrastive/pairs.h. With U = 2 M N D operations that is 3 U in all and no second pass, in O((M + N) D) memory, where
 // eager PyTorch takes 3 U and keeps several M x N matrices. Without gradients it is 1 U.
 #include <torch/library.h>
 
-#include "common/tiled.h"
+#include "common/checks.h"
+#include "common/portable.h"
+#include "common/similarities.h"
+#include "common/softplus.h"
 #include "sigmoid_tiles.h"
 
 namespace fastssl {

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "common/convert.h"
-#include "product_tiles.h"
+#include "common/product_tiles.h"
 
 namespace fastssl::FASTSSL_ISA {
 

@@ -8,6 +8,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,15 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from fastssl.kernels import _tiles, contrastive, correlation
+from fastssl.kernels.common import accumulate, collect, launch
+from fastssl.kernels.common import rows as row_kernels
+from fastssl.kernels.contrastive import sums
+from fastssl.kernels.correlation import columns, derivatives, dual, primal, products
+
+# Modules that a function of theirs has replaced in their package.
+nt_xent = import_module("fastssl.kernels.contrastive.nt_xent")
+barlow_twins = import_module("fastssl.kernels.correlation.barlow_twins")
+vicreg = import_module("fastssl.kernels.correlation.vicreg")
 
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma", 120: "mma.sync"}
@@ -38,28 +47,28 @@ _DTYPES = [
     ("float16", "fp32"),
 ]
 _TUNED = {
-    "_forward_tile": (contrastive._forward_tile, contrastive._forward_needs),
-    "accumulate_narrow": (_tiles.accumulate_narrow, _tiles.narrow_needs),
-    "accumulate_wide": (_tiles.accumulate_wide, _tiles.wide_needs),
-    "_multiply": (correlation._multiply, correlation.multiply_needs),
+    "_forward_tile": (sums._forward_tile, sums._forward_needs),
+    "accumulate_narrow": (accumulate.accumulate_narrow, accumulate.narrow_needs),
+    "accumulate_wide": (accumulate.accumulate_wide, accumulate.wide_needs),
+    "_multiply": (products._multiply, products.multiply_needs),
 }
 _ROWS = {
-    "prepare": _tiles.prepare,
-    "collect": _tiles.collect,
-    "_project": contrastive._project,
-    "_merge": contrastive._merge,
+    "prepare": row_kernels.prepare,
+    "collect": collect.collect,
+    "_project": nt_xent._project,
+    "_merge": sums._merge,
 }
 _COLUMNS = {
-    "_statistics": correlation._statistics,
-    "_barlow_twins_columns": correlation._barlow_twins_columns,
-    "_vicreg_columns": correlation._vicreg_columns,
-    "_standardise": correlation._standardise,
-    "_gram": correlation._gram,
-    "_diagonal": correlation._diagonal,
-    "_weigh": correlation._weigh,
-    "_round_gram": correlation._round_gram,
-    "_gradient_sums": correlation._gradient_sums,
-    "_differentiate": correlation._differentiate,
+    "_statistics": columns._statistics,
+    "_barlow_twins_columns": barlow_twins._barlow_twins_columns,
+    "_vicreg_columns": vicreg._vicreg_columns,
+    "_standardise": products._standardise,
+    "_gram": dual._gram,
+    "_diagonal": dual._diagonal,
+    "_weigh": primal._weigh,
+    "_round_gram": dual._round_gram,
+    "_gradient_sums": derivatives._gradient_sums,
+    "_differentiate": derivatives._differentiate,
 }
 # What a launcher does not pass. With `exclude` the variants compute more, so those without it are left out.
 _NO_EXCLUDE = {"exclude": None}
@@ -184,14 +193,14 @@ class Usage:
 
 def suited(kernel: str, capability: int, precision: str, **arguments: Any) -> list[triton.Config]:
     """The configurations that autotuning would try on a device of this capability."""
-    named = {"left": torch.empty(0, dtype=_tiles.DTYPES[precision]), **arguments}
+    named = {"left": torch.empty(0, dtype=launch.DTYPES[precision]), **arguments}
     tuned, needs = _TUNED[kernel]
-    return _tiles.suited(needs, tuned.configs, named, capability, SHARED_MEMORY[capability])
+    return launch.suited(needs, tuned.configs, named, capability, SHARED_MEMORY[capability])
 
 
 def product_cases(capability: int, precision: str) -> Iterator[Case]:
     """The kernels that multiply. D is a runtime argument of the wide ones: one specialisation serves every D."""
-    input_precision = _tiles.input_precision(precision)
+    input_precision = launch.input_precision(precision)
     short = precision != "float32"
     problems = [
         ("_forward_tile", name, {"T": t, **SUMS[name]}) for name in SUMS for t in ((64, 128) if short else (64,))
@@ -211,7 +220,7 @@ def product_cases(capability: int, precision: str) -> Iterator[Case]:
 
 def row_cases(capability: int, dims: tuple[int, ...] = (64, 128, 256, 512, 768, 1024)) -> Iterator[Case]:
     """The kernels over rows, one for each width that `dims` need, and the merging of slots."""
-    blocks = {tuple(_tiles.row_block(dim).items()) for dim in dims}
+    blocks = {tuple(launch.row_block(dim).items()) for dim in dims}
     for block, (precision, rows) in itertools.product(sorted(blocks), _DTYPES):
         for normalize in (True, False):
             for kernel in ("prepare", "_project"):
@@ -221,7 +230,7 @@ def row_cases(capability: int, dims: tuple[int, ...] = (64, 128, 256, 512, 768, 
             yield Case("collect", weight, capability, precision, rows, constants, warps=8)
     for name, absent, slots in (("nt_xent", {}, 2), ("self", {"aligned": None, "loss": None}, 2),
                                 ("pair", {"aligned": None, "loss": None}, 4)):  # fmt: skip
-        constants = {"SYMMETRIC": slots == 2, "T": 64, "SLOTS": slots * contrastive._BAND, "BR": 16, **absent}
+        constants = {"SYMMETRIC": slots == 2, "T": 64, "SLOTS": slots * sums._BAND, "BR": 16, **absent}
         yield Case("_merge", name, capability, "float32", "fp32", tuple(constants.items()))
 
 
@@ -231,9 +240,9 @@ def column_cases(capability: int) -> Iterator[Case]:
         for kernel, variants in _OF_COLUMNS.items():
             arguments = _COLUMNS[kernel].arg_names
             sizes = {
-                "T": correlation.TILE,
-                "SLOTS": correlation.SLOTS,
-                **correlation.BLOCK,
+                "T": products.TILE,
+                "SLOTS": columns.SLOTS,
+                **columns.BLOCK,
                 "TF32": precision == "tf32",
             }
             for variant, constants in variants.items():
@@ -288,7 +297,7 @@ def compile_case(case: Case, count_spills: bool = False) -> Usage:
     compiled = triton.compile(
         ASTSource(kernel, signature, constants, attributes),
         target=GPUTarget("cuda", case.capability, 32),
-        options={"num_warps": case.warps, "num_stages": case.stages, **_tiles.OPTIONS},
+        options={"num_warps": case.warps, "num_stages": case.stages, **launch.OPTIONS},
     )
     with tempfile.TemporaryDirectory() as folder:
         cubin, ptx = Path(folder, "kernel.cubin"), Path(folder, "kernel.ptx")

@@ -3,13 +3,17 @@ products whose bits do not depend on the shape of the tile they are in, as numpy
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import numpy as np
 import torch
 import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
 
-from fastssl.kernels import _tiles, contrastive, correlation
+from fastssl.kernels.common import accumulate, collect, rows
+from fastssl.kernels.contrastive import sums
+from fastssl.kernels.correlation import columns, dual, primal, products
 
 
 def _widen(x: TensorHandle) -> TensorHandle:
@@ -53,9 +57,11 @@ def hurry() -> None:
         return self.rewrite()(*args, **kwargs)
 
     InterpretedFunction.__call__ = call
-    row_block = _tiles.row_block
-    _tiles.row_block = contrastive.row_block = lambda padded: row_block(padded) | {"BR": 32}
-    correlation.BLOCK, correlation.TILE = {"BR": 128, "BD": 128}, 128
-    tuned = contrastive._forward_tile, _tiles.accumulate_narrow, _tiles.accumulate_wide, correlation._multiply
+    row_block = rows.row_block
+    for module in (rows, collect, import_module("fastssl.kernels.contrastive.nt_xent")):
+        module.row_block = lambda padded: row_block(padded) | {"BR": 32}
+    columns.BLOCK.update(BR=128, BD=128)
+    dual.TILE = primal.TILE = 128
+    tuned = sums._forward_tile, accumulate.accumulate_narrow, accumulate.accumulate_wide, products._multiply
     for kernel in tuned:
         kernel.configs = [c for c in kernel.configs if c.kwargs.get("BK", 32) == 32][:1]

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from fastssl import reference
-from fastssl.kernels import _tiles
 from fastssl.kernels import contrastive as kernels
+from fastssl.kernels.common import accumulate
+from fastssl.kernels.contrastive import sums
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -202,7 +203,7 @@ def test_bands(batch, monkeypatch):
     z1, z2 = rows(batch, 32)
     g = random_gradient(batch)
     expected = fused(z1, z2, g, 10.0)
-    monkeypatch.setattr(kernels, "_BAND", 2)
+    monkeypatch.setattr(sums, "_BAND", 2)
     for mine, other in zip(fused(z1, z2, g, 10.0), expected, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-6)
 
@@ -212,7 +213,7 @@ def test_splits(dim, monkeypatch):
     z1, z2 = rows(130, dim)  # 3 units of columns in 2 splits
     g = random_gradient(130)
     compare(z1, z2, g, 5.0)
-    monkeypatch.setattr(_tiles, "PROGRAMS", 1)
+    monkeypatch.setattr(accumulate, "PROGRAMS", 1)
     compare(z1, z2, g, 5.0)
 
 

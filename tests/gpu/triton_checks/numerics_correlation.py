@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastssl.kernels import correlation
+from fastssl.kernels.common.launch import ROWS
+from fastssl.kernels.correlation import columns, primal, products
 from fastssl.reference import correlation as reference
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -39,7 +41,7 @@ if INTERPRETED:
 @pytest.fixture(autouse=True)
 def narrow_panels(monkeypatch):
     """More than one panel in small matrices."""
-    monkeypatch.setattr(correlation, "PANEL", correlation.ROWS)
+    monkeypatch.setattr(primal, "PANEL", ROWS)
 
 
 def views(rows: int, dim: int, dtype: torch.dtype = torch.float32, size: float = 1.0, noise: float = 0.5):
@@ -248,9 +250,10 @@ def test_slots_of_rows_and_of_products(operation, monkeypatch):
     """Many rows are summed in several slots, a long contraction too; and C is made in one panel or in several."""
     compare(operation, views(300, 24), False)
     compare(operation, views(24, 520), True)
-    monkeypatch.setattr(correlation, "PANEL", 2 * correlation.ROWS)
+    monkeypatch.setattr(primal, "PANEL", 2 * ROWS)
     compare(operation, views(60, 300), False)
-    monkeypatch.setattr(correlation, "PROGRAMS", 1)
+    for module in (columns, products):
+        monkeypatch.setattr(module, "PROGRAMS", 1)
     compare(operation, views(24, 520), True)
 
 

@@ -12,7 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastssl.kernels import _tiles, contrastive, sigmoid
+from fastssl.kernels import contrastive, sigmoid
+from fastssl.kernels.common import accumulate
+from fastssl.kernels.common.rows import pad
+from fastssl.kernels.contrastive import sums as of_sums
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -240,8 +243,8 @@ def test_strides(dim):
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_rows_that_need_no_padding(operation):
     x, y = both(128, 256, 64, "bfloat16")
-    assert _tiles.pad(x, "bfloat16") is x and _tiles.pad(x, "float16") is not x
-    assert _tiles.pad(x[1:], "bfloat16") is not x
+    assert pad(x, "bfloat16") is x and pad(x, "float16") is not x
+    assert pad(x[1:], "bfloat16") is not x
     compare(operation, x, y, exclude=some_excluded(128, 256), precision="bfloat16")
 
 
@@ -341,7 +344,7 @@ def test_bands(m, n, monkeypatch):
 
     expected = sums()
     for band in (2, 3) if THOROUGH else (2,):
-        monkeypatch.setattr(contrastive, "_BAND", band)
+        monkeypatch.setattr(of_sums, "_BAND", band)
         for mine, other in zip(sums(), expected, strict=True):
             torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
 
@@ -350,8 +353,8 @@ def test_bands(m, n, monkeypatch):
 @pytest.mark.parametrize("dim", [32, 140])
 def test_splits(dim, operation, monkeypatch):
     x, y = both(70, 300, dim)  # 3 units of columns in 2 splits, or in one
-    for programs in (_tiles.PROGRAMS, 1):
-        monkeypatch.setattr(_tiles, "PROGRAMS", programs)
+    for programs in (accumulate.PROGRAMS, 1):
+        monkeypatch.setattr(accumulate, "PROGRAMS", programs)
         compare(operation, x, y, exclude=some_excluded(70, 300))
 
 

@@ -1,4 +1,4 @@
-"""Tiles of a similarity matrix on the GPU: what the softmax and the sigmoid losses share.
+"""Products W y with weights W of similarities S: what the softmax and the sigmoid losses share on the GPU.
 
 For M rows x_i and N rows y_j let S = scale x y^T + bias. Every gradient here, and some of the losses, is a product
 
@@ -23,13 +23,7 @@ Two things vary. WEIGHT says how W comes from S:
                                                            attention: when it grows, what was summed is scaled down
     sigmoid   1 / (1 + exp(-S_ij))                         relative to exp(min(max_j S_ij, 0)), kept in the same way
 
-EXCLUDE says which columns j row i leaves out:
-
-    None      none
-    row       exclude[i]
-    column    those with exclude[j] = i: `row` after x and y have been exchanged
-    diagonal  i
-    partner   i and, apart, (i + N / 2) mod N: NT-Xent's positive, whose S is noted and whose weight the caller adds
+EXCLUDE is that of tiles.py.
 
 Cost: 2 U, in units U = 2 M N D floating-point operations. No atomics: every word is written by one program, and a
 kernel of one configuration gives the same bits every time. (Autotuning picks the configuration once per process;
@@ -44,71 +38,26 @@ relative to the largest |factor| (or as above), by powers of two, so that float1
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.runtime import driver
 
-DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-ROWS = 128  # rows are padded to a multiple of it: the largest tile
-PROGRAMS = 256  # row blocks times column splits of `accumulate`, where the columns suffice
-
-EPS = tl.constexpr(1e-12)  # torch.nn.functional.normalize's
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
-PEAK = tl.constexpr(8192.0)  # of weights: far enough from float16's 65504 and from its 6e-5
-
-COUNTS = ["B", "M", "N", "row_blocks", "blocks", "start", "band", "splits"]  # a changing batch must not compile anew
-# Contracting a product with a sum would round S differently in one kernel and in another, and a sum of products
-# differently in the two lanes that share it.
-OPTIONS = {"enable_fp_fusion": False}
-
-
-def configs(*choices: tuple[dict[str, int], int, int]) -> list[triton.Config]:
-    """Triton's configurations from (tile sizes, warps, stages)."""
-    return [triton.Config(sizes, num_warps=warps, num_stages=stages) for sizes, warps, stages in choices]
-
-
-def suited(
-    needs: Callable[..., int | None],
-    configs: Sequence[triton.Config],
-    named: dict[str, Any],
-    capability: int,
-    shared: int,
-) -> list[triton.Config]:
-    """Those of `configs` that suit a device: `needs` gives the bytes of shared memory of their tiles, or None."""
-    size = named["left"].element_size()
-    suited = []
-    for config in configs:
-        choice = config.kwargs | {"warps": config.num_warps, "stages": config.num_stages}
-        tiles = needs(choice, named, size, capability)
-        if tiles is not None and tiles + 2048 <= shared:  # reductions across warps need the rest
-            suited.append(config)
-    return suited
-
-
-def autotune(needs: Callable[..., int | None], key: list[str], configs: list[triton.Config]) -> Callable:
-    """triton.autotune over the `suited` ones of `configs`."""
-
-    def prune(configs: list[triton.Config], named: dict[str, Any], **meta: Any) -> list[triton.Config]:
-        capability = driver.active.get_current_target().arch
-        properties = driver.active.utils.get_device_properties(driver.active.get_current_device())
-        return suited(needs, configs, named | meta, capability, properties["max_shared_mem"])
-
-    return triton.autotune(configs, key, prune_configs_by={"early_config_prune": prune})
-
-
-def suits_units(c: dict[str, int], named: dict[str, Any]) -> bool:
-    """IEEE float32 has no tensor cores: each thread holds a slice of both operands, which must be thin."""
-    return (c["BK"] == 16) == (named["PRECISION"] == "ieee")
-
-
-# What the assembler is known to spill (the tests compile every configuration) is left out below. Blackwell keeps
-# products in tensor memory, and TF32 operands pass through registers on their way there.
+from fastssl.kernels.common.launch import OPTIONS, PEAK, PROGRAMS, ROWS, autotune, configs, input_precision, suits_units
+from fastssl.kernels.common.tiles import (
+    COUNTS,
+    LOG2E,
+    at,
+    exponents,
+    finite,
+    load_excluded,
+    load_scale,
+    products,
+    softplus,
+    span,
+)
 
 
 def _tf32_in_tensor_memory(named: dict[str, Any], size: int, capability: int) -> bool:
@@ -143,95 +92,6 @@ def wide_needs(c: dict[str, int], named: dict[str, Any], size: int, capability: 
 
 
 @triton.jit
-def load_rows(z1, z2, rows, columns, B, N, D, row_stride1, column_stride1, row_stride2, column_stride2):
-    """Rows of [z1; z2], B in z1 and N in all, in float32, zero outside. `rows` (R, 1), `columns` (1, C) are int64."""
-    first = (rows < B) & (columns < D)
-    second = (rows >= B) & (rows < N) & (columns < D)
-    x1 = tl.load(z1 + rows * row_stride1 + columns * column_stride1, mask=first, other=0.0)
-    x2 = tl.load(z2 + (rows - B) * row_stride2 + columns * column_stride2, mask=second, other=0.0)
-    return tl.where(rows < B, x1, x2).to(tl.float32)
-
-
-@triton.jit
-def unit(x, inverse):
-    """x over its norm, rounded once."""
-    return (x.to(tl.float64) * inverse).to(tl.float32)
-
-
-@triton.jit(do_not_specialize=COUNTS)
-def prepare(
-    z1, z2, z, inverse, B, N, D, row_stride1, column_stride1, row_stride2, column_stride2, PADDED,
-    NORMALIZE: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
-    """Write the (normalised) rows, rounded to z's dtype and padded with zeros, and what they were multiplied by."""
-    row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
-    rows = row[:, None]
-    squares = tl.zeros((BR, BD), tl.float64)
-    if NORMALIZE:
-        for start in range(0, D, BD):
-            columns = start + tl.arange(0, BD)[None, :].to(tl.int64)
-            x = load_rows(z1, z2, rows, columns, B, N, D, row_stride1, column_stride1, row_stride2, column_stride2)
-            squares += x.to(tl.float64) * x
-        factor = 1 / tl.maximum(tl.sqrt(tl.sum(squares, 1)), EPS)
-    else:
-        factor = tl.full((BR,), 1.0, tl.float64)
-    tl.store(inverse + row, factor, mask=row < N)
-    for start in range(0, PADDED, BD):
-        columns = start + tl.arange(0, BD)[None, :].to(tl.int64)
-        x = load_rows(z1, z2, rows, columns, B, N, D, row_stride1, column_stride1, row_stride2, column_stride2)
-        out = unit(x, factor[:, None]).to(z.dtype.element_ty)
-        tl.store(z + rows * PADDED + columns, out, mask=columns < PADDED)
-
-
-@triton.jit
-def at(base, row, width, R: tl.constexpr):
-    """Pointers (R, 1) to the first elements of R rows, `width` wide, from `row` on."""
-    return base + tl.cast(row, tl.int64) * width + tl.arange(0, R)[:, None] * width
-
-
-@triton.jit
-def products(
-    left, right, row, column, D, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr
-):
-    """<x_i, y_j> for BM rows from `row` on and BN columns from `column` on."""
-    k = tl.arange(0, BK)
-    left = at(left, row, D, BM) + k[None, :]
-    right = at(right, column, D, BN) + k[None, :]
-    product = tl.zeros((BM, BN), tl.float32)
-    for _ in range(0, D, BK):
-        product = tl.dot(tl.load(left), tl.trans(tl.load(right)), product, input_precision=PRECISION)
-        left += BK
-        right += BK
-    return product
-
-
-@triton.jit
-def load_scale(scale):
-    """In units of log 2, so that 2^x is the exponential."""
-    return tl.load(scale).to(tl.float32) * LOG2E
-
-
-@triton.jit
-def load_excluded(exclude, i, count, others):
-    """exclude[i] as int32, -1 where it is none of the `others` rows and outside of its own `count`."""
-    other = tl.load(exclude + i, mask=i < count, other=-1)
-    return tl.where((other >= 0) & (other < others), other, -1).to(tl.int32)
-
-
-@triton.jit
-def finite(top):
-    """A maximum to subtract: 0 where nothing was seen."""
-    return tl.where(top == float("-inf"), 0.0, top)
-
-
-@triton.jit
-def natural(shift, total):
-    """(shift, total) in natural units from units of log 2: what rounding takes from the shift goes to the total."""
-    rounded = shift * LN2
-    return rounded, total * tl.exp2(shift - rounded * LOG2E)
-
-
-@triton.jit
 def power_of_two(x):
     """A positive number rounded down to a power of two, 2^-100 at least; 1 for 0, infinity, NaN, which set no scale."""
     exponent = (x.to(tl.int32, bitcast=True) >> 23) & 255
@@ -245,53 +105,6 @@ def load_factors(shift, factor, to_peak, i, count):
     inside = i < count
     scaled = tl.load(factor + i, mask=inside, other=0.0) * to_peak
     return tl.load(shift + i, mask=inside, other=0.0) * LOG2E, scaled
-
-
-@triton.jit
-def softplus(x):
-    """log(1 + 2^x): log(1 + t) = 2 artanh(t / (2 + t)), whose odd minimax polynomial is exact to 5e-9."""
-    t = tl.exp2(-tl.abs(x))
-    s = t / (2 + t)
-    q = s * s
-    series = tl.fma(q, 0.14012230, 0.13999570)
-    series = tl.fma(series, q, 0.20010850)
-    series = tl.fma(series, q, 0.33333207)
-    return tl.maximum(x, 0.0) * LN2 + 2 * (s * (series * q) + s)
-
-
-@triton.jit
-def exponents(
-    product, scale2, bias2, excluded, exclude, aligned, row, column, M, N,
-    EXCLUDE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    """A tile of S in units of log 2, minus infinity where a column is left out. A partner's S goes to `aligned`."""
-    i = row + tl.arange(0, BM)
-    j = column + tl.arange(0, BN)
-    x = product * scale2
-    if bias2 is not None:
-        x += bias2
-    T: tl.constexpr = max(BM, BN)
-    if EXCLUDE == "partner":
-        half = N // 2
-        gap = tl.abs(row - column)
-        if (gap < T) | (tl.abs(gap - half) < T) | (column + BN > N):
-            x = tl.where(j[None, :] < N, x, float("-inf"))
-            distance = tl.abs(i[:, None] - j[None, :])
-            partner = tl.where(i < half, i + half, i - half)
-            found = tl.sum(tl.where(partner[:, None] == j[None, :], x, 0.0), 1)
-            tl.store(aligned + i, found, mask=(partner >= column) & (partner < column + BN) & (i < N))
-            x = tl.where((distance != 0) & (distance != half), x, float("-inf"))
-    elif EXCLUDE == "diagonal":
-        if (tl.abs(row - column) < T) | (column + BN > N):
-            x = tl.where((i[:, None] != j[None, :]) & (j[None, :] < N), x, float("-inf"))
-    else:
-        if EXCLUDE == "row":
-            x = tl.where(excluded[:, None] != j[None, :], x, float("-inf"))
-        elif EXCLUDE == "column":
-            x = tl.where(load_excluded(exclude, j, N, M)[None, :] != i[:, None], x, float("-inf"))
-        if column + BN > N:
-            x = tl.where(j[None, :] < N, x, float("-inf"))
-    return x
 
 
 @triton.jit
@@ -316,13 +129,6 @@ def weights(
         p = tl.exp2(tl.minimum(x, 0.0) - finite(highest)[:, None]) / (1 + tl.exp2(-tl.abs(x)))
     alpha = tl.exp2(top - finite(highest))
     return p * PEAK, alpha, highest, total * alpha + tl.sum(p, 1)
-
-
-@triton.jit
-def span(split, splits, N):
-    """Columns [start, stop) of a split, in whole multiples of 128, never none."""
-    units = tl.cdiv(N, 128)
-    return units * split // splits * 128, units * (split + 1) // splits * 128
 
 
 @triton.jit
@@ -454,92 +260,6 @@ def accumulate_wide(
     end(tops, totals, losses, split, i, M, top, total, loss)
 
 
-@triton.jit(do_not_specialize=COUNTS)
-def collect(
-    x, scale, gradient, peak, tops, totals, out, shift, total, share, M, D, row_stride, column_stride,
-    PADDED, padded_rows, splits,
-    WEIGHT: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
-    """scale G (G itself for softmax) from the splits' sums, <x_i, G_i>, and the rows' totals and shifts."""
-    row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
-    rows = row[:, None]
-    inside = row < M
-    highest = tl.zeros((BR,), tl.float32)
-    if WEIGHT == "softmax":
-        highest = tl.full((BR,), float("-inf"), tl.float32)
-        for split in tl.range(splits, loop_unroll_factor=4):
-            top = tl.load(tops + split * M + row, mask=inside, other=float("-inf"))
-            highest = tl.maximum(highest, top)
-        highest = finite(highest)
-    correction = tl.full((BR,), 1 / PEAK, tl.float32)
-    if WEIGHT == "softmax" or WEIGHT == "sigmoid":
-        acc = tl.zeros((BR,), tl.float32)
-        for split in tl.range(splits, loop_unroll_factor=4):
-            to = split * M + row
-            top = tl.load(tops + to, mask=inside, other=float("-inf"))
-            acc += tl.load(totals + to, mask=inside, other=0.0) * tl.exp2(top - highest)
-        if WEIGHT == "softmax":
-            rounded, correction = natural(highest, correction)
-            acc *= correction * PEAK
-            tl.store(shift + row, tl.where(acc == acc, rounded, acc), mask=inside)
-        tl.store(total + row, acc, mask=inside)
-    else:
-        correction *= power_of_two(tl.load(peak))
-    output_scale = 1.0
-    if WEIGHT != "softmax":
-        output_scale = tl.load(scale).to(tl.float32)
-    shares = tl.zeros((BR, BD), tl.float64)
-    for start in range(0, D, BD):
-        columns = start + tl.arange(0, BD)[None, :].to(tl.int64)
-        mask = inside[:, None] & (columns < D)
-        g = tl.zeros((BR, BD), tl.float32)
-        for split in tl.range(splits, loop_unroll_factor=4):
-            from_ = gradient + (rows + split * padded_rows) * PADDED + columns
-            part = tl.load(from_, mask=mask, other=0.0)
-            if WEIGHT == "softmax" or WEIGHT == "sigmoid":
-                top = tl.load(tops + split * M + row, mask=inside, other=float("-inf"))
-                part *= tl.exp2(top - highest)[:, None]
-            g += part
-        g *= correction[:, None]
-        if share is not None:
-            shares += tl.load(x + rows * row_stride + columns * column_stride, mask=mask, other=0.0).to(tl.float64) * g
-        tl.store(out + rows * D + columns, (g * output_scale).to(out.dtype.element_ty), mask=mask)
-    if share is not None:
-        tl.store(share + row, tl.sum(shares, 1), mask=inside)
-
-
-def row_block(padded: int) -> dict[str, int]:
-    """Tile of the row kernels: 1024 elements, of as few rows as that takes."""
-    width = min(triton.next_power_of_2(padded), 1024)
-    return {"BR": 1024 // width, "BD": width}
-
-
-def input_precision(precision: str) -> str:
-    """tl.dot's `input_precision`, which matters for float32 operands only."""
-    return "ieee" if precision == "float32" else "tf32"
-
-
-def pad_views(z1: Tensor, z2: Tensor, normalize: bool, precision: str) -> tuple[Tensor, Tensor]:
-    """(z, inverse): the padded (normalised) rows of [z1; z2] in the dtype of the products, and 1 / norm in float64."""
-    batch, dim = z1.shape
-    rows = batch + z2.shape[0]
-    padded = triton.cdiv(dim, 64) * 64
-    z = z1.new_empty((triton.cdiv(rows, ROWS) * ROWS, padded), dtype=DTYPES[precision])
-    inverse = z1.new_empty(rows, dtype=torch.float64)
-    block = row_block(padded)
-    prepare[(z.shape[0] // block["BR"],)](
-        z1, z2, z, inverse, batch, rows, dim, *z1.stride(), *z2.stride(), padded, normalize, **block, **OPTIONS
-    )
-    return z, inverse
-
-
-def pad(x: Tensor, precision: str) -> Tensor:
-    """The padded rows of x in the dtype of the products; x itself where it is so already."""
-    rows, dim = x.shape
-    whole = rows % ROWS == 0 and dim % 64 == 0 and x.is_contiguous() and x.data_ptr() % 16 == 0
-    return x if whole and x.dtype == DTYPES[precision] else pad_views(x, x[:0], False, precision)[0]
-
-
 class Factors(NamedTuple):
     """What the weights of one side's rows are multiplied by, relative to exp(S - shift)."""
 
@@ -629,27 +349,3 @@ def accumulate(
         WEIGHT=weight, EXCLUDE=exclude_by, PRECISION=input_precision(precision), **OPTIONS,
     )  # fmt: skip
     return sums
-
-
-class Collected(NamedTuple):
-    gradient: Tensor
-    shift: Tensor | None
-    total: Tensor | None
-    share: Tensor | None
-
-
-def collect_sums(sums: Sums, x: Tensor, scale: Tensor, dtype: torch.dtype, share: bool = False) -> Collected:
-    """scale G, or G itself for softmax, in `dtype`; the rows' shifts and totals; and <x_i, G_i> in float64."""
-    (count, dim), (splits, padded_rows, padded) = x.shape, sums.gradient.shape
-    out = Collected(
-        x.new_empty((count, dim), dtype=dtype),
-        x.new_empty(count, dtype=torch.float32) if sums.weight == "softmax" else None,
-        x.new_empty(count, dtype=torch.float32) if sums.weight in ("softmax", "sigmoid") else None,
-        x.new_empty(count, dtype=torch.float64) if share else None,
-    )
-    block = row_block(padded)
-    collect[(triton.cdiv(count, block["BR"]),)](
-        x, scale, sums.gradient, sums.peak, sums.top, sums.total, *out, count, dim, *x.stride(), padded, padded_rows,
-        splits, WEIGHT=sums.weight, **block, num_warps=8, **OPTIONS,
-    )  # fmt: skip
-    return out

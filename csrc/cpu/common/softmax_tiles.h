@@ -1,5 +1,5 @@
-// What the softmax contrastive losses do inside one tile: a table of plain functions, one per instruction set.
-// `contrastive.cpp` decides which tiles, in which order, on which thread; `contrastive_tiles.cpp` does the work.
+// What softmax losses do inside one tile: a table of plain functions, one per instruction set.
+// Callers decide which tiles, in which order, on which thread; `softmax_tiles.cpp` does the work.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@
 
 namespace fastssl {
 
-struct ContrastiveTiles {
+struct SoftmaxTiles {
   // row_total[i] += sum_j 2^(c (S_ij - origin)) and, unless null, column_total[j] += sum_i 2^(c (S_ij - origin)).
   // Unless null, row_extreme[i] and column_extreme[j] become the entry with the largest c S_ij so far; they start
   // infinite, with c's sign reversed.
@@ -37,6 +37,6 @@ struct ContrastiveTiles {
                          const float* row_origin, const float* b, const float* column_origin, void* half, void* pairs);
 };
 
-FASTSSL_TABLE(ContrastiveTiles, contrastive_tiles)
+FASTSSL_TABLE(SoftmaxTiles, softmax_tiles)
 
 }  // namespace fastssl

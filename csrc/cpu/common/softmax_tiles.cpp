@@ -1,4 +1,4 @@
-// The inside of a tile of the contrastive losses, compiled once per instruction set.
+// The inside of a tile of a softmax, compiled once per instruction set.
 //
 // A tile is S = Z_I Z_J^T for two blocks of rows, in float32 and small enough for the second-level cache. The
 // forward pass turns it into row and column sums of 2^(c (S - origin)), c = scale log2(e); the backward pass into
@@ -11,7 +11,7 @@
 // The origin is subtracted first: near it, where the exponentials are large, the difference is exact.
 // Nothing here knows of diagonals or positives: the caller puts -inf (times the sign of c) where an entry is
 // not to count.
-#include "contrastive_tiles.h"
+#include "common/softmax_tiles.h"
 
 #include "common/simd.h"
 #include "common/weights.h"
@@ -170,8 +170,8 @@ void weights_online(float* S, int64_t ld, int64_t rows, int64_t columns, float c
 
 }  // namespace
 
-extern const ContrastiveTiles contrastive_tiles;
-const ContrastiveTiles contrastive_tiles = {
+extern const SoftmaxTiles softmax_tiles;
+const SoftmaxTiles softmax_tiles = {
     sum_exponentials, sum_exponentials_online, exponentials, weights, weights_online,
 };
 

@@ -2,7 +2,7 @@
 //
 // Sums over rows are taken in two levels, kChunk rows at a time, so that their rounding errors grow as the square
 // root of what a plain loop's would.
-#include "correlation_tiles.h"
+#include "correlation/correlation_tiles.h"
 
 #include "common/rows.h"
 #include "common/simd.h"

@@ -1,5 +1,5 @@
 // Packing rows into operands, and finishing rows of sums, compiled once per instruction set.
-#include "product_tiles.h"
+#include "common/product_tiles.h"
 
 #include "common/convert.h"
 #include "common/gemm.h"

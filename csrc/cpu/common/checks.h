@@ -1,0 +1,45 @@
+// What arguments of kernels must be.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <optional>
+
+#include "common/tensors.h"
+
+namespace fastssl {
+
+// fastssl.functional says this in better words; here it keeps a direct call from reading out of bounds.
+inline void check_sides(const char* names, const Tensor& x, const Tensor& y, const Tensor& scale) {
+  TORCH_CHECK_VALUE(x.dim() == 2 && y.dim() == 2 && x.size(1) > 0 && x.size(1) == y.size(1), names,
+                    " must have shapes (M, D) and (N, D), D > 0, got ", x.sizes(), " and ", y.sizes());
+  const at::ScalarType dtype = x.scalar_type();
+  TORCH_CHECK_VALUE(dtype == y.scalar_type() && has_element(x),
+                    names, " must both be float32, bfloat16 or float16, got ", dtype, " and ", y.scalar_type());
+  TORCH_CHECK_VALUE(scale.numel() == 1, "scale must have one element, got shape ", scale.sizes());
+}
+
+// The same of rows that are pairs.
+inline void check_pairs(const char* names, const Tensor& x, const Tensor& y, const Tensor& scale) {
+  check_sides(names, x, y, scale);
+  TORCH_CHECK_VALUE(x.size(0) == y.size(0), names, " must have the same shape, got ", x.sizes(), " and ", y.sizes());
+}
+
+// The same of what there is one of for each of `count` rows.
+inline void check_vectors(const char* names, int64_t count, at::TensorList vectors) {
+  for (const Tensor& t : vectors)
+    TORCH_CHECK_VALUE(t.scalar_type() == at::kFloat && t.dim() == 1 && t.size(0) == count, names,
+                      " must be float32 of shape (", count, "), got ", t.scalar_type(), " of shape ", t.sizes());
+}
+
+inline Tensor checked_exclude(const std::optional<Tensor>& exclude, const Tensor& x) {
+  if (!exclude) return Tensor();
+  TORCH_CHECK_VALUE(exclude->scalar_type() == at::kLong && exclude->dim() == 1 && exclude->size(0) == x.size(0),
+                    "exclude must be int64 of shape (", x.size(0), "), got ", exclude->scalar_type(), " of shape ",
+                    exclude->sizes());
+  return exclude->contiguous();
+}
+
+inline const int64_t* data_of(const Tensor& exclude) { return exclude.defined() ? exclude.const_data_ptr<int64_t>() : nullptr; }
+
+}  // namespace fastssl

@@ -1,0 +1,54 @@
+// Products on the CPU: in what precision, and by whom.
+//
+// Products run in oneDNN's micro-kernels (AMX, AVX-512) through ATen, else in common/gemm.h. bfloat16 products read operands
+// rounded once, and weights rounded once; "tf32" and "float16" multiply in float32.
+#pragma once
+
+#include <ATen/Context.h>
+#include <ATen/native/CPUBlas.h>
+
+#include <string_view>
+
+#include "common/isa.h"
+#include "common/product_tiles.h"
+
+namespace fastssl {
+
+constexpr int64_t kPadding = 32;  // of rows and features: what AMX, and transposes of pairs, want
+
+// How this process multiplies: the instruction set's functions, oneDNN or not, and in what precision.
+struct Engine {
+  const ProductTiles& tile;
+  bool onednn;
+  Operand operand;
+
+  explicit Engine(std::string_view precision)
+      : tile(FASTSSL_TABLE_IN_USE(product_tiles)),
+        onednn(current() >= Isa::Avx512 && at::globalContext().userEnabledMkldnn()) {
+    const bool bfloat16 = precision == "bfloat16";
+    const bool pairs = onednn && current() >= Isa::Avx512Bf16;
+    operand = !bfloat16 ? Operand::Float32 : pairs ? Operand::BFloat16 : Operand::RoundedToBFloat16;
+  }
+
+  bool half() const { return operand == Operand::BFloat16; }
+  int64_t bytes() const { return half() ? 2 : 4; }
+
+  // C (M x N) = [C +] A (M x K) B (K x N); leading dimensions are K, N, N.
+  void multiply(int64_t M, int64_t N, int64_t K, bool add, const void* A, const void* B, float* C) const {
+    if (half()) {
+      at::native::cpublas::brgemm(M, N, K, K, N, N, add, static_cast<const at::BFloat16*>(A),
+                                  static_cast<const at::BFloat16*>(B), C);
+    } else if (onednn) {
+      at::native::cpublas::brgemm(M, N, K, K, N, N, add, static_cast<const float*>(A), static_cast<const float*>(B), C);
+    } else {
+      tile.gemm(M, N, K, K, N, N, add, static_cast<const float*>(A), static_cast<const float*>(B), C);
+    }
+  }
+
+  // To be called by a thread that has multiplied: AMX's tile registers are a state of the thread.
+  void release() const {
+    if (onednn) at::native::cpublas::brgemm_release(half());
+  }
+};
+
+}  // namespace fastssl

@@ -1,0 +1,80 @@
+// Exponentials of similarities, and their sums: what every softmax is made of.
+//
+// Shifts. Tiles hold X Y^T, unscaled, where a shift is an "origin": shift = scale origin. No entry is further from 0 than
+// M = max |x_i| max |y_j|, which is 1 for unit rows. If |scale| M <= kShared, the largest conceivable entry serves all as
+// the origin: every exponential lies between exp(-2 kShared) and 1, and one of them serves both its row and its column.
+// That covers unit rows at temperatures from 1/32 up. Else each row has its own maximum.
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+#include "common/side.h"
+
+namespace fastssl {
+
+constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
+
+constexpr float kShared = 32;  // float32 holds exp(-2 kShared) and, with room for gradients, its inverse
+
+// c with 2^(c S) = exp(scale S). Never 0, which would turn the -inf of an excluded entry into NaN.
+inline float exponent_factor(float scale) {
+  const float c = static_cast<float>(scale * kLog2E);
+  return c == 0 ? std::numeric_limits<float>::min() : c;
+}
+
+// How exponentials of scale S are taken.
+struct Exponent {
+  float scale;
+  float c;         // 2^(c S) = exp(scale S)
+  double step;     // scale, as the exponentials have it
+  float excluded;  // S of what is left out
+  bool shared;     // all have one origin
+  float origin;    // that one
+
+  Exponent(const Tensor& scale_tensor, const Side& x, const Side& y)
+      : scale(scale_tensor.item<float>()),
+        c(exponent_factor(scale)),
+        step(c * kLn2),
+        excluded(-std::copysign(std::numeric_limits<float>::infinity(), c)) {
+    const float largest = std::abs(scale) * std::sqrt(x.largest_square) * std::sqrt(y.largest_square);
+    shared = largest <= kShared;
+    origin = scale ? largest / scale : 0;
+  }
+};
+
+// Sums of exponentials, one for each row of a side (or of several, `splits`, to be added up), padded.
+struct Sums {
+  Tensor totals, extremes;
+  double* total;
+  float* extreme;  // the entry with the largest scale S_ij, infinite with c's sign reversed if there is none
+
+  Sums(int64_t count, const Exponent& e)
+      : totals(at::zeros({count}, at::kDouble)),
+        extremes(at::full({count}, e.excluded, at::kFloat)),
+        total(totals.mutable_data_ptr<double>()),
+        extreme(extremes.mutable_data_ptr<float>()) {}
+
+  // total[i], which is about the shared origin or about the extreme, as it is about scale `origin`.
+  double about(int64_t i, const Exponent& e, float origin) const {
+    return total[i] == 0 ? 0 : total[i] * std::exp(e.step * ((e.shared ? e.origin : extreme[i]) - origin));
+  }
+};
+
+// The shift of an extreme entry; and the origin that backward passes find again from the (rounded) shift.
+inline float shift_of(float extreme, const Exponent& e) { return extreme == e.excluded ? 0 : e.scale * extreme; }
+inline float origin_of(float shift, float scale) { return scale ? shift / scale : 0; }
+
+// (total, shift) from sums about any origin: the shift is the extreme's.
+inline std::tuple<Tensor, Tensor> finish_sums(const Sums& sums, int64_t count, const Exponent& e) {
+  const Tensor total = at::empty({count}, at::kFloat), shift = at::empty({count}, at::kFloat);
+  float* const out_total = total.mutable_data_ptr<float>();
+  float* const out_shift = shift.mutable_data_ptr<float>();
+  for (int64_t i = 0; i < count; ++i) {
+    out_shift[i] = shift_of(sums.extreme[i], e);
+    out_total[i] = static_cast<float>(sums.about(i, e, origin_of(out_shift[i], e.scale)));
+  }
+  return {total, shift};
+}
+
+}  // namespace fastssl

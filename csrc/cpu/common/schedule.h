@@ -1,0 +1,125 @@
+// Which thread takes which tile of a matrix, and in what order.
+//
+// A matrix is cut into blocks of rows and of columns; a tile is small enough for the second-level cache.
+#pragma once
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <utility>
+
+#include "common/engine.h"
+
+namespace fastssl {
+
+inline int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
+inline int64_t pieces(int64_t x, int64_t size) { return (x + size - 1) / size; }
+
+// How many threads share M x N similarities of D features: one where more cost more than they bring.
+inline int threads_for(int64_t M, int64_t N, int64_t D, int threads = at::get_num_threads()) {
+  return double(M) * double(N) * double(D) < double(1 << 20) ? 1 : threads;
+}
+
+// `task(i)` for i in [0, count), on that many threads; `done()` by each thread when it has no more.
+template <typename Task, typename Done>
+void run(int threads, int64_t count, const Task& task, const Done& done) {
+  const auto tasks = [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) task(i);
+    done();
+  };
+  if (threads == 1) {
+    if (count) tasks(0, count);
+  } else {
+    at::parallel_for(0, count, 1, tasks);
+  }
+}
+
+template <typename Task>
+void run(int threads, int64_t count, const Task& task) {
+  run(threads, count, task, [] {});
+}
+
+// The calling thread's number among that many.
+inline int slot(int threads) { return threads == 1 ? 0 : at::get_thread_num(); }
+
+// How rows are cut: into `blocks` of `block` rows, `group` of which one task takes together, to read memory less often.
+struct Cut {
+  int64_t block, blocks, group;
+
+  Cut(int64_t rows, int64_t dim, int threads) {
+    const int64_t padded = round_up(std::max<int64_t>(dim, 1), kPadding);
+    // A tile, its operands and its outputs share the second-level cache.
+    block = padded <= 256 ? 256 : padded <= 768 ? 128 : 64;
+    // Every thread gets work in every round: two blocks per thread, and some more to even out.
+    while (block > 64 && rows < 4 * threads * block) block /= 2;
+    if (threads > 1 && rows < threads * block) block = 32;
+    block = std::min(block, round_up(std::max<int64_t>(rows, 1), kPadding));
+    blocks = pieces(rows, block);
+    group = 1;
+    while (group < 4 && blocks >= 8 * threads * group) group *= 2;
+  }
+
+  int64_t groups() const { return pieces(blocks, group); }
+
+  template <typename F>
+  void each(int64_t g, const F& f) const {
+    for (int64_t b = g * group; b < std::min((g + 1) * group, blocks); ++b) f(b);
+  }
+};
+
+// Calls visit(I, J) for every pair of blocks I <= J. Two calls that share a block never run at once, and come in
+// the same order in every run: what a block gathers has the same bits, whatever thread runs which tile. Groups of
+// blocks are players of a round-robin tournament (the circle method).
+template <typename Visit, typename Done>
+void tournament(int threads, const Cut& cut, const Visit& visit, const Done& done) {
+  const int64_t players = cut.groups();
+  // Round 0: every player against itself.
+  run(threads, players, [&](int64_t p) {
+    cut.each(p, [&](int64_t i) {
+      cut.each(p, [&](int64_t j) {
+        if (i <= j) visit(i, j);
+      });
+    });
+  }, done);
+  // The last player stays, the others turn; with an odd number one of them rests.
+  const int64_t seats = players + players % 2, turning = seats - 1;
+  for (int64_t round = 0; round < (players > 1 ? turning : 0); ++round) {
+    run(threads, seats / 2, [&](int64_t table) {
+      int64_t p = table == 0 ? turning : (round + table) % turning;
+      int64_t q = table == 0 ? round : (round - table + turning) % turning;
+      if (p > q) std::swap(p, q);
+      if (q >= players) return;
+      cut.each(p, [&](int64_t i) { cut.each(q, [&](int64_t j) { visit(i, j); }); });
+    }, done);
+  }
+}
+
+// The same for every pair of a block of rows I and a block of columns J: in round k row group p meets column group
+// p + k, modulo the larger number of groups.
+template <typename Visit, typename Done>
+void match(int threads, const Cut& rows, const Cut& columns, const Visit& visit, const Done& done) {
+  const int64_t P = rows.groups(), Q = columns.groups(), rounds = std::max(P, Q);
+  for (int64_t round = 0; round < rounds; ++round) {
+    run(threads, std::min(P, Q), [&](int64_t table) {
+      const int64_t p = P <= Q ? table : (table + round) % rounds, q = P <= Q ? (table + round) % rounds : table;
+      rows.each(p, [&](int64_t i) { columns.each(q, [&](int64_t j) { visit(i, j); }); });
+    }, done);
+  }
+}
+
+// How rows x rows similarities are cut, open to reports and tests.
+struct TilePlan {
+  int threads;     // 1 where the work is too small to share
+  int64_t block;   // rows and columns of a tile
+  int64_t blocks;  // that many rows make the matrix
+  int64_t group;   // blocks that one task takes together
+};
+
+inline TilePlan tile_plan(int64_t rows, int64_t dim, int threads) {
+  threads = threads_for(rows, rows, dim, threads);
+  const Cut cut(rows, dim, threads);
+  return {threads, cut.block, cut.blocks, cut.group};
+}
+
+}  // namespace fastssl

@@ -1,0 +1,206 @@
+// The sides of a product of two matrices of rows: packed as its operands, and what they gather of their gradients.
+#pragma once
+
+#include <algorithm>
+#include <utility>
+#include <vector>
+
+#include "common/engine.h"
+#include "common/schedule.h"
+#include "common/tensors.h"
+
+namespace fastssl {
+
+// What a block of rows Z is multiplied as.
+enum Role : int {
+  kRows = 1,      // Z in S = Z Y^T
+  kColumns = 2,   // Z in S = X Z^T
+  kWeighed = 4,   // Z in W Z
+  kWeighing = 8,  // Z in W^T Z; see `Gathered`
+};
+
+// One side of S: the rows of a tensor, or of two on top of each other, (normalised and) packed block by block. A lazy
+// one is not packed as a whole: a thread calls prepare(b) before it uses block b, and keeps one block at a time.
+struct Side {
+  Tensor first_part, second_part;
+  Rows rows;
+  int64_t count;
+  int64_t dim;  // padded
+  const Engine& engine;
+  int threads;
+  Cut cut;
+  bool normalize, lazy;
+  bool turned;  // W^T Z is a product of turned W, else of Z^T
+  int roles;
+  Blocks left, right, right_pairs, left_columns, scratch;
+  Tensor inverse_norm;
+  float largest_square = 0;  // max |z_i|^2, 1 where rows are normalised; with NaN rows any number: tiles carry NaN
+
+  Side(const Tensor& x, int wanted, const Engine& engine, int threads, bool lazy = false)
+      : Side(x, x.narrow(0, 0, 0), false, wanted, engine, threads, lazy) {}
+
+  Side(const Tensor& x1, const Tensor& x2, bool normalize, int wanted, const Engine& engine, int threads,
+       bool lazy = false)
+      : first_part(x1.stride(1) == 1 ? x1 : x1.contiguous()),
+        second_part(x2.stride(1) == 1 ? x2 : x2.contiguous()),
+        rows{{first_part.const_data_ptr(), second_part.const_data_ptr()},
+             {first_part.stride(0), second_part.stride(0)},
+             x1.size(0),
+             x1.size(1),
+             element_of(x1)},
+        count(x1.size(0) + x2.size(0)),
+        dim(round_up(x1.size(1), kPadding)),
+        engine(engine),
+        threads(threads),
+        cut(count, x1.size(1), threads),
+        normalize(normalize),
+        lazy(lazy),
+        turned(count <= 2 * dim),
+        roles(turned && (wanted & kWeighing) ? (wanted & ~kWeighing) | kWeighed : wanted),
+        left(places(), roles & (kRows | (engine.half() ? 0 : kWeighed)) ? block_bytes() : 0),
+        right(places(), roles & (kColumns | (engine.half() ? 0 : kWeighing)) ? block_bytes() : 0),
+        right_pairs(places(), engine.half() && (roles & kWeighed) ? block_bytes() : 0),
+        left_columns(places(), engine.half() && (roles & kWeighing) ? block_bytes() : 0),
+        scratch(threads, 2 * cut.block * dim * 4),
+        inverse_norm(at::empty({count}, at::kFloat)) {
+    const Tensor squares = at::zeros({cut.blocks}, at::kFloat);
+    float* square = squares.mutable_data_ptr<float>();
+    run(threads, cut.blocks, [&](int64_t b) {
+      square[b] = lazy ? engine.tile.largest_square(rows, first(b), size(b), scratch.floats(slot(threads))) : prepare(b);
+    });
+    for (int64_t b = 0; b < cut.blocks; ++b)
+      largest_square = square[b] <= largest_square ? largest_square : square[b];
+    if (!lazy) scratch.memory = Tensor();
+  }
+
+  // Packs block b, and returns its largest |z|^2.
+  float prepare(int64_t b) const {
+    const int64_t at = place(b);
+    const Packed out{as_they_lie(b) ? nullptr : left[at], right[at], right_pairs[at], left_columns[at]};
+    return engine.tile.pack(rows, first(b), size(b), padded(b), dim, normalize, engine.operand,
+                            inverse_norm.mutable_data_ptr<float>() + first(b), scratch.floats(slot(threads)), out);
+  }
+
+  // Whether block b is an operand without being packed.
+  bool as_they_lie(int64_t b) const {
+    return engine.operand == Operand::Float32 && rows.element == Element::Float32 && !normalize && rows.dim == dim &&
+        rows.stride[0] == dim && size(b) == padded(b) && rows.batch == count;
+  }
+
+  // Where block b is packed.
+  int64_t places() const { return lazy ? threads : cut.blocks; }
+  int64_t place(int64_t b) const { return lazy ? slot(threads) : b; }
+
+  int64_t block_bytes() const { return cut.block * dim * engine.bytes(); }
+  int64_t first(int64_t b) const { return b * cut.block; }
+  int64_t size(int64_t b) const { return std::min(cut.block, count - first(b)); }
+  int64_t padded(int64_t b) const { return round_up(size(b), kPadding); }
+  int64_t padded_count() const { return cut.blocks * cut.block; }
+
+  // Block b as each operand.
+  const void* as_rows(int64_t b) const { return as_they_lie(b) ? rows[first(b)] : left[place(b)]; }
+  const void* as_columns(int64_t b) const { return right[place(b)]; }
+  const void* weighed(int64_t b) const { return engine.half() ? right_pairs[place(b)] : as_rows(b); }
+  const void* weighing(int64_t b) const { return engine.half() ? left_columns[place(b)] : right[place(b)]; }
+};
+
+// What the blocks of a side gather of their gradient from weights W of tiles of S: W Y of its columns where the side is
+// X, W^T X of its rows where it is Y.
+//
+// W^T X is gathered transposed, as X^T W: W is then a right operand as it lies, and X is packed transposed, once. Where
+// X has few rows, at most twice its features, to turn the tiles is less work.
+struct Gathered {
+  const Side& side;
+  Blocks sums, transposed;  // (rows, dim) and (dim, rows) floats each
+  Blocks turned;
+  std::vector<char> has_sums, has_transposed;  // the first term of a sum is stored, not added
+
+  // Of rows' tiles, if `of_rows`, and of columns' unless `x` is null, the side that S has as rows then.
+  Gathered(const Side& side, bool of_rows, const Side* x)
+      : side(side),
+        sums(side.cut.blocks, of_rows || (x && x->turned) ? side.cut.block * side.dim * 4 : 0),
+        transposed(side.cut.blocks, x && !x->turned ? side.cut.block * side.dim * 4 : 0),
+        turned(side.threads, x && x->turned ? x->cut.block * side.cut.block * side.engine.bytes() : 0),
+        has_sums(side.cut.blocks),
+        has_transposed(side.cut.blocks) {}
+
+  // Block I gathers W Y_J, W being (rows, columns) of float32 or bfloat16.
+  void add(int64_t I, const void* W, const Side& y, int64_t J) {
+    side.engine.multiply(side.padded(I), side.dim, y.padded(J), std::exchange(has_sums[I], 1), W, y.weighed(J),
+                         sums.floats(I));
+  }
+
+  // Block J gathers W^T X_I, W being float32, or bfloat16 in pairs.
+  void add_columns(int64_t J, const void* W, const Side& x, int64_t I) {
+    const int64_t m = x.padded(I), n = side.padded(J);
+    if (!x.turned) {
+      side.engine.multiply(side.dim, n, m, std::exchange(has_transposed[J], 1), x.weighing(I), W, transposed.floats(J));
+      return;
+    }
+    float* const turn = turned.floats(slot(side.threads));
+    side.engine.tile.transposed(static_cast<const float*>(W), n, side.engine.half() ? m / 2 : m, turn);
+    side.engine.multiply(n, side.dim, m, std::exchange(has_sums[J], 1), turn, x.weighed(I), sums.floats(J));
+  }
+
+  // What block b has gathered, (rows, dim). `spare` has room for it.
+  float* operator()(int64_t b, float* spare) const {
+    const int64_t elements = side.padded(b) * side.dim;
+    if (has_transposed[b]) side.engine.tile.transposed(transposed.floats(b), side.padded(b), side.dim, spare);
+    if (!has_sums[b]) {
+      if (!has_transposed[b]) std::fill_n(spare, elements, 0.f);
+      return spare;
+    }
+    float* const sum = sums.floats(b);
+    if (has_transposed[b])
+      for (int64_t i = 0; i < elements; ++i) sum[i] += spare[i];
+    return sum;
+  }
+};
+
+// <x_i, y_i> for all rows of two sides, unrounded.
+inline Tensor dot_rows(const Side& x, const Side& y) {
+  const Tensor dots = at::empty({x.count}, at::kFloat);
+  float* const dot = dots.mutable_data_ptr<float>();
+  const Blocks scratch(x.threads, 2 * x.dim * 4);
+  run(x.threads, x.cut.blocks, [&](int64_t b) {
+    for (int64_t i = x.first(b); i < x.first(b) + x.size(b); ++i)
+      dot[i] = static_cast<float>(
+          x.engine.tile.dot(x.rows[i], y.rows[i], x.rows.element, x.rows.dim, scratch.floats(slot(x.threads))));
+  });
+  return dots;
+}
+
+// A positive for each row of a side: the row of `other` with its number, and its weight.
+struct Positives {
+  const Side& other;
+  const float* weight;
+};
+
+// The gradient G of a side, what its blocks have gathered [+ weights of positives]: dx = scale G, in dx's dtype; where
+// rows were normalised, through that. Returns sum_i <G_i, z_i>, z the rows as they were multiplied.
+inline double finish_side(const Gathered& gathered, const Positives* positives, float scale, const Tensor& dx) {
+  const Side& side = gathered.side;
+  const Tensor alongs = at::zeros({side.cut.blocks}, at::kDouble);
+  double* const along = alongs.mutable_data_ptr<double>();
+  const Blocks scratch(side.threads, (side.dim + side.cut.block * side.dim) * 4);
+  char* const out = static_cast<char*>(dx.mutable_data_ptr());
+  const int64_t row_bytes = side.rows.dim * dx.element_size();
+  const float* const inverse_norm = side.inverse_norm.const_data_ptr<float>();
+  run(side.threads, side.cut.blocks, [&](int64_t b) {
+    float* const row = scratch.floats(slot(side.threads));
+    float* const sums = gathered(b, row + side.dim);
+    for (int64_t r = 0; r < side.size(b); ++r) {
+      const int64_t i = side.first(b) + r;
+      along[b] += side.engine.tile.finish(side.rows[i], inverse_norm[i],
+                                          positives ? positives->other.rows[i] : nullptr, 1,
+                                          positives ? positives->weight[i] : 0, scale, side.normalize,
+                                          side.rows.element, side.rows.dim, sums + r * side.dim, row,
+                                          element_of(dx), out + i * row_bytes);
+    }
+  });
+  double total = 0;
+  for (int64_t b = 0; b < side.cut.blocks; ++b) total += along[b];  // in this order: deterministic
+  return total;
+}
+
+}  // namespace fastssl

@@ -1,0 +1,44 @@
+// Tiles of similarities S = X Y^T.
+//
+// They are computed one at a time, in float32, used, and forgotten.
+#pragma once
+
+#include <algorithm>
+
+#include "common/side.h"
+
+namespace fastssl {
+
+// Tiles of S = X Y^T, unscaled, and what is left out of it.
+struct Similarities {
+  const Side& x;
+  const Side& y;
+  float excluded;          // what stands for an entry that is left out, and for padding
+  const int64_t* exclude;  // the column to leave out of each row, or null
+  bool diagonal;           // leave out the diagonal, where x and y are one side
+
+  void compute(int64_t I, int64_t J, float* S) const {
+    x.engine.multiply(x.padded(I), y.padded(J), x.dim, false, x.as_rows(I), y.as_columns(J), S);
+  }
+
+  void exclude_from(int64_t I, int64_t J, float* S) const {
+    const int64_t rows = x.size(I), columns = y.size(J), ld = y.padded(J);
+    if (diagonal && I == J)
+      for (int64_t r = 0; r < rows; ++r) S[r * ld + r] = excluded;
+    if (exclude)
+      for (int64_t r = 0; r < rows; ++r) {
+        const int64_t column = exclude[x.first(I) + r] - y.first(J);
+        if (column >= 0 && column < columns) S[r * ld + column] = excluded;
+      }
+    if (columns < ld)
+      for (int64_t r = 0; r < rows; ++r) std::fill(S + r * ld + columns, S + (r + 1) * ld, excluded);
+    std::fill(S + rows * ld, S + x.padded(I) * ld, excluded);
+  }
+
+  void operator()(int64_t I, int64_t J, float* S) const {
+    compute(I, J, S);
+    exclude_from(I, J, S);
+  }
+};
+
+}  // namespace fastssl

@@ -1,0 +1,132 @@
+// NT-Xent on the CPU (SimCLR, arXiv:2002.05709): with Z the N = 2B (normalised) rows of [z1; z2], S = scale Z Z^T and
+// pos(i) = (i + B) mod N,
+//
+//     loss_i = log sum_{j != i} exp(S_ij) - S_{i, pos(i)}.
+//
+// The positive's weight, the one that does not average out, does not go through rounded products: it is applied to
+// unrounded rows.
+#include <torch/library.h>
+
+#include <vector>
+
+#include "common/checks.h"
+#include "common/portable.h"
+#include "contrastive/symmetric.h"
+
+namespace fastssl {
+namespace {
+
+// f(r, c, i, j) for every positive pair in tile (I, J) of NT-Xent's S: its place (r, c) in the tile and its rows (i, j).
+template <typename F>
+void each_positive(const Side& z, int64_t I, int64_t J, const F& f) {
+  // Row i of the first half meets column i + B, row i of the second column i - B: two diagonals of the matrix.
+  const int64_t batch = z.rows.batch;
+  for (const int64_t offset : {batch, -batch}) {
+    const int64_t low = std::max({z.first(I), z.first(J) - offset, offset > 0 ? 0 : batch});
+    const int64_t high =
+        std::min({z.first(I) + z.size(I), z.first(J) + z.size(J) - offset, offset > 0 ? batch : 2 * batch});
+    for (int64_t i = low; i < high; ++i) f(i - z.first(I), i + offset - z.first(J), i, i + offset);
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor> nt_xent(const Tensor& z1, const Tensor& z2, const Tensor& scale, bool normalize,
+                                           c10::string_view precision) {
+  if (z1.scalar_type() == at::kDouble)
+    return portable<&nt_xent>("fastssl::nt_xent_portable", z1, z2, scale, normalize, precision);
+  check_pairs("z1 and z2", z1, z2, scale);
+  const int64_t count = 2 * z1.size(0);
+  const Engine engine(precision);
+  const Side z(z1, z2, normalize, kRows | kColumns, engine, threads_for(count, count, z1.size(1)));
+  const Exponent e(scale, z, z);
+  const Tensor aligned = at::empty({count}, at::kFloat);  // <z_i, z_pos(i)>, from the very tile that is summed
+  float* const alignment = aligned.mutable_data_ptr<float>();
+  const Sums sums = sum_symmetric({z, z, e.excluded, nullptr, true}, e, [&](int64_t I, int64_t J, float* s) {
+    each_positive(z, I, J, [&](int64_t r, int64_t c, int64_t i, int64_t j) {
+      alignment[i] = alignment[j] = s[r * z.padded(J) + c];
+    });
+  });
+
+  const Tensor loss = at::empty({count}, at::kFloat), total = at::empty({count}, at::kFloat);
+  const Tensor shift = at::empty({count}, at::kFloat);
+  float* const out = loss.mutable_data_ptr<float>();
+  float* const out_total = total.mutable_data_ptr<float>();
+  float* const out_shift = shift.mutable_data_ptr<float>();
+  at::parallel_for(0, count, 4096, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const float origin = e.shared ? e.origin : sums.extreme[i];
+      const double value = std::log(sums.total[i]) + e.step * (origin - alignment[i]);
+      // No loss is below 0, and a pair alone has none: what is left of it is rounding. Not 0, so that NaN stays NaN.
+      out[i] = static_cast<float>(value < 0 || count == 2 ? value - value : value);
+      out_shift[i] = e.scale * origin;
+      // The backward pass will find the origin from the rounded shift: the total moves there.
+      out_total[i] = static_cast<float>(sums.about(i, e, origin_of(out_shift[i], e.scale)));
+    }
+  });
+  return {loss, shift, total};
+}
+
+std::tuple<Tensor, Tensor, Tensor> nt_xent_backward(const Tensor& grad_loss, const Tensor& z1, const Tensor& z2,
+                                                    const Tensor& scale, const Tensor& shift, const Tensor& total,
+                                                    bool normalize, c10::string_view precision) {
+  if (z1.scalar_type() == at::kDouble)
+    return portable<&nt_xent_backward>("fastssl::nt_xent_backward_portable", grad_loss, z1, z2, scale, shift, total,
+                    normalize, precision);
+  check_pairs("z1 and z2", z1, z2, scale);
+  const int64_t count = 2 * z1.size(0);
+  check_vectors("grad_loss, shift and total", count, {grad_loss, shift, total});
+  const Engine engine(precision);
+  const Side z(z1, z2, normalize, kRows | kColumns | kWeighed | kWeighing, engine,
+               threads_for(count, count, z1.size(1)));
+  const Exponent e(scale, z, z);
+  const Tensor gradient = grad_loss.contiguous();
+  const float* const g = gradient.const_data_ptr<float>();
+  const Coefficients p(gradient.div(total), shift, z, e);
+  const Tensor positive_weights = at::empty({count}, at::kFloat);
+  float* const positive_weight = positive_weights.mutable_data_ptr<float>();
+  const Similarities S{z, z, e.excluded, nullptr, true};
+  const Weights weights(S, e, &p, &p);
+  Gathered gathered(z, true, &z);
+  tournament(z.threads, z.cut, [&](int64_t I, int64_t J) {
+    float* s = weights.tile_of();
+    S.compute(I, J, s);
+    each_positive(z, I, J, [&](int64_t r, int64_t c, int64_t i, int64_t j) {
+      float& entry = s[r * z.padded(J) + c];
+      const auto weight = [&](int64_t k) {
+        return p.a[k] * std::exp2((entry - (e.shared ? e.origin : p.origin[k])) * e.c);
+      };
+      positive_weight[i] = positive_weight[j] = weight(i) + weight(j) - (g[i] + g[j]);
+      entry = e.excluded;
+    });
+    S.exclude_from(I, J, s);
+    weights.multiply(I, J, &gathered, I == J ? nullptr : &gathered);
+  }, [&] { engine.release(); });
+
+  const Tensor dz1 = at::empty(z1.sizes(), z1.options()), dz2 = at::empty(z2.sizes(), z2.options());
+  const Rows out{{dz1.mutable_data_ptr(), dz2.mutable_data_ptr()}, {z.rows.dim, z.rows.dim}, z.rows.batch, z.rows.dim,
+                 z.rows.element};
+  const Tensor alongs = at::zeros({z.cut.blocks}, at::kDouble);
+  double* const along = alongs.mutable_data_ptr<double>();
+  const float* const inverse_norm = z.inverse_norm.const_data_ptr<float>();
+  const Blocks scratches(z.threads, (z.dim + z.cut.block * z.dim) * 4);
+  run(z.threads, z.cut.blocks, [&](int64_t b) {
+    float* const scratch = scratches.floats(slot(z.threads));
+    float* const sums = gathered(b, scratch + z.dim);
+    for (int64_t r = 0; r < z.size(b); ++r) {
+      const int64_t i = z.first(b) + r, partner = i < z.rows.batch ? i + z.rows.batch : i - z.rows.batch;
+      along[b] += engine.tile.finish(z.rows[i], inverse_norm[i], z.rows[partner], inverse_norm[partner],
+                                     positive_weight[i], e.scale, normalize, z.rows.element, z.rows.dim,
+                                     sums + r * z.dim, scratch, z.rows.element, const_cast<void*>(out[i]));
+    }
+  });
+  double dscale = 0;
+  for (int64_t b = 0; b < z.cut.blocks; ++b) dscale += along[b] / 2;  // in this order: deterministic
+  return {dz1, dz2, scalar(dscale, scale.options())};
+}
+
+TORCH_LIBRARY_IMPL(fastssl, CPU, m) {
+  m.impl("nt_xent", &nt_xent);
+  m.impl("nt_xent_backward", &nt_xent_backward);
+}
+
+}  // namespace
+}  // namespace fastssl

@@ -1,0 +1,55 @@
+// log sum_j exp(S_ij) of rows and log sum_i exp(S_ij) of columns on the CPU, S = scale X Y^T, with the column `exclude`[i]
+// of row i left out.
+#include <torch/library.h>
+
+#include "common/checks.h"
+#include "common/portable.h"
+#include "contrastive/pairs.h"
+
+namespace fastssl {
+namespace {
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> pair_logsumexp(const Tensor& x_, const Tensor& y_, const Tensor& scale,
+                                                          const std::optional<Tensor>& exclude_,
+                                                          c10::string_view precision) {
+  if (x_.scalar_type() == at::kDouble)
+    return portable<&pair_logsumexp>("fastssl::pair_logsumexp_portable", x_, y_, scale, exclude_, precision);
+  check_sides("x and y", x_, y_, scale);
+  const Tensor exclude = checked_exclude(exclude_, x_);
+  const Engine engine(precision);
+  const int threads = threads_for(x_.size(0), y_.size(0), x_.size(1));
+  const Side x(x_, kRows, engine, threads), y(y_, kColumns, engine, threads);
+  const Exponent e(scale, x, y);
+  const auto [rows, columns] = sum_pair({x, y, e.excluded, data_of(exclude), false}, e);
+  return std::tuple_cat(finish_sums(rows, x.count, e), finish_sums(columns, y.count, e));
+}
+
+std::tuple<Tensor, Tensor, Tensor> pair_logsumexp_backward(const Tensor& grad_row_total,
+                                                           const Tensor& grad_column_total, const Tensor& x_,
+                                                           const Tensor& y_, const Tensor& scale,
+                                                           const std::optional<Tensor>& exclude_,
+                                                           const Tensor& row_shift, const Tensor& column_shift,
+                                                           c10::string_view precision) {
+  if (x_.scalar_type() == at::kDouble)
+    return portable<&pair_logsumexp_backward>("fastssl::pair_logsumexp_backward_portable", grad_row_total,
+                                              grad_column_total, x_, y_, scale, exclude_, row_shift, column_shift,
+                                              precision);
+  check_sides("x and y", x_, y_, scale);
+  check_vectors("grad_row_total and row_shift", x_.size(0), {grad_row_total, row_shift});
+  check_vectors("grad_column_total and column_shift", y_.size(0), {grad_column_total, column_shift});
+  const Tensor exclude = checked_exclude(exclude_, x_);
+  const Engine engine(precision);
+  const int threads = threads_for(x_.size(0), y_.size(0), x_.size(1));
+  const Side x(x_, kRows | kWeighing, engine, threads), y(y_, kColumns | kWeighed, engine, threads);
+  const Exponent e(scale, x, y);
+  const Coefficients rows(grad_row_total, row_shift, x, e), columns(grad_column_total, column_shift, y, e);
+  return differentiate_pair({x, y, e.excluded, data_of(exclude), false}, e, rows, columns, nullptr, x_, y_, scale);
+}
+
+TORCH_LIBRARY_IMPL(fastssl, CPU, m) {
+  m.impl("pair_logsumexp", &pair_logsumexp);
+  m.impl("pair_logsumexp_backward", &pair_logsumexp_backward);
+}
+
+}  // namespace
+}  // namespace fastssl

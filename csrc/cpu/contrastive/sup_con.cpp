@@ -1,0 +1,143 @@
+// The supervised contrastive loss on the CPU (arXiv:2004.11362): with S = scale Z Z^T,
+//
+//     loss_i = log sum_{j != i} exp(S_ij) - the mean S_ij of the other rows j of row i's label.
+//
+// The positives cost O(N D), by sums of the rows of each label, unrounded.
+#include <torch/library.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "common/checks.h"
+#include "common/portable.h"
+#include "contrastive/symmetric.h"
+
+namespace fastssl {
+namespace {
+
+// Which rows have the same label.
+struct Classes {
+  Tensor rows;  // (N, D), (normalised) float32, unrounded
+  std::vector<int64_t> key;    // the same for rows of one label, in [0, N)
+  std::vector<double> others;  // how many other rows have the label
+
+  Classes(const Side& z, const Tensor& z_, const Tensor& labels_) : key(z.count), others(z.count) {
+    rows = z_.to(at::kFloat).contiguous();
+    if (z.normalize) rows = rows * z.inverse_norm.abs().unsqueeze(1);
+    const Tensor contiguous = labels_.contiguous();
+    const int64_t* const labels = contiguous.const_data_ptr<int64_t>();
+    std::vector<int64_t> order(labels, labels + z.count);
+    std::sort(order.begin(), order.end());
+    for (int64_t i = 0; i < z.count; ++i) {
+      const auto [first, last] = std::equal_range(order.begin(), order.end(), labels[i]);
+      key[i] = first - order.begin();
+      others[i] = static_cast<double>(last - first - 1);
+    }
+  }
+
+  // (N, D): for each key the sum of its rows, row i times weight(i).
+  template <typename Weight>
+  Tensor sum(const Weight& weight) const {
+    const Tensor sums = at::zeros_like(rows);
+    const float* const from = rows.const_data_ptr<float>();
+    float* const to = sums.mutable_data_ptr<float>();
+    const int64_t dim = rows.size(1);
+    for (size_t i = 0; i < key.size(); ++i) {
+      const float w = weight(i);
+      for (int64_t d = 0; d < dim; ++d) to[key[i] * dim + d] += w * from[i * dim + d];
+    }
+    return sums;
+  }
+};
+
+void check_labels(const Tensor& labels, const Tensor& z) {
+  TORCH_CHECK_VALUE(labels.scalar_type() == at::kLong && labels.dim() == 1 && labels.size(0) == z.size(0),
+                    "labels must be int64 of shape (", z.size(0), "), got ", labels.scalar_type(), " of shape ",
+                    labels.sizes());
+}
+
+std::tuple<Tensor, Tensor, Tensor> sup_con(const Tensor& z_, const Tensor& labels, const Tensor& scale, bool normalize,
+                                           c10::string_view precision) {
+  if (z_.scalar_type() == at::kDouble)
+    return portable<&sup_con>("fastssl::sup_con_portable", z_, labels, scale, normalize, precision);
+  check_sides("features and features", z_, z_, scale);
+  check_labels(labels, z_);
+  const Engine engine(precision);
+  const Side z(z_, z_.narrow(0, 0, 0), normalize, kRows | kColumns, engine,
+               threads_for(z_.size(0), z_.size(0), z_.size(1)));
+  const Exponent e(scale, z, z);
+  const Sums sums = sum_symmetric({z, z, e.excluded, nullptr, true}, e, [](int64_t, int64_t, float*) {});
+  if (e.shared) sums.extremes.fill_(e.origin);
+  const auto [total, shift] = finish_sums(sums, z.count, e);
+  const Classes classes(z, z_, labels);
+  const Tensor class_sums = classes.sum([](int64_t) { return 1.f; }), loss = at::empty({z.count}, at::kFloat);
+  const float* const rows = classes.rows.const_data_ptr<float>();
+  const float* const of_class = class_sums.const_data_ptr<float>();
+  float* const out = loss.mutable_data_ptr<float>();
+  const int64_t dim = z.rows.dim;
+  at::parallel_for(0, z.count, 256, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      double aligned = 0;
+      for (int64_t d = 0; d < dim; ++d)
+        aligned += double(rows[i * dim + d]) * (of_class[classes.key[i] * dim + d] - rows[i * dim + d]);
+      const double value = std::log(sums.total[i]) + e.step * (sums.extreme[i] - aligned / classes.others[i]);
+      out[i] = classes.others[i] ? static_cast<float>(value) : 0;
+    }
+  });
+  return {loss, shift, total};
+}
+
+// Of the positives, with p_i = g_i / (number of others) and sums over row i's label:
+// G_i -= p_i (sum_j z_j - z_i) + sum_j p_j z_j - p_i z_i
+std::tuple<Tensor, Tensor> sup_con_backward(const Tensor& grad_loss, const Tensor& z_, const Tensor& labels,
+                                            const Tensor& scale, const Tensor& shift, const Tensor& total,
+                                            bool normalize, c10::string_view precision) {
+  if (z_.scalar_type() == at::kDouble)
+    return portable<&sup_con_backward>("fastssl::sup_con_backward_portable", grad_loss, z_, labels, scale, shift,
+                                       total, normalize, precision);
+  check_sides("features and features", z_, z_, scale);
+  check_labels(labels, z_);
+  check_vectors("grad_loss, shift and total", z_.size(0), {grad_loss, shift, total});
+  const Engine engine(precision);
+  const Side z(z_, z_.narrow(0, 0, 0), normalize, kRows | kColumns | kWeighed | kWeighing, engine,
+               threads_for(z_.size(0), z_.size(0), z_.size(1)));
+  const Exponent e(scale, z, z);
+  const Classes classes(z, z_, labels);
+  const Tensor grad_total = grad_loss.div(total);
+  const Tensor gradient = grad_loss.contiguous();
+  const float* const g = gradient.const_data_ptr<float>();
+  std::vector<float> p(z.count);
+  for (int64_t i = 0; i < z.count; ++i) {
+    if (classes.others[i]) {
+      p[i] = static_cast<float>(g[i] / classes.others[i]);
+    } else {
+      grad_total.mutable_data_ptr<float>()[i] = 0;
+    }
+  }
+  const Tensor class_sums = classes.sum([](int64_t) { return 1.f; });
+  const Tensor class_gradients = classes.sum([&p](int64_t i) { return p[i]; });
+  Gathered gathered(z, true, &z);
+  const float* const rows = classes.rows.const_data_ptr<float>();
+  const float* const of_class = class_sums.const_data_ptr<float>();
+  const float* const gradient_of_class = class_gradients.const_data_ptr<float>();
+  const int64_t dim = z.rows.dim;
+  run(z.threads, z.cut.blocks, [&](int64_t b) {
+    gathered.has_sums[b] = 1;
+    float* const sums = gathered.sums.floats(b);
+    std::fill_n(sums, z.padded(b) * z.dim, 0.f);
+    for (int64_t r = 0; r < z.size(b); ++r) {
+      const int64_t i = z.first(b) + r, k = classes.key[i];
+      for (int64_t d = 0; d < dim; ++d)
+        sums[r * z.dim + d] = -(p[i] * (of_class[k * dim + d] - 2 * rows[i * dim + d]) + gradient_of_class[k * dim + d]);
+    }
+  });
+  return differentiate_self(z, e, grad_total, shift, gathered, z_, scale);
+}
+
+TORCH_LIBRARY_IMPL(fastssl, CPU, m) {
+  m.impl("sup_con", &sup_con);
+  m.impl("sup_con_backward", &sup_con_backward);
+}
+
+}  // namespace
+}  // namespace fastssl

@@ -1,0 +1,69 @@
+"""How kernels are launched: dtypes, sizes, options, and which configurations suit a device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from triton.runtime import driver
+
+DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ROWS = 128  # rows are padded to a multiple of it: the largest tile
+PEAK = tl.constexpr(8192.0)  # of weights in 16 bits: far enough from float16's 65504 and from its 6e-5
+PROGRAMS = 256  # row blocks times column splits, where the columns suffice
+# Contracting a product with a sum would round S differently in one kernel and in another, and a sum of products
+# differently in the two lanes that share it.
+OPTIONS = {"enable_fp_fusion": False}
+
+
+def configs(*choices: tuple[dict[str, int], int, int]) -> list[triton.Config]:
+    """Triton's configurations from (tile sizes, warps, stages)."""
+    return [triton.Config(sizes, num_warps=warps, num_stages=stages) for sizes, warps, stages in choices]
+
+
+def suited(
+    needs: Callable[..., int | None],
+    configs: Sequence[triton.Config],
+    named: dict[str, Any],
+    capability: int,
+    shared: int,
+) -> list[triton.Config]:
+    """Those of `configs` that suit a device: `needs` gives the bytes of shared memory of their tiles, or None."""
+    size = named["left"].element_size()
+    suited = []
+    for config in configs:
+        choice = config.kwargs | {"warps": config.num_warps, "stages": config.num_stages}
+        tiles = needs(choice, named, size, capability)
+        if tiles is not None and tiles + 2048 <= shared:  # reductions across warps need the rest
+            suited.append(config)
+    return suited
+
+
+def autotune(needs: Callable[..., int | None], key: list[str], configs: list[triton.Config]) -> Callable:
+    """triton.autotune over the `suited` ones of `configs`."""
+
+    def prune(configs: list[triton.Config], named: dict[str, Any], **meta: Any) -> list[triton.Config]:
+        capability = driver.active.get_current_target().arch
+        properties = driver.active.utils.get_device_properties(driver.active.get_current_device())
+        return suited(needs, configs, named | meta, capability, properties["max_shared_mem"])
+
+    return triton.autotune(configs, key, prune_configs_by={"early_config_prune": prune})
+
+
+def suits_units(c: dict[str, int], named: dict[str, Any]) -> bool:
+    """IEEE float32 has no tensor cores: each thread holds a slice of both operands, which must be thin."""
+    return (c["BK"] == 16) == (named["PRECISION"] == "ieee")
+
+
+def row_block(padded: int) -> dict[str, int]:
+    """Tile of the row kernels: 1024 elements, of as few rows as that takes."""
+    width = min(triton.next_power_of_2(padded), 1024)
+    return {"BR": 1024 // width, "BD": width}
+
+
+def input_precision(precision: str) -> str:
+    """tl.dot's `input_precision`, which matters for float32 operands only."""
+    return "ieee" if precision == "float32" else "tf32"

@@ -1,0 +1,124 @@
+"""Tiles of similarities S = scale x y^T + bias, and their exponents.
+
+EXCLUDE says which columns j row i leaves out:
+
+    None      none
+    row       exclude[i]
+    column    those with exclude[j] = i: `row` after x and y have been exchanged
+    diagonal  i
+    partner   i and, apart, (i + N / 2) mod N: NT-Xent's positive, whose S is noted and whose weight the caller adds
+
+Sums, maxima and exponentials are float32, exponents in base 2.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+EPS = tl.constexpr(1e-12)  # torch.nn.functional.normalize's
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+COUNTS = ["B", "M", "N", "row_blocks", "blocks", "start", "band", "splits"]  # a changing batch must not compile anew
+
+
+@triton.jit
+def at(base, row, width, R: tl.constexpr):
+    """Pointers (R, 1) to the first elements of R rows, `width` wide, from `row` on."""
+    return base + tl.cast(row, tl.int64) * width + tl.arange(0, R)[:, None] * width
+
+
+@triton.jit
+def products(
+    left, right, row, column, D, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr
+):
+    """<x_i, y_j> for BM rows from `row` on and BN columns from `column` on."""
+    k = tl.arange(0, BK)
+    left = at(left, row, D, BM) + k[None, :]
+    right = at(right, column, D, BN) + k[None, :]
+    product = tl.zeros((BM, BN), tl.float32)
+    for _ in range(0, D, BK):
+        product = tl.dot(tl.load(left), tl.trans(tl.load(right)), product, input_precision=PRECISION)
+        left += BK
+        right += BK
+    return product
+
+
+@triton.jit
+def load_scale(scale):
+    """In units of log 2, so that 2^x is the exponential."""
+    return tl.load(scale).to(tl.float32) * LOG2E
+
+
+@triton.jit
+def load_excluded(exclude, i, count, others):
+    """exclude[i] as int32, -1 where it is none of the `others` rows and outside of its own `count`."""
+    other = tl.load(exclude + i, mask=i < count, other=-1)
+    return tl.where((other >= 0) & (other < others), other, -1).to(tl.int32)
+
+
+@triton.jit
+def finite(top):
+    """A maximum to subtract: 0 where nothing was seen."""
+    return tl.where(top == float("-inf"), 0.0, top)
+
+
+@triton.jit
+def natural(shift, total):
+    """(shift, total) in natural units from units of log 2: what rounding takes from the shift goes to the total."""
+    rounded = shift * LN2
+    return rounded, total * tl.exp2(shift - rounded * LOG2E)
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + 2^x): log(1 + t) = 2 artanh(t / (2 + t)), whose odd minimax polynomial is exact to 5e-9."""
+    t = tl.exp2(-tl.abs(x))
+    s = t / (2 + t)
+    q = s * s
+    series = tl.fma(q, 0.14012230, 0.13999570)
+    series = tl.fma(series, q, 0.20010850)
+    series = tl.fma(series, q, 0.33333207)
+    return tl.maximum(x, 0.0) * LN2 + 2 * (s * (series * q) + s)
+
+
+@triton.jit
+def exponents(
+    product, scale2, bias2, excluded, exclude, aligned, row, column, M, N,
+    EXCLUDE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """A tile of S in units of log 2, minus infinity where a column is left out. A partner's S goes to `aligned`."""
+    i = row + tl.arange(0, BM)
+    j = column + tl.arange(0, BN)
+    x = product * scale2
+    if bias2 is not None:
+        x += bias2
+    T: tl.constexpr = max(BM, BN)
+    if EXCLUDE == "partner":
+        half = N // 2
+        gap = tl.abs(row - column)
+        if (gap < T) | (tl.abs(gap - half) < T) | (column + BN > N):
+            x = tl.where(j[None, :] < N, x, float("-inf"))
+            distance = tl.abs(i[:, None] - j[None, :])
+            partner = tl.where(i < half, i + half, i - half)
+            found = tl.sum(tl.where(partner[:, None] == j[None, :], x, 0.0), 1)
+            tl.store(aligned + i, found, mask=(partner >= column) & (partner < column + BN) & (i < N))
+            x = tl.where((distance != 0) & (distance != half), x, float("-inf"))
+    elif EXCLUDE == "diagonal":
+        if (tl.abs(row - column) < T) | (column + BN > N):
+            x = tl.where((i[:, None] != j[None, :]) & (j[None, :] < N), x, float("-inf"))
+    else:
+        if EXCLUDE == "row":
+            x = tl.where(excluded[:, None] != j[None, :], x, float("-inf"))
+        elif EXCLUDE == "column":
+            x = tl.where(load_excluded(exclude, j, N, M)[None, :] != i[:, None], x, float("-inf"))
+        if column + BN > N:
+            x = tl.where(j[None, :] < N, x, float("-inf"))
+    return x
+
+
+@triton.jit
+def span(split, splits, N):
+    """Columns [start, stop) of a split, in whole multiples of 128, never none."""
+    units = tl.cdiv(N, 128)
+    return units * split // splits * 128, units * (split + 1) // splits * 128

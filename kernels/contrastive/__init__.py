@@ -1,0 +1,22 @@
+"""Softmax contrastive losses on the GPU: log-sum-exps of similarities, and the products of their gradients."""
+
+from fastssl.kernels.contrastive.logsumexp import (
+    pair_logsumexp,
+    pair_logsumexp_backward,
+    self_logsumexp,
+    self_logsumexp_backward,
+    similarity_logsumexp,
+    similarity_logsumexp_backward,
+)
+from fastssl.kernels.contrastive.nt_xent import nt_xent, nt_xent_backward
+
+__all__ = [
+    "nt_xent",
+    "nt_xent_backward",
+    "pair_logsumexp",
+    "pair_logsumexp_backward",
+    "self_logsumexp",
+    "self_logsumexp_backward",
+    "similarity_logsumexp",
+    "similarity_logsumexp_backward",
+]

@@ -1,0 +1,161 @@
+"""Log-sum-exps of similarities S = scale x y^T, and the products W y, W^T x of their gradients, on the GPU:
+
+    similarity_logsumexp   of the rows of S                                   forward 2 U (with E y), backward dy: 2 U
+    pair_logsumexp         of the rows and the columns of S (CLIP)            forward 1 U, backward 4 U
+    self_logsumexp         of the rows of scale z z^T, no diagonal (SupCon)   forward 1/2 U, backward 2 U
+
+in units U = 2 M N D floating-point operations (M = N for the last), with E_ij = exp(S_ij - shift_i). fastssl/ops/
+contrastive has the formulas.
+
+Sums are those of sums.py, products those of common/accumulate.py, which recomputes S. One-sided losses need no S at all
+in the backward pass of x: their forward pass is `accumulate` too, with a running maximum. Two outputs per tile would
+make CLIP's backward pass 3 U, but would need atomics.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastssl.kernels.common.accumulate import Factors, accumulate, largest
+from fastssl.kernels.common.collect import collect_sums
+from fastssl.kernels.common.rows import pad
+from fastssl.kernels.contrastive.sums import totals_and_shifts
+
+
+def similarity_logsumexp(
+    x: Tensor, y: Tensor, scale: Tensor, exclude: Tensor | None, weigh: bool, precision: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(total, shift, weighted) of `fastssl::similarity_logsumexp` for CUDA tensors; see fastssl/ops/contrastive.py."""
+    (rows, dim), columns = x.shape, y.shape[0]
+    if rows == 0 or columns == 0:
+        return *(x.new_zeros(rows, dtype=torch.float32) for _ in range(2)), x.new_zeros(
+            (rows if weigh else 0, dim), dtype=torch.float32
+        )
+    with torch.cuda.device_of(x):
+        exclude, by = excluding(exclude, "row")
+        inputs = pad(x, precision), pad(y, precision), (rows, columns), scale, precision
+        if weigh:
+            weighted, shift, total, _ = collect_sums(
+                accumulate(*inputs, "softmax", by, exclude=exclude), x, scale, torch.float32
+            )
+            return total, shift, weighted
+        [(total, shift)] = totals_and_shifts(*inputs, by, exclude=exclude)
+        return total, shift, x.new_empty((0, dim), dtype=torch.float32)
+
+
+def similarity_logsumexp_backward(
+    grad_total: Tensor,
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    exclude: Tensor | None,
+    shift: Tensor,
+    weighted: Tensor,
+    needs_y: bool,
+    precision: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx, dy, dscale) of `fastssl::similarity_logsumexp_backward` for CUDA tensors; see fastssl/ops/contrastive.py."""
+    dx = ((grad_total * scale)[:, None] * weighted).to(x.dtype)
+    along = (weighted * x).sum(1, dtype=torch.float64)
+    dscale = (grad_total * along).sum().to(scale.dtype)
+    rows, columns = x.shape[0], y.shape[0]
+    if not needs_y or rows == 0 or columns == 0:
+        return dx, y.new_zeros((columns if needs_y else 0, y.shape[1])), dscale
+    with torch.cuda.device_of(x):
+        exclude, by = excluding(exclude, "column")
+        factors = Factors(shift.contiguous(), grad_total.contiguous())
+        G = accumulate(
+            pad(y, precision), pad(x, precision), (columns, rows), scale, precision, "column", by, exclude=exclude,
+            columns=factors, peak=largest(factors),
+        )  # fmt: skip
+        return dx, collect_sums(G, y, scale, y.dtype).gradient, dscale
+
+
+def pair_logsumexp(
+    x: Tensor, y: Tensor, scale: Tensor, exclude: Tensor | None, precision: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Totals and shifts of `fastssl::pair_logsumexp` for CUDA tensors; see fastssl/ops/contrastive.py."""
+    rows, columns = x.shape[0], y.shape[0]
+    if rows == 0 or columns == 0:
+        return tuple(x.new_zeros(count, dtype=torch.float32) for count in (rows, rows, columns, columns))
+    with torch.cuda.device_of(x):
+        left, right = pad(x, precision), pad(y, precision)
+        if rows <= columns:
+            exclude, by = excluding(exclude, "row")
+            of_x, of_y = totals_and_shifts(
+                left, right, (rows, columns), scale, precision, by, exclude=exclude, columns=True
+            )
+        else:
+            exclude, by = excluding(exclude, "column")
+            of_y, of_x = totals_and_shifts(
+                right, left, (columns, rows), scale, precision, by, exclude=exclude, columns=True
+            )
+        return *of_x, *of_y
+
+
+def pair_logsumexp_backward(
+    grad_row_total: Tensor,
+    grad_column_total: Tensor,
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    exclude: Tensor | None,
+    row_shift: Tensor,
+    column_shift: Tensor,
+    precision: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx, dy, dscale) of `fastssl::pair_logsumexp_backward` for CUDA tensors; see fastssl/ops/contrastive.py."""
+    rows, columns = x.shape[0], y.shape[0]
+    if rows == 0 or columns == 0:
+        return x.new_zeros(x.shape), y.new_zeros(y.shape), scale.new_zeros(())
+    with torch.cuda.device_of(x):
+        left, right = pad(x, precision), pad(y, precision)
+        of_x = Factors(row_shift.contiguous(), grad_row_total.contiguous())
+        of_y = Factors(column_shift.contiguous(), grad_column_total.contiguous())
+        peak = largest(of_x, of_y)
+        exclude, by = excluding(exclude, "row")
+        G = accumulate(
+            left, right, (rows, columns), scale, precision, "both", by, exclude=exclude,
+            rows=of_x, columns=of_y, peak=peak,
+        )  # fmt: skip
+        dx = collect_sums(G, x, scale, x.dtype, share=True)
+        exclude, by = excluding(exclude, "column")
+        G = accumulate(
+            right, left, (columns, rows), scale, precision, "both", by, exclude=exclude,
+            rows=of_y, columns=of_x, peak=peak,
+        )  # fmt: skip
+        return dx.gradient, collect_sums(G, y, scale, y.dtype).gradient, dx.share.sum().to(scale.dtype)
+
+
+def self_logsumexp(z: Tensor, scale: Tensor, precision: str) -> tuple[Tensor, Tensor]:
+    """(total, shift) of `fastssl::self_logsumexp` for CUDA tensors; see fastssl/ops/contrastive.py."""
+    rows = z.shape[0]
+    if rows == 0:
+        return tuple(z.new_zeros(0, dtype=torch.float32) for _ in range(2))
+    with torch.cuda.device_of(z):
+        padded = pad(z, precision)
+        return totals_and_shifts(padded, padded, (rows, rows), scale, precision, "diagonal")[0]
+
+
+def self_logsumexp_backward(
+    grad_total: Tensor, z: Tensor, scale: Tensor, shift: Tensor, precision: str
+) -> tuple[Tensor, Tensor]:
+    """(dz, dscale) of `fastssl::self_logsumexp_backward` for CUDA tensors; see fastssl/ops/contrastive.py."""
+    rows = z.shape[0]
+    if rows == 0:
+        return z.new_zeros(z.shape), scale.new_zeros(())
+    with torch.cuda.device_of(z):
+        padded = pad(z, precision)
+        factors = Factors(shift.contiguous(), grad_total.contiguous())
+        G = accumulate(
+            padded, padded, (rows, rows), scale, precision, "both", "diagonal", rows=factors, columns=factors,
+            peak=largest(factors),
+        )  # fmt: skip
+        dz = collect_sums(G, z, scale, z.dtype, share=True)
+        return dz.gradient, dz.share.sum().mul(0.5).to(scale.dtype)
+
+
+def excluding(exclude: Tensor | None, by: str) -> tuple[Tensor | None, str | None]:
+    """`exclude` and EXCLUDE."""
+    return (None, None) if exclude is None else (exclude.contiguous(), by)

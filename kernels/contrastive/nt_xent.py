@@ -1,0 +1,149 @@
+"""NT-Xent (SimCLR, arXiv:2002.05709) on the GPU.
+
+With z the N = 2B (normalised) rows of [z1; z2], S = scale
+z z^T, pos(i) = (i + B) mod N:
+
+    lse_i  = log sum_{j != i} exp(S_ij) = shift_i + log(total_i)
+    loss_i = lse_i - S_{i, pos(i)}
+
+and, given g_i = dL/dloss_i, with p_ij = exp(S_ij - lse_i):
+
+    W_ij     = g_i p_ij + g_j p_ji - [j = pos(i)] (g_i + g_j),    W_ii = 0
+    dL/dz_i  = scale G_i,  G = W z,      dL/dscale = 1/2 sum_i <z_i, G_i>
+    dL/dx_i  = (dL/dz_i - <dL/dz_i, z_i> z_i) / |x_i|    where rows were normalised, z = x / |x|
+
+Forward: sums.py, 1/2 U, in units U = 2 N N D floating-point operations. Backward: `accumulate`, 2 U; `_project` adds
+the splits and the positives, and applies scale and the derivative of the normalisation. Two outputs per tile would make
+it 1.5 U, but would need atomics.
+
+Numerics: norms and row products are float64. The positive's entry in W, g_i (p - 1), is where a confident model's
+gradient cancels: it is left out of the rounded W, and `_project` adds it in float32, from the same S that the sums
+contain.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastssl.kernels.common.accumulate import Factors, accumulate, largest, load_factors, power_of_two
+from fastssl.kernels.common.launch import OPTIONS, PEAK, row_block
+from fastssl.kernels.common.rows import load_rows, pad_views, unit
+from fastssl.kernels.common.tiles import COUNTS, EPS
+from fastssl.kernels.contrastive.sums import totals_and_shifts
+
+
+@triton.jit
+def _positive_weight(shift, coefficient, total, peak, aligned, i, inside, N):
+    """g_i (p - 1) of the positive, scaled as W is."""
+    shift2, scaled = load_factors(shift, coefficient, PEAK / power_of_two(tl.load(peak)), i, N)
+    denominator = tl.load(total + i, mask=inside, other=1.0)
+    x = tl.load(aligned + i, mask=inside, other=0.0)
+    return scaled * (tl.exp2(x - shift2) - denominator)
+
+
+@triton.jit
+def _total_gradient(
+    gradient, weight, partner, inverse_partner, rows, columns, z1, z2, B, D,
+    row_stride1, column_stride1, row_stride2, column_stride2, PADDED, padded_rows, splits,
+    BR: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """G for a tile of rows and columns: the splits' sum and the positive's term."""
+    x = load_rows(z1, z2, partner, columns, B, 2 * B, D, row_stride1, column_stride1, row_stride2, column_stride2)
+    acc = weight * unit(x, inverse_partner)
+    for split in range(splits):
+        at = (rows + split * padded_rows) * PADDED + columns
+        acc += tl.load(gradient + at, mask=(rows < 2 * B) & (columns < D), other=0.0)
+    return acc
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def _project(
+    z1, z2, inverse, scale, shift, coefficient, total, peak, aligned, gradient, dz1, dz2, dscale, B, D,
+    row_stride1, column_stride1, row_stride2, column_stride2, PADDED, padded_rows, splits,
+    NORMALIZE: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """dz1 and dz2 from G, and each row's share of dscale."""
+    row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
+    rows = row[:, None]
+    inside = row < 2 * B
+    partner = tl.where(row < B, row + B, row - B)
+    factor = tl.load(inverse + row, mask=inside, other=1.0)[:, None]
+    factor_partner = tl.load(inverse + partner, mask=inside, other=1.0)[:, None]
+    weight = _positive_weight(shift, coefficient, total, peak, aligned, row, inside, 2 * B)
+    weight += _positive_weight(shift, coefficient, total, peak, aligned, partner, inside, 2 * B)
+    weight = weight[:, None]
+    partner = tl.where(inside, partner, 2 * B)[:, None]
+    shares = tl.zeros((BR, BD), tl.float64)
+    for start in range(0, D, BD):
+        columns = start + tl.arange(0, BD)[None, :].to(tl.int64)
+        x = load_rows(z1, z2, rows, columns, B, 2 * B, D, row_stride1, column_stride1, row_stride2, column_stride2)
+        g = _total_gradient(
+            gradient, weight, partner, factor_partner, rows, columns, z1, z2, B, D,
+            row_stride1, column_stride1, row_stride2, column_stride2, PADDED, padded_rows, splits, BR, BD,
+        )  # fmt: skip
+        shares += unit(x, factor).to(tl.float64) * g
+    along = tl.sum(shares, 1)
+    unscale = power_of_two(tl.load(peak)) / PEAK
+    tl.store(dscale + row, 0.5 * unscale * along, mask=inside)
+    along = tl.where(factor < 1 / EPS, along[:, None], 0.0).to(tl.float32)  # a clamped norm is a constant
+    output_scale = tl.load(scale) * unscale
+    for start in range(0, D, BD):
+        columns = start + tl.arange(0, BD)[None, :].to(tl.int64)
+        g = _total_gradient(
+            gradient, weight, partner, factor_partner, rows, columns, z1, z2, B, D,
+            row_stride1, column_stride1, row_stride2, column_stride2, PADDED, padded_rows, splits, BR, BD,
+        )  # fmt: skip
+        if NORMALIZE:
+            x = load_rows(z1, z2, rows, columns, B, 2 * B, D, row_stride1, column_stride1, row_stride2, column_stride2)
+            g = unit(g - along * unit(x, factor), factor)
+        out = (g * output_scale).to(dz1.dtype.element_ty)
+        tl.store(dz1 + rows * D + columns, out, mask=(rows < B) & (columns < D))
+        tl.store(dz2 + (rows - B) * D + columns, out, mask=(rows >= B) & inside[:, None] & (columns < D))
+
+
+def nt_xent(z1: Tensor, z2: Tensor, scale: Tensor, normalize: bool, precision: str) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, shift, total) of `fastssl::nt_xent` for CUDA tensors; see fastssl/ops/contrastive.py."""
+    rows = 2 * z1.shape[0]
+    loss = z1.new_empty(rows, dtype=torch.float32)
+    if rows == 0:
+        return loss, loss.clone(), loss.clone()
+    with torch.cuda.device_of(z1):
+        z, _ = pad_views(z1, z2, normalize, precision)
+        [(total, shift)] = totals_and_shifts(z, z, (rows, rows), scale, precision, "partner", loss=loss)
+    return loss, shift, total
+
+
+def nt_xent_backward(
+    grad_loss: Tensor,
+    z1: Tensor,
+    z2: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    total: Tensor,
+    normalize: bool,
+    precision: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dz1, dz2, dscale) of `fastssl::nt_xent_backward` for CUDA tensors; see fastssl/ops/contrastive.py."""
+    batch, dim = z1.shape
+    dz1, dz2 = z1.new_empty(z1.shape), z2.new_empty(z2.shape)
+    if batch == 0:
+        return dz1, dz2, scale.new_zeros(())
+    with torch.cuda.device_of(z1):
+        z, inverse = pad_views(z1, z2, normalize, precision)
+        total = total.contiguous()
+        factors = Factors(shift.contiguous(), grad_loss / total)
+        aligned, dscale, peak = torch.empty_like(total), torch.empty_like(inverse), largest(factors)
+        G = accumulate(
+            z, z, (2 * batch, 2 * batch), scale, precision, "both", "partner", rows=factors, columns=factors, peak=peak,
+            aligned=aligned,
+        ).gradient  # fmt: skip
+        splits, padded_rows, padded = G.shape
+        block = row_block(padded)
+        _project[(triton.cdiv(2 * batch, block["BR"]),)](
+            z1, z2, inverse, scale, *factors, total, peak, aligned, G, dz1, dz2, dscale, batch, dim,
+            *z1.stride(), *z2.stride(), padded, padded_rows, splits, normalize, **block, **OPTIONS,
+        )  # fmt: skip
+        return dz1, dz2, dscale.sum().to(scale.dtype)

@@ -1,0 +1,207 @@
+"""Maxima and sums of exponentials of the rows of S = scale x y^T, and of its columns.
+
+S is cut into T x T tiles; tile (b, d) is rows of block b against columns of block b + d, modulo the number of column
+blocks. One program takes one tile and leaves the maximum and the sum of exponentials of its rows and, where they are
+wanted, of its columns. A row in block b finds what it needs from column block c in slot (c - b) mod blocks, where
+nobody else writes; a column likewise. `_merge` reduces the slots. Distances d are taken in bands, so the slots need
+O(M + N) memory. Columns are wanted by CLIP, whose shorter side is made the rows; and by a symmetric S, where they stand
+for rows: the distances d = 0 ... blocks // 2 then see every pair once.
+
+Memory: at most 512 bytes per row and per column for the slots.
+
+A row's maximum is taken before its exponentials, so any scale and any row lengths are safe. NaN spreads to the totals
+whose S it reaches.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastssl.kernels.common.launch import OPTIONS, autotune, configs, input_precision, suits_units
+from fastssl.kernels.common.tiles import (
+    COUNTS,
+    LN2,
+    exponents,
+    finite,
+    load_excluded,
+    load_scale,
+    natural,
+    products,
+)
+
+_BAND = 64  # distances per forward launch
+
+
+def _forward_needs(c: dict[str, int], named: dict[str, Any], size: int, capability: int) -> int | None:
+    if not suits_units(c, named) or 16 * c["warps"] != named["T"]:
+        return None
+    return c["stages"] * 2 * named["T"] * c["BK"] * size
+
+
+@triton.jit
+def _maximum_and_sum(x, AXIS: tl.constexpr):
+    """max x and sum 2^(x - max x) along an axis; (-inf, 0) where all is masked."""
+    top = tl.max(x, AXIS)
+    return top, tl.sum(tl.exp2(x - tl.expand_dims(finite(top), AXIS)), AXIS)
+
+
+@autotune(
+    _forward_needs,
+    ["D", "T", "PRECISION"],
+    configs(
+        ({"BK": 64}, 8, 3),
+        ({"BK": 32}, 8, 3),
+        ({"BK": 64}, 4, 3),
+        ({"BK": 32}, 4, 3),
+        ({"BK": 16}, 4, 3),
+    ),
+)
+@triton.jit(do_not_specialize=COUNTS)
+def _forward_tile(
+    left, right, scale, exclude, row_tops, row_sums, column_tops, column_sums, aligned, M, N, D, blocks, start, band,
+    EXCLUDE: tl.constexpr, SYMMETRIC: tl.constexpr, T: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Maxima and sums of tile (block, distance), distance = start ... start + band - 1, for its rows and columns."""
+    pid = tl.program_id(0)
+    block = pid // band
+    slot = pid % band
+    distance = start + slot
+    row = block * T
+    column = ((block + distance) % blocks) * T
+    i = row + tl.arange(0, T)
+    j = column + tl.arange(0, T)
+    excluded = i
+    if EXCLUDE == "row":
+        excluded = load_excluded(exclude, i, M, N)
+    x = exponents(
+        products(left, right, row, column, D, T, T, BK, PRECISION), load_scale(scale), None, excluded, exclude, None,
+        row, column, M, N, "diagonal" if EXCLUDE == "partner" else EXCLUDE, T, T,
+    )  # fmt: skip
+    if row + T > M:
+        x = tl.where(i[:, None] < M, x, float("-inf"))
+    # No other program sees the transpose of this tile; where S is not symmetric that always holds.
+    once = (not SYMMETRIC) | ((distance > 0) & (2 * distance < blocks))
+    if EXCLUDE == "partner":
+        half = N // 2
+        if tl.abs(tl.abs(row - column) - half) < T:
+            partner = tl.where(i < half, i + half, i - half)
+            found = tl.sum(tl.where(partner[:, None] == j[None, :], x, 0.0), 1)
+            tl.store(aligned + i, found, mask=(partner >= column) & (partner < column + T) & (i < N))
+            if once:
+                partner = tl.where(j < half, j + half, j - half)
+                found = tl.sum(tl.where(partner[None, :] == i[:, None], x, 0.0), 0)
+                tl.store(aligned + j, found, mask=(partner >= row) & (partner < row + T) & (j < N))
+    top, total = _maximum_and_sum(x, 1)
+    to = slot.to(tl.int64) * M + i
+    tl.store(row_tops + to, top, mask=i < M)
+    tl.store(row_sums + to, total, mask=i < M)
+    if column_tops is not None:
+        if once:
+            top, total = _maximum_and_sum(x, 0)
+            to = (slot + (band if SYMMETRIC else 0)).to(tl.int64) * N + j
+            tl.store(column_tops + to, top, mask=j < N)
+            tl.store(column_sums + to, total, mask=j < N)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def _merge(
+    tops, sums, aligned, loss, shift, total, N, row_blocks, blocks, start, band, last,
+    SYMMETRIC: tl.constexpr, T: tl.constexpr, SLOTS: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """Fold a band's maxima and sums of N rows (or columns) into (shift, total); after the last band, finish."""
+    i = tl.program_id(0) * BR + tl.arange(0, BR)
+    inside = i < N
+    top = tl.full((BR,), float("-inf"), tl.float32)
+    acc = tl.zeros((BR,), tl.float32)
+    if start > 0:
+        top = tl.load(shift + i, mask=inside, other=0.0)
+        acc = tl.load(total + i, mask=inside, other=0.0)
+    slot = tl.arange(0, SLOTS)
+    distance = start + slot % band
+    if SYMMETRIC:
+        # A tile at distance 0, or half way round, has left nothing for its columns: they are rows of another tile.
+        written = (slot < band) | ((slot < 2 * band) & (distance > 0) & (2 * distance < blocks))
+        written = written[:, None] & inside[None, :]
+    else:
+        # Columns of block c have heard from row block c - d, if there is one; rows, for which row_blocks = blocks, from
+        # every distance.
+        block = (i // T + blocks)[None, :] - distance[:, None]
+        written = (slot < band)[:, None] & (block % blocks < row_blocks) & inside[None, :]
+    at = slot[:, None].to(tl.int64) * N + i[None, :]
+    tops_ = tl.load(tops + at, mask=written, other=float("-inf"))
+    sums_ = tl.load(sums + at, mask=written, other=0.0)
+    highest = tl.maximum(top, tl.max(tops_, 0))
+    base = finite(highest)
+    acc = acc * tl.exp2(top - base) + tl.sum(sums_ * tl.exp2(tops_ - base[None, :]), 0)
+    if last:
+        if loss is not None:
+            positive = tl.load(aligned + i, mask=inside, other=0.0)
+            tl.store(loss + i, tl.log(acc) + (base - positive) * LN2, mask=inside)
+        rounded, acc = natural(base, acc)
+        tl.store(shift + i, tl.where(acc == acc, rounded, acc), mask=inside)
+    else:
+        tl.store(shift + i, highest, mask=inside)
+    tl.store(total + i, acc, mask=inside)
+
+
+def totals_and_shifts(
+    left: Tensor,
+    right: Tensor,
+    sizes: tuple[int, int],
+    scale: Tensor,
+    precision: str,
+    exclude_by: str | None,
+    *,
+    exclude: Tensor | None = None,
+    columns: bool = False,
+    loss: Tensor | None = None,
+) -> list[tuple[Tensor, Tensor]]:
+    """[(total, shift)] of the rows of S, then of its columns if wanted.
+
+    Args:
+        left: x, padded.
+        right: y, padded.
+        sizes: M and N, neither of them 0; with `columns`, M is at most N.
+        scale: of S, 0-d.
+        precision: of products.
+        exclude_by: EXCLUDE in common/tiles.py; "diagonal" and "partner" say that S is symmetric.
+        exclude: the column that a row leaves out, or the row that a column does.
+        columns: whether the columns' sums are wanted.
+        loss: receives NT-Xent's losses.
+    """
+    symmetric = exclude_by in ("diagonal", "partner")
+    rows, others = sizes
+    tile = 64 if precision == "float32" or max(sizes) <= 2048 else 128
+    row_blocks, blocks = triton.cdiv(rows, tile), triton.cdiv(others, tile)
+    distances = blocks // 2 + 1 if symmetric else blocks
+    limit = _BAND if symmetric or columns else _BAND * max(1, min(4, 16 // row_blocks))  # few rows fill no GPU
+    band = triton.cdiv(distances, triton.cdiv(distances, limit))
+
+    def new(*shape: int) -> Tensor:
+        return left.new_empty(shape, dtype=torch.float32)
+
+    # Of rows, then of columns: slots of maxima and of sums, from how many blocks, shift, total.
+    slots = 2 * band if symmetric else band
+    sides = [(new(slots, rows), new(slots, rows), blocks, new(rows), new(rows))]
+    if columns:
+        sides.append((new(slots, others), new(slots, others), row_blocks, new(others), new(others)))
+    column_slots = sides[-1][:2] if symmetric or columns else (None, None)
+    aligned = None if loss is None else torch.empty_like(loss)
+    for start in range(0, distances, band):
+        width = min(band, distances - start)
+        _forward_tile[(row_blocks * width,)](
+            left, right, scale, exclude, *sides[0][:2], *column_slots, aligned, *sizes, left.shape[1], blocks, start,
+            width, EXCLUDE=exclude_by, SYMMETRIC=symmetric, T=tile, PRECISION=input_precision(precision), **OPTIONS,
+        )  # fmt: skip
+        for tops, sums, heard, shift, total in sides:
+            count = shift.shape[0]
+            _merge[(triton.cdiv(count, 16),)](
+                tops, sums, aligned, loss, shift, total, count, heard, blocks, start, width, start + width == distances,
+                SYMMETRIC=symmetric, T=tile, SLOTS=max(triton.next_power_of_2(slots), 8), BR=16, **OPTIONS,
+            )  # fmt: skip
+    return [(total, shift) for _, _, _, shift, total in sides]

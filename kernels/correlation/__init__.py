@@ -1,0 +1,52 @@
+"""Barlow Twins and VICReg on the GPU: sums of squares of D x D matrices, and their gradients, without those matrices.
+
+For N rows of D features let A be the centred columns of z (VICReg) or the standardised ones (Barlow Twins), of both
+views A and B, and let
+
+    C = A^T B / N        (Barlow Twins; D x D)         redundancy = sum_{i != j} C_ij^2
+    C = A^T A / M        (VICReg, M = N - 1 or N)      covariance = sum_{i != j} C_ij^2 / D, of each view
+
+fastssl/ops/correlation.py has the whole losses. With W = C but W_ii = 0 the gradients are
+
+    Barlow Twins:  dA = 2 lambda / N B W^T,  dB = 2 lambda / N A W           VICReg:  dA = 4 nu / (D M) A W
+
+and the derivative of the standardisation, r = 1 / sqrt(var + eps), turns g = dA into
+
+    Barlow Twins:  dz = r (g - mean g - A sum_n(g A) / (N or N - 1))         VICReg:  dz = g - mean g
+
+Algorithm
+  1. columns.py sums, over slots of rows, what means, variances and the diagonal of C need; barlow_twins.py and
+     vicreg.py make of it, for each column, those numbers, its part of the loss that has no product, and the factor of
+     the gradient's diagonal part. products.py rounds A to the dtype of the products, once.
+  2. dual.py, where N is less than D, or primal.py: the sums of squares, and the products of the gradients.
+  3. derivatives.py applies the derivative of the standardisation, and adds what has no product.
+
+No atomics: every word is written by one program, and a kernel of one configuration gives the same bits every
+time. (Autotuning picks the configuration once per process; another may differ in the last bits.)
+
+Memory: for each view N D elements of the products' dtype. dual: N N floats for each view, up to 2^22 in slots, and N D
+for each view in the backward pass. primal: N D floats for each view, PANEL D (or up to 2^22) for a panel of C, and its
+weights.
+
+Numerics: the diagonals of C (primal) and of G (backward) stay out of rounded weights. Squares are summed in float32 in
+a tile, in float64 across tiles. Weights and Gram matrices are held at 2^13 times their size relative to their largest
+possible entry, so that float16 holds small ones; for float16 so are VICReg's columns, relative to the largest
+deviation.
+"""
+
+from fastssl.kernels.correlation.barlow_twins import barlow_twins, barlow_twins_backward
+from fastssl.kernels.correlation.vicreg import (
+    variance_covariance,
+    variance_covariance_backward,
+    vicreg,
+    vicreg_backward,
+)
+
+__all__ = [
+    "barlow_twins",
+    "barlow_twins_backward",
+    "variance_covariance",
+    "variance_covariance_backward",
+    "vicreg",
+    "vicreg_backward",
+]

@@ -1,0 +1,80 @@
+"""The primal algorithm: C = A^T B is made in panels of `PANEL` columns. `_weigh` sums a panel's squares and leaves W,
+from which two products add to the gradients. VICReg's C is symmetric: of its panels only what is on and below the
+diagonal block is made, and what lies below that counts twice.
+
+In units U = 2 N D D: Barlow Twins 3 U, VICReg 1.5 U for each view (and half a panel's width more); the losses alone 1 U
+and 0.5 U.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastssl.kernels.common.launch import OPTIONS, PEAK
+from fastssl.kernels.correlation.columns import COUNTS, tile_at
+from fastssl.kernels.correlation.products import TILE, matrix_product, rounded, sum_slots
+
+PANEL = 1024  # columns of C at a time, a multiple of ROWS
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def _weigh(
+    products, scale, weights, squares, view_stride, slot_stride, stride, slots, first_row, first_column, last_column,
+    reciprocal, SYMMETRIC: tl.constexpr, TF32: tl.constexpr, T: tl.constexpr,
+):  # fmt: skip
+    """From a tile of a panel of C: W, and the sum of its squares. `reciprocal` is that of the number of rows.
+
+    SYMMETRIC: the rows from `last_column` on stand for their transposes too.
+    """
+    pid, view = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    blocks = stride // T
+    row, column = pid // blocks * T, pid % blocks * T
+    rows, columns = tile_at(T, T, column // T, row)
+    c = sum_slots(products + view * view_stride + rows * stride + columns, slots, slot_stride) * reciprocal
+    c = tl.where(rows + first_row != columns + first_column, c, 0.0)
+    if weights is not None:
+        # There is one slot of weights, and as many elements in it.
+        to = weights + (view * tl.num_programs(0) * T * T + rows * stride + columns)
+        tl.store(to, rounded(c * PEAK, weights.dtype.element_ty, TF32))
+    if scale is not None:
+        factor = tl.load(scale + view)
+        c *= (1 / (factor * factor)).to(tl.float32)
+    total = tl.sum(tl.sum(c * c, 1), 0)
+    if SYMMETRIC:
+        total = tl.where(row + first_row >= last_column, 2 * total, total)
+    tl.store(squares + view * tl.num_programs(0) + pid, total)
+
+
+def primal_forward(
+    left: Tensor, right: Tensor, scale: Tensor | None, count: int, derive: bool, precision: str
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """Sums of squares of C = left^T right / count off its diagonal, (V,), float64; right W^T and left W, of V each.
+
+    Where left is right, C is symmetric, and the two are one.
+    """
+    symmetric = left is right
+    (views, _, padded), squares, of_left, of_right = left.shape, [], None, None
+    if derive:
+        of_left = left.new_empty(left.shape, dtype=torch.float32)
+        of_right = of_left if symmetric else torch.empty_like(of_left)
+    for start in range(0, padded, PANEL):
+        stop = min(start + PANEL, padded)
+        first, below = (start, stop) if symmetric else (0, 0)
+        x, y = left[:, :, first:], right[:, :, start:stop]
+        products = matrix_product(x, y, "TN", precision)
+        _, slots, rows, width = products.shape
+        weights = left.new_empty((views, rows, width)) if derive else None
+        squares.append(products.new_empty((views, (rows // TILE) * (width // TILE))))
+        _weigh[(squares[-1].shape[1], views)](
+            products, scale, weights, squares[-1], *products.stride()[:2], width, slots, first, start, stop, 1 / count,
+            SYMMETRIC=symmetric, TF32=precision == "tf32", T=TILE, **OPTIONS,
+        )  # fmt: skip
+        if derive:
+            matrix_product(x, weights, "NN", precision, of_right[:, :, start:stop], add=symmetric and start > 0)
+            if below < padded:
+                matrix_product(y, weights[:, below - first :], "NT", precision, of_left[:, :, below:], add=start > 0)
+    gradients = (of_left, of_right) if derive else None
+    return torch.cat(squares, 1).sum(1, dtype=torch.float64), gradients
