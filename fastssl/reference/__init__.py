@@ -1,11 +1,14 @@
-"""The specification: every operation as naive, readable PyTorch, with the inputs it is tested on.
+"""The specification: every operation as naive, readable PyTorch.
 
-Nothing here is fast, and nothing here imports anything but torch. Tests and benchmarks find the
-operations through `OPS`; an operation is registered by the module of its family.
+Nothing here is fast, and nothing here imports anything but torch. The inputs that tests and benchmarks give to each
+operation are in `fastssl.reference.samples`, which is imported when `OPS` is asked for.
 """
 
+from __future__ import annotations
+
+from typing import Any
+
 from fastssl.reference import contrastive, correlation, ema, masking, memory_bank, patches, sigmoid
-from fastssl.reference._spec import OPS, BadInput, OpSpec, Sample
 
 __all__ = [
     "OPS",
@@ -20,3 +23,11 @@ __all__ = [
     "patches",
     "sigmoid",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in ("OPS", "BadInput", "OpSpec", "Sample"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from fastssl.reference import samples
+
+    return getattr(samples, name)

@@ -112,6 +112,11 @@ def test_autograd_is_the_portable_variants(spec, some):
         torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_import_brings_no_inputs_of_tests():
+    code = "import sys, fastssl.nn, fastssl.optim; print([m for m in sys.modules if 'samples' in m])"
+    assert python("-c", code) == "[]"
+
+
 def test_import_leaves_the_compiler_alone():
     """torch._dynamo takes longer to import than all else."""
     assert python("-c", "import sys, fastssl; print('torch._dynamo' in sys.modules)") == "False"

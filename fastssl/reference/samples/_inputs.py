@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastssl.reference._spec import BadInput
+from fastssl.reference.samples._spec import BadInput
 
 
 def leaf(x: Tensor) -> Tensor:
