@@ -84,4 +84,6 @@ def _peer(name: str):
     return load
 
 
-lightly, lightly_nt_xent_loss, open_clip, timm = map(_peer, ("lightly", "lightly_nt_xent_loss", "open_clip", "timm"))
+lightly, lightly_nt_xent_loss, open_clip, open_clip_transformer, timm = map(
+    _peer, ("lightly", "lightly_nt_xent_loss", "open_clip", "open_clip_transformer", "timm")
+)

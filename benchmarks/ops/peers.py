@@ -53,6 +53,16 @@ def timm() -> ModuleType:
     return importlib.import_module("timm")
 
 
+def open_clip_transformer() -> ModuleType:
+    """open_clip.transformer.
+
+    Raises:
+        ImportError: if open_clip is not installed.
+    """
+    _torchvision()
+    return importlib.import_module("open_clip.transformer")
+
+
 def lightly_nt_xent_loss() -> type[nn.Module]:
     """lightly's NTXentLoss.
 

@@ -1,20 +1,16 @@
-"""Exponential moving averages: `ema_update_` and `adamw_ema_step_` with every kernel, the module EMA, and AdamW."""
+"""Exponential moving averages: `ema_update_` and `adamw_ema_step_` with every kernel."""
 
 from __future__ import annotations
 
-import copy
 import math
-import pickle
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.adamw import adamw
 
 import fastssl
 from fastssl.functional import adamw_ema_step_, ema_update_
-from fastssl.nn import EMA
-from fastssl.optim import AdamW
 from fastssl.reference import ema as reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -231,112 +227,6 @@ def test_shared_memory_is_refused_before_anything_changes(chosen):
         ema_update_([low, high], [low, memory[4:8]], 0.5)  # one with itself
         ema_update_([low, high], [zeros, zeros], 0.5)  # sources may share
     assert memory.tolist() == [0.5] * 4 + [1] * 4 + [0.5] * 4
-
-
-def _model() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 2))
-
-
-def _train(model: nn.Module) -> None:
-    model(torch.randn(8, 6)).sum().backward()
-    with torch.no_grad():
-        for p in model.parameters():
-            p -= 0.1 * p.grad
-            p.grad = None
-
-
-def test_teacher_follows_its_student():
-    student = _model()
-    teacher, plain = EMA(student, 0.9), copy.deepcopy(student)
-    for _ in range(3):
-        _train(student)
-        assert teacher.update(student) == 0.9
-        with torch.no_grad():
-            states = (plain.state_dict().values(), student.state_dict().values())
-            for x, y in zip(*states, strict=True):
-                x.copy_(0.9 * x + 0.1 * y if x.is_floating_point() else y)
-    torch.testing.assert_close(teacher.module.state_dict(), plain.state_dict())
-    assert teacher.step == 3 and not teacher.module.training
-    assert not any(p.requires_grad for p in teacher.module.parameters())
-    x = torch.randn(4, 6)
-    torch.testing.assert_close(teacher(x), plain.eval()(x))
-
-
-def test_buffers_may_be_left_alone():
-    student = _model()
-    teacher = EMA(student, 0.9, update_buffers=False)
-    _train(student)
-    teacher.update(student)
-    assert teacher.module[1].num_batches_tracked == 0 and (teacher.module[1].running_mean == 0).all()
-
-
-def test_cosine_schedule_and_resuming():
-    student = _model()
-    teacher = EMA(student, 0.99, schedule="cosine", total_steps=4)
-    momenta = [teacher.update(student) for _ in range(3)]
-    resumed = EMA(student, 0.99, schedule="cosine", total_steps=4)
-    resumed.load_state_dict(teacher.state_dict())
-    momenta += [resumed.update(student) for _ in range(3)]
-    expected = [1 - 0.01 * (math.cos(math.pi * min(k, 4) / 4) + 1) / 2 for k in range(6)]
-    assert momenta == pytest.approx(expected, abs=1e-12) and momenta[4] == 1
-
-
-@pytest.mark.parametrize("gamma, power", [(1.0, 2 / 3), (5.0, 1.0)])
-def test_warm_up(gamma, power):
-    student = _model()
-    teacher = EMA(student, 0.7, schedule="warmup", warmup_gamma=gamma, warmup_power=power)
-    momenta = [teacher.update(student) for _ in range(30)]
-    expected = [min(0.7, 1 - 1 / (1 + k / gamma) ** power) for k in range(30)]
-    assert momenta == pytest.approx(expected, abs=1e-12) and momenta[0] == 0 and momenta[-1] == 0.7
-
-
-def test_low_precision_student_has_a_float32_teacher():
-    student = _model().bfloat16()
-    teacher = EMA(student, 0.999)
-    assert all(p.dtype == torch.float32 for p in teacher.module.parameters())
-    with torch.no_grad():
-        for p in student.parameters():
-            p.add_(1)
-    start = [p.clone() for p in teacher.module.parameters()]
-    for _ in range(10):
-        teacher.update(student)
-    for p, before, target in zip(teacher.module.parameters(), start, student.parameters(), strict=True):
-        expected = target.float() + (before - target.float()) * 0.999**10
-        torch.testing.assert_close(p, expected, rtol=0, atol=1e-6)
-
-
-def test_bad_teachers():
-    student = _model()
-    with pytest.raises(ValueError, match="momentum must be from 0 to 1, got 2"):
-        EMA(student, 2)
-    with pytest.raises(ValueError, match="schedule must be None, 'cosine' or 'warmup', got 'linear'"):
-        EMA(student, schedule="linear")
-    for options in (
-        {"schedule": "cosine"},
-        {"total_steps": 5},
-        {"schedule": "cosine", "total_steps": 0},
-        {"schedule": "warmup", "total_steps": 5},
-    ):
-        with pytest.raises(ValueError, match="total_steps must be"):
-            EMA(student, **options)
-    for options in ({"schedule": "warmup", "warmup_gamma": 0}, {"warmup_gamma": 2.0}):
-        with pytest.raises(ValueError, match="warmup_gamma must be positive, and is for 'warmup' alone, got [02]"):
-            EMA(student, **options)
-    with pytest.raises(TypeError, match="warmup_power must be a number, got str"):
-        EMA(student, schedule="warmup", warmup_power="1")
-    teacher = EMA(student)
-    before = copy.deepcopy(teacher.state_dict())
-    for other, match in (
-        (nn.Linear(6, 5), "as many buffers as the teacher, 3, got 0"),
-        (nn.Sequential(nn.BatchNorm1d(5)), "same length"),
-    ):
-        with pytest.raises(ValueError, match=match):
-            teacher.update(other)
-    student[1].num_batches_tracked = torch.ones(2, dtype=torch.int64)
-    with pytest.raises(ValueError, match=r"buffers .*same shape, got \(\) and \(2,\)"):
-        teacher.update(student)
-    torch.testing.assert_close(teacher.state_dict(), before)
 
 
 STATES = ("params", "grads", "exp_avgs", "exp_avg_sqs", "ema_params", "steps")
@@ -575,140 +465,3 @@ def test_step_refuses_low_precision_and_shared_memory(chosen):
         with pytest.raises(ValueError, match=r"exp_avgs\[0\] must have no two elements in one place"):
             adamw_ema_step_(**states | {"exp_avgs": [torch.ones(1).expand(2)]}, **NUMBERS)
     assert all((x == (name != "steps")).all() for name, xs in states.items() for x in xs)
-
-
-class _Byol(nn.Module):
-    """A student with a frozen layer and one that is used every second time; its predictor has no teacher."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.student = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 5), nn.Linear(5, 2))
-        self.predictor = nn.Linear(2, 2)
-        self.student[0].bias.requires_grad_(False)
-
-    def backward(self, step: int) -> None:
-        """Gradients and statistics that depend on the step alone."""
-        generator = torch.Generator().manual_seed(step)
-        for name, p in self.named_parameters():
-            gradient = torch.randn(p.shape, generator=generator) + 0.5
-            unused = not p.requires_grad or (step % 2 == 0 and name.startswith("student.2"))
-            p.grad = None if unused else gradient.to(p.dtype)
-        self.student[1].running_mean += step
-        self.student[1].num_batches_tracked += 1
-
-    def groups(self) -> list[dict]:
-        predictor = {"params": self.predictor.parameters(), "lr": 0.05, "betas": (0.8, 0.9), "weight_decay": 0}
-        return [{"params": [p for p in self.student.parameters() if p.requires_grad]}, predictor]
-
-
-def _train_byol(model: _Byol, fused: bool, steps: int) -> tuple[EMA, torch.optim.Optimizer]:
-    teacher = EMA(model.student, 0.9, schedule="cosine", total_steps=steps)
-    together = {"teacher": teacher, "student": model.student}
-    optimizer = (
-        AdamW(model.groups(), 0.02, **together) if fused else torch.optim.AdamW(model.groups(), 0.02, foreach=False)
-    )
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 2 * steps)
-    for step in range(steps):
-        model.backward(step)
-        optimizer.step()
-        if not fused:
-            teacher.update(model.student)
-        schedule.step()
-    return teacher, optimizer
-
-
-def test_optimizer_is_adamw_and_its_teacher(backend):
-    """Over many steps: groups, schedules, parameters without gradients or without a teacher, buffers."""
-    runs = [_Byol(), _Byol(), _Byol().double()]
-    (ours, adam), (eager, other), (truth, _) = map(_train_byol, runs, (True, False, False), (60, 60, 60))
-    assert ours.step == 60 and adam.param_groups[0]["lr"] == pytest.approx(0.01)
-    states = zip(*(m.state_dict().items() for m in (ours.module, eager.module, truth.module)), strict=True)
-    weights = zip(*(m.state_dict().items() for m in runs), strict=True)
-    for (name, x), (_, y), (_, exact) in (*states, *weights):
-        error, allowed = ((z.double() - exact).abs().max() for z in (x, y))
-        assert error <= 2 * allowed + 3e-7 * exact.abs().max(), name
-
-
-def _same_states(ours: torch.optim.Optimizer, other: torch.optim.Optimizer) -> None:
-    torch.testing.assert_close(ours.state_dict()["state"], other.state_dict()["state"], rtol=1e-5, atol=1e-7)
-
-
-def test_optimizers_load_each_others_checkpoints():
-    """As they are, and the next step is the same."""
-    models = _Byol(), _Byol()
-    (teacher, ours), (_, other) = map(_train_byol, models, (True, False), (3, 3))
-    _same_states(ours, other)
-    groups = (optimizer.state_dict()["param_groups"] for optimizer in (ours, other))
-    assert [g | {"foreach": None} for g in next(groups)] == [g | {"foreach": None} for g in next(groups)]
-    before = copy.deepcopy((ours.state_dict(), other.state_dict()))
-    ours.load_state_dict(before[1])
-    other.load_state_dict(before[0])
-    for model, optimizer in zip(models, (ours, other), strict=True):
-        model.backward(3)
-        optimizer.step()
-    _same_states(ours, other)
-    torch.testing.assert_close(models[0].state_dict(), models[1].state_dict(), rtol=1e-5, atol=1e-7)
-    assert ours.state[models[0].predictor.weight]["step"] == 4 and teacher.step == 4
-    before[0]["param_groups"][1]["amsgrad"] = True
-    with pytest.raises(ValueError, match="amsgrad must be False, got True"):
-        ours.load_state_dict(before[0])
-    _same_states(ours, other)
-
-
-def test_optimizer_takes_a_closure_and_a_scaler():
-    model = nn.Linear(3, 1)
-    teacher = EMA(model, 0.5)
-    optimizer = AdamW(model.parameters(), torch.tensor(0.1), teacher=teacher, student=model)
-    start = copy.deepcopy(model.state_dict())
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = model(torch.ones(2, 3)).sum()
-        loss.backward()
-        return loss
-
-    loss = optimizer.step(closure)
-    assert loss.requires_grad and (model.weight < start["weight"]).all()
-    torch.testing.assert_close(teacher.module.weight, (start["weight"] + model.weight.detach()) / 2)
-
-    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
-    for factor, steps in ((1, 2), (math.inf, 2), (1, 3)):  # infinite gradients: no step
-        optimizer.zero_grad()
-        scaler.scale(model(torch.ones(2, 3)).sum() * factor).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        assert teacher.step == steps == optimizer.state[model.weight]["step"]
-    assert model.weight.isfinite().all() and teacher.module.weight.isfinite().all()
-
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
-def test_a_copy_of_an_optimizer_moves_its_own_student_and_teacher(copied):
-    model = _Byol()
-    teacher, optimizer = _train_byol(model, True, 2)
-    before = copy.deepcopy((model.state_dict(), teacher.state_dict()))
-    other, follower, twin = copied((model, teacher, optimizer))
-    assert twin.student is other.student and twin.teacher is follower
-    other.backward(2)
-    twin.step()
-    torch.testing.assert_close((model.state_dict(), teacher.state_dict()), before, rtol=0, atol=0)
-    model.backward(2)
-    optimizer.step()
-    torch.testing.assert_close(other.state_dict(), model.state_dict(), rtol=0, atol=0)
-    torch.testing.assert_close(follower.state_dict(), teacher.state_dict(), rtol=0, atol=0)
-
-
-def test_bad_optimizers():
-    model = _model()
-    teacher = EMA(model)
-    with pytest.raises(TypeError, match=r"teacher must be a fastssl.nn.EMA, got Sequential"):
-        AdamW(model.parameters(), teacher=model, student=model)
-    with pytest.raises(ValueError, match=r"student must have the teacher's parameters.*got \[\(1, 2\), \(1,\)\]"):
-        AdamW(model.parameters(), teacher=teacher, student=nn.Linear(2, 1))
-    with pytest.raises(ValueError, match="maximize must be False, got True"):
-        AdamW([{"params": model.parameters(), "maximize": True}], teacher=teacher, student=model)
-    low = _model().bfloat16()
-    optimizer = AdamW(low.parameters(), teacher=EMA(low), student=low)
-    low(torch.randn(4, 6).bfloat16()).sum().backward()
-    with pytest.raises(ValueError, match=r"params\[0\] must be float32 or float64, got .*[Bb][Ff]loat16"):
-        optimizer.step()
