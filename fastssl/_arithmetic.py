@@ -1,4 +1,4 @@
-"""What functions and modules of several families reckon with: scalars, unit rows, log-sum-exps, the end of a loss."""
+"""Arithmetic that functions and modules of several families share: scalars, unit rows, log-sum-exps, reductions."""
 
 from __future__ import annotations
 

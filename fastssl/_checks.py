@@ -1,4 +1,4 @@
-"""What the functions ask of their arguments: each check names the argument, the rule and the value."""
+"""The checks of arguments. Each error names the argument, the rule and the value."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def check_pair(z1: Tensor, z2: Tensor, name1: str = "z1", name2: str = "z2") -> 
 
 
 def check_batch(group: ProcessGroup | None, **views: Tensor) -> None:
-    """What a loss of columns asks of rows: at least two, with those of the other processes of group."""
+    """A loss on columns needs at least two rows, counting those of the other processes of group."""
     rows, (name, z) = 1, next(iter(views.items()))
     if group is not None:
         distributed.check_alike(group, views)
@@ -41,7 +41,7 @@ def check_batch(group: ProcessGroup | None, **views: Tensor) -> None:
 
 
 def check_tensors(name: str, tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Them, in a list."""
+    """The tensors, as a list."""
     try:
         found = iter(tensors)
     except TypeError:

@@ -1,7 +1,7 @@
 """Huge batches in small memory: every chunk is embedded twice, in the manner of GradCache (arXiv:2101.06983).
 
-A contrastive loss L needs the embeddings z of all samples at once, but the encoder's activations, which take the
-memory, only chunk by chunk, since its parameters theta get
+A contrastive loss L needs the embeddings z of all samples at once. It needs the encoder's activations, which take the
+memory, only chunk by chunk, since the gradients of the encoder's parameters theta are
 
     dL/dtheta = sum over chunks c of  (dz_c/dtheta)^T dL/dz_c
 
@@ -35,25 +35,25 @@ def grad_cache(
 ) -> Tensor:
     """The loss of a batch and its gradients, with the activations of one chunk in memory (arXiv:2101.06983).
 
-    In place of this, with gradients that are equal but for rounding:
+    It takes the place of this, with gradients that are equal except for rounding:
 
         loss = loss_fn(*(encoder(x) for encoder, x in zip(encoders, inputs)))
         loss.backward()
 
-    - Dropout and augmentation: a chunk finds the same random state both times, of the default generators of the CPU
-      and of CUDA.
-    - Buffers are set back in between, so that a chunk updates them once. Batch normalisation takes its statistics
-      from the chunk, as in gradient accumulation, not from the batch: this differs from the above. Those of a module
-      that only a function calls, where they cannot be seen, are updated twice.
-    - Autocast: both passes run as the surrounding block says, backward passes without it. Gradient scaling:
-      `loss_fn=lambda *z: scaler.scale(clip_loss(*z))`.
+    - Dropout and augmentation: both passes of a chunk start from the same random state of the default generators of the
+      CPU and of CUDA.
+    - Buffers are set back in between, so that a chunk updates them once. Batch normalisation takes its statistics from
+      the chunk, as in gradient accumulation, not from the batch: this differs from the above. Buffers of a module that
+      is called inside a function cannot be seen, and are updated twice.
+    - Autocast: both forward passes run under the surrounding autocast block, backward passes without it. Gradient
+      scaling: `loss_fn=lambda *z: scaler.scale(clip_loss(*z))`.
     - DistributedDataParallel, as an encoder or inside one, reduces gradients once, with its last chunk; in a function,
       where it cannot be seen, with every chunk, to the same result. Parameters that only loss_fn uses are not reduced.
 
     A batch of a single chunk is embedded once.
 
     Args:
-        encoders: a module, a method of one, or a function; or a tuple or list of them, in which one may occur twice.
+        encoders: a module, a method of one, or a function; or a tuple or list of these, in which one may occur twice.
             Each returns embeddings, a tensor or a tuple or list of tensors, with a row for each sample.
         inputs: of the encoder: a tensor x for encoder(x), a tuple or list for encoder(*x), a mapping for encoder(**x).
             It is cut along the first dimension of its tensors, and gets no gradient. Of several encoders: a tuple

@@ -13,20 +13,20 @@ from fastssl.nn import EMA
 
 
 class AdamW(torch.optim.AdamW):
-    """`torch.optim.AdamW` (arXiv:1711.05101) whose step is followed by the teacher's, in one pass over memory:
+    """`torch.optim.AdamW` (arXiv:1711.05101) whose step also updates a teacher, in one pass over memory:
 
         optimizer = AdamW(student.parameters(), lr=1e-3, teacher=teacher, student=student)
         optimizer.step()  # was: optimizer.step(), then teacher.update(student)
 
-    The numbers are the same, and so is the state_dict: each loads the other's. The teacher's is its own. Schedules,
-    parameter groups, hooks, and `torch.amp.GradScaler` work as ever; a step that the scaler skips is none for the
-    teacher either.
+    The numbers are the same, and so is the state_dict: each loads the other's. The teacher has a state_dict of its own.
+    Schedules, parameter groups, hooks and `torch.amp.GradScaler` work as usual; when the scaler skips a step, the
+    teacher does not move either.
 
     Args:
-        params: float32 or float64 parameters, or groups of them; others than the student's may be among them, such as
-            a predictor's, and some of the student's may be missing.
+        params: float32 or float64 parameters, or groups of them; they may include parameters that are not the
+            student's, such as a predictor's, and need not include all of the student's.
         lr, betas, eps, weight_decay: as torch.optim.AdamW's.
-        teacher: what `step` updates, with whatever momentum it is due.
+        teacher: the average that `step` updates, with the momentum that is due.
         student: the model that it follows.
 
     Raises:
@@ -66,7 +66,7 @@ class AdamW(torch.optim.AdamW):
         return loss
 
     def _move(self, targets: list[Tensor], sources: list[Tensor], momentum: float) -> None:
-        """What has a gradient takes a step, and every target its own towards its source."""
+        """Parameters that have a gradient take a step, and every target moves towards its source."""
         teachers = dict(zip(sources, targets, strict=True))
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]

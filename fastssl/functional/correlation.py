@@ -24,35 +24,35 @@ def barlow_twins(
     return_metrics: bool = False,
     group: ProcessGroup | None = None,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-    r"""Barlow Twins (arXiv:2103.03230): the views' features shall correlate each with itself, and with no other.
+    r"""Barlow Twins (arXiv:2103.03230): each feature should correlate with itself across the views, and with no other.
 
         loss = sum_i (C_ii - 1)^2 + lambda_param sum_{i != j} C_ij^2,    C = A^T B / B_rows,
 
-    A and B being the views' features, standardised over the batch: less their mean, divided by sqrt(variance + eps).
+    A and B being the views' features, standardised over the batch: minus their mean, divided by sqrt(variance + eps).
     By default that is `torch.nn.functional.batch_norm`, as in the authors' code; with unbiased=True and eps=0 it is
     Algorithm 1 of the paper. The D x D correlations are never stored, see `correlation_algorithm`: memory is O(B D).
 
     Args:
         z_a: (B, D) embeddings of the first views, B >= 2; float32, bfloat16, float16 or float64.
         z_b: (B, D) embeddings of the second views, of z_a's dtype and device.
-        lambda_param: the weight of the redundancy. Where it is 0, that need not be computed.
-        eps: added to the variances. A feature that is constant over the batch has correlation 0 with all, and with
-            an eps of 0 NaN.
+        lambda_param: the weight of the redundancy, which need not be computed where it is 0.
+        eps: added to the variances. A feature that is constant over the batch has correlation 0 with all others; with
+            an eps of 0, NaN.
         unbiased: divide the variances by B - 1, not by B. C is divided by B in either case.
-        return_metrics: also return the loss's parts, at no further product.
-        group: processes that hold B rows each of one batch, over which features are standardised and correlated. None:
-            this process alone. All must call this, and the backward pass, with the same arguments but for the features.
-            The processes exchange their rows where those of all are at most D, and D x D correlations else, which then
-            are stored; their products are of the dtype of sums.
+        return_metrics: also return the parts of the loss; they cost no further product.
+        group: processes that each hold B rows of one batch, over which features are standardised and correlated. None:
+            this process alone. All must call this function and its backward pass, with the same arguments except for
+            the features. If all rows together are at most D, the processes exchange their rows, otherwise their D x D
+            correlations, which are then stored; their products have the dtype of sums.
 
     Returns:
-        0-d loss in z_a's dtype, float32 under autocast; NaN where z_a or z_b has NaN or Inf. With return_metrics
-        (loss, metrics), detached 0-d float32 tensors: "invariance", sum_i (C_ii - 1)^2; "redundancy",
+        0-d loss in z_a's dtype, float32 under autocast; NaN where z_a or z_b has NaN or Inf. With return_metrics,
+        (loss, metrics); the metrics are detached 0-d float32 tensors: "invariance", sum_i (C_ii - 1)^2; "redundancy",
         sum_{i != j} C_ij^2, or 0 where it was not computed.
 
-        With a group, every process's loss (and metrics) is that of the whole batch. Gradients of features are those of
-        the sum of the processes' losses: averaged over the processes, as DistributedDataParallel does, gradients of
-        parameters are those of one process on the whole batch.
+        With a group, every process's loss (and metrics) is that of the whole batch. The gradients of the features are
+        those of the sum of the processes' losses: averaged over the processes, as DistributedDataParallel does, the
+        gradients of parameters are those of one process on the whole batch.
 
     Raises:
         TypeError: if z_a or z_b is no tensor, or lambda_param or eps no number.
@@ -98,7 +98,7 @@ def vicreg(
         variance   = the mean of the views' mean_i relu(1 - sqrt(Var z_i + eps))
         covariance = the sum of the views' sum_{i != j} Cov(z_i, z_j)^2 / D
 
-    That is the authors' code. The paper's equations sum up the invariance over the features (invariance_reduction
+    That is the authors' code. The paper's equations sum the invariance over the features (invariance_reduction
     "batchmean") and the variance over the views (variance_reduction "sum"). The D x D covariances are never stored, see
     `correlation_algorithm`: memory is O(B D).
 
@@ -107,18 +107,19 @@ def vicreg(
         z_b: (B, D) embeddings of the second views, of z_a's dtype and device.
         lambda_param: the weight of the invariance.
         mu_param: the weight of the variance.
-        nu_param: the weight of the covariance. Where it is 0, that need not be computed.
+        nu_param: the weight of the covariance, which need not be computed where it is 0.
         eps: added to the variances. With an eps of 0, a feature that is constant over the batch has gradient NaN.
         unbiased: divide variances and covariances by B - 1, not by B.
-        invariance_reduction: "mean" over rows and features, or "batchmean": over rows, summed up over features.
+        invariance_reduction: "mean" over rows and features, or "batchmean": the mean over rows of the sum over
+            features.
         variance_reduction: "mean" or "sum" over the two views.
-        return_metrics: also return the loss's parts, at no further product.
-        group: processes that hold B rows each of one batch, as in `barlow_twins`.
+        return_metrics: also return the parts of the loss; they cost no further product.
+        group: processes that each hold B rows of one batch, as in `barlow_twins`.
 
     Returns:
-        0-d loss in z_a's dtype, float32 under autocast; NaN where z_a or z_b has NaN or Inf. With return_metrics
-        (loss, metrics), detached 0-d float32 tensors: "invariance", "variance" and "covariance", or 0 where that was
-        not computed. With a group they, and what is to be differentiated, are as in `barlow_twins`.
+        0-d loss in z_a's dtype, float32 under autocast; NaN where z_a or z_b has NaN or Inf. With return_metrics,
+        (loss, metrics); the metrics are detached 0-d float32 tensors: "invariance", "variance" and "covariance", or 0
+        where that was not computed. With a group, losses, metrics and gradients are as in `barlow_twins`.
 
     Raises:
         TypeError: if z_a or z_b is no tensor, or a weight or eps no number.
@@ -223,9 +224,9 @@ def redundancy_loss(z_a: Tensor, z_b: Tensor, *, eps: float = 1e-5, unbiased: bo
 def cross_correlation(
     z_a: Tensor, z_b: Tensor, *, eps: float = 1e-5, unbiased: bool = False, group: ProcessGroup | None = None
 ) -> Tensor:
-    r"""The cross-correlations of the views' features that `barlow_twins` is a loss of: C = A^T B / B_rows.
+    r"""The cross-correlations of the views' features on which `barlow_twins` is a loss: C = A^T B / B_rows.
 
-    It is stored, and made of one product in the dtype of sums, by PyTorch. Derivatives are PyTorch's own.
+    The matrix is stored. It is one product of PyTorch's, in the dtype of sums, with PyTorch's own derivatives.
 
     Args:
         z_a: (B, D) embeddings of the first views, B >= 2; float32, bfloat16, float16 or float64.
@@ -253,11 +254,12 @@ def correlation_algorithm(batch: int, dim: int) -> str:
     """Which of two algorithms `barlow_twins`, `vicreg`, `covariance_loss` and `redundancy_loss` run.
 
     The sum of the squares of A^T B, which is D x D, is the product of A A^T and B B^T, which are B x B, element by
-    element. Where the batch is smaller than the features are many, that ("dual") costs a share of about B / D of the
-    product that is written down; else the D x D correlations are made block by block, for the loss and its gradients
-    alike ("primal"). dual subtracts the diagonal from a sum with it, to which its rounding errors are relative. Towards
-    B = D the diagonal may be nearly all of the sum, so dual runs where 4 B <= 3 D. There it still is, where few
-    features vary and those do not correlate: `redundancy_loss` and `covariance_loss`, tiny then, have few digits.
+    element. If there are fewer rows than features, this form ("dual") costs about B / D of the product itself;
+    otherwise the D x D correlations are computed block by block, for the loss and its gradients at once ("primal"). The
+    dual form subtracts the diagonal from a sum that includes it, and its rounding errors are relative to that sum. Near
+    B = D the diagonal may be nearly all of the sum, so the dual form runs where 4 B <= 3 D. Even there it may be nearly
+    all, if few features vary and those do not correlate: `redundancy_loss` and `covariance_loss` are then tiny, and
+    have few correct digits.
 
     Args:
         batch: B, the number of rows, of all processes in a group that exchanges them.
@@ -303,7 +305,7 @@ def _vicreg_of_processes(
     eps: float,
     unbiased: bool,
 ) -> tuple[Tensor, ...]:
-    """The same, of processes that exchange their shares of the D x D covariances."""
+    """The same, for processes that exchange their shares of the D x D covariances."""
     dtype = accumulate_dtype(z_a.dtype)
     invariance = mean_over_processes((z_a.to(dtype) - z_b.to(dtype)).square().mean(), group)
     centered = [center(z, group) for z in (z_a, z_b)]

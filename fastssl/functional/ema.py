@@ -20,14 +20,15 @@ def ema_update_(targets: Iterable[Tensor], sources: Iterable[Tensor], momentum: 
 
         target = momentum target + (1 - momentum) source
 
-    of all pairs in one pass over memory, in float32 arithmetic where both are of 32 or 16 bits.
+    for all pairs in one pass over memory, in float32 arithmetic where both have 32 or 16 bits.
 
     Args:
         targets: tensors of any shape, float32, bfloat16, float16 or float64; changed.
-        sources: as many, each of its target's shape and device, and of any of those dtypes. From its first element to
-            its last, no target may share memory with another tensor, unless source and target are one.
+        sources: as many, each with its target's shape and device, and of any of those dtypes. No target may share
+            memory, from its first element to its last, with another tensor, unless source and target are the same
+            tensor.
         momentum: from 0, which copies, to 1, which leaves the targets as they are: a number, or a 0-d tensor, whose
-            value is not checked and which no GPU waits for.
+            value is not checked, so that nothing waits for a GPU.
 
     Raises:
         TypeError: if a target or a source is no tensor, or momentum neither number nor tensor.
@@ -66,7 +67,7 @@ def adamw_ema_step_(
     weight_decay: float = 1e-2,
     momentum: float | Tensor,
 ) -> None:
-    """AdamW's step (arXiv:1711.05101), and with the new parameters `ema_update_`, in one pass over memory, in place:
+    """AdamW's step (arXiv:1711.05101), then `ema_update_` with the new parameters, in one pass over memory, in place:
 
         step = step + 1
         exp_avg = beta1 exp_avg + (1 - beta1) grad
@@ -83,13 +84,13 @@ def adamw_ema_step_(
         exp_avgs, exp_avg_sqs: likewise; zeros before the first step; changed.
         ema_params: the teacher's parameters, of the same shapes and devices, float32, bfloat16, float16 or float64;
             changed. A parameter that has no teacher is its own.
-        steps: 0-d float32 tensors on the CPU, each its own: how many steps each parameter has taken; changed.
-        lr: a number, or a 0-d tensor, whose value is not checked; one on a GPU is waited for.
+        steps: 0-d float32 tensors on the CPU, a separate one for each parameter: how many steps it has taken; changed.
+        lr: a number, or a 0-d tensor, whose value is not checked; if it is on a GPU, the CPU waits for it.
         betas: of the two averages, from 0 to below 1.
         eps, weight_decay: not negative.
         momentum: as `ema_update_`'s.
 
-    From its first element to its last, nothing that is changed may share memory with another tensor.
+    No tensor that is changed may share memory, from its first element to its last, with another tensor.
 
     Raises:
         TypeError: if one of these is not what it is said to be: a tensor, a number.

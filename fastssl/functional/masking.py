@@ -62,18 +62,18 @@ def tube_masking_ids(
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Which tokens of each video stay: the same of every frame (tube masking; VideoMAE, arXiv:2203.12602).
+    """Which tokens of each video stay: the same ones in every frame (tube masking; VideoMAE, arXiv:2203.12602).
 
     Args:
         batch: B, the number of videos.
         frames: T, the number of frames, or of groups of frames that share tokens.
-        length: N, the number of tokens of each; those of a video are numbered frame by frame, L = T N.
+        length: N, the number of tokens in each frame; those of a video are numbered frame by frame, L = T N.
         mask_ratio: the share that is masked, from 0 to 1: int(N (1 - mask_ratio)) of each frame stay.
-        generator, device: as of `random_masking_ids`, whose masks these are, repeated.
+        generator, device: as in `random_masking_ids`, whose masks are repeated here.
 
     Returns:
-        ids_keep (B, L_keep), frame by frame, the tokens of each in the same random order, mask (B, L) and ids_restore
-        (B, L), as of `random_masking_ids`.
+        ids_keep (B, L_keep), frame by frame, with the tokens of every frame in the same random order; mask (B, L) and
+        ids_restore (B, L), as in `random_masking_ids`.
 
     Raises:
         TypeError: if mask_ratio is no number, or batch, frames or length no integer.
@@ -105,17 +105,17 @@ def span_masking_ids(
     arXiv:2106.07447).
 
     The first steps of spans are drawn without replacement, all equally likely; spans have one length and may overlap.
-    They are added until as many steps are masked as shall be; of the last one only what is wanting is, its first steps.
+    Spans are added until the required number of steps is masked; the last span is cut off where that number is reached.
 
     Args:
         batch: B, the number of sequences.
         length: L, the number of steps of each.
         mask_ratio: the share that is masked, overlaps counted once, from 0 to 1: int(L (1 - mask_ratio)) stay.
         span_length: M, the number of steps of a span, from 1 to L.
-        generator, device: as of `random_masking_ids`.
+        generator, device: as in `random_masking_ids`.
 
     Returns:
-        ids_keep (B, L_keep) in ascending order, mask (B, L) and ids_restore (B, L), as of `random_masking_ids`.
+        ids_keep (B, L_keep) in ascending order; mask (B, L) and ids_restore (B, L), as in `random_masking_ids`.
 
     Raises:
         TypeError: if mask_ratio is no number, or batch, length or span_length no integer.
@@ -147,11 +147,11 @@ def block_masking_ids(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Which tokens of each image stay, where rectangles are masked (BEiT, arXiv:2106.08254; iBOT, arXiv:2111.07832).
 
-    A block's area is drawn between min_block and the number of tokens still to be masked, or max_block; its aspect
-    ratio so that its logarithm is uniform; its place uniformly. It counts if it masks some new tokens and not more than
-    that number. After ten in a row that do not, single tokens, drawn uniformly, make up the number.
+    A block's area is drawn uniformly between min_block and the number of tokens still to be masked, at most max_block;
+    the logarithm of its aspect ratio uniformly; its place uniformly. A block is used if it masks some new tokens, and
+    no more than that number. After ten blocks in a row that are not used, the rest are single tokens, drawn uniformly.
 
-    It is drawn on the CPU, whose result the device gets: a generator on a GPU is waited for.
+    The masks are drawn on the CPU and copied to the device; if the generator is on a GPU, the CPU waits for it.
 
     Args:
         batch: B, the number of images.
@@ -159,11 +159,11 @@ def block_masking_ids(
         mask_ratio: the share that is masked, from 0 to 1: int(L (1 - mask_ratio)) stay.
         min_block: the smallest area of a block, in tokens.
         max_block: the largest; None: no limit.
-        aspect_ratio: from, to: height over width.
-        generator, device: as of `random_masking_ids`.
+        aspect_ratio: the smallest and the largest ratio of height to width.
+        generator, device: as in `random_masking_ids`.
 
     Returns:
-        ids_keep (B, L_keep) in ascending order, mask (B, L) and ids_restore (B, L), as of `random_masking_ids`.
+        ids_keep (B, L_keep) in ascending order; mask (B, L) and ids_restore (B, L), as in `random_masking_ids`.
 
     Raises:
         TypeError: if mask_ratio is no number, aspect_ratio not two, or a size no integer.
@@ -219,7 +219,7 @@ def random_masking(
         x: (B, L, D) tokens; float32, bfloat16, float16 or float64.
         mask_ratio: the share that is masked, from 0 to 1: int(L (1 - mask_ratio)) stay.
         generator: the source of randomness; None: PyTorch's default one of the CPU. The same seed draws the same masks
-            on every device. torch.compile cannot trace one.
+            on every device. torch.compile cannot trace a generator.
 
     Returns:
         The triple of the paper's code: x_visible (B, L_keep, D), the tokens that stay, in random order; mask (B, L)
@@ -236,7 +236,7 @@ def random_masking(
 
 
 def gather_tokens(x: Tensor, ids: Tensor) -> Tensor:
-    """The tokens of each sample that are named: out[b, k] = x[b, ids[b, k]].
+    """The tokens of each sample that `ids` names: out[b, k] = x[b, ids[b, k]].
 
     Args:
         x: (B, L, D) tokens; float32, bfloat16, float16 or float64.

@@ -14,12 +14,13 @@ from fastssl.ops import current_backend, memory_bank
 def enqueue_(keys: Tensor, position: Tensor, new_keys: Tensor, normalize: bool = False) -> None:
     """Overwrite the oldest keys of a queue in place: MoCo's dictionary (arXiv:1911.05722).
 
-    Beyond the end it goes on at the beginning, and nobody waits for the device. `fastssl.nn.MemoryBank` is one.
+    After the last row it goes on at the first, and never waits for the device. `fastssl.nn.MemoryBank` is such a queue.
 
     Args:
         keys: (K, D) ring buffer; float32, bfloat16, float16 or float64; changed.
         position: 0-d int64, the row that is written first, taken modulo K; moved on by B, modulo K.
-        new_keys: (B, D), of any of those dtypes and converted to that of keys; if B > K the last K of them count.
+        new_keys: (B, D), of any of those dtypes, converted to that of keys; if B > K only the last K of them are
+            entered.
         normalize: enter new keys at unit length, x / max(|x|, 1e-12), computed in float32 (float64 for float64).
 
     Raises:

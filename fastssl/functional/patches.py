@@ -1,4 +1,4 @@
-"""Patches of images: losses where they are masked, embedding of those that are not."""
+"""Patches of images: losses on the masked ones, embedding of the visible ones."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def masked_patch_loss(
             MAE's order (p, q, c), or (t, p, q, c) of videos. float32, bfloat16, float16 or float64.
         images: (B, C, H, W), or videos (B, C, T, H, W), whose sizes are multiples of a patch's; of any of those
             dtypes. They get no gradient.
-        mask: (B, L), boolean, integer or floating-point: masked is what is not 0.
+        mask: (B, L), boolean, integer or floating-point: a patch is masked where it is not 0.
         patch_size: p = q, or (p, q).
         norm_pix_loss: True, MAE's: each patch minus its mean, over sqrt(var + 1e-6), of all elements;
             "per_channel", VideoMAE's: each channel of a patch minus its mean, over sqrt(var) + 1e-6; False: neither.
@@ -110,10 +110,10 @@ def masked_feature_loss(
     Args:
         pred: (B, L, D) features; float32, bfloat16, float16 or float64.
         target: (B, L, D), the teacher's, of any of those dtypes. They get no gradient.
-        mask: (B, L), boolean, integer or floating-point: masked is what is not 0. Nothing else is used.
+        mask: (B, L), boolean, integer or floating-point: a patch is masked where it is not 0. No others are used.
         loss: of a patch: "smooth_l1", data2vec's, the mean over features of `torch.nn.functional.smooth_l1_loss`;
             "cosine", EVA's: 1 - cos of the angle between pred and target; "mse": the mean square of pred - target.
-        beta: where smooth L1 passes from square to absolute value, 0 or above; 0: L1.
+        beta: where smooth L1 turns from the square to the absolute value, 0 or above; 0: L1.
         reduction: "mean" over masked patches, "sum", or "none", which is 0 where not masked.
 
     Returns:
@@ -148,8 +148,8 @@ def masked_feature_loss(
 
 
 def patch_embed(images: Tensor, weight: Tensor, bias: Tensor | None, ids_keep: Tensor | None = None) -> Tensor:
-    """The embedding of patches, of the visible ones alone: what a convolution whose kernel and stride are a patch, and
-    then a gather of its outputs, would give.
+    """The embedding of the visible patches alone: what a convolution whose kernel and stride are a patch would give,
+    followed by a gather of its outputs.
 
     Visible patches are copied out of the images and multiplied with the weight: K / L of the convolution's work. The
     product is `torch.nn.functional.linear`'s, and follows autocast and `torch.set_float32_matmul_precision` as it does.

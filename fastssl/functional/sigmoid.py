@@ -23,12 +23,12 @@ def siglip_loss(
     reduction: str = "mean",
     group: ProcessGroup | None = None,
 ) -> Tensor:
-    r"""The sigmoid loss of SigLIP (arXiv:2303.15343): every pair of an image and a text is a decision of its own.
+    r"""The sigmoid loss of SigLIP (arXiv:2303.15343): each pair of an image and a text is a binary decision of its own.
 
         loss = -sum_ij log sigmoid(l_ij (logit_scale <image_i, text_j> + logit_bias)),    l_ij = 1 if i = j, else -1
 
-    divided by B for the mean. The B x B logits are never stored: memory is O(B D). Gradients are taken in the
-    forward pass, if any is needed.
+    divided by B for the mean. The B x B logits are never stored: memory is O(B D). Gradients are computed in the
+    forward pass, if any are needed.
 
     Args:
         image_features: (B, D) rows, normalised by the caller; float32, bfloat16, float16 or float64.
@@ -37,8 +37,8 @@ def siglip_loss(
             gets its exact gradient.
         logit_bias: added to the similarities: a number, or a 0-d tensor, which gets its exact gradient.
         reduction: "mean" over the B images, or "sum".
-        group: processes that hold B pairs each of one batch: an image's decisions are on the texts of all of them.
-            What is returned, and what it is to be differentiated, is as in `clip_loss`.
+        group: processes that each hold B pairs of one batch: each image is paired with the texts of all of them. What
+            is returned, and how it is differentiated, is as in `clip_loss`.
 
     Returns:
         0-d loss in image_features' dtype, float32 under autocast. The mean over an empty batch is NaN.

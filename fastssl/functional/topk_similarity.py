@@ -14,10 +14,10 @@ _TOPK_COLUMNS, _TOPK_ELEMENTS = 1 << 14, 1 << 22  # of a block of similarities
 
 @torch.no_grad()
 def topk_similarity(query: Tensor, bank: Tensor, k: int, *, normalize: bool = True) -> tuple[Tensor, Tensor]:
-    """The k rows of `bank` most similar to each row of `query`, as k-nearest-neighbour evaluation asks for them.
+    """The k rows of `bank` most similar to each row of `query`, as k-nearest-neighbour evaluation needs them.
 
-    The M x N similarities are never stored: memory is O(M k) and a block. There are no gradients. The products are
-    float32 ones of 16-bit inputs too, and follow `torch.set_float32_matmul_precision`.
+    The M x N similarities are never stored: memory is O(M k) and one block. There are no gradients. The products are in
+    float32 for 16-bit inputs too, and follow `torch.set_float32_matmul_precision`.
 
     Args:
         query: (M, D) rows; float32, bfloat16, float16 or float64.

@@ -16,8 +16,8 @@ def uniformity(x: Tensor, *, t: float | Tensor = 2.0) -> Tensor:
 
         log mean_{i != j} exp(-t |z_i - z_j|^2),    |z_i - z_j|^2 = 2 - 2 <z_i, z_j>,    z_i = x_i / |x_i|
 
-    It is 0 where all rows have one direction, and the lower, the more evenly they are spread. The N x N distances are
-    never stored: memory is O(N D).
+    It is 0 where all rows point in the same direction, and falls as they spread out. The N x N distances are never
+    stored: memory is O(N D).
 
     Args:
         x: (N, D) rows, each divided by its Euclidean norm, as `torch.nn.functional.normalize` does; float32, bfloat16,
@@ -25,7 +25,7 @@ def uniformity(x: Tensor, *, t: float | Tensor = 2.0) -> Tensor:
         t: multiplies the squared distances: a number, or a 0-d tensor, which gets its exact gradient.
 
     Returns:
-        0-d, in x's dtype, float32 under autocast. NaN of fewer than two rows.
+        0-d, in x's dtype, float32 under autocast. NaN for fewer than two rows.
 
     Raises:
         TypeError: if x is no tensor, or t neither number nor tensor.

@@ -20,11 +20,11 @@ class BarlowTwinsLoss(nn.Module):
 
     Args:
         lambda_param: the weight of the redundancy.
-        gather_distributed: the loss of the mean over the processes of their cross-correlations, each of features that
-            are standardised over the rows of its own process; `fastssl.functional.barlow_twins` with a group
-            standardises over those of all. All processes must hold the same number of rows. They exchange them
-            where `fastssl.functional.correlation_algorithm` of all rows is "dual", and the D x D correlations else,
-            which then are stored. Each process's loss is the same, and gradients of features are those of their sum.
+        gather_distributed: take the loss of the mean of all processes' cross-correlations, each process standardising
+            features over its own rows, as lightly does; `fastssl.functional.barlow_twins` with a group standardises
+            over the rows of all. All processes must hold the same number of rows. They exchange these where
+            `fastssl.functional.correlation_algorithm` of all rows is "dual", otherwise their D x D correlations, which
+            are then stored. Each process's loss is the same, and gradients of features are those of their sum.
 
     Raises:
         TypeError, ValueError: if lambda_param is no number, or not finite, or gather_distributed is True and

@@ -26,12 +26,12 @@ class ClipLoss(nn.Module):
     """The softmax loss of CLIP (arXiv:2103.00020). It takes the place of open_clip's class of this name.
 
     In several processes, each with a part of the batch, the texts travel from process to process: none holds the whole
-    batch, and each computes its share of the whole loss, not the whole. What the flags choose:
+    batch, and each computes only its share of the loss. The flags choose:
 
     - local_loss False: every process returns the loss of the whole batch. True: it returns that of its own pairs.
-    - gather_with_grad True: gradients of features are those of the sum of the processes' losses, so that averaged ones
-      of parameters are exact. False: they are those of this process's loss, and without local_loss too small by the
-      number of processes; with local_loss, other rows are constants.
+    - gather_with_grad True: the gradients of the features are those of the sum of the processes' losses, so that the
+      averaged gradients of parameters are exact. False: they are those of this process's loss; without local_loss they
+      are too small by a factor of the number of processes, with local_loss the other processes' rows are constants.
 
     The gradient of logit_scale is open_clip's; where both flags are True, it is on every process their mean.
 
@@ -40,9 +40,9 @@ class ClipLoss(nn.Module):
     Args:
         local_loss: see above.
         gather_with_grad: see above.
-        cache_labels: without effect, there are no labels to store.
+        cache_labels: without effect: there are no labels to store.
         rank: of this process.
-        world_size: the number of processes; 1 for none but this one.
+        world_size: the number of processes; 1 for this one alone.
         use_horovod: must be False.
 
     Raises:
@@ -82,7 +82,7 @@ class ClipLoss(nn.Module):
             image_features: (B, D) rows, normalised by the caller; float32, bfloat16, float16 or float64.
             text_features: (B, D), of image_features' dtype and device.
             logit_scale: multiplies the similarities: a number or a tensor of one element.
-            logit_bias: added to all similarities, which changes nothing: its gradient is 0.
+            logit_bias: added to all similarities, which does not change the loss: its gradient is 0.
             output_dict: return {"contrastive_loss": loss}.
 
         Returns:
@@ -124,8 +124,8 @@ class SigLipLoss(nn.Module):
     """The sigmoid loss of SigLIP (arXiv:2303.15343). It takes the place of open_clip's class of this name.
 
     In several processes, each with a part of the batch, the texts travel from process to process. A process returns the
-    loss of its images with all texts. Gradients of features are those of the sum of the processes' losses, so that
-    averaged ones of parameters are exact.
+    loss of its images with all texts. The gradients of the features are those of the sum of the processes' losses, so
+    that the averaged gradients of parameters are exact.
 
     Attributes: as the arguments.
 
@@ -133,8 +133,8 @@ class SigLipLoss(nn.Module):
         cache_labels: without effect, there are no labels to store.
         rank: of this process.
         world_size: the number of processes; 1 for none but this one.
-        dist_impl: "bidir", "shift", "reduce" or "gather", all of which give the same numbers, and here are the same;
-            None: "bidir".
+        dist_impl: "bidir", "shift", "reduce" or "gather", which all give the same numbers, and here are one and the
+            same; None: "bidir".
 
     Raises:
         ValueError: if dist_impl is unknown.

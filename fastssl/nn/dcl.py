@@ -26,8 +26,8 @@ class DCLLoss(nn.Module):
         weight_fn: (out0, out1) -> (B,) weights of the positives of out0, from normalised rows; None: 1.
         gather_distributed: take the rows of all processes as negatives, with their gradients. All processes must hold
             the same number of rows. The mean of the processes' losses, and so the gradients that
-            DistributedDataParallel averages, are those of one process on the whole batch, but that weight_fn sees the
-            rows of its own process only.
+            DistributedDataParallel averages, are those of one process on the whole batch, except that weight_fn sees
+            only the rows of its own process.
 
     Raises:
         ValueError: if gather_distributed is True and torch.distributed is not available.
@@ -82,7 +82,7 @@ class DCLWLoss(DCLLoss):
 
         w_i = 2 - B softmax_i(<out0_i, out1_i> / sigma),
 
-    which are constants to the gradient.
+    which get no gradient.
 
     Args:
         temperature: divides the similarities.

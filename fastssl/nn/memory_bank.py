@@ -15,9 +15,9 @@ from fastssl.distributed import check_alike, gather_rows, world_size
 class MemoryBank(nn.Module):
     """A first-in, first-out queue of keys that serve as negatives (MoCo, arXiv:1911.05722).
 
-    An update overwrites the oldest keys in place: nothing is copied but the new keys, and nobody waits for the device.
-    The queue that a loss has seen may be updated before the loss's backward pass, as keys need no gradient. It is
-    saved in the state dict.
+    An update overwrites the oldest keys in place: nothing is copied but the new keys, and nothing waits for the device.
+    A queue may be updated between the forward and the backward pass of a loss that has used it, as keys need no
+    gradient. It is saved in the state dict.
 
     A wrapping DistributedDataParallel would send the queue of process 0 to all others at every step, as it does with
     buffers: leave the queue outside of it, or give it broadcast_buffers=False.
@@ -75,7 +75,7 @@ class MemoryBank(nn.Module):
 
     @torch.no_grad()
     def update(self, keys: Tensor) -> None:
-        """Overwrite the oldest keys, in place; beyond the end go on at the beginning.
+        """Overwrite the oldest keys, in place; after the last row go on at the first.
 
         Args:
             keys: (B, dim) of any floating dtype, the last ones if there are more than the queue holds; entered as they
@@ -98,7 +98,7 @@ class MemoryBankModule(nn.Module):
     """A queue of past embeddings, which takes the place of lightly's class of this name.
 
     At the end of the bank the rows that do not fit are dropped, and the next update begins at its first row. It is not
-    saved in the state dict. `MemoryBank` does better; this one is for losses that are written for lightly's.
+    saved in the state dict. `MemoryBank` drops nothing; this class is for losses that are written for lightly's.
 
     Attributes:
         size: as given, as a tuple.

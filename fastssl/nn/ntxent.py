@@ -21,15 +21,15 @@ class NTXentLoss(nn.Module):
     It takes the place of lightly's class of this name, without a change elsewhere.
 
     Attributes:
-        memory_bank: the queue, a `MemoryBankModule`. It is not saved in the state dict, and what an update has beyond
-            its end is dropped; `fastssl.nn.MemoryBank` does better.
+        memory_bank: the queue, a `MemoryBankModule`. It is not saved in the state dict, and the rows of an update that
+            pass its end are dropped; `fastssl.nn.MemoryBank` drops none.
         temperature, gather_distributed: as given.
 
     Args:
         temperature: divides the similarities.
         memory_bank_size: (rows, features) of a queue of past `out1` to serve as the negatives of `out0`, in place of
-            the rest of the batch; 0 for none. The queue takes in `out1` whenever `out0` requires a gradient, after it
-            has been used.
+            the rest of the batch; 0 for no queue. After the loss, `out1` enters the queue if `out0` requires a
+            gradient.
         gather_distributed: take the rows of all processes as negatives, with their gradients; with a queue, enter
             them into it. All processes must hold the same number of rows. The mean of the processes' losses, and so
             the gradients that DistributedDataParallel averages, are those of one process on the whole batch.

@@ -1,4 +1,4 @@
-"""The first layer of vision transformers, which embeds the visible patches alone where that is all one wants."""
+"""The first layer of vision transformers, which can embed the visible patches alone."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ class PatchEmbed(nn.Module):
     """The embedding of patches, with timm's `PatchEmbed`'s first arguments and its parameters: checkpoints load.
 
     Masked autoencoders (MAE, arXiv:2111.06377; VideoMAE, arXiv:2203.12602) embed all patches and drop three of four.
-    With `ids_keep` this embeds the others only:
+    With `ids_keep` this module embeds only the visible ones:
 
         ids_keep, mask, ids_restore = random_masking_ids(len(images), patch_embed.num_patches, 0.75)
         tokens = patch_embed(images, ids_keep)
 
     Args:
         img_size: height and width of images: a number, or two.
-        patch_size: those of a patch, of which img_size must be multiples.
+        patch_size: height and width of a patch, which must divide img_size.
         in_chans: C, the channels of images.
         embed_dim: D, the features of a token.
         tubelet_size: the frames of a patch of a video; None: images.
@@ -28,7 +28,7 @@ class PatchEmbed(nn.Module):
     Attributes:
         proj: the convolution that holds `weight` (D, C, p, q) or (D, C, t, p, q), and `bias` (D,).
         grid_size: the numbers of patches along height and width.
-        num_patches: their product, L of an image; a video has as many for each tubelet_size frames.
+        num_patches: their product, L for an image; a video has that many for every tubelet_size frames.
 
     Raises:
         TypeError: if a size is no integer.

@@ -21,7 +21,7 @@ class SupConLoss(nn.Module):
 
     Args:
         temperature: divides the similarities.
-        contrast_mode: "all", every view has a loss, or "one", the first view of each sample has.
+        contrast_mode: "all": every view is an anchor; "one": only the first view of each sample is.
         base_temperature: the loss is multiplied by temperature / base_temperature.
 
     Raises:

@@ -24,7 +24,7 @@ def clip_loss(
     return_metrics: bool = False,
     group: ProcessGroup | None = None,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-    r"""The symmetric softmax loss of CLIP (arXiv:2103.00020), with labels that of UniCL (arXiv:2204.03610).
+    r"""The symmetric softmax loss of CLIP (arXiv:2103.00020); with labels, that of UniCL (arXiv:2204.03610).
 
     With S = logit_scale image_features text_features^T, each image must find its text among all texts, and each text
     its image among all images:
@@ -43,23 +43,24 @@ def clip_loss(
         label_smoothing: the share of the target that is spread over all columns, as in
             `torch.nn.functional.cross_entropy`.
         reduction: "mean" over the B pairs, "sum", or "none".
-        return_metrics: also return what people log, at no further product.
-        group: processes that hold B pairs each of one batch: the images and texts of all of them are a pair's
-            negatives. None: this process alone. All must call this, and the backward pass, with the same arguments
-            but for the features. The texts travel from one to the next (`fastssl.distributed`): nobody holds the
-            whole batch. Without labels only.
+        return_metrics: also return the metrics that people log; they cost no further product.
+        group: processes that each hold B pairs of one batch: the images and texts of all of them are a pair's
+            negatives. None: this process alone. All must call this function and its backward pass, with the same
+            arguments except for the features. The texts travel from one process to the next (`fastssl.distributed`):
+            none holds the whole batch. Only without labels.
 
     Returns:
-        0-d loss, or with "none" (B,) losses, in image_features' dtype, float32 under autocast. The mean over an
-        empty batch is NaN. With return_metrics (loss, metrics), detached 0-d float32 tensors: "image_accuracy" and
-        "text_accuracy", the shares of images and of texts whose own partner is more similar than any other (not with
-        labels); "positive_similarity", the mean <image_i, text_i>; "alignment", the mean |image_i - text_i|^2
-        (arXiv:2005.10242).
+        0-d loss, or with "none" (B,) losses, in image_features' dtype, float32 under autocast. The mean over an empty
+        batch is NaN. With return_metrics, (loss, metrics); the metrics are detached 0-d float32 tensors:
+        "image_accuracy" and "text_accuracy", the shares of images and of texts whose own partner is more similar than
+        any other (not with labels); "positive_similarity", the mean <image_i, text_i>; "alignment", the mean |image_i -
+        text_i|^2 (arXiv:2005.10242).
 
         With a group, the loss (and metrics) of this process's pairs. The mean over the processes of their mean losses
-        is that of one process on the whole batch. Gradients of features are those of the sum of the processes' losses,
-        and of logit_scale each process gets a share of that: averaged over the processes, as DistributedDataParallel
-        does, gradients of parameters are those of one process on the whole batch. There are no second derivatives.
+        is that of one process on the whole batch. The gradients of the features are those of the sum of the processes'
+        losses, and each process gets a share of the gradient of logit_scale: averaged over the processes, as
+        DistributedDataParallel does, the gradients of parameters are those of one process on the whole batch. There are
+        no second derivatives.
 
     Raises:
         TypeError: if features or labels are no tensors, or logit_scale neither number nor tensor.

@@ -34,14 +34,14 @@ def dcl(
         z1: (B, D) embeddings of the first views; float32, bfloat16, float16 or float64.
         z2: (B, D) embeddings of the second views, of z1's dtype and device.
         temperature: T, a number, or a 0-d tensor, which gets its exact gradient.
-        weight_fn: (rows, partners) -> (B,) weights w of the positives, called for either side with its (normalised)
-            rows and those of the other; None: 1.
+        weight_fn: (rows, partners) -> (B,) weights w of the positives, called once for each side, with its (normalised)
+            rows and those of the other side; None: 1.
         normalize: divide each row by its Euclidean norm, as `torch.nn.functional.normalize` does.
         reduction: "mean" over the 2B rows, "sum", or "none".
 
     Returns:
-        0-d loss, or with "none" (2B,) losses, those of z1's rows first; in z1's dtype, float32 under autocast. The
-        mean over an empty batch is NaN, and a pair alone has no negatives: minus infinity.
+        0-d loss, or with "none" (2B,) losses, those of z1's rows first; in z1's dtype, float32 under autocast. The mean
+        over an empty batch is NaN. A single pair has no negatives: its loss is minus infinity.
 
     Raises:
         TypeError: if z1 or z2 is no tensor, or temperature neither number nor tensor.

@@ -51,21 +51,21 @@ def info_nce(
         negative_mode: "unpaired" or "paired", the shape of negative_keys.
         in_batch_negatives: whether other queries' positive keys are negatives; None: where there are no
             negative_keys.
-        symmetric: the mean of this loss and that in which queries and positive keys have changed places; only
-            where other rows of the batch are the only negatives.
+        symmetric: take the mean of this loss and the one with queries and positive keys exchanged; only where other
+            rows of the batch are the only negatives.
         normalize: divide each row by its Euclidean norm, as `torch.nn.functional.normalize` does.
         label_smoothing: the share of the target that is spread over all of a query's keys, as in
             `torch.nn.functional.cross_entropy`; only where other rows of the batch are the only negatives.
         reduction: "mean" over the B queries, "sum", or "none".
-        return_metrics: also return what people log, at no further product.
-        group: processes that hold a part of the batch each, see `clip_loss`; where in_batch_negatives are, the positive
-            keys of all of them are a query's negatives. negative_keys stay where they are.
+        return_metrics: also return the metrics that people log; they cost no further product.
+        group: processes that each hold a part of the batch, see `clip_loss`; with in_batch_negatives, the positive keys
+            of all of them are a query's negatives. negative_keys stay where they are.
 
     Returns:
-        0-d loss, or with "none" (B,) losses, in query's dtype, float32 under autocast. The mean over an empty batch
-        is NaN. A query without negatives has loss 0. With return_metrics (loss, metrics), detached 0-d float32
-        tensors: "accuracy", the share of queries that are more similar to their positive key than to any negative
-        (where symmetric, of both directions); "positive_similarity", the mean <q_i, k_i>; "alignment", the mean
+        0-d loss, or with "none" (B,) losses, in query's dtype, float32 under autocast. The mean over an empty batch is
+        NaN. A query without negatives has loss 0. With return_metrics, (loss, metrics); the metrics are detached 0-d
+        float32 tensors: "accuracy", the share of queries that are more similar to their positive key than to any
+        negative (if symmetric, over both directions); "positive_similarity", the mean <q_i, k_i>; "alignment", the mean
         |q_i - k_i|^2 (arXiv:2005.10242).
 
     Raises:

@@ -26,14 +26,14 @@ def nt_xent(
     Args:
         z1: (B, D) embeddings of the first views; float32, bfloat16, float16 or float64.
         z2: (B, D) embeddings of the second views, of z1's dtype and device.
-        temperature: divides the similarities: a number, or a 0-d tensor, which gets its exact gradient.
-            A negative one is taken as it stands.
+        temperature: divides the similarities: a number, or a 0-d tensor, which gets its exact gradient. A negative one
+            is used as it is.
         normalize: divide each row by its Euclidean norm, as `torch.nn.functional.normalize` does.
         reduction: "mean" over the 2B rows, "sum", or "none".
 
     Returns:
-        0-d loss, or with "none" (2B,) losses, those of z1's rows first; in z1's dtype, float32 under autocast.
-        The mean over an empty batch is NaN. NaN and Inf in z1 or z2 come out as NaN.
+        0-d loss, or with "none" (2B,) losses, those of z1's rows first; in z1's dtype, float32 under autocast. The mean
+        over an empty batch is NaN. A NaN or Inf in z1 or z2 makes the loss NaN.
 
     Raises:
         TypeError: if z1 or z2 is no tensor, or temperature neither number nor tensor.

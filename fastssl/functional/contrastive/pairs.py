@@ -22,9 +22,8 @@ def pair_loss(
     ring: Ring | None = None,
 ) -> tuple[Tensor, tuple[Sums, Sums]]:
     """The mean of the cross-entropies of row i and of column i of scale x y^T, and the sums over the negatives of both.
-
-    The positive is the diagonal, or with labels all rows and columns of the same label alike, and then the sums are
-    over all.
+    The positive is the diagonal, or with labels all rows and columns of the same label alike; the sums are then over
+    all.
     """
     if labels is None and ring is None:
         loss, _, *sums = contrastive.clip_loss(x, y, scale, precision)
@@ -56,7 +55,8 @@ def mean_row(x: Tensor, ring: Ring | None = None) -> Tensor:
 def pair_metrics(
     x: Tensor, y: Tensor, scale: Tensor, negatives: list[list[Sums]]
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """The shares of rows whose positive is above the largest negative, for each set of these; and what pairs give."""
+    """For each set of negatives, the share of rows whose positive is above the largest of them; and the metrics of the
+    pairs."""
     x, y = (t.detach().to(accumulate_dtype(t.dtype)) for t in (x, y))
     similarity = dot(x, y)
     distance = (x - y).square().sum(1)

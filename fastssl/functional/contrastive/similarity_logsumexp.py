@@ -30,18 +30,20 @@ def similarity_logsumexp(
     positives, it is `similarity_logsumexp(x, y, scale=s, offset=pos)`.
 
     The M x N similarities are never stored: memory is O((M + N) D). A y that needs no gradient may be overwritten
-    between the forward and the backward pass, as a queue is; a second derivative needs its values and then raises.
+    between the forward and the backward pass, as a queue is; a second derivative, which needs the old values, then
+    raises.
 
     Args:
         x: (M, D) rows; float32, bfloat16, float16 or float64. They are not normalised here.
         y: (N, D) rows, of x's dtype and device.
         scale: multiplies the similarities: a number, or a 0-d tensor, which gets its exact gradient.
-        exclude: (M,) int64, the column to leave out of each row; -1, or any number that is no column, leaves none out.
-        offset: (M,) subtracted from each row's result, which is then as accurate as the difference is small.
+        exclude: (M,) int64, the column to leave out of each row; -1, or any other number that is not a column, leaves
+            none out.
+        offset: (M,) subtracted from each row's result. No accuracy is lost where the difference is small.
 
     Returns:
-        (M,) in float32, in float64 for float64. Minus infinity where no column is left, with a gradient of zero.
-        NaN where a similarity that is not left out is NaN or plus infinity.
+        (M,) in float32, or in float64 for float64. Minus infinity where no column is left, with a gradient of zero. NaN
+        where a similarity that is not left out is NaN or plus infinity.
 
     Raises:
         TypeError: if x, y, exclude or offset is no tensor, or scale neither number nor tensor.

@@ -19,11 +19,12 @@ def sup_con(
     normalize: bool = True,
     reduction: str = "mean",
 ) -> Tensor:
-    r"""Supervised contrastive learning (SupCon, arXiv:2004.11362), its L_out: the positives are outside of the log.
+    r"""Supervised contrastive learning (SupCon, arXiv:2004.11362): the paper's L_out, with the positives outside the
+    log.
 
         loss_i = log sum_{j != i} exp(S_ij) - mean_{j in P(i)} S_ij,    S = z z^T / temperature,
 
-    P(i) being the other rows of row i's label. A row without any has loss 0, and counts in the mean. The N x N
+    P(i) being the other rows of row i's label. A row without any has loss 0, and still counts in the mean. The N x N
     similarities are never stored: memory is O(N D).
 
     Args:
