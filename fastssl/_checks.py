@@ -170,6 +170,19 @@ def check_pair_of_sizes(name: str, sizes: int | tuple[int, int]) -> tuple[int, i
     return pair[0], pair[1]
 
 
+def check_adamw(lr: float | Tensor, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise TypeError(f"betas must be two numbers, got {betas!r}")
+    for i, beta in enumerate(betas):
+        check_number(f"betas[{i}]", beta)
+        if not 0 <= beta < 1:
+            raise ValueError(f"betas[{i}] must be from 0 to below 1, got {beta}")
+    for name, number in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+        (check_scalar if name == "lr" else check_number)(name, number)
+        if not isinstance(number, Tensor) and number < 0:
+            raise ValueError(f"{name} must not be negative, got {number}")
+
+
 def check_number(name: str, number: float) -> None:
     if not isinstance(number, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(number).__name__}")

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastssl._checks import check_adamw
 from fastssl.functional import adamw_ema_step_, ema_update_
 from fastssl.nn import EMA
+
+_NUMBERS = ("lr", "betas", "eps", "weight_decay")
+_VARIANTS = ("amsgrad", "maximize", "capturable", "differentiable")
 
 
 class AdamW(torch.optim.AdamW):
@@ -26,14 +31,16 @@ class AdamW(torch.optim.AdamW):
         params: float32 or float64 parameters, or groups of them; they may include parameters that are not the
             student's, such as a predictor's, and need not include all of the student's.
         lr, betas, eps, weight_decay: as torch.optim.AdamW's.
+        foreach, fused: as torch.optim.AdamW's, kept for its checkpoints; the step is always fused.
+        amsgrad, maximize, capturable, differentiable: False.
         teacher: the average that `step` updates, with the momentum that is due.
         student: the model that it follows.
 
     Raises:
-        TypeError: if teacher is no EMA.
+        TypeError: if teacher is no EMA, or what should be a number is none.
         ValueError: if numbers are out of range, parameters or gradients are of another dtype, or sparse, parameters of
-            student and teacher differ in number or shape, or a group, perhaps a loaded one, asks for `amsgrad`,
-            `maximize` or `differentiable`.
+            student and teacher differ in number or shape, `foreach` and `fused` are both True, or one of `amsgrad`,
+            `maximize`, `capturable` and `differentiable` is, perhaps in a loaded group.
     """
 
     def __init__(
@@ -43,7 +50,13 @@ class AdamW(torch.optim.AdamW):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
+        amsgrad: bool = False,
         *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
         teacher: EMA,
         student: nn.Module,
     ) -> None:
@@ -52,7 +65,17 @@ class AdamW(torch.optim.AdamW):
         shapes = [[tuple(p.shape) for p in model.parameters()] for model in (student, teacher.module)]
         if shapes[0] != shapes[1]:
             raise ValueError(f"student must have the teacher's parameters, of shapes {shapes[1]}, got {shapes[0]}")
-        super().__init__(params, lr, betas, eps, weight_decay)
+        variants = amsgrad, maximize, capturable, differentiable
+        _refuse_variants(dict(zip(_VARIANTS, variants, strict=True)))
+        if foreach and fused:
+            raise ValueError(f"foreach and fused must not both be True, got {foreach} and {fused}")
+        numbers = _plain({"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        check_adamw(**numbers)
+        super().__init__(params, **numbers)
+        how = {"foreach": foreach, "fused": fused}  # torch.optim.AdamW would refuse some, or scale gradients in `step`
+        self.defaults |= how
+        for group in self.param_groups:
+            group |= {name: value for name, value in how.items() if group[name] is None}
         self.teacher, self.student = teacher, student
 
     @torch.no_grad()
@@ -78,7 +101,7 @@ class AdamW(torch.optim.AdamW):
                 [state["exp_avg_sq"] for state in states],
                 [teachers.pop(p, p) for p in params],
                 [state["step"] for state in states],
-                **{name: group[name] for name in ("lr", "betas", "eps", "weight_decay")},
+                **{name: group[name] for name in _NUMBERS},
                 momentum=momentum,
             )
         ema_update_(teachers.values(), teachers, momentum)
@@ -92,21 +115,38 @@ class AdamW(torch.optim.AdamW):
         return state
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group must be a dict, got {type(param_group).__name__}")
         _refuse_variants(param_group)
-        super().add_param_group(param_group)
+        group = _plain(param_group)
+        check_adamw(**{name: group.get(name, self.defaults[name]) for name in _NUMBERS})
+        super().add_param_group(group)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "teacher": self.teacher, "student": self.student}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         for group in state["param_groups"]:
-            _refuse_variants(group)
+            _refuse_variants(group | {"capturable": False})  # of others' checkpoints: what its steps did is the same
         super().__setstate__(state)
+        for group in self.param_groups:
+            group["capturable"] = False
         for of_param in self.state.values():
             of_param["step"] = of_param["step"].to("cpu", torch.float32)
 
 
 def _refuse_variants(group: dict[str, Any]) -> None:
-    for name in ("amsgrad", "maximize", "differentiable"):
+    for name in _VARIANTS:
         if group.get(name):
             raise ValueError(f"{name} must be False, got {group[name]}")
+
+
+def _plain(group: dict[str, Any]) -> dict[str, Any]:
+    """Its numbers as Python's own, lest checkpoints hold numpy's."""
+
+    def plain(number: Any) -> Any:
+        if isinstance(number, (tuple, list)):
+            return tuple(map(plain, number))
+        return float(number) if isinstance(number, Real) and not isinstance(number, bool) else number
+
+    return group | {name: plain(group[name]) for name in _NUMBERS if name in group}

@@ -6,6 +6,7 @@ import copy
 import math
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -133,6 +134,77 @@ def test_a_copy_of_an_optimizer_moves_its_own_student_and_teacher(copied):
     optimizer.step()
     torch.testing.assert_close(other.state_dict(), model.state_dict(), rtol=0, atol=0)
     torch.testing.assert_close(follower.state_dict(), teacher.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("how", [{}, {"fused": True}, {"foreach": True}, {"foreach": False, "fused": False}], ids=str)
+def test_takes_what_torchs_constructor_takes(how):
+    model, follower = nn.Linear(3, 1), nn.Linear(3, 1)
+    follower.load_state_dict(model.state_dict())
+    teacher = EMA(model, 0.5)
+    arguments = 0.1, (0.8, 0.9), 1e-7, 0.2, False
+    ours = AdamW(model.parameters(), *arguments, maximize=False, **how, teacher=teacher, student=model)
+    other = torch.optim.AdamW(follower.parameters(), *arguments, maximize=False, **how)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    for x, optimizer in ((model, ours), (follower, other)):
+        scaler.scale(x(torch.ones(2, 3)).sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    torch.testing.assert_close(model.state_dict(), follower.state_dict())
+    assert ours.state_dict()["param_groups"] == other.state_dict()["param_groups"]
+    assert ours.defaults == other.defaults
+    _same_states(ours, other)
+
+
+def test_numbers_may_be_numpys():
+    model = nn.Linear(3, 1)
+    numbers = {"lr": np.float32(0.5), "betas": (np.float64(0.5), np.float32(0.75)), "eps": np.float16(0.5)}
+    groups = [{"params": [model.weight], "weight_decay": np.int64(0)}, {"params": [model.bias]}]
+    optimizer = AdamW(groups, **numbers, teacher=EMA(model), student=model)
+    model(torch.ones(2, 3)).sum().backward()
+    optimizer.step()
+    for group in optimizer.state_dict()["param_groups"]:
+        assert (group["lr"], group["betas"], group["eps"]) == (0.5, (0.5, 0.75), 0.5)
+        assert all(type(x) is float for x in (group["lr"], *group["betas"], group["eps"], group["weight_decay"]))
+
+
+@pytest.mark.parametrize(
+    "arguments, error, match",
+    [
+        ({"amsgrad": True}, ValueError, "amsgrad must be False, got True"),
+        ({"maximize": True}, ValueError, "maximize must be False, got True"),
+        ({"capturable": True}, ValueError, "capturable must be False, got True"),
+        ({"differentiable": True}, ValueError, "differentiable must be False, got True"),
+        ({"fused": True, "foreach": True}, ValueError, "foreach and fused must not both be True, got True and True"),
+        ({"lr": -1}, ValueError, "lr must not be negative, got -1"),
+        ({"lr": "1"}, TypeError, "lr must be a number.*got str"),
+        ({"betas": 0.9}, TypeError, "betas must be two numbers, got 0.9"),
+        ({"betas": (0.9, 1)}, ValueError, r"betas\[1\] must be from 0 to below 1, got 1"),
+        ({"betas": (torch.tensor(0.9), torch.tensor(0.9))}, TypeError, r"betas\[0\] must be a number, got Tensor"),
+        ({"eps": math.nan}, ValueError, "eps must be finite, got nan"),
+        ({"weight_decay": None}, TypeError, "weight_decay must be a number, got NoneType"),
+    ],
+)
+def test_bad_arguments(arguments, error, match):
+    model = nn.Linear(3, 1)
+    both = {"teacher": EMA(model), "student": model}
+    with pytest.raises(error, match=match):
+        AdamW(model.parameters(), **arguments, **both)
+    if not {"fused", "foreach"} & arguments.keys():
+        with pytest.raises(error, match=match):
+            AdamW([{"params": model.parameters(), **arguments}], **both)
+
+
+def test_loads_a_checkpoint_of_steps_counted_on_the_gpu():
+    model = _Byol()
+    teacher, ours = _train_byol(model, True, 2)
+    state = copy.deepcopy(ours.state_dict())
+    for group in state["param_groups"]:
+        group["capturable"] = True
+    ours.load_state_dict(state)
+    model.backward(2)
+    ours.step()
+    assert not any(group["capturable"] for group in ours.param_groups)
+    assert ours.state[model.predictor.weight]["step"] == 3 == teacher.step
 
 
 def test_bad_optimizers():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastssl import reference
-from fastssl._checks import check_number, check_scalar, check_share, check_tensors
+from fastssl._checks import check_adamw, check_scalar, check_share, check_tensors
 from fastssl.ops import current_backend, ema
 
 
@@ -100,16 +100,7 @@ def adamw_ema_step_(
     states = {"params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
     states |= {"ema_params": ema_params, "steps": steps}
     lists = {name: check_tensors(name, x) for name, x in states.items()}
-    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-        raise TypeError(f"betas must be two numbers, got {betas!r}")
-    for i, beta in enumerate(betas):
-        check_number(f"betas[{i}]", beta)
-        if not 0 <= beta < 1:
-            raise ValueError(f"betas[{i}] must be from 0 to below 1, got {beta}")
-    for name, number in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
-        (check_scalar if name == "lr" else check_number)(name, number)
-        if not isinstance(number, Tensor) and number < 0:
-            raise ValueError(f"{name} must not be negative, got {number}")
+    check_adamw(lr, betas, eps, weight_decay)
     if isinstance(lr, Tensor):
         _check_has_value("lr", lr, lists["params"])
     _check_momentum(momentum, lists["params"])
