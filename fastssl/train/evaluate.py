@@ -16,7 +16,7 @@ from fastssl.train.data.images import Images
 
 
 def pooled(features: Tensor) -> Tensor:
-    """(B, D) features as they are, of tokens (B, L, D) the mean."""
+    """(B, D) features as they are; for tokens (B, L, D), their mean."""
     return features.mean(1) if features.dim() == 3 else features
 
 
@@ -31,7 +31,7 @@ def features(encoder: nn.Module, images: Tensor, batch_size: int = 2048) -> Tens
 
 
 def accuracies(encoder: nn.Module, images: Images, limit: int = 20_000) -> dict[str, float]:
-    """`knn_accuracy` and `probe_accuracy` of the encoder's features; of the training images the first `limit`.
+    """`knn_accuracy` and `probe_accuracy` of the encoder's features; from the first `limit` training images.
 
     Without labels, the effective rank of the first `limit` test images' features, as a share of their dimensions.
     """
@@ -64,9 +64,9 @@ class Health:
 
     Attributes:
         rank: the effective rank, exp of the entropy of the singular values' shares (RankMe, arXiv:2210.02885): from 1,
-            where all rows have one direction or its opposite, to D.
-        uniformity: see `fastssl.functional.uniformity` (arXiv:2005.10242): 0 where all rows have one direction, and
-            the lower the more evenly they are spread.
+            where all rows have the same direction or its opposite, to D.
+        uniformity: see `fastssl.functional.uniformity` (arXiv:2005.10242): 0 where all rows have the same direction,
+            and the lower, the more evenly they are spread.
         alignment: mean squared distance of the unit embeddings of two views of one image, from the same paper; None
             where there is one view.
     """
@@ -77,7 +77,7 @@ class Health:
 
     @property
     def collapsed(self) -> bool:
-        """Whether all inputs have nearly one direction, within about 2 degrees, or its opposite; or NaN."""
+        """Whether all inputs have nearly the same direction, within about 2 degrees, or its opposite; or are NaN."""
         return not (self.uniformity < -1e-3 and self.rank > 1.2)
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""What methods share that learn images by what they are called: CLIP, SigLIP."""
+"""Shared by methods that learn from images and their names: CLIP, SigLIP."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastssl.train.data.text import VOCABULARY, tokenize
 from fastssl.train.method import Method
 from fastssl.train.networks.models import BagOfWords, image_encoder
 
-# What a class is called to be found by its name, as captions might say it. Their vectors' mean stands for the class.
+# How captions might name a class. The mean of these texts' vectors stands for the class.
 TEMPLATES = (
     "{}",
     "a picture of {}",
@@ -33,7 +33,7 @@ class ImageText(Method):
     """An encoder for images and one for texts, each with a linear map into one space. A subclass has the `loss`.
 
     Args:
-        temperature: what similarities are divided by at first; it is learned, as logit_scale.
+        temperature: divides the similarities at first; it is learned, as logit_scale.
         features: dimensions of the space that both share.
     """
 
@@ -50,7 +50,7 @@ class ImageText(Method):
 
     @staticmethod
     def views(batch: tuple[Tensor, Tensor], generator: torch.Generator) -> tuple[Tensor, ...]:
-        """(B, 3, H, W) uint8 images, and tokens -> a random view of each image, and the text less some of its words."""
+        """(B, 3, H, W) uint8 images, and tokens -> a random view of each image, its text without some words."""
         images, tokens = batch
         view = random_resized_crop_flip(to_float(images), generator)
         return color_jitter(view, generator), tokens * (torch.rand(tokens.shape, generator=generator) > 0.2)
@@ -64,8 +64,8 @@ class ImageText(Method):
     def evaluate(self, dataset: Pairs) -> dict[str, float]:
         """Zero-shot retrieval: shares of test images whose own text is among the nearest of all texts of the test.
 
-        And if they have classes, zero-shot classification: shares whose class is among the nearest; beside it the share
-        of the most frequent class, which is what always guessing that would find.
+        If they have classes, also zero-shot classification: the shares whose class is among the nearest, and beside
+        them the share of the most frequent class, which always guessing that class would reach.
         """
         training = self.training
         self.eval()
@@ -88,10 +88,10 @@ class ImageText(Method):
         return found
 
     def class_embeddings(self, classes: Sequence[str]) -> Tensor:
-        """(len(classes), features) unit vectors: of the unit vectors of each class's name in all TEMPLATES the mean.
+        """(len(classes), features) unit vectors: each class's mean vector over all TEMPLATES with its name.
 
-        So does CLIP (arXiv:2103.00020, section 3.1.4), whose text encoder reads sentences. That of bags of words has a
-        template's words only as a shift, the same for all classes, and more words that dilute the name.
+        CLIP does so (arXiv:2103.00020, section 3.1.4), with a text encoder that reads sentences. For bags of words a
+        template's words are only a shift, the same for all classes, and they dilute the name.
         """
         tokens = tokenize([template.format(name) for name in classes for template in TEMPLATES])
         text = F.normalize(self.text_projection(self.text_encoder(tokens)), dim=1)

@@ -1,4 +1,4 @@
-"""What methods share that compare two random views of each image."""
+"""Shared by methods that compare two random views of each image."""
 
 from __future__ import annotations
 

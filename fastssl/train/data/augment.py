@@ -1,4 +1,4 @@
-"""Random views of a batch of images, as tensors: every image its own, all at once, reproducible under a generator."""
+"""Random views of a batch of images, as tensors: one for each image, all at once, reproducible by a generator."""
 
 from __future__ import annotations
 
@@ -58,9 +58,9 @@ def color_jitter(images: Tensor, generator: torch.Generator, brightness: float =
 
 
 def saturation_jitter(images: Tensor, generator: torch.Generator, saturation: float = 0.7, grey: float = 0.2) -> Tensor:
-    """Each colour's distance from grey multiplied by 1 +- `saturation`, on the average for `grey` of the images by 0.
+    """Each colour's distance from grey multiplied by 1 +- `saturation`, for a share `grey` of them by 0.
 
-    Grey images stay, and take nothing from the generator.
+    Grey images are returned as they are, and draw nothing from the generator.
     """
     if images.shape[1] == 1:
         return images
@@ -74,7 +74,7 @@ def saturation_jitter(images: Tensor, generator: torch.Generator, saturation: fl
 def random_blur(
     images: Tensor, generator: torch.Generator, sigma: tuple[float, float] = (0.1, 1.0), share: float = 0.5
 ) -> Tensor:
-    """Each image convolved with a Gaussian of its own width in pixels; on the average `share` of them, others stay."""
+    """Each image convolved with a Gaussian of its own width in pixels; with probability `share`, else as it is."""
     batch, channels, height, width = images.shape
     chosen = torch.rand(batch, generator=generator) < share
     widths = torch.where(chosen, _uniform(batch, sigma, generator), 1e-3)

@@ -1,4 +1,4 @@
-"""What takes long to fetch or to make is kept in the user's cache."""
+"""The user's cache of what takes long to fetch or to make."""
 
 from __future__ import annotations
 
@@ -22,9 +22,8 @@ def cache_folder(name: str) -> Path:
 
 def cached(path: Path, key: str, make: Callable[[], Any]) -> Any:
     """What `make` returns, tensors and containers of them, or what it returned when `path` was written for that key.
-
-    The file begins with the SHA-256 of the key and of all that follows: if it is damaged, or of another key, it is made
-    anew. Where nothing can be written, nothing is kept.
+    The file begins with the SHA-256 of the key and of all that follows: if it is damaged, or has another key, it is
+    made anew. Where nothing can be written, nothing is kept.
     """
     with contextlib.suppress(OSError, pickle.UnpicklingError):
         digest, _, content = path.read_bytes().partition(b"\n")

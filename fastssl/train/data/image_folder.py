@@ -1,4 +1,4 @@
-"""Any folder of images, in a folder for each class or without classes: decoded once, cached as one tensor.
+"""Any folder of images, with a subfolder for each class or without classes: decoded once, cached as one tensor.
 
 pictures/cat/1.jpg          or, where the split is given,   pictures/train/cat/1.jpg
 pictures/dog/indoors/2.png                                  pictures/test/dog/2.png     (or val)
@@ -34,8 +34,8 @@ def read(folder: Path) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
     train and test, or train and val, a fifth of each class is for testing. Hidden files and linked folders are skipped.
 
     Returns:
-        (N, 3, SIZE, SIZE) uint8 images, the middle of each, in an order as good as random; (N, SIZE, SIZE) if all are
-        grey. (N,) int64 labels, the places of their classes' names in sorted order.
+        (N, 3, SIZE, SIZE) uint8 images, the middle of each, in an order that is as good as random; (N, SIZE, SIZE) if
+        all are grey. (N,) int64 labels, the positions of their classes' names in sorted order.
 
     Raises:
         DataError: if a file cannot be read as an image, or there is nothing to train on or to test, of a class or at
@@ -93,7 +93,7 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 
 def _images(root: Path) -> list[tuple[Path, str]]:
-    """Each image under `root`, with the first folder on its way, "" if there is none; in the order of a checksum."""
+    """Each image under `root`, with the first folder on its path, or "" without one; in the order of a checksum."""
     images = []
     for place, folders, files in os.walk(root):
         folders[:] = [name for name in folders if not name.startswith(".")]

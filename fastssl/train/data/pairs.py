@@ -46,7 +46,7 @@ class Pair(NamedTuple):
     """An image and its caption.
 
     Attributes:
-        concept: what it has in common with its variants, which must not be trained on where it is tested.
+        concept: what it has in common with its variants, which must not be trained on if it is tested.
         variant: whether another of the concept is to be tested, not this one.
         label: its class's name, "" if it has none.
     """
@@ -126,12 +126,12 @@ def _emoji(files: dict[str, bytes]) -> Iterator[Pair]:
 
 
 def _code(code: str) -> str:
-    """Without the sign that asks for a picture."""
+    """Without the character that asks for a picture."""
     return code.replace("-FE0F", "")
 
 
 def _concept(code: str) -> str:
-    """Without skin tone, direction, sex and age: all people are adults, and those who only are man or woman are one."""
+    """Without skin tone, direction, sex and age: all people become adults, and a mere man or woman the same person."""
     code = re.sub(r"-1F3F[B-F]|-200D-(2640|2642|27A1)", "", _code(code))
     return re.sub(r"1F46[6789]|1F9D[12]", "1F9D1", code)
 

@@ -1,4 +1,4 @@
-"""The prose of Python's documentation (PSF licence), out of Debian's package python3-doc."""
+"""The prose of Python's documentation (PSF licence), from Debian's package python3-doc."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ SYSTEM_DIRECTORY = Path("/usr/share/doc")
 def read() -> list[str]:
     """The paragraphs of the tutorial, the library's reference and all other parts, in the order of their files' names.
 
-    The package is used where it is installed, or fetched, 13 MB, for which apt-get checks its signed checksum. The
-    paragraphs stay in the user's cache. Those that come more than once are there once.
+    The package is used where it is installed; otherwise it is fetched, 13 MB, and apt-get checks its signed checksum.
+    The paragraphs stay in the user's cache, each once.
 
     Raises:
         DataError: if the package cannot be had.

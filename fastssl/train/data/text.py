@@ -1,7 +1,7 @@
 """Sentences without a data hub: the King James Bible (public domain), Python's documentation, any text file.
 
-And words as numbers: they are hashed into a fixed vocabulary of about 16,000. There is nothing to train, to store or to
-be missing. But of the Bible's 12,856 words 54 % share their number with another.
+Words become numbers by hashing into a fixed vocabulary of about 16,000: nothing needs to be trained or stored, and no
+word is missing. But of the Bible's 12,856 words 54 % share their number with another.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ KING_JAMES = {
 
 
 class Sentences(NamedTuple):
-    """(N, LENGTH) int64 tokens of a text's sentences, in its order: three quarters, and the last one for testing."""
+    """(N, LENGTH) int64 tokens of a text's sentences, in order: three quarters, and the last one for testing."""
 
     name: str
     train: Tensor

@@ -1,4 +1,4 @@
-"""Every method, by the name of its file, which is also that of its command."""
+"""Every method, by the name of its file, which is also the name of its command."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ METHODS: dict[str, type[Method]] = {
 
 
 def create(name: str, total_steps: int, dataset: Any = None, *, backbone: str | None = None, **options: Any) -> Method:
-    """The method of that name for a run of `total_steps` on `dataset`, of which it is told what its constructor asks.
+    """The method of that name for a run of `total_steps` on `dataset`, which tells its constructor what it asks for.
 
     Without a data set it is for images such as Fashion-MNIST's. `backbone` names a model of timm as image encoder.
     """

@@ -12,7 +12,7 @@ class BarlowTwins(TwoViews):
     """Each feature of one view correlates with itself in the other view, and with no other feature.
 
     Args:
-        lambda_param: weight of what other features correlate.
+        lambda_param: weight of the correlations with other features.
     """
 
     def __init__(self, *, lambda_param: float = 5e-3) -> None:

@@ -16,11 +16,11 @@ from fastssl.train.networks.vit import ViT, layers, position_embedding
 
 
 class MAE(Method):
-    """See a quarter of an image's patches, and paint the others. The encoder sees nothing else, the decoder is light.
+    """See a quarter of an image's patches, and paint the others. The encoder sees nothing else; the decoder is light.
 
     Args:
         mask_ratio: the share of patches that is hidden: at least one is, and not all.
-        norm_pix_loss: whether the pixels to paint are those of each patch less its mean, by its deviation.
+        norm_pix_loss: whether each patch to paint is standardised: minus its mean, divided by its standard deviation.
         size, colours: of the images.
     """
 

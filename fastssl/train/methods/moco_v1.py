@@ -15,8 +15,9 @@ from fastssl.train.two_views import TwoViews
 class MoCoV1(TwoViews):
     """A query finds the key of the same image among a queue of past keys; a slowly moving teacher makes the keys.
 
-    Keys are normalised by the statistics of their batch, as queries are, whatever the number of processes. The paper,
-    where each GPU has statistics of its own, shuffles batches among them lest those tell whose key is whose.
+    Keys are normalised by the statistics of their batch, as queries are, whatever the number of processes. In the paper
+    each GPU has statistics of its own, and batches are shuffled among GPUs, so that the statistics do not tell which
+    key belongs to which query.
 
     Args:
         temperature: of InfoNCE.

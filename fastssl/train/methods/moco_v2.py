@@ -12,7 +12,7 @@ from fastssl.train.methods.moco_v1 import MoCoV1
 class MoCoV2(MoCoV1):
     """MoCo with a projector of two layers, stronger augmentation and a higher temperature.
 
-    The paper's third change, a cosine schedule, is what the training loop has for all methods.
+    The paper's third change, a cosine schedule, applies to all methods here.
 
     Args:
         temperature: of InfoNCE.

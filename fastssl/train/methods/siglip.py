@@ -10,7 +10,7 @@ from fastssl.train.image_text import ImageText
 
 
 class SigLIP(ImageText):
-    """Of every image and every text of the batch, whether they belong together: each is a decision of its own.
+    """Whether an image and a text belong together is a binary decision of its own, for every pair in the batch.
 
     Args:
         temperature: of the sigmoid at first; it is learned.

@@ -47,7 +47,7 @@ class SimCSE(Method):
 
     @torch.no_grad()
     def evaluate(self, dataset: Sentences) -> dict[str, float]:
-        """The share of test sentences with a neighbour in the data, before or after, among their nearest."""
+        """The share of test sentences whose neighbour in the text, the one before or after, is among the nearest."""
         training = self.training
         self.eval()
         z = torch.cat([self.encoder(tokens) for tokens in dataset.test.split(1024)])

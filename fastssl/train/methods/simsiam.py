@@ -14,7 +14,7 @@ from fastssl.train.two_views import TwoViews
 class SimSiam(TwoViews):
     """From one view of an image predict the projection of the other, which is taken as a constant. No teacher.
 
-    That, the stop-gradient, is what keeps all images from getting the same projection.
+    This stop-gradient is what keeps all images from getting the same projection.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Supervised learning: the classifier of labelled images that methods without labels are measured by."""
+"""Supervised learning: the classifier of labelled images against which methods without labels are measured."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Supervised(Method):
 
     @torch.no_grad()
     def evaluate(self, dataset: Images) -> dict[str, float]:
-        """Beside what its features are worth to others, the share of test images whose class it tells itself."""
+        """What its features are worth, and the share of test images that it classifies correctly itself."""
         classes = self.head(features(self.encoder, dataset.test)).argmax(1)
         return {**super().evaluate(dataset), "accuracy": (classes == dataset.test_labels).float().mean().item()}
 

@@ -1,16 +1,15 @@
-"""Batch normalisation over a batch that is spread over processes; torch.nn.SyncBatchNorm has none for CPUs.
-
-With the mean m and the variance v of each channel, over the n values that all processes together have of it,
+"""Batch normalisation over a batch that is spread over processes; torch.nn.SyncBatchNorm does not run on CPUs. With the
+mean m and the variance v of each channel, over its n values in all processes together,
 
     x^ = (x - m) / sqrt(v + eps),    y = w x^ + b.
 
-A process has the mean m_p and the variance v_p of its own values. Where all have as many, m = mean_p m_p and
-v = mean_p (v_p + (m_p - m)^2), a sum without cancellation. With the gradient g of y,
+A process has the mean m_p and the variance v_p of its own values. As all have equally many, m = mean_p m_p and v =
+mean_p (v_p + (m_p - m)^2), a sum without cancellation. With the gradient g of y,
 
     db = sum g,    dw = sum g x^,    dx = w / sqrt(v + eps) (g - mean g - x^ mean(g x^)),
 
-the sums over this process's values, the means over everybody's. Either pass costs one exchange of two numbers for
-each channel.
+the sums over this process's values, the means over those of all. Each pass costs one exchange of two numbers per
+channel.
 """
 
 from __future__ import annotations
@@ -27,10 +26,10 @@ from fastssl.distributed import gather_rows, mean_over_processes, world_size
 
 
 def synchronize(module: nn.Module) -> None:
-    """Makes every batch normalisation in it one of all processes; parameters, buffers and names stay what they are.
+    """Make every batch normalisation in it one over all processes; parameters, buffers and names do not change.
 
     Raises:
-        ValueError: if it has one of another class than PyTorch's, of which nobody knows what else it does.
+        ValueError: if it has a batch normalisation of another class than PyTorch's, whose behaviour is not known.
     """
     for name, layer in module.named_modules():
         if type(layer) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):

@@ -14,7 +14,7 @@ _backbone: ContextVar[list[nn.Module] | None] = ContextVar("backbone", default=N
 
 @contextlib.contextmanager
 def backbone(name: str | None, size: int) -> Iterator[None]:
-    """A method that is made in this block has timm's model of that name where it asks for an `image_encoder`.
+    """A method that is made in this block gets timm's model of that name as its `image_encoder`.
 
     Args:
         name: None: `Encoder`.
@@ -48,7 +48,7 @@ class Timm(nn.Module):
 
     Args:
         name: as `timm.list_models()` has it.
-        size: of the images, for those that must know.
+        size: of the images, for models that must know it.
     """
 
     def __init__(self, name: str, size: int) -> None:
@@ -94,7 +94,7 @@ class Encoder(nn.Sequential):
         return super().forward(images.expand(-1, 3, -1, -1))
 
     def stages(self) -> list[nn.Module]:
-        """What holds its weights, from input to output: a convolution and what follows it."""
+        """Its stages, from input to output: a convolution and what follows it."""
         return [nn.Sequential(*list(self)[place : place + 3]) for place in (0, 3, 6, 9)]
 
 

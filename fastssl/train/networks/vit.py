@@ -35,7 +35,7 @@ class ViT(nn.Module):
         return self.layers(self.patch_embed(images, ids_keep) + places)
 
     def stages(self) -> list[nn.Module]:
-        """What holds its weights, from input to output, but for the last normalisation, which is the head's."""
+        """Its stages, from input to output, without the last normalisation, which counts as the head's."""
         return [self.patch_embed, *self.layers[:-1]]
 
 
