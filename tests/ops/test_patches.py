@@ -263,27 +263,6 @@ def test_patch_embed_is_as_accurate_as_eager(dtype, backend):
     assert tokens.dtype == dtype and _relative(tokens, truth) <= 2 * eager
 
 
-def test_patch_embed_module(backend):
-    """With timm's parameters, on images and on videos."""
-    images, ids = _normal(2, 3, 32, 48), torch.tensor([[5, 0], [3, 4]])
-    module = PatchEmbed((32, 48), 16, embed_dim=20)
-    assert module.grid_size == (2, 3) and module.num_patches == 6 and module.patch_size == (16, 16)
-    assert {n: tuple(p.shape) for n, p in module.named_parameters()} == {
-        "proj.weight": (20, 3, 16, 16),
-        "proj.bias": (20,),
-    }
-    tokens = module.proj(images).flatten(2).transpose(1, 2)
-    torch.testing.assert_close(module(images), tokens, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(
-        module(images, ids), tokens.gather(1, ids[:, :, None].expand(-1, -1, 20)), rtol=1e-4, atol=1e-5
-    )
-    video = PatchEmbed(32, (16, 8), 2, 20, tubelet_size=2, bias=False)
-    clips = _normal(2, 2, 4, 32, 32)
-    tokens = video.proj(clips).flatten(2).transpose(1, 2)
-    torch.testing.assert_close(video(clips), tokens, rtol=1e-4, atol=1e-5)
-    assert [n for n, _ in video.named_parameters()] == ["proj.weight"] and tokens.shape[1] == 2 * video.num_patches
-
-
 def _gradient(pred: Tensor, target: Tensor, **options) -> Tensor:
     """Of the sum over all rows as masked, (1, L, D) each."""
     leaf = pred.clone().requires_grad_()
@@ -310,14 +289,6 @@ def test_a_gradient_in_bfloat16_is_that_in_float32_rounded(kernels, loss):
     gradient, exact = (_gradient(x, target, loss=loss) for x in (pred, pred.float()))
     assert gradient.dtype == torch.bfloat16
     torch.testing.assert_close(gradient, exact.bfloat16(), rtol=0, atol=0)
-
-
-def test_checkpoints_of_timm_load(timm):
-    theirs, ours = timm.layers.PatchEmbed(32, 8, 3, 20), PatchEmbed(32, 8, 3, 20)
-    ours.load_state_dict(theirs.state_dict())
-    images = _normal(2, 3, 32, 32)
-    assert (ours.img_size, ours.grid_size, ours.num_patches) == (theirs.img_size, theirs.grid_size, theirs.num_patches)
-    torch.testing.assert_close(ours(images), theirs(images), rtol=1e-4, atol=1e-5)
 
 
 def test_derivatives_are_numerically_right(backend):
@@ -348,15 +319,6 @@ def test_opcheck(suffix):
         "masked_feature_loss_backward": (grad, pred, pred, mask, "cosine", 1.0),
     }.items():
         torch.library.opcheck(getattr(torch.ops.fastssl, name + suffix).default, args)
-
-
-def test_patch_embed_compiles(backend):
-    module, ids, images = PatchEmbed((8, 12), 4, embed_dim=5), _ids(2, 3, 6), _normal(2, 3, 8, 12).requires_grad_()
-    results = []
-    for function in (module, torch.compile(module, fullgraph=True, backend="aot_eager")):
-        tokens = function(images, ids)
-        results.append((tokens, *torch.autograd.grad(tokens.square().sum(), (images, *module.parameters()))))
-    torch.testing.assert_close(*results)
 
 
 def test_threads_change_nothing(kernels):
