@@ -12,12 +12,19 @@ from fastssl import reference
 from fastssl.ops._precision import accumulate_dtype, autocast_enabled
 
 
+def as_tensor(number: float | Tensor, dtype: torch.dtype, device: torch.device | str | None = None) -> Tensor:
+    """0-d; device None: where the tensor is, or the CPU."""
+    if isinstance(number, Tensor):
+        return number.to(device=device, dtype=dtype)
+    if torch.compiler.is_compiling():
+        # What multiplies a tensor may vary from call to call. Anything else would be compiled anew for each value.
+        return torch.ones((), dtype=dtype, device=device or "cpu") * number
+    return torch.full((), number, dtype=dtype, device=device or "cpu")
+
+
 def as_scalar(scalar: float | Tensor, x: Tensor) -> Tensor:
-    """0-d, on x's device, in the dtype of sums."""
-    dtype = accumulate_dtype(x.dtype)
-    if isinstance(scalar, Tensor):
-        return scalar.to(device=x.device, dtype=dtype)
-    return torch.full((), scalar, dtype=dtype, device=x.device)
+    """On x's device, in the dtype of sums."""
+    return as_tensor(scalar, accumulate_dtype(x.dtype), x.device)
 
 
 def inverse(temperature: float | Tensor, x: Tensor) -> Tensor:

@@ -1,9 +1,14 @@
-"""The checks of arguments. Each error names the argument, the rule and the value."""
+"""The checks of arguments. Each error names the argument, the rule and the value.
+
+A check returns its argument in the form in which the rest takes it: numpy's numbers as Python's, a tensor of one
+element as a 0-d one, and tensors that autocast allows to be of unlike dtypes in the widest of theirs.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,8 +16,11 @@ from torch import Tensor
 from fastssl import distributed
 from fastssl.distributed import ProcessGroup
 from fastssl.ops import current_backend
+from fastssl.ops._precision import accumulate_dtype, autocast_enabled
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_AUTOCAST_DTYPES = _DTYPES[:3]  # float64 goes through autocast as it is
+_LARGEST = {dtype: torch.finfo(accumulate_dtype(dtype)).max for dtype in _DTYPES}  # number that sums hold
 
 
 def check_group(group: ProcessGroup | None) -> None:
@@ -22,22 +30,14 @@ def check_group(group: ProcessGroup | None) -> None:
             raise ValueError(f"group must be None with the backend 'reference', got {group!r}")
 
 
-def check_pair(z1: Tensor, z2: Tensor, name1: str = "z1", name2: str = "z2") -> None:
-    check_rows(name1, z1, "(B, D)")
-    check_rows(name2, z2, "(B, D)")
-    if z1.shape != z2.shape:
-        raise ValueError(f"{name1} and {name2} must have the same shape, got {tuple(z1.shape)} and {tuple(z2.shape)}")
-    check_alike(name1, z1, name2, z2)
+# Tensors
 
 
-def check_batch(group: ProcessGroup | None, **views: Tensor) -> None:
-    """A loss on columns needs at least two rows, counting those of the other processes of group."""
-    rows, (name, z) = 1, next(iter(views.items()))
-    if group is not None:
-        distributed.check_alike(group, views)
-        rows = group.size()
-    if rows * z.shape[0] < 2:
-        raise ValueError(f"{name} must have at least 2 rows, got shape {tuple(z.shape)}")
+def check_tensor(name: str, x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a Tensor, got {type(x).__name__}")
+    if x.layout is not torch.strided or x.is_nested:
+        raise ValueError(f"{name} must be a dense tensor, got {'a nested one' if x.is_nested else x.layout}")
 
 
 def check_tensors(name: str, tensors: Iterable[Tensor]) -> list[Tensor]:
@@ -53,53 +53,8 @@ def check_tensors(name: str, tensors: Iterable[Tensor]) -> list[Tensor]:
     return found
 
 
-def check_ids(name: str, ids: Tensor, x: Tensor, name_x: str = "tokens") -> None:
-    if not isinstance(ids, Tensor):
-        raise TypeError(f"{name} must be a Tensor, got {type(ids).__name__}")
-    if ids.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"{name} must have dtype torch.int64 or torch.int32, got {ids.dtype}")
-    if ids.dim() != 2 or ids.shape[0] != x.shape[0]:
-        raise ValueError(f"{name} must have shape ({x.shape[0]}, K), a row for each sample, got {tuple(ids.shape)}")
-    if ids.device != x.device:
-        raise ValueError(f"{name} and {name_x} must be on the same device, got {ids.device} and {x.device}")
-
-
-def check_negatives(query: Tensor, negative_keys: Tensor | None, negative_mode: str) -> None:
-    if negative_mode not in ("unpaired", "paired"):
-        raise ValueError(f"negative_mode must be 'unpaired' or 'paired', got {negative_mode!r}")
-    if negative_keys is None:
-        return
-    paired = negative_mode == "paired"
-    check_rows("negative_keys", negative_keys, "(B, K, D)" if paired else "(K, D)", 3 if paired else 2)
-    if negative_keys.shape[-1] != query.shape[1] or (paired and negative_keys.shape[0] != query.shape[0]):
-        raise ValueError(
-            f"negative_keys must have as many features as query, and with 'paired' as many rows, got"
-            f" {tuple(negative_keys.shape)} and {tuple(query.shape)}"
-        )
-    check_alike("query", query, "negative_keys", negative_keys)
-
-
-def check_labels(labels: Tensor, x: Tensor, name: str) -> None:
-    if not isinstance(labels, Tensor):
-        raise TypeError(f"labels must be a Tensor, got {type(labels).__name__}")
-    if labels.dtype != torch.int64:
-        raise ValueError(f"labels must have dtype torch.int64, got {labels.dtype}")
-    if labels.shape != x.shape[:1]:
-        raise ValueError(f"labels must have shape ({x.shape[0]},), as {name} has rows, got {tuple(labels.shape)}")
-    if labels.device != x.device:
-        raise ValueError(f"labels and {name} must be on the same device, got {labels.device} and {x.device}")
-
-
-def check_share(name: str, share: float) -> None:
-    if not isinstance(share, (int, float)):
-        raise TypeError(f"{name} must be a number, got {type(share).__name__}")
-    if not 0 <= share <= 1:
-        raise ValueError(f"{name} must be from 0 to 1, got {share}")
-
-
 def check_rows(name: str, z: Tensor, shape: str, dims: int = 2) -> None:
-    if not isinstance(z, Tensor):
-        raise TypeError(f"{name} must be a Tensor, got {type(z).__name__}")
+    check_tensor(name, z)
     if z.dtype not in _DTYPES:
         raise ValueError(f"{name} must have a floating-point dtype of 16, 32 or 64 bits, got {z.dtype}")
     if z.dim() != dims:
@@ -108,94 +63,263 @@ def check_rows(name: str, z: Tensor, shape: str, dims: int = 2) -> None:
         raise ValueError(f"{name} must have at least one feature, got shape {tuple(z.shape)}")
 
 
+def check_same_device(name1: str, x1: Tensor, name2: str, x2: Tensor) -> None:
+    if x1.device != x2.device:
+        raise ValueError(f"{name1} and {name2} must be on the same device, got {x1.device} and {x2.device}")
+    if type(x1) is not type(x2):
+        check_same_kind(name1, x1, name2, x2)
+
+
+def check_same_kind(name1: str, x1: Tensor, name2: str, x2: Tensor) -> None:
+    """Both with values, or both without: on the meta device, or fake."""
+    kinds = ["a meta tensor" if x.is_meta else "a fake one" if _is_fake(x) else "a real one" for x in (x1, x2)]
+    if kinds[0] != kinds[1]:
+        raise ValueError(f"{name1} and {name2} must both be meta, fake or real tensors, got {' and '.join(kinds)}")
+
+
+def _is_fake(x: Tensor) -> bool:
+    return not torch.compiler.is_compiling() and isinstance(x, torch._subclasses.FakeTensor)
+
+
+def check_alike(name1: str, z1: Tensor, name2: str, z2: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in one dtype. Under autocast they may be of unlike dtypes: the narrower becomes as wide as the other, which
+    loses nothing and copies nothing wide, and its gradient comes back in its own dtype."""
+    check_same_device(name1, z1, name2, z2)
+    if z1.dtype != z2.dtype:
+        if not (z1.dtype in _AUTOCAST_DTYPES and z2.dtype in _AUTOCAST_DTYPES and autocast_enabled(z1)):
+            raise ValueError(f"{name1} and {name2} must have the same dtype, got {z1.dtype} and {z2.dtype}")
+        dtype = torch.promote_types(z1.dtype, z2.dtype)
+        return z1.to(dtype), z2.to(dtype)
+    return z1, z2
+
+
+def check_pair(z1: Tensor, z2: Tensor, name1: str = "z1", name2: str = "z2") -> tuple[Tensor, Tensor]:
+    check_rows(name1, z1, "(B, D)")
+    check_rows(name2, z2, "(B, D)")
+    if z1.shape != z2.shape:
+        raise ValueError(f"{name1} and {name2} must have the same shape, got {tuple(z1.shape)} and {tuple(z2.shape)}")
+    return check_alike(name1, z1, name2, z2)
+
+
+def check_batch(group: ProcessGroup | None, **views: Tensor) -> None:
+    """A loss on columns needs at least two rows, counting those of the other processes of group."""
+    rows, (name, z) = 1, next(iter(views.items()))
+    if group is not None:
+        distributed.check_alike(group, views)
+        rows = group.size()
+    if rows * z.shape[0] < 2:
+        raise ValueError(f"{name} must have at least 2 rows, got shape {tuple(z.shape)}")
+
+
 def check_features(name1: str, z1: Tensor, name2: str, z2: Tensor) -> None:
     if z1.shape[1] != z2.shape[1]:
         shapes = f"{tuple(z1.shape)} and {tuple(z2.shape)}"
         raise ValueError(f"{name1} and {name2} must have the same number of features, got {shapes}")
 
 
-def check_alike(name1: str, z1: Tensor, name2: str, z2: Tensor) -> None:
-    if z1.dtype != z2.dtype:
-        raise ValueError(f"{name1} and {name2} must have the same dtype, got {z1.dtype} and {z2.dtype}")
-    if z1.device != z2.device:
-        raise ValueError(f"{name1} and {name2} must be on the same device, got {z1.device} and {z2.device}")
+def check_negatives(
+    query: Tensor, positive_key: Tensor, negative_keys: Tensor | None, negative_mode: str
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """All three in one dtype."""
+    check_choice("negative_mode", negative_mode, ("unpaired", "paired"))
+    if negative_keys is None:
+        return query, positive_key, None
+    paired = negative_mode == "paired"
+    check_rows("negative_keys", negative_keys, "(B, K, D)" if paired else "(K, D)", 3 if paired else 2)
+    if negative_keys.shape[-1] != query.shape[1] or (paired and negative_keys.shape[0] != query.shape[0]):
+        raise ValueError(
+            f"negative_keys must have as many features as query, and with 'paired' as many rows, got"
+            f" {tuple(negative_keys.shape)} and {tuple(query.shape)}"
+        )
+    query, negative_keys = check_alike("query", query, "negative_keys", negative_keys)
+    return query, positive_key.to(query.dtype), negative_keys
+
+
+def check_ids(name: str, ids: Tensor, x: Tensor, name_x: str = "tokens") -> None:
+    check_tensor(name, ids)
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"{name} must have dtype torch.int64 or torch.int32, got {ids.dtype}")
+    if ids.dim() != 2 or ids.shape[0] != x.shape[0]:
+        raise ValueError(f"{name} must have shape ({x.shape[0]}, K), a row for each sample, got {tuple(ids.shape)}")
+    check_same_device(name, ids, name_x, x)
+
+
+def check_labels(labels: Tensor, x: Tensor, name: str) -> None:
+    check_tensor("labels", labels)
+    if labels.dtype != torch.int64:
+        raise ValueError(f"labels must have dtype torch.int64, got {labels.dtype}")
+    if labels.shape != x.shape[:1]:
+        raise ValueError(f"labels must have shape ({x.shape[0]},), as {name} has rows, got {tuple(labels.shape)}")
+    check_same_device("labels", labels, name, x)
 
 
 def check_vector(name: str, vector: Tensor, x: Tensor) -> None:
-    if not isinstance(vector, Tensor):
-        raise TypeError(f"{name} must be a Tensor, got {type(vector).__name__}")
+    check_tensor(name, vector)
     if vector.shape != x.shape[:1]:
         raise ValueError(f"{name} must have one element for each row of x, ({x.shape[0]},), got {tuple(vector.shape)}")
-    if vector.device != x.device:
-        raise ValueError(f"{name} and x must be on the same device, got {vector.device} and {x.device}")
+    check_same_device(name, vector, "x", x)
 
 
-def check_temperature(temperature: float | Tensor) -> None:
-    check_scalar("temperature", temperature)
-    if not isinstance(temperature, Tensor) and temperature == 0:
-        raise ValueError(f"temperature must not be zero, got {temperature}")
+# Numbers
 
 
-def check_scalar(name: str, scalar: float | Tensor) -> None:
+def check_number(name: str, number: float, what: str = "a number") -> float:
+    number = _number(name, number, what)
+    if not -math.inf < number < math.inf:  # torch.compile cannot trace math.isfinite of a number that varies
+        raise ValueError(f"{name} must be finite, got {number}")
+    return number
+
+
+def check_share(name: str, share: float) -> float:
+    share = _number(name, share, "a number")
+    if not 0 <= share <= 1:
+        raise ValueError(f"{name} must be from 0 to 1, got {share}")
+    return share
+
+
+def check_eps(eps: float) -> float:
+    eps = check_number("eps", eps)
+    if eps < 0:
+        raise ValueError(f"eps must not be negative, got {eps}")
+    return eps
+
+
+def check_adamw(
+    lr: float | Tensor, betas: tuple[float, float], eps: float, weight_decay: float
+) -> tuple[float | Tensor, tuple[float, float], float, float]:
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise TypeError(f"betas must be two numbers, got {betas!r}")
+    betas = tuple(check_number(f"betas[{i}]", beta) for i, beta in enumerate(betas))
+    for i, beta in enumerate(betas):
+        if not 0 <= beta < 1:
+            raise ValueError(f"betas[{i}] must be from 0 to below 1, got {beta}")
+    lr, eps, weight_decay = check_scalar("lr", lr), check_eps(eps), check_number("weight_decay", weight_decay)
+    for name, number in (("lr", lr), ("weight_decay", weight_decay)):
+        if not isinstance(number, Tensor) and number < 0:
+            raise ValueError(f"{name} must not be negative, got {number}")
+    return lr, betas, eps, weight_decay
+
+
+def check_scalar(name: str, scalar: float | Tensor, x: Tensor | None = None) -> float | Tensor:
+    """A number, which x's dtype of sums must hold, or a 0-d tensor."""
     if isinstance(scalar, Tensor):
-        if scalar.dim() != 0:
-            raise ValueError(f"{name} must be a number or a 0-d tensor, got shape {tuple(scalar.shape)}")
-    elif not isinstance(scalar, (int, float)):
-        raise TypeError(f"{name} must be a number or a 0-d tensor, got {type(scalar).__name__}")
-    elif not -math.inf < scalar < math.inf:  # torch.compile cannot trace math.isfinite of a number that varies
-        raise ValueError(f"{name} must be finite, got {scalar}")
+        return _check_element(name, scalar, x)
+    scalar = check_number(name, scalar, "a number or a tensor of one element")
+    if x is not None:
+        _check_holds(name, scalar, scalar, x)
+    return scalar
 
 
-def check_size(name: str, size: int) -> None:
-    if not isinstance(size, int):
-        raise TypeError(f"{name} must be an integer, got {type(size).__name__}")
+def check_temperature(temperature: float | Tensor, x: Tensor) -> float | Tensor:
+    """Likewise; x's dtype of sums must hold its inverse."""
+    if isinstance(temperature, Tensor):
+        return _check_element("temperature", temperature, x)
+    temperature = check_scalar("temperature", temperature)
+    if temperature == 0:
+        raise ValueError(f"temperature must not be zero, got {temperature}")
+    _check_holds("1 / temperature", 1 / temperature, temperature, x)
+    return temperature
+
+
+def _check_element(name: str, scalar: Tensor, x: Tensor | None) -> Tensor:
+    check_tensor(name, scalar)
+    if scalar.is_complex() or scalar.numel() != 1:
+        found = f"{scalar.dtype} of shape {tuple(scalar.shape)}"
+        raise ValueError(f"{name} must be a number or a tensor of one real element, got {found}")
+    if x is not None and (scalar.is_meta != x.is_meta or type(scalar) is not type(x)):
+        check_same_kind(name, scalar, "features", x)
+    return scalar if scalar.dim() == 0 else scalar.reshape(())
+
+
+def _check_holds(name: str, value: float, number: float, x: Tensor) -> None:
+    largest = _LARGEST[x.dtype]
+    if not -largest <= value <= largest:
+        raise ValueError(f"{name} must be finite in {accumulate_dtype(x.dtype)}, got {number}")
+
+
+def check_size(name: str, size: int) -> int:
+    size = _integer(name, size)
     if size < 0:
         raise ValueError(f"{name} must not be negative, got {size}")
+    return size
 
 
-def check_positive(name: str, size: int) -> None:
-    if not isinstance(size, int):
-        raise TypeError(f"{name} must be an integer, got {type(size).__name__}")
+def check_positive(name: str, size: int) -> int:
+    size = _integer(name, size)
     if size < 1:
         raise ValueError(f"{name} must be positive, got {size}")
+    return size
 
 
 def check_pair_of_sizes(name: str, sizes: int | tuple[int, int]) -> tuple[int, int]:
     """Height and width, which are one number where they are equal."""
-    pair = (sizes, sizes) if isinstance(sizes, int) else sizes
-    if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(isinstance(size, int) for size in pair):
+    pair = sizes if isinstance(sizes, (tuple, list)) else (sizes, sizes)
+    pair = [_python_number(size) for size in pair]
+    if len(pair) != 2 or not all(map(_is_integer, pair)):
         raise TypeError(f"{name} must be an integer or two, got {sizes!r}")
     if min(pair) < 1:
         raise ValueError(f"{name} must be positive, got {sizes}")
     return pair[0], pair[1]
 
 
-def check_adamw(lr: float | Tensor, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
-    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-        raise TypeError(f"betas must be two numbers, got {betas!r}")
-    for i, beta in enumerate(betas):
-        check_number(f"betas[{i}]", beta)
-        if not 0 <= beta < 1:
-            raise ValueError(f"betas[{i}] must be from 0 to below 1, got {beta}")
-    for name, number in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
-        (check_scalar if name == "lr" else check_number)(name, number)
-        if not isinstance(number, Tensor) and number < 0:
-            raise ValueError(f"{name} must not be negative, got {number}")
+def check_flag(name: str, flag: bool) -> bool:
+    flag = _python_number(flag)
+    if not isinstance(flag, bool):
+        raise TypeError(f"{name} must be True or False, got {flag!r}")
+    return flag
 
 
-def check_number(name: str, number: float) -> None:
-    if not isinstance(number, (int, float)):
-        raise TypeError(f"{name} must be a number, got {type(number).__name__}")
-    if not -math.inf < number < math.inf:
-        raise ValueError(f"{name} must be finite, got {number}")
+def _python_number(number: Any) -> Any:
+    """numpy's numbers as Python's, whatever else as it is."""
+    if isinstance(number, (int, float, Tensor)) or getattr(number, "shape", None) != ():
+        return number
+    return number.item()
 
 
-def check_eps(eps: float) -> None:
-    check_number("eps", eps)
-    if eps < 0:
-        raise ValueError(f"eps must not be negative, got {eps}")
+def _number(name: str, number: float, what: str) -> float:
+    number = _python_number(number)
+    if not isinstance(number, (int, float, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"{name} must be {what}, got {type(number).__name__}")
+    return number
+
+
+def _is_integer(number: Any) -> bool:
+    return isinstance(number, (int, torch.SymInt)) and not isinstance(number, bool)
+
+
+def _integer(name: str, number: int) -> int:
+    integer = _python_number(number)
+    if not _is_integer(integer):
+        raise TypeError(f"{name} must be an integer, got {type(number).__name__}")
+    if integer >= 1 << 63:
+        raise ValueError(f"{name} must be below 2^63, got {integer}")
+    return integer
+
+
+# Others
+
+
+def check_choice(name: str, choice: str, choices: tuple[str, ...]) -> None:
+    if not isinstance(choice, str) or choice not in choices:
+        names = " or ".join(filter(None, (", ".join(map(repr, choices[:-1])), repr(choices[-1]))))
+        raise ValueError(f"{name} must be {names}, got {choice!r}")
 
 
 def check_reduction(reduction: str) -> None:
-    if reduction not in ("none", "mean", "sum"):
-        raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
+    check_choice("reduction", reduction, ("none", "mean", "sum"))
+
+
+def check_generator(generator: torch.Generator | None) -> None:
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}")
+
+
+def check_device(device: torch.device | str | int | None) -> torch.device | None:
+    if device is None or isinstance(device, torch.device):
+        return device
+    if not isinstance(device, (str, int)) or isinstance(device, bool):
+        raise TypeError(f"device must be a torch.device, its name or None, got {device!r}")
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device must be one that PyTorch knows, got {device!r}") from error

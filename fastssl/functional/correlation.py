@@ -7,7 +7,16 @@ from torch import Tensor
 
 from fastssl import reference
 from fastssl._arithmetic import finish, needs_gradient
-from fastssl._checks import check_batch, check_eps, check_group, check_number, check_pair, check_rows
+from fastssl._checks import (
+    check_batch,
+    check_choice,
+    check_eps,
+    check_flag,
+    check_group,
+    check_number,
+    check_pair,
+    check_rows,
+)
 from fastssl.distributed import ProcessGroup, gather_rows, mean_over_processes
 from fastssl.distributed.correlation import center, correction, correlate, mean_square, standardize
 from fastssl.ops import correlation, current_backend
@@ -59,9 +68,11 @@ def barlow_twins(
         ValueError: if shapes, dtypes or devices do not fit, the batch has one row or none, lambda_param or eps is not
             finite, eps is negative, or on every process, if those of group differ in shapes, dtypes or requires_grad.
     """
-    check_pair(z_a, z_b, "z_a", "z_b")
-    check_number("lambda_param", lambda_param)
-    check_eps(eps)
+    z_a, z_b = check_pair(z_a, z_b, "z_a", "z_b")
+    lambda_param = check_number("lambda_param", lambda_param)
+    eps = check_eps(eps)
+    unbiased = check_flag("unbiased", unbiased)
+    return_metrics = check_flag("return_metrics", return_metrics)
     check_group(group)
     check_batch(group, z_a=z_a, z_b=z_b)
     if current_backend() == "reference":
@@ -127,14 +138,15 @@ def vicreg(
             finite, eps is negative, a reduction is unknown, or on every process, if those of group differ in shapes,
             dtypes or requires_grad.
     """
-    check_pair(z_a, z_b, "z_a", "z_b")
-    for name, number in (("lambda_param", lambda_param), ("mu_param", mu_param), ("nu_param", nu_param)):
-        check_number(name, number)
-    check_eps(eps)
-    if invariance_reduction not in ("mean", "batchmean"):
-        raise ValueError(f"invariance_reduction must be 'mean' or 'batchmean', got {invariance_reduction!r}")
-    if variance_reduction not in ("mean", "sum"):
-        raise ValueError(f"variance_reduction must be 'mean' or 'sum', got {variance_reduction!r}")
+    z_a, z_b = check_pair(z_a, z_b, "z_a", "z_b")
+    lambda_param = check_number("lambda_param", lambda_param)
+    mu_param = check_number("mu_param", mu_param)
+    nu_param = check_number("nu_param", nu_param)
+    eps = check_eps(eps)
+    unbiased = check_flag("unbiased", unbiased)
+    check_choice("invariance_reduction", invariance_reduction, ("mean", "batchmean"))
+    check_choice("variance_reduction", variance_reduction, ("mean", "sum"))
+    return_metrics = check_flag("return_metrics", return_metrics)
     check_group(group)
     check_batch(group, z_a=z_a, z_b=z_b)
     if current_backend() == "reference":
@@ -167,6 +179,7 @@ def covariance_loss(z: Tensor, *, unbiased: bool = True) -> Tensor:
         ValueError: if its shape or dtype does not fit, or it has one row or none.
     """
     check_rows("z", z, "(B, D)")
+    unbiased = check_flag("unbiased", unbiased)
     check_batch(None, z=z)
     if current_backend() == "reference":
         return reference.correlation.covariance_loss(z, unbiased=unbiased)
@@ -189,7 +202,8 @@ def variance_loss(z: Tensor, *, eps: float = 1e-4, unbiased: bool = True) -> Ten
         ValueError: if its shape or dtype does not fit, it has one row or none, or eps is not finite or negative.
     """
     check_rows("z", z, "(B, D)")
-    check_eps(eps)
+    eps = check_eps(eps)
+    unbiased = check_flag("unbiased", unbiased)
     check_batch(None, z=z)
     if current_backend() == "reference":
         return reference.correlation.variance_loss(z, eps=eps, unbiased=unbiased)
@@ -213,8 +227,9 @@ def redundancy_loss(z_a: Tensor, z_b: Tensor, *, eps: float = 1e-5, unbiased: bo
         ValueError: if shapes, dtypes or devices do not fit, the batch has one row or none, or eps is not finite or
             negative.
     """
-    check_pair(z_a, z_b, "z_a", "z_b")
-    check_eps(eps)
+    z_a, z_b = check_pair(z_a, z_b, "z_a", "z_b")
+    eps = check_eps(eps)
+    unbiased = check_flag("unbiased", unbiased)
     check_batch(None, z_a=z_a, z_b=z_b)
     if current_backend() == "reference":
         return reference.correlation.redundancy_loss(z_a, z_b, eps=eps, unbiased=unbiased)
@@ -243,8 +258,9 @@ def cross_correlation(
         ValueError: if shapes, dtypes or devices do not fit, the batch has one row or none, eps is not finite or
             negative, or on every process, if those of group differ in shapes, dtypes or requires_grad.
     """
-    check_pair(z_a, z_b, "z_a", "z_b")
-    check_eps(eps)
+    z_a, z_b = check_pair(z_a, z_b, "z_a", "z_b")
+    eps = check_eps(eps)
+    unbiased = check_flag("unbiased", unbiased)
     check_group(group)
     check_batch(group, z_a=z_a, z_b=z_b)
     return finish(_cross_correlation(z_a, z_b, eps, unbiased, group), "none", z_a)

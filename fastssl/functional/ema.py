@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastssl import reference
+from fastssl._arithmetic import as_tensor
 from fastssl._checks import check_adamw, check_scalar, check_share, check_tensors
 from fastssl.ops import current_backend, ema
 
@@ -36,14 +37,14 @@ def ema_update_(targets: Iterable[Tensor], sources: Iterable[Tensor], momentum: 
             below 0 or above 1, or a target shares memory.
     """
     lists = {name: check_tensors(name, x) for name, x in (("targets", targets), ("sources", sources))}
-    _check_momentum(momentum, lists["targets"])
+    momentum = _check_momentum(momentum, lists["targets"])
     written = lists["targets"]
     targets, sources = _local(lists).values()
     if current_backend() == "reference":
         ema.check_pairs(targets, sources)
         reference.ema.ema_update_(targets, sources, momentum)
         return
-    momentum = torch.as_tensor(momentum, dtype=torch.float64)
+    momentum = as_tensor(momentum, torch.float64)
     devices = {x.device for x in (*targets, *sources)}
     if len(devices) > 1:
         ema.check_pairs(targets, sources)
@@ -100,10 +101,10 @@ def adamw_ema_step_(
     states = {"params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
     states |= {"ema_params": ema_params, "steps": steps}
     lists = {name: check_tensors(name, x) for name, x in states.items()}
-    check_adamw(lr, betas, eps, weight_decay)
+    lr, betas, eps, weight_decay = check_adamw(lr, betas, eps, weight_decay)
     if isinstance(lr, Tensor):
         _check_has_value("lr", lr, lists["params"])
-    _check_momentum(momentum, lists["params"])
+    momentum = _check_momentum(momentum, lists["params"])
     written = [x for name, xs in lists.items() if name != "grads" for x in xs]
     lists = _local({name: xs for name, xs in lists.items() if name != "steps"}) | {"steps": lists["steps"]}
     if current_backend() == "reference":
@@ -111,8 +112,7 @@ def adamw_ema_step_(
         numbers = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "momentum": momentum}
         reference.ema.adamw_ema_step_(**lists, **numbers)
         return
-    lr = torch.as_tensor(lr, dtype=torch.float64, device="cpu")
-    momentum = torch.as_tensor(momentum, dtype=torch.float64)
+    lr, momentum = as_tensor(lr, torch.float64, "cpu"), as_tensor(momentum, torch.float64)
     *tensors, steps = lists.values()
     devices = {x.device for some in tensors for x in some}
     if len(devices) > 1 or not all(step.is_cpu for step in steps):
@@ -122,12 +122,11 @@ def adamw_ema_step_(
     torch.autograd.graph.increment_version(written)
 
 
-def _check_momentum(momentum: float | Tensor, targets: list[Tensor]) -> None:
-    if isinstance(momentum, Tensor):
-        check_scalar("momentum", momentum)
-        _check_has_value("momentum", momentum, targets)
-    else:
-        check_share("momentum", momentum)
+def _check_momentum(momentum: float | Tensor, targets: list[Tensor]) -> float | Tensor:
+    if not isinstance(momentum, Tensor):
+        return check_share("momentum", momentum)
+    _check_has_value("momentum", momentum, targets)
+    return check_scalar("momentum", momentum)
 
 
 def _check_has_value(name: str, number: Tensor, tensors: list[Tensor]) -> None:

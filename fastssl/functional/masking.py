@@ -8,12 +8,17 @@ import torch
 from torch import Tensor
 
 from fastssl import reference
+from fastssl._arithmetic import as_scalar
 from fastssl._checks import (
+    check_device,
+    check_generator,
     check_ids,
     check_number,
     check_rows,
+    check_same_device,
     check_share,
     check_size,
+    check_tensor,
 )
 from fastssl.ops import current_backend, masking
 
@@ -47,7 +52,7 @@ def random_masking_ids(
         TypeError: if mask_ratio is no number, or batch or length no integer.
         ValueError: if mask_ratio is not from 0 to 1, or batch or length is negative.
     """
-    check_size("length", length)
+    batch, length = check_size("batch", batch), check_size("length", length)
     keep = _visible(batch, length, mask_ratio)
     ids_keep, ids_restore, mask = masking.masking_ids(_seed(generator, device), batch, length, keep)
     return ids_keep, mask, ids_restore
@@ -79,7 +84,7 @@ def tube_masking_ids(
         TypeError: if mask_ratio is no number, or batch, frames or length no integer.
         ValueError: if mask_ratio is not from 0 to 1, or batch, frames or length is negative.
     """
-    check_size("frames", frames)
+    frames, length = check_size("frames", frames), check_size("length", length)
     ids_keep, mask, ids_restore = random_masking_ids(batch, length, mask_ratio, generator=generator, device=device)
     keep = ids_keep.shape[1]
     frame = torch.arange(frames, device=ids_keep.device)[:, None]
@@ -121,8 +126,8 @@ def span_masking_ids(
         TypeError: if mask_ratio is no number, or batch, length or span_length no integer.
         ValueError: if mask_ratio is not from 0 to 1, batch or length is negative, or span_length not from 1 to L.
     """
-    check_size("length", length)
-    check_size("span_length", span_length)
+    batch, length = check_size("batch", batch), check_size("length", length)
+    span_length = check_size("span_length", span_length)
     if not 1 <= span_length <= length:
         raise ValueError(f"span_length must be from 1 to length, {length}, got {span_length}")
     keep = _visible(batch, length, mask_ratio)
@@ -170,42 +175,41 @@ def block_masking_ids(
         ValueError: if mask_ratio is not from 0 to 1, a size is negative, min_block not from 1 to max_block, or
             aspect_ratio not from 1/1000 to 1000 and in ascending order.
     """
-    for name, size in (("height", height), ("width", width), ("min_block", min_block)):
-        check_size(name, size)
+    batch, height, width = check_size("batch", batch), check_size("height", height), check_size("width", width)
+    min_block = check_size("min_block", min_block)
     length = height * width
     keep = _visible(batch, length, mask_ratio)
     if max_block is None:
         max_block = max(length, min_block)
-    check_size("max_block", max_block)
+    max_block = check_size("max_block", max_block)
     if not 1 <= min_block <= max_block:
         raise ValueError(f"min_block must be from 1 to max_block, {max_block}, got {min_block}")
     min_block, max_block = (min(size, max(length, 1)) for size in (min_block, max_block))
     if not isinstance(aspect_ratio, (tuple, list)) or len(aspect_ratio) != 2:
         raise TypeError(f"aspect_ratio must be two numbers, got {type(aspect_ratio).__name__}")
-    low, high = aspect_ratio
-    check_number("aspect_ratio", low)
-    check_number("aspect_ratio", high)
+    low, high = (check_number("aspect_ratio", ratio) for ratio in aspect_ratio)
     if not 1e-3 <= low <= high <= 1e3:
         raise ValueError(f"aspect_ratio must be from 1/1000 to 1000, in ascending order, got {aspect_ratio}")
     step = (high / low) ** (1 / _ASPECT_RATIOS)
     ratios = [round(masking.ASPECT_ONE * low * step ** (i + 0.5)) for i in range(_ASPECT_RATIOS)]
     seed = _seed(generator, "cpu")
     triple = masking.block_masking_ids(seed, batch, height, width, keep, min_block, max_block, ratios)
-    target = device or (generator.device if generator is not None else "cpu")
+    target = check_device(device) or (generator.device if generator is not None else "cpu")
     ids_keep, ids_restore, mask = (x.to(target) for x in triple)
     return ids_keep, mask, ids_restore
 
 
 def _visible(batch: int, length: int, mask_ratio: float) -> int:
     """How many of each sample's tokens stay."""
-    check_size("batch", batch)
-    check_share("mask_ratio", mask_ratio)
+    mask_ratio = check_share("mask_ratio", mask_ratio)
     if batch * length >= 1 << 62:
         raise ValueError(f"batch x length must be below 2^62, got {batch} x {length}")
     return int(length * (1 - mask_ratio))
 
 
 def _seed(generator: torch.Generator | None, device: torch.device | str | None) -> Tensor:
+    check_generator(generator)
+    device = check_device(device)
     source = generator.device if generator is not None else "cpu"
     return torch.randint(1 << 62, (), generator=generator, device=source).to(device or source)
 
@@ -277,7 +281,7 @@ def scatter_tokens(tokens: Tensor, ids: Tensor, length: int, fill: float | Tenso
     check_ids("ids", ids, tokens)
     if ids.shape != tokens.shape[:2]:
         raise ValueError(f"ids must have shape {tuple(tokens.shape[:2])}, one for each token, got {tuple(ids.shape)}")
-    check_size("length", length)
+    length = check_size("length", length)
     fill = _feature_row("fill", fill, tokens)
     return _implementation("scatter_tokens")(tokens, ids, length, fill)
 
@@ -308,11 +312,7 @@ def restore_tokens(
     length, dim = ids_restore.shape[1], x_visible.shape[2]
     mask_token = _feature_row("mask_token", mask_token, x_visible)
     if pos_embed is not None:
-        if not isinstance(pos_embed, Tensor):
-            raise TypeError(f"pos_embed must be a Tensor, got {type(pos_embed).__name__}")
-        if pos_embed.device != x_visible.device:
-            devices = f"{pos_embed.device} and {x_visible.device}"
-            raise ValueError(f"pos_embed and x_visible must be on the same device, got {devices}")
+        _check_convertible("pos_embed", pos_embed, "x_visible", x_visible)
         if pos_embed.numel() != length * dim:
             shape = tuple(pos_embed.shape)
             raise ValueError(f"pos_embed must have {length} x {dim} elements, a row for each place, got shape {shape}")
@@ -328,12 +328,17 @@ def _implementation(name: str) -> Callable[..., Tensor]:
 def _feature_row(name: str, value: float | Tensor, tokens: Tensor) -> Tensor:
     """(D,), from a number or a tensor of D elements."""
     dim = tokens.shape[2]
-    if not isinstance(value, Tensor):
-        if name != "fill" or not isinstance(value, (int, float)):
-            raise TypeError(f"{name} must be a Tensor{' or a number' * (name == 'fill')}, got {type(value).__name__}")
-        return tokens.new_full((dim,), value)
+    if name == "fill" and not isinstance(value, Tensor):
+        return as_scalar(check_number(name, value, "a Tensor or a number"), tokens).expand(dim)
+    _check_convertible(name, value, "tokens", tokens)
     if value.numel() != dim:
         raise ValueError(f"{name} must have {dim} elements, one for each feature, got shape {tuple(value.shape)}")
-    if value.device != tokens.device:
-        raise ValueError(f"{name} and tokens must be on the same device, got {value.device} and {tokens.device}")
     return value.reshape(dim)
+
+
+def _check_convertible(name: str, x: Tensor, name_tokens: str, tokens: Tensor) -> None:
+    """To tokens' dtype, where they are."""
+    check_tensor(name, x)
+    if x.is_complex():
+        raise ValueError(f"{name} must be real, got {x.dtype}")
+    check_same_device(name, x, name_tokens, tokens)

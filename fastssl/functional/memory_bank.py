@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastssl import reference
-from fastssl._checks import check_rows
+from fastssl._checks import check_flag, check_rows, check_same_device, check_tensor
 from fastssl.ops import current_backend, memory_bank
 
 
@@ -37,13 +37,12 @@ def enqueue_(keys: Tensor, position: Tensor, new_keys: Tensor, normalize: bool =
         raise ValueError(f"keys must have no two elements in one place, got strides {keys.stride()}")
     if new_keys.shape[1] != keys.shape[1]:
         raise ValueError(f"new_keys must have shape (B, {keys.shape[1]}), as keys has it, got {tuple(new_keys.shape)}")
-    if not isinstance(position, Tensor):
-        raise TypeError(f"position must be a Tensor, got {type(position).__name__}")
+    check_tensor("position", position)
     if position.dim() or position.dtype != torch.int64:
         raise ValueError(f"position must be 0-d int64, got {position.dtype} of shape {tuple(position.shape)}")
-    if not keys.device == position.device == new_keys.device:
-        devices = f"{keys.device}, {position.device} and {new_keys.device}"
-        raise ValueError(f"keys, position and new_keys must be on the same device, got {devices}")
+    check_same_device("keys", keys, "position", position)
+    check_same_device("keys", keys, "new_keys", new_keys)
+    normalize = check_flag("normalize", normalize)
     if current_backend() == "reference":
         reference.memory_bank.enqueue_(keys, position, new_keys, normalize)
         return

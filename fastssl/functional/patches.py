@@ -12,12 +12,15 @@ from fastssl import reference
 from fastssl._arithmetic import needs_gradient
 from fastssl._checks import (
     check_alike,
+    check_choice,
     check_ids,
     check_number,
     check_pair_of_sizes,
     check_positive,
     check_reduction,
     check_rows,
+    check_same_device,
+    check_tensor,
 )
 from fastssl.ops import current_backend, patches
 from fastssl.ops._precision import autocast_enabled
@@ -67,8 +70,7 @@ def masked_patch_loss(
     patch = _patch_sizes(patch_size, tubelet_size)
     _check_images("images", images, patch)
     check_rows("pred", pred, "(B, L, P)", 3)
-    if pred.device != images.device:
-        raise ValueError(f"pred and images must be on the same device, got {pred.device} and {images.device}")
+    check_same_device("pred", pred, "images", images)
     _check_constant("images", images)
     length, pixels = math.prod(patches.grid_of(images.shape, patch)), math.prod(patch)
     shape = (images.shape[0], length, images.shape[1] * pixels)
@@ -130,13 +132,11 @@ def masked_feature_loss(
     if pred.shape != target.shape:
         shapes = f"{tuple(pred.shape)} and {tuple(target.shape)}"
         raise ValueError(f"pred and target must have the same shape, got {shapes}")
-    if pred.device != target.device:
-        raise ValueError(f"pred and target must be on the same device, got {pred.device} and {target.device}")
+    check_same_device("pred", pred, "target", target)
     _check_constant("target", target)
     mask = _as_mask(mask, pred)
-    if loss not in ("smooth_l1", "cosine", "mse"):
-        raise ValueError(f"loss must be 'smooth_l1', 'cosine' or 'mse', got {loss!r}")
-    check_number("beta", beta)
+    check_choice("loss", loss, ("smooth_l1", "cosine", "mse"))
+    beta = check_number("beta", beta)
     if beta < 0:
         raise ValueError(f"beta must not be negative, got {beta}")
     if beta < torch.finfo(torch.float32).tiny:  # whose inverse float32 does not hold
@@ -171,8 +171,7 @@ def patch_embed(images: Tensor, weight: Tensor, bias: Tensor | None, ids_keep: T
         IndexError: on the CPU, if one of ids_keep is below 0 or above L - 1. On CUDA an assertion stops the
             process.
     """
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"weight must be a Tensor, got {type(weight).__name__}")
+    check_tensor("weight", weight)
     if weight.dim() not in (4, 5) or weight.numel() == 0:
         raise ValueError(f"weight must have shape (D, C, [t,] p, q), none of them 0, got {tuple(weight.shape)}")
     patch = list(weight.shape[2:])
@@ -180,13 +179,12 @@ def patch_embed(images: Tensor, weight: Tensor, bias: Tensor | None, ids_keep: T
     if images.shape[1] != weight.shape[1]:
         channels = f"{images.shape[1]} and {weight.shape[1]}"
         raise ValueError(f"images and weight must have the same number of channels, got {channels}")
-    _check_parameter("weight", weight, images)
+    check_alike("images", images, "weight", weight)
     if bias is not None:
-        if not isinstance(bias, Tensor):
-            raise TypeError(f"bias must be a Tensor, got {type(bias).__name__}")
+        check_tensor("bias", bias)
         if bias.shape != weight.shape[:1]:
             raise ValueError(f"bias must have shape ({weight.shape[0]},), as weight has rows, got {tuple(bias.shape)}")
-        _check_parameter("bias", bias, images)
+        check_alike("images", images, "bias", bias)
     if ids_keep is None:
         length = math.prod(patches.grid_of(images.shape, patch))
         ids_keep = torch.arange(length, device=images.device).expand(images.shape[0], length)
@@ -201,8 +199,7 @@ def _patch_sizes(patch_size: int | tuple[int, int], tubelet_size: int | None) ->
     sizes = check_pair_of_sizes("patch_size", patch_size)
     if tubelet_size is None:
         return [*sizes]
-    check_positive("tubelet_size", tubelet_size)
-    return [tubelet_size, *sizes]
+    return [check_positive("tubelet_size", tubelet_size), *sizes]
 
 
 def _check_images(name: str, images: Tensor, patch: list[int]) -> None:
@@ -219,21 +216,14 @@ def _check_constant(name: str, x: Tensor) -> None:
         raise ValueError(f"{name} must not require grad: a target gets no gradient, got one that does")
 
 
-def _check_parameter(name: str, parameter: Tensor, images: Tensor) -> None:
-    """Of images' device and, unless autocast sees to that, dtype."""
-    check_alike("images", images, name, parameter[:0].to(images.dtype) if autocast_enabled(images) else parameter)
-
-
 def _as_mask(mask: Tensor, pred: Tensor) -> Tensor:
     """Boolean."""
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"mask must be a Tensor, got {type(mask).__name__}")
+    check_tensor("mask", mask)
     if mask.is_complex():
         raise ValueError(f"mask must be boolean, integer or floating-point, got {mask.dtype}")
     if mask.shape != pred.shape[:2]:
         raise ValueError(f"mask must have shape {tuple(pred.shape[:2])}, one for each patch, got {tuple(mask.shape)}")
-    if mask.device != pred.device:
-        raise ValueError(f"mask and pred must be on the same device, got {mask.device} and {pred.device}")
+    check_same_device("mask", mask, "pred", pred)
     return mask != 0
 
 

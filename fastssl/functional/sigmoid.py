@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastssl import distributed, reference
 from fastssl._arithmetic import as_scalar, dot, finish, needs_gradient
-from fastssl._checks import check_group, check_pair, check_scalar
+from fastssl._checks import check_choice, check_group, check_pair, check_scalar
 from fastssl.distributed import ProcessGroup, Ring
 from fastssl.ops import current_backend, sigmoid
 from fastssl.ops._precision import product_precision
@@ -48,11 +48,10 @@ def siglip_loss(
         ValueError: if shapes, dtypes or devices do not fit, logit_scale or logit_bias is a number that is not finite,
             or reduction is unknown, or on every process, if those of group differ in shapes, dtypes or requires_grad.
     """
-    check_pair(image_features, text_features, "image_features", "text_features")
-    check_scalar("logit_scale", logit_scale)
-    check_scalar("logit_bias", logit_bias)
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
+    image_features, text_features = check_pair(image_features, text_features, "image_features", "text_features")
+    logit_scale = check_scalar("logit_scale", logit_scale, image_features)
+    logit_bias = check_scalar("logit_bias", logit_bias, image_features)
+    check_choice("reduction", reduction, ("mean", "sum"))
     check_group(group)
     if current_backend() == "reference":
         return reference.sigmoid.siglip_loss(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastssl._arithmetic import unit, without_autocast
-from fastssl._checks import check_alike, check_features, check_rows
+from fastssl._checks import check_alike, check_features, check_flag, check_rows, check_size
 from fastssl.ops._precision import accumulate_dtype
 
 _TOPK_COLUMNS, _TOPK_ELEMENTS = 1 << 14, 1 << 22  # of a block of similarities
@@ -37,9 +37,8 @@ def topk_similarity(query: Tensor, bank: Tensor, k: int, *, normalize: bool = Tr
     check_rows("query", query, "(M, D)")
     check_rows("bank", bank, "(N, D)")
     check_features("query", query, "bank", bank)
-    check_alike("query", query, "bank", bank)
-    if not isinstance(k, int):
-        raise TypeError(f"k must be an integer, got {type(k).__name__}")
+    query, bank = check_alike("query", query, "bank", bank)
+    normalize, k = check_flag("normalize", normalize), check_size("k", k)
     if not 1 <= k <= bank.shape[0]:
         raise ValueError(f"k must be from 1 to the number of rows of bank, {bank.shape[0]}, got {k}")
     columns = max(k, _TOPK_COLUMNS)

@@ -32,7 +32,7 @@ def uniformity(x: Tensor, *, t: float | Tensor = 2.0) -> Tensor:
         ValueError: if x has another shape or dtype, or t is a number that is not finite.
     """
     check_rows("x", x, "(N, D)")
-    check_scalar("t", t)
+    t = check_scalar("t", t, x)
     if current_backend() == "reference":
         return reference.contrastive.uniformity(x, t=t)
     scale = 2 * as_scalar(t, x)

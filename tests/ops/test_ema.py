@@ -197,7 +197,7 @@ def test_compiles(backend):
         ([torch.ones(2)], [torch.ones(2)], 1.5, ValueError, "momentum must be from 0 to 1, got 1.5"),
         ([torch.ones(2)], [torch.ones(2)], math.nan, ValueError, "momentum must be from 0 to 1, got nan"),
         ([torch.ones(2)], [torch.ones(2)], "1", TypeError, "momentum must be a number, got str"),
-        ([torch.ones(2)], [torch.ones(2)], torch.ones(2), ValueError, r"momentum .*0-d.*\(2,\)"),
+        ([torch.ones(2)], [torch.ones(2)], torch.ones(2), ValueError, r"momentum .*one.* element.*\(2,\)"),
     ],
 )
 def test_bad_input(targets, sources, momentum, error, match, chosen):
@@ -421,7 +421,7 @@ def test_step_is_a_proper_operation():
         ({"steps": [torch.tensor(1)]}, ValueError, r"steps\[0\] must be a 0-d tensor, float32, .*got .*(int64|Long)"),
         ({"lr": -1.0}, ValueError, "lr must not be negative, got -1"),
         ({"lr": math.inf}, ValueError, "lr must be finite, got inf"),
-        ({"lr": torch.ones(2)}, ValueError, r"lr .*0-d.*\(2,\)"),
+        ({"lr": torch.ones(2)}, ValueError, r"lr .*one.* element.*\(2,\)"),
         ({"betas": 0.9}, TypeError, "betas must be two numbers, got 0.9"),
         ({"betas": (0.9, 1.0)}, ValueError, r"betas\[1\] must be from 0 to below 1, got 1"),
         ({"betas": (-0.1, 0.9)}, ValueError, r"betas\[0\] must be from 0 to below 1, got -0.1"),

@@ -133,7 +133,7 @@ KEYS, ZERO = torch.zeros(5, 3), torch.tensor(0)
         ((KEYS, ZERO, KEYS[0]), ValueError, r"new_keys must have shape \(B, D\), got \(3,\)"),
         ((KEYS[:0], ZERO, KEYS), ValueError, r"keys must have at least one row, got shape \(0, 3\)"),
         ((KEYS.long(), ZERO, KEYS), ValueError, "keys must have a floating-point dtype.*int64"),
-        ((KEYS, ZERO, KEYS.to("meta")), ValueError, "same device, got cpu, cpu and meta"),
+        ((KEYS, ZERO, KEYS.to("meta")), ValueError, "same device, got cpu and meta"),
         ((torch.zeros(3).expand(5, 3), ZERO, KEYS), ValueError, r"keys must have no two .*strides \(0, 1\)"),
         ((torch.zeros(11).as_strided((5, 3), (2, 1)), ZERO, KEYS), ValueError, r"keys must have no two .*\(2, 1\)"),
     ],

@@ -6,7 +6,15 @@ from torch import Tensor
 
 from fastssl import reference
 from fastssl._arithmetic import as_scalar, finish
-from fastssl._checks import check_group, check_labels, check_pair, check_reduction, check_scalar, check_share
+from fastssl._checks import (
+    check_flag,
+    check_group,
+    check_labels,
+    check_pair,
+    check_reduction,
+    check_scalar,
+    check_share,
+)
 from fastssl.distributed import ProcessGroup, Ring
 from fastssl.functional.contrastive.pairs import pair_loss, pair_metrics
 from fastssl.ops import current_backend
@@ -67,9 +75,10 @@ def clip_loss(
         ValueError: if shapes, dtypes or devices do not fit, or logit_scale is a number that is not finite, or on every
             process, if those of group differ in shapes, dtypes or requires_grad.
     """
-    check_pair(image_features, text_features, "image_features", "text_features")
-    check_scalar("logit_scale", logit_scale)
-    check_share("label_smoothing", label_smoothing)
+    image_features, text_features = check_pair(image_features, text_features, "image_features", "text_features")
+    logit_scale = check_scalar("logit_scale", logit_scale, image_features)
+    label_smoothing = check_share("label_smoothing", label_smoothing)
+    return_metrics = check_flag("return_metrics", return_metrics)
     check_reduction(reduction)
     if labels is not None:
         check_labels(labels, image_features, "image_features")

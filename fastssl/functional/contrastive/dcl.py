@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastssl import reference
 from fastssl._arithmetic import dot, finish, inverse, logsumexp, unit
-from fastssl._checks import check_pair, check_reduction, check_temperature
+from fastssl._checks import check_flag, check_pair, check_reduction, check_temperature
 from fastssl._exponential_sums import pair_sums
 from fastssl.ops import contrastive, current_backend
 from fastssl.ops._precision import product_precision
@@ -48,8 +48,9 @@ def dcl(
         ValueError: if shapes, dtypes or devices do not fit, temperature is a number that is zero or not finite (as a
             tensor: NaN comes out), or reduction is unknown.
     """
-    check_pair(z1, z2)
-    check_temperature(temperature)
+    z1, z2 = check_pair(z1, z2)
+    temperature = check_temperature(temperature, z1)
+    normalize = check_flag("normalize", normalize)
     check_reduction(reduction)
     if current_backend() == "reference":
         return reference.contrastive.dcl(

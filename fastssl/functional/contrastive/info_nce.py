@@ -9,7 +9,15 @@ from torch import Tensor
 
 from fastssl import reference
 from fastssl._arithmetic import cross_entropy, dot, finish, inverse, kept, logsumexp, unit
-from fastssl._checks import check_group, check_negatives, check_pair, check_reduction, check_share, check_temperature
+from fastssl._checks import (
+    check_flag,
+    check_group,
+    check_negatives,
+    check_pair,
+    check_reduction,
+    check_share,
+    check_temperature,
+)
 from fastssl._exponential_sums import row_sums, sum_exponentials
 from fastssl.distributed import ProcessGroup, Ring
 from fastssl.functional.contrastive.pairs import mean_row, pair_loss, pair_metrics
@@ -74,15 +82,18 @@ def info_nce(
             finite (as a tensor: NaN comes out), or on every process, if those of group differ in shapes, dtypes or
             requires_grad.
     """
-    check_pair(query, positive_key, "query", "positive_key")
-    check_negatives(query, negative_keys, negative_mode)
+    query, positive_key = check_pair(query, positive_key, "query", "positive_key")
+    query, positive_key, negative_keys = check_negatives(query, positive_key, negative_keys, negative_mode)
     if in_batch_negatives is None:
         in_batch_negatives = negative_keys is None
-    check_share("label_smoothing", label_smoothing)
+    in_batch_negatives = check_flag("in_batch_negatives", in_batch_negatives)
+    symmetric, normalize = check_flag("symmetric", symmetric), check_flag("normalize", normalize)
+    return_metrics = check_flag("return_metrics", return_metrics)
+    label_smoothing = check_share("label_smoothing", label_smoothing)
     for name, value in (("symmetric", symmetric), ("label_smoothing", label_smoothing)):
         if value and (negative_keys is not None or not in_batch_negatives):
             raise ValueError(f"{name} must be {type(value)(0)} unless all negatives are from the batch, got {value}")
-    check_temperature(temperature)
+    temperature = check_temperature(temperature, query)
     check_reduction(reduction)
     check_group(group)
     if current_backend() == "reference":

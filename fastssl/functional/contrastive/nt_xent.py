@@ -6,7 +6,7 @@ from torch import Tensor
 
 from fastssl import reference
 from fastssl._arithmetic import finish, inverse
-from fastssl._checks import check_pair, check_reduction, check_temperature
+from fastssl._checks import check_flag, check_pair, check_reduction, check_temperature
 from fastssl.ops import contrastive, current_backend
 from fastssl.ops._precision import product_precision
 
@@ -40,8 +40,9 @@ def nt_xent(
         ValueError: if shapes, dtypes or devices do not fit, temperature is a number that is zero or not finite
             (as a tensor: NaN comes out), or reduction is unknown.
     """
-    check_pair(z1, z2)
-    check_temperature(temperature)
+    z1, z2 = check_pair(z1, z2)
+    temperature = check_temperature(temperature, z1)
+    normalize = check_flag("normalize", normalize)
     check_reduction(reduction)
     if current_backend() == "reference":
         return reference.contrastive.nt_xent(z1, z2, temperature=temperature, normalize=normalize, reduction=reduction)

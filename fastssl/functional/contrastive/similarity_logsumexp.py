@@ -52,8 +52,8 @@ def similarity_logsumexp(
     check_rows("x", x, "(M, D)")
     check_rows("y", y, "(N, D)")
     check_features("x", x, "y", y)
-    check_alike("x", x, "y", y)
-    check_scalar("scale", scale)
+    x, y = check_alike("x", x, "y", y)
+    scale = check_scalar("scale", scale, x)
     if exclude is not None:
         check_vector("exclude", exclude, x)
         if exclude.dtype != torch.int64:

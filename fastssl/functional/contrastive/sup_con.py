@@ -6,7 +6,7 @@ from torch import Tensor
 
 from fastssl import reference
 from fastssl._arithmetic import finish, inverse
-from fastssl._checks import check_labels, check_reduction, check_rows, check_temperature
+from fastssl._checks import check_flag, check_labels, check_reduction, check_rows, check_temperature
 from fastssl.ops import contrastive, current_backend
 from fastssl.ops._precision import product_precision
 
@@ -45,7 +45,8 @@ def sup_con(
     views = isinstance(features, Tensor) and features.dim() == 3
     check_rows("features", features, "(N, D) or (B, V, D)", 3 if views else 2)
     check_labels(labels, features, "features")
-    check_temperature(temperature)
+    temperature = check_temperature(temperature, features)
+    normalize = check_flag("normalize", normalize)
     check_reduction(reduction)
     if current_backend() == "reference":
         return reference.contrastive.sup_con(

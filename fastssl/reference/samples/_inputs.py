@@ -50,10 +50,10 @@ def pair_bad_inputs(x: str, y: str, *rest: object) -> Iterator[BadInput]:
 
 
 def scalar_bad_inputs(name: str, *args: object) -> Iterator[BadInput]:
-    """Of the keyword argument `name`, a number or a 0-d tensor, beside `args`."""
+    """Of the keyword argument `name`, a number or a tensor of one element, beside `args`."""
     yield BadInput(f"{name} nan", args, {name: float("nan")}, ValueError, f"{name} .*finite.*nan")
     yield BadInput(f"{name} infinite", args, {name: -float("inf")}, ValueError, f"{name} .*finite.*-inf")
-    yield BadInput(f"{name} vector", args, {name: torch.ones(2)}, ValueError, rf"{name} .*0-d.*\(2,\)")
+    yield BadInput(f"{name} vector", args, {name: torch.ones(2)}, ValueError, rf"{name} .*one.* element.*\(2,\)")
     yield BadInput(f"{name} text", args, {name: "1"}, TypeError, f"{name} .*number.*str")
 
 
