@@ -1,1 +1,1 @@
-"""What fastssl costs beside other code: operations alone (ops), and whole training runs (twins)."""
+"""What fastssl costs compared with other code: operations alone (ops), and whole training runs (twins)."""

@@ -31,7 +31,7 @@ def _views(size: Size, dtype: torch.dtype) -> tuple[Tensor, ...]:
 
 
 def _without(S: Tensor, row: Tensor) -> Tensor:
-    """The similarities of some rows, but those with themselves."""
+    """The similarities of some rows, except those with themselves."""
     return S.masked_fill(torch.arange(S.shape[1]) == row[:, None], float("-inf"))
 
 
@@ -50,8 +50,8 @@ def _nt_xent_needs(size: Size, itemsize: int) -> dict[str, float]:
 
 
 def _views_traffic(size: Size, itemsize: int) -> float:
-    """Both passes read the rows, the backward pass writes their gradients; per row loss, shift and total are written,
-    then read."""
+    """Both passes read the rows, the backward pass writes their gradients; for each row, loss, shift and total are
+    written, then read."""
     return 3 * size[0] * size[1] * itemsize + 6 * size[0] * 4
 
 
@@ -134,7 +134,7 @@ Benchmark(
     inputs=_clip_inputs,
     # S forward, S again backward, and a product with it for either side.
     flops=square_products(4),
-    # Both sides, twice read and their gradients written; totals and shifts of rows and columns written and read.
+    # Both sides are read twice, and their gradients written; totals and shifts of both are written and read.
     traffic=lambda size, itemsize: 6 * size[0] * size[1] * itemsize + 8 * size[0] * 4,
     needs=square_matrices(naive=5, compile=3, open_clip=5),  # measured as 4.2, 2.1, 4.3
     peers={"open_clip": lambda: peers.open_clip().ClipLoss()},
@@ -163,7 +163,7 @@ Benchmark(
     memory_sizes=((65536, 512),),
     inputs=_labelled,
     flops=square_products(2),  # as NT-Xent
-    # As NT-Xent; the sums of each label are a read and a write more, forward and backward.
+    # As NT-Xent; the sums of each label add a read and a write, forward and backward.
     traffic=lambda size, itemsize: _views_traffic(size, itemsize) + 4 * size[0] * size[1] * itemsize,
     needs=square_matrices(naive=6, compile=2, metric_learning=14),  # measured as 5.6, 1.1, 12.3
     arguments={"temperature": LABEL_TEMPERATURE},

@@ -20,7 +20,7 @@ _INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16", "
 
 @dataclass(frozen=True)
 class Rates:
-    """What the machine does at best: `product` by dtype, with what reached it, and `copy`, in FLOP/s and bytes/s.
+    """The machine's best rates: `product` by dtype, with the call that reached it, and `copy`, in FLOP/s and bytes/s.
 
     Other processes that kept cores busy meanwhile make them too low, and so the floor too high.
     """
@@ -87,9 +87,9 @@ class OtherProcesses:
 def measure_rates() -> Rates:
     """The best of several repeats, with all of PyTorch's threads.
 
-    A product's rate is the best of torch.mm and of convolutions, which oneDNN computes as products: on some
-    CPUs torch.mm's float32 library is slower than that by half. A product of bfloat16 numbers can be taken in
-    float32, so its rate is at least float32's.
+    A product's rate is the best of torch.mm and of convolutions, which oneDNN computes as products: on some CPUs
+    torch.mm's float32 library is slower than that by half. A product of bfloat16 numbers can be computed in float32, so
+    its rate is at least that of float32.
     """
     product: dict[torch.dtype, tuple[float, str]] = {}
     with OtherProcesses() as others:

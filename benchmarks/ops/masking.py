@@ -34,7 +34,7 @@ def _random(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
 
 
 def _settle(inputs: Inputs, results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The tokens, visible ones from where they were put; how many of each sample are masked; the sorted places."""
+    """The tokens, with the visible ones back in their places; how many of each sample are masked; the sorted places."""
     x, (visible, mask, ids_restore) = inputs[0], results
     ids = ids_restore[:, :, None].expand(x.shape)
     places = torch.cat([visible, torch.zeros_like(x[:, visible.shape[1] :])], 1).gather(1, ids)

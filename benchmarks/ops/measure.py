@@ -48,7 +48,7 @@ class Measurement:
 
     @property
     def error(self) -> float:
-        """Of outputs and gradients, the larger; NaN if one is."""
+        """The larger of the errors of outputs and gradients; NaN if one is."""
         return max(self.value_error, self.gradient_error, key=lambda error: (math.isnan(error), error))
 
     @property
@@ -82,7 +82,7 @@ def measure(
         torch.set_float32_matmul_precision(contestant.precision)
         try:
             function = contestant.make()
-            found = benchmark.run(function, benchmark.inputs(size, dtype))  # of its own, which it may change
+            found = benchmark.run(function, benchmark.inputs(size, dtype))  # inputs of its own, which it may change
         except Exception as error:
             result.note = _failure(error)
             continue
@@ -185,7 +185,7 @@ def _memory_of(op: str, size: Size, mode: str, name: str, kernel: str) -> float:
 def extra_memory(run: Callable[[], object]) -> float:
     """Bytes by which `run` raises this process's peak resident memory over what was resident before (Linux)."""
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # else memory that was freed before, and kept, is not counted again
+    ctypes.CDLL(None).malloc_trim(0)  # memory that the allocator kept would not count when used again
     Path("/proc/self/clear_refs").write_text("5")  # peak := present
     before = _peak_resident()
     keep = run()  # noqa: F841

@@ -11,7 +11,7 @@ from benchmarks.ops.registry import Benchmark, Inputs, Size, in_place
 
 @torch.no_grad()
 def _enqueue(keys: Tensor, position: Tensor, new_keys: Tensor, normalize: bool) -> None:
-    """Up to the end, then from the beginning on. MoCo's keys are columns, which takes longer."""
+    """Up to the end, then on from the beginning. MoCo's keys are columns, which takes longer."""
     first, count = int(position), len(new_keys)
     entered, before_the_end = F.normalize(new_keys, dim=1), min(count, len(keys) - first)
     keys[first : first + before_the_end] = entered[:before_the_end]

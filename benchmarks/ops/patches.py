@@ -21,7 +21,7 @@ def _random(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
 
 
 def _order(batch: int, length: int) -> Tensor:
-    """Of each sample a permutation; those below the visible ones' number are visible."""
+    """A permutation for each sample; the first ones are visible."""
     return torch.rand(batch, length, generator=torch.Generator().manual_seed(1)).argsort(1)
 
 
@@ -34,7 +34,7 @@ def _mask(batch: int, length: int) -> Tensor:
 
 
 def _image_size(size: Size) -> tuple[int, ...]:
-    """Samples x channels x pixels on a side x of a patch, as (B, C, H, W)."""
+    """Samples x channels x image side x patch side, as (B, C, H, W)."""
     return *size[:3], size[2]
 
 
@@ -53,7 +53,7 @@ def _of_patches(loss: Loss, pred: Tensor, images: Tensor, mask: Tensor) -> Tenso
 
 
 def _loss_traffic(elements: int, itemsize: int) -> float:
-    """What is masked of pred and its target is read in both passes; the gradient is written."""
+    """The masked parts of pred and target are read in both passes; the gradient is written."""
     return (4 * MASK_RATIO + 1) * elements * itemsize
 
 

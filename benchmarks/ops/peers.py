@@ -15,10 +15,10 @@ from torch.library import Library
 
 @functools.cache
 def _torchvision() -> Library | None:
-    """Makes torchvision importable, for those who import it for what is not used here.
+    """Makes torchvision importable, for packages that import it for parts that are not used here.
 
-    It refuses where its binary operators were built for another PyTorch: the two that it asks for by name get a
-    schema, and no kernel. The schemas live as long as the Library that is returned.
+    Its import fails if its binary operators were built for another PyTorch. The two operators that it looks up by name
+    get a schema here, and no kernel. The schemas live as long as the Library that is returned.
     """
     try:
         importlib.import_module("torchvision")
@@ -105,7 +105,7 @@ def open_clip() -> ModuleType:
 
 
 def metric_learning_sup_con(temperature: float) -> nn.Module:
-    """pytorch-metric-learning's SupConLoss, averaged as the paper does, not over the losses above 0 alone.
+    """pytorch-metric-learning's SupConLoss, averaged over all rows as in the paper, not only over losses above 0.
 
     Raises:
         ImportError: if pytorch-metric-learning is not installed.
@@ -116,7 +116,7 @@ def metric_learning_sup_con(temperature: float) -> nn.Module:
 
 
 class MetricLearningNTXent(nn.Module):
-    """pytorch-metric-learning's NTXentLoss of two views. It stores a row of similarities for each of all negatives.
+    """pytorch-metric-learning's NTXentLoss of two views. It stores a row of similarities for every pair of negatives.
 
     Raises:
         ImportError: if pytorch-metric-learning is not installed.

@@ -1,6 +1,6 @@
-"""What is timed: an operation, its inputs, its contestants, and the least work it could be done with.
+"""What is timed: an operation, its inputs, its contestants, and the least work that it takes.
 
-A family's benchmarks live in the module of its name beside this one; constructing a `Benchmark` registers it.
+A family's benchmarks are in the module of its name beside this one; constructing a `Benchmark` registers it.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ BASELINES = ("naive", "compile", "lightly", "open_clip", "metric_learning", "ass
 class Mode:
     """A precision: the inputs' dtype, fastssl's and the baselines' float32 matmul precision, the largest error.
 
-    A contestant whose outputs or gradients have a larger relative error (Frobenius norm) than `tolerance` is wrong.
-    That of bfloat16 admits what eager code loses where it rounds log-sum-exps to bfloat16.
+    A contestant whose outputs or gradients have a larger relative error (Frobenius norm) than `tolerance` is wrong. The
+    tolerance of bfloat16 allows for eager code that rounds log-sum-exps to bfloat16.
     """
 
     dtype: torch.dtype
@@ -97,8 +97,8 @@ class Benchmark:
 
     Attributes:
         op: name in `fastssl.functional`.
-        sizes: what is timed unless the user says otherwise; what a shorter size leaves out is the first one's.
-        memory_sizes: what only the peak memory is measured at.
+        sizes: the sizes that are timed unless the user names others; a shorter size is completed by the first of these.
+        memory_sizes: sizes at which only the peak memory is measured.
         inputs: (size, dtype) -> tensors, lists of them, numbers: the same at every call; tensors that require gradients
             get them.
         traffic: (size, bytes per element) -> bytes that the step must read and write.
@@ -106,17 +106,18 @@ class Benchmark:
             that is to run.
         flops: (size) -> floating-point operations of the step's matrix products at best.
         arguments: keyword arguments of fastssl's function and of the naive one.
-        call: (function, *inputs) -> its result with what people compute in front of it; peers that do so themselves
-            lack it.
+        call: (function, *inputs) -> its result, including what people compute before calling it; not applied to peers,
+            which do that themselves.
         naive: eager code; None: the reference in `fastssl.reference.OPS`.
         peers: baseline -> its function, from another library.
         step: (function, inputs) -> outputs and gradients, a function of this module.
         timed: the step, in words.
-        settle: (inputs, outputs) -> tensors of which everybody's must equal the oracle's, where the outputs are random.
+        settle: (inputs, outputs) -> tensors that must equal the oracle's, where the outputs themselves are random.
         oracle: (*inputs) -> mean loss and gradients, exact to float32 or better; None: the naive code in float64.
-        modes: the precisions that make a difference.
-        kernel: the operation of `torch.ops.fastssl` that does the work; "": that in `OPS`, or of the name.
-        name: what it is called, where `op` has another benchmark; "": as `op`.
+        modes: the precisions that make a difference to it.
+        kernel: the operation of `torch.ops.fastssl` that does the work; "": the one that `OPS` names, or the one named
+            `op`.
+        name: needed where `op` has several benchmarks; "": `op`.
     """
 
     op: str
@@ -165,12 +166,12 @@ class Benchmark:
         return found
 
     def run(self, function: Function, inputs: Inputs) -> Results:
-        """The step, and of outputs what must equal the oracle's."""
+        """The step, with outputs reduced to what must equal the oracle's."""
         values, gradients = self.step(function, inputs)
         return self.settle(inputs, values) if self.settle else values, gradients
 
     def expected(self, inputs: Inputs) -> Results:
-        """The oracle's answer. It changes what the step changes."""
+        """The oracle's answer. It changes the same inputs as the step does."""
         if self.oracle:
             loss, gradients = self.oracle(*inputs)
             return (loss,), gradients
@@ -224,7 +225,7 @@ def blockwise(share: Callable[..., Tensor]) -> Callable[..., LossAndGradients]:
     """An oracle that never holds the whole matrix of similarities.
 
     Args:
-        share: (rows, *inputs) -> what these rows, a vector of indices of the first input's, add to the mean loss.
+        share: (rows, *inputs) -> what these rows, a vector of indices into the first input, add to the mean loss.
     """
 
     def oracle(*inputs: Tensor) -> LossAndGradients:

@@ -26,7 +26,7 @@ Grid = tuple[list[str], list[list[str]]]
 def preamble(
     op: str, timed: str, machine: dict[str, str | int | float], rates: Rates, results: list[Measurement], command: str
 ) -> list[str]:
-    """What must be known to read the tables: the machine, its rates, how figures were taken, how to repeat them."""
+    """What one must know to read the tables: the machine, its rates, how figures were taken, how to repeat them."""
     lines = [
         "{cpu} ({instruction_sets}), {cores} cores, {threads} threads, PyTorch {torch}; ".format(**machine)
         + f"fastssl {machine['fastssl']}, {op} {machine['kernels']}.",

@@ -1,9 +1,9 @@
 """Train methods with fastssl's kernels and with naive ones, side by side: whether they agree, how fast, how small.
 
-Every method is trained twice at once, from the same weights on the same batches, and compared (see agreement.py);
-its loss is measured alone against other ways to compute it; batches grow until they exceed a budget of memory; its
-features are tested against random weights and a supervised run. SimCLR is also timed over batch sizes. All goes into
-a table, a CSV, plots and a report in HTML. The exit status is 1 if anything failed or twins disagreed.
+Every method is trained twice at once, from the same weights on the same batches, and compared (see agreement.py); its
+loss is measured alone against other ways to compute it; batches grow until they exceed a budget of memory; its features
+are tested against random weights and a supervised run. SimCLR is also timed over batch sizes. Everything goes into a
+table, a CSV, plots and a report in HTML. The exit status is 1 if anything failed or twins disagreed.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ CHUNK_SIZE = 256
 
 
 class Bench:
-    """A run over methods, which share data sets, random weights' marks and supervised runs."""
+    """A run over methods, which share data sets, the marks of random weights, and supervised runs."""
 
     def __init__(self, batch_size: int, steps: int, seed: int, data: str | None, console: Console) -> None:
         self.batch_size, self.steps, self.seed, self.source, self.console = batch_size, steps, seed, data, console
@@ -64,7 +64,7 @@ class Bench:
         return history
 
     def compare(self, name: str, budget: float, largest: int) -> Result:
-        """Train a method both ways, and measure all there is to measure."""
+        """Train a method both ways, and measure everything."""
         dataset, both = self.data(name), twins(self.new(name, self.steps))
         untrained = self.untrained(name, both["naive"], dataset)
         data = Watched(METHODS[name].training_data(dataset), both["fastssl"], self.steps)
@@ -167,7 +167,7 @@ def _arguments() -> Any:
 
 def main() -> None:
     args = _arguments()
-    warnings.filterwarnings("ignore", module="sklearn")  # that a probe's 200 iterations are not all it could take
+    warnings.filterwarnings("ignore", module="sklearn")  # that the probe stops after 200 iterations
     args.output.mkdir(parents=True, exist_ok=True)
     console = Console(stderr=True)
     command = f"OMP_NUM_THREADS={torch.get_num_threads()} {PROGRAM} {shlex.join(sys.argv[1:])}"

@@ -1,8 +1,8 @@
 """Whether twins compute the same, by whole steps from the same weights, and whether their runs stay together.
 
-Rounding separates two runs of one method: training amplifies 1e-7 until weights differ visibly. Their curves alone say
-little. So a few times in a run the fastssl twin is copied before a step, and from these weights the step is taken three
-times: with fastssl's kernels, with the naive code, and with the naive code in float64. Compared are
+Rounding separates two runs of one method: training amplifies 1e-7 until weights differ visibly. So their curves alone
+say little. A few times in a run, therefore, the fastssl twin is copied before a step, and from these weights the step
+is taken three times: with fastssl's kernels, with the naive code, and with the naive code in float64. Compared are
 
     loss         of the same embeddings, those of the naive forward pass
     gradients    of that loss, by the embeddings and by what it learns itself, such as a temperature
@@ -13,7 +13,7 @@ each as one vector, by their distance from float64's, over the length of float64
 code's, which is what float32 itself loses, plus eight units in its last place, since a single number such as the loss
 may be right by luck.
 
-Of the curves the running means over a tenth of the run are compared, which may differ by `DRIFT`, as a share of the
+Of the curves, the running means over a tenth of the run are compared. They may differ by `DRIFT`, as a share of the
 loss's root mean square. Single steps may differ more: two naive runs of VICReg whose first weights differed by 6e-8
 were 4.9 % apart at one of 60 steps, and 1.1 % in running means.
 """
@@ -59,7 +59,7 @@ class Agreement:
 
     @property
     def complaints(self) -> list[str]:
-        """One line for each tolerance that was not kept."""
+        """One line for each tolerance that was exceeded."""
         lines = []
         for quantity, error in self.errors.items():
             if not error["fastssl"] <= TIMES * error["naive"] + UNITS:
@@ -74,7 +74,7 @@ class Agreement:
 class Watched:
     """Training data that compares a method's implementations whenever a batch is taken for one of a few steps.
 
-    So the comparison has the weights and the batch of a real step, and none of its time.
+    So the comparison uses the weights and the batch of a real step, and takes none of its time.
 
     Attributes:
         found: the errors of each look.
@@ -98,7 +98,7 @@ class Watched:
 
 
 def agreement(found: Sequence[Errors], history: dict[str, list[Step]]) -> Agreement:
-    """Of twins' looks and losses."""
+    """The agreement of twins, from the errors of each look and the losses of each step."""
     errors = {
         quantity: {impl: _largest(look[quantity][impl] for look in found) for impl in IMPLEMENTATIONS}
         for quantity in found[0]
@@ -110,7 +110,7 @@ def agreement(found: Sequence[Errors], history: dict[str, list[Step]]) -> Agreem
 
 
 def step_errors(method: Method, views: Sequence[Tensor]) -> Errors:
-    """The relative errors of a step's results, by implementation. The method stays as it is."""
+    """The relative errors of a step's results, by implementation. The method is not changed."""
     both = as_twins(method)
     with torch.random.fork_rng(devices=[]), running(both["naive"]):
         embeddings = [z.detach().requires_grad_(z.requires_grad) for z in both["naive"](*views)]
@@ -139,7 +139,7 @@ def in_float64(x: Any) -> Any:
 
 @contextmanager
 def running(method: Method) -> Iterator[None]:
-    """The method's backend; for one in float64, with `.float()` without effect."""
+    """The method's backend; for a method in float64, `.float()` has no effect."""
     exact = next(method.parameters()).dtype == torch.float64
     with use_backend(IMPLEMENTATIONS[method.impl]), _KeepFloat64() if exact else nullcontext():
         yield

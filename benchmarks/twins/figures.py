@@ -1,4 +1,4 @@
-"""The plots of twin runs, one file each, in colours that all eyes tell apart (Okabe and Ito's)."""
+"""The plots of twin runs, one file each, in colours that everyone can tell apart (Okabe and Ito's)."""
 
 from __future__ import annotations
 

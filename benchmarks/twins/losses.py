@@ -1,8 +1,7 @@
-"""What a method's loss costs alone, forward and backward, and what it would cost otherwise.
-
-Contestants beside the twins: torch.compile of the naive loss, and the loop that bounds memory in plain PyTorch: some
-rows' similarities (some features' correlations) at a time, computed again in the backward pass by
-torch.utils.checkpoint. Methods whose loss builds no matrix have no such loop.
+"""What a method's loss costs alone, forward and backward, and what it would cost otherwise. Contestants besides the
+twins: torch.compile of the naive loss, and the loop that bounds memory in plain PyTorch: some rows' similarities (some
+features' correlations) at a time, computed again in the backward pass by torch.utils.checkpoint. Methods whose loss
+builds no matrix have no such loop.
 """
 
 from __future__ import annotations
@@ -141,10 +140,9 @@ CHUNKED = {
 
 
 def loss_costs(method: Method, embeddings: Sequence[Tensor]) -> dict[str, Cost]:
-    """Of a method's loss on the same embeddings by both implementations, torch.compile and the chunked loop, in turns.
-
-    One whose loss or gradients are further from float64's than `TIMES` the naive error, plus the benchmarks' tolerance
-    for float32, has a note in place of a time.
+    """The cost of a method's loss on the same embeddings, by both implementations, torch.compile and the chunked loop,
+    in turns. A contestant whose loss or gradients are further from float64's than `TIMES` the naive error, plus the
+    benchmarks' tolerance for float32, gets a note in place of a time.
     """
     both = as_twins(method)
     naive, ours = both["naive"], both["fastssl"]
@@ -185,9 +183,8 @@ def loss_costs(method: Method, embeddings: Sequence[Tensor]) -> dict[str, Cost]:
 
 
 def masking_seconds(method: Method, views: Sequence[Tensor]) -> dict[str, float]:
-    """Of MAE's kernels for masked images, forward and backward: it embeds visible patches, and fills in the others.
-
-    Empty for methods that mask nothing.
+    """Seconds of MAE's kernels for masked images, forward and backward: those that embed visible patches and fill in
+    the others. Empty for methods that mask nothing.
     """
     if not isinstance(method, MAE):
         return {}

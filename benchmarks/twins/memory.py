@@ -1,7 +1,7 @@
 """How much memory a batch takes, and the largest batch that fits into a budget: each measured in a process of its own.
 
-That process may take at most three quarters of the memory that the machine has left (Linux's RLIMIT_DATA): beyond, its
-allocations fail, and what it did takes "more than that".
+That process may take at most three quarters of the memory that the machine has left (Linux's RLIMIT_DATA): beyond that
+its allocations fail, and the result is "more than that".
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _SHARE = 0.75  # of the memory left
 
 @dataclass(frozen=True)
 class Memory:
-    """Peak extra bytes of what was done with a batch; infinite where it ran out of memory."""
+    """Peak extra bytes of the work on a batch; infinite where it ran out of memory."""
 
     batch_size: int
     bytes: float
@@ -37,7 +37,7 @@ class Memory:
 def largest_batch(
     name: str, method: Method, embeddings: Sequence[Tensor], budget: float, largest: int
 ) -> tuple[list[Memory], float]:
-    """A method's loss, forward and backward, on ever twice as many rows, until it takes more than `budget` bytes.
+    """A method's loss, forward and backward, on twice as many rows each time, until it takes more than `budget` bytes.
 
     Args:
         embeddings: of a batch, which are repeated to make larger ones.
@@ -124,6 +124,6 @@ def _bytes(measured: Callable[..., int | None], *arguments: Any) -> float:
 
 
 def sizes(largest: int) -> list[int]:
-    """`SMALLEST` and ever twice as many, up to `largest`, which is the last."""
+    """`SMALLEST`, doubled each time, up to `largest`, which is the last."""
     doubled = [SMALLEST << i for i in range(32) if SMALLEST << i < largest]
     return [*doubled, largest]

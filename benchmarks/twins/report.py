@@ -1,4 +1,4 @@
-"""Twin runs as one table in the terminal, and as one HTML file that needs no other: styles and plots are inside."""
+"""Twin runs as one table in the terminal, and as one self-contained HTML file: styles and plots are inside."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from benchmarks.twins.losses import CHUNK, Cost
 from benchmarks.twins.results import Huge, Point, Result, Results
 
 _QUIET = 0.1  # cores; the system's own housekeeping
-FACTOR = 5  # what fastssl is to stay below the memory budget by, where naive exceeds it
-LESS = 0.6  # the share of the loss's time that is to be saved at `LESS_AT`
+FACTOR = 5  # how many times below the memory budget fastssl should stay, where naive exceeds it
+LESS = 0.6  # the share of the loss's time that should be saved at `LESS_AT`
 LESS_AT = 4096
-FROM = 256  # the batch size from which a step is to be as fast
+FROM = 256  # the batch size from which a step should be as fast
 
 Row = Sequence[str]
 
@@ -286,7 +286,7 @@ def _size(value: float, limit: float = math.nan) -> str:
 
 
 def write(results: Results, plots: Sequence[Plot], path: Path) -> None:
-    """The report: findings, plots, tables, what to know about them."""
+    """The report: findings, plots, tables, and notes on them."""
     body = [
         f"<p class=lead>{_text(_introduction(results))}</p>",
         *(f"<p class=warning>{_text(line)}</p>" for line in _warnings(results)),

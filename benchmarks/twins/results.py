@@ -1,4 +1,4 @@
-"""What twin runs leave behind, as figures that the table, the plots and the report share, and as lines of a CSV."""
+"""The results of twin runs, as figures that the table, the plots and the report share, and as lines of a CSV."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Line(NamedTuple):
 
 @dataclass(frozen=True)
 class Timing:
-    """Of training steps: medians in seconds, peaks in bytes, NaN where unknown.
+    """The cost of training steps: medians in seconds, peaks in bytes, NaN where unknown.
 
     Steps whose memory was measured are not timed, nor is the first, which allocates the optimiser's state.
 
@@ -58,7 +58,7 @@ class Timing:
 
 
 def step_ratio(history: Mapping[str, Sequence[Step]]) -> float:
-    """The median of naive's time over fastssl's in the same step: what slows the machine for a while slows both."""
+    """The median of naive's time over fastssl's in the same step: whatever slows the machine for a while slows both."""
     pairs = list(zip(history["naive"], history["fastssl"], strict=True))
     timed = [pair for pair in pairs[1:] if pair[0].peak_bytes is None] or pairs
     return median(naive.seconds / ours.seconds for naive, ours in timed)
@@ -73,7 +73,7 @@ class Result:
     """One method, trained both ways.
 
     Attributes:
-        tests: the share that a test found, by test and by who took it: the implementations, "random" weights, and
+        tests: the share that a test found, by test and by encoder: that of either implementation, "random" weights, and
             "supervised", the same encoder trained with labels.
         step_ratio: naive's time over fastssl's.
         masking: seconds of MAE's kernels for masked images, by implementation; empty for other methods.
@@ -96,7 +96,7 @@ class Result:
     limit: float
 
     def kernels(self, impl: str) -> dict[str, float]:
-        """Seconds of a step by what they went into; what is not the encoder."""
+        """Seconds of a step outside the encoder, by what they were spent on."""
         timing = self.timing[impl]
         return {"loss": timing.loss, "masking": self.masking.get(impl, 0.0), "teacher and queue": timing.after}
 
@@ -159,12 +159,12 @@ class Point:
 
 @dataclass(frozen=True)
 class Huge:
-    """A batch that is trained on by chunks.
+    """A batch that is trained on in chunks.
 
     Attributes:
         command: of each implementation.
         memory: of a step.
-        limit: bytes that it might take.
+        limit: bytes that it was allowed to take.
     """
 
     method: str
@@ -182,7 +182,7 @@ class Results:
     """All of a run.
 
     Attributes:
-        machine: what there is to know of it.
+        machine: its description.
         other_processes_cores: the most that other processes kept busy while a method was trained.
         failures: why there is no result, by the name of what failed.
         budget: bytes.

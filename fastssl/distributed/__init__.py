@@ -1,4 +1,4 @@
-"""What a loss needs of the other processes: their number, their rows, or sums over all rows."""
+"""What a loss needs from the other processes: their number, their rows, or sums over all rows."""
 
 from fastssl.distributed import contrastive, sigmoid
 from fastssl.distributed.processes import (

@@ -124,9 +124,9 @@ class _PairLogsumexp(Function):
 
 
 def _unite_sums(first: Tensors, second: Tensors) -> Tensors:
-    """(total, shift) of two sums of exponentials together; and so for a weighted sum beside them."""
+    """(total, shift) of two sums of exponentials together, and likewise a weighted sum beside them."""
     (total, shift, *weighted), (other_total, other_shift, *other_weighted) = first, second
-    # Nothing has been summed up where a total is 0, and its shift says nothing.
+    # Nothing has been summed where a total is 0; its shift then has no meaning.
     common = torch.maximum(shift, other_shift).where(other_total != 0, shift).where(total != 0, other_shift)
     factor, other_factor = (
         (s - common).exp().where(t != 0, 0) for t, s in ((total, shift), (other_total, other_shift))

@@ -1,4 +1,4 @@
-"""Standardised columns and their correlations, over the rows of all processes; group None: of this one alone."""
+"""Standardised columns and their correlations, over the rows of all processes; group None: of this process alone."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastssl.ops._precision import accumulate_dtype
 
 
 def center(z: Tensor, group: ProcessGroup | None) -> Tensor:
-    """z less the means of its columns over all processes, in the dtype of sums."""
+    """z minus the means of its columns over all processes, in the dtype of sums."""
     if group is None:
         return correlation.center(z)
     z = z.to(accumulate_dtype(z.dtype))
@@ -31,7 +31,7 @@ def mean_square(x: Tensor, group: ProcessGroup | None) -> Tensor:
 
 
 def correction(z: Tensor, unbiased: bool, group: ProcessGroup | None) -> float:
-    """What a mean over the rows of all processes is to be multiplied by."""
+    """The factor by which a mean over the rows of all processes is to be multiplied."""
     rows = z.shape[0] * (1 if group is None else group.size())
     return rows / (rows - unbiased)
 

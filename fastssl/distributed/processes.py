@@ -1,4 +1,4 @@
-"""The processes of a group: their number, their rows, and whether what they hold is alike."""
+"""The processes of a group: their number, their rows, and whether their tensors are alike."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def world_size() -> int:
 
 
 def default_group(index: int, processes: int) -> ProcessGroup:
-    """The default group, if it has as many processes, and this one has that rank in it."""
+    """The default group, if it has that many processes and this one has that rank in it."""
     if not _initialized() or (rank(), world_size()) != (index, processes):
         raise ValueError(
             "rank and world_size must be those of torch.distributed's default group,"
@@ -90,7 +90,7 @@ def check_group(group: Any) -> None:
 
 @uncompiled
 def check_alike(group: ProcessGroup | None, tensors: dict[str, Tensor]) -> None:
-    """Raises ValueError on every process, if the tensors differ: one exchange of a few bytes, and a wait for it."""
+    """Raises ValueError on every process if the tensors differ. One exchange of a few bytes is waited for."""
     device = next(iter(tensors.values())).device
     if "cpu:" in dist.get_backend_config(group):
         device = torch.device("cpu")  # where it meets that of a process whose tensors are elsewhere
@@ -149,7 +149,7 @@ class _SumRows(Function):
     @staticmethod
     def forward(x: Tensor, group: ProcessGroup | None) -> Tensor:
         output = x.new_empty(x.shape[0] // dist.get_world_size(group), *x.shape[1:])
-        # PyTorch 2.13 gave it, and the gather, another name.
+        # PyTorch 2.13 renamed it, and the gather.
         reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
         reduce_scatter(output, x.contiguous(), group=group)
         return output

@@ -1,9 +1,9 @@
-"""A loss of a batch that is spread over the processes of a group, without any of them holding the whole.
+"""A loss of a batch that is spread over the processes of a group, none of which holds the whole batch.
 
 Each process keeps its b rows x. Its b rows y travel: at step t, process r holds those of process r - t, while the next
-ones are already on their way to it. Beside its own rows a process holds O(b D), two parts of the batch at most. What
-the losses of a family make of it is in the file of the family's name. Gradients are those of the sum of all processes'
-losses.
+ones are already on their way to it. Besides its own rows a process holds O(b D), at most two parts of the batch. How
+the losses of a family use the ring is in the file of the family's name. Gradients are those of the sum of all
+processes' losses.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Ring:
         visit: Callable[..., Tensors],
         unite: Callable[[Tensors, Tensors], Tensors] | None = None,
     ) -> Tensors:
-        """Takes passengers past every process, and what visit(step, *passengers) makes of them back home.
+        """Takes passengers past every process, and the results of visit(step, *passengers) back home.
 
         Args:
             passengers: read by every process, and changed by none.
@@ -75,7 +75,7 @@ class Ring:
         return luggage
 
     def _pass_on(self, tensors: Sequence[Tensor]) -> Callable[[], Tensors]:
-        """Sends tensors to the next process; what is returned waits for those of the one before."""
+        """Sends tensors to the next process; the function that is returned waits for those of the previous one."""
         sent = [t.contiguous() for t in tensors]
         received = tuple(torch.empty_like(t) for t in sent)
         neighbours = (dist.isend, sent, self.rank + 1), (dist.irecv, received, self.rank - 1)
