@@ -25,7 +25,7 @@ from benchmarks.twins.agreement import Watched, agreement
 from benchmarks.twins.losses import loss_costs, masking_seconds
 from benchmarks.twins.memory import largest_batch, training_step
 from benchmarks.twins.results import GIB, Huge, Point, Result, Results, Timing, Writer, step_ratio
-from fastssl.train import METHODS, Method, Step, create, fit, twins
+from fastssl.train import METHODS, Method, Run, Step, create, fit, twins
 from fastssl.train.cli import RunParser, positive_float, positive_int, run
 from fastssl.train.networks.vit import ViT
 
@@ -59,7 +59,7 @@ class Bench:
 
     def fit(self, methods: dict[str, Method], data: Any, steps: int, batch_size: int) -> dict[str, list[Step]]:
         with machine.OtherProcesses() as others:
-            history = fit(methods, data, batch_size=batch_size, steps=steps, seed=self.seed, console=self.console)
+            history = fit(methods, data, Run(batch_size=batch_size, steps=steps, seed=self.seed), console=self.console)
         self.other_processes_cores = max(self.other_processes_cores, others.cores)
         return history
 

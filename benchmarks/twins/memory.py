@@ -19,7 +19,7 @@ from rich.console import Console
 from torch import Tensor
 
 from benchmarks.twins.agreement import running
-from fastssl.train import METHODS, Method, create, fit
+from fastssl.train import METHODS, Method, Run, create, fit
 from fastssl.train.meter import Meter, available_memory
 
 SMALLEST = 256
@@ -103,10 +103,10 @@ def _train(name: str, impl: str, batch_size: int, chunk_size: int, data: str | N
     dataset = METHODS[name].load(data)
     examples, method = METHODS[name].training_data(dataset), create(name, 2, dataset)
     method.impl, limit = impl, _limit()
-    arguments = {"batch_size": batch_size, "chunk_size": chunk_size, "steps": 2, "seed": seed}
+    run = Run(batch_size=batch_size, chunk_size=chunk_size, steps=2, seed=seed)
 
     def second_step() -> int | None:
-        history = fit({impl: method}, examples, **arguments, console=Console(quiet=True))
+        history = fit({impl: method}, examples, run, console=Console(quiet=True))
         return history[impl][1].peak_bytes
 
     return Memory(batch_size, _bytes(second_step)), limit

@@ -12,8 +12,10 @@ if missing := [name for name in ("PIL", "rich", "sklearn") if find_spec(name) is
     raise ImportError(f'fastssl.train needs {", ".join(missing)}: in fastssl\'s folder, pip install ".[demo]"')
 
 from fastssl.train.data.images import DataError, Images, load
-from fastssl.train.loop import Step, fit
+from fastssl.train.loop import fit
 from fastssl.train.method import Method, twins
 from fastssl.train.methods import METHODS, create
+from fastssl.train.run import Run
+from fastssl.train.step import Step
 
-__all__ = ["METHODS", "DataError", "Images", "Method", "Step", "create", "fit", "load", "twins"]
+__all__ = ["METHODS", "DataError", "Images", "Method", "Run", "Step", "create", "fit", "load", "twins"]

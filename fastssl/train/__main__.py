@@ -15,9 +15,9 @@ import torch
 from rich.console import Console
 
 from fastssl.distributed import rank
-from fastssl.train import METHODS, create, fit, parallel
+from fastssl.train import METHODS, Run, cli, create, fit, parallel
 from fastssl.train.checkpoint import load_encoder
-from fastssl.train.cli import Parser, RunParser, not_negative_float, positive_float, positive_int, run, share
+from fastssl.train.cli import Parser, RunParser, not_negative_float, positive_float, positive_int, share
 from fastssl.train.method import GIVEN, IMPLEMENTATIONS
 from fastssl.train.optimizers import OPTIMIZERS
 
@@ -142,9 +142,7 @@ def _train(args: argparse.Namespace) -> None:
         parallel.in_first_process(lambda: load_encoder(method.encoder, args.encoder))
     if args.compile:
         method.encoder.compile()
-    history = fit(
-        {args.method: method},
-        data,
+    run = Run(
         batch_size=args.batch_size,
         steps=steps,
         optimizer=args.optimizer,
@@ -158,9 +156,8 @@ def _train(args: argparse.Namespace) -> None:
         checkpoint=args.checkpoint,
         save_every=args.save_every,
         resume=args.resume,
-        writer=writer,
-        console=console,
     )
+    history = fit({args.method: method}, data, run, writer=writer, console=console)
     if writer is not None:
         writer.close()
     for test, value in parallel.in_first_process(lambda: method.evaluate(dataset)).items():
@@ -172,4 +169,4 @@ def _train(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    cli.run(main)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastssl import use_backend
 from fastssl.functional import nt_xent
-from fastssl.train import Step, fit, load, twins
+from fastssl.train import Run, Step, fit, load, twins
 from fastssl.train.cli import RunParser, positive_float, positive_int, run
 from fastssl.train.meter import Meter, available_memory
 from fastssl.train.method import IMPLEMENTATIONS
@@ -51,9 +51,9 @@ def train_twins(
     both = twins(SimCLR())
     if steps is None:
         with Meter() as trial:
-            fit(copy.deepcopy(both), images, batch_size=batch_size, steps=4, console=Console(quiet=True))
+            fit(copy.deepcopy(both), images, Run(batch_size=batch_size, steps=4), console=Console(quiet=True))
         steps = max(1, round(60 * minutes / (trial.seconds / 4)))
-    return both, fit(both, images, batch_size=batch_size, steps=steps, seed=seed, console=console)
+    return both, fit(both, images, Run(batch_size=batch_size, steps=steps, seed=seed), console=console)
 
 
 def training_table(history: dict[str, list[Step]], accuracy: dict[str, float], untrained: float) -> Table:

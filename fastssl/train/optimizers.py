@@ -15,6 +15,14 @@ def defaults(name: str, method: Method, batch_size: int) -> tuple[float, float]:
     return (0.3 * batch_size / 256, 1e-6) if name == "lars" else (method.learning_rate, method.weight_decay)
 
 
+def check_optimizer(name: str, layer_decay: float) -> None:
+    """Raises ValueError if the name is unknown, or layer_decay is not in (0, 1]."""
+    if name not in OPTIMIZERS:
+        raise ValueError(f"optimizer must be one of {', '.join(map(repr, OPTIMIZERS))}, got {name!r}")
+    if not 0 < layer_decay <= 1:
+        raise ValueError(f"layer_decay must be above 0 and at most 1, got {layer_decay}")
+
+
 def make_optimizer(
     name: str, module: nn.Module, learning_rate: float, weight_decay: float, layer_decay: float = 1.0
 ) -> torch.optim.Optimizer:
@@ -29,12 +37,9 @@ def make_optimizer(
             else has 1 (BEiT, arXiv:2106.08254): the group's "scale", by which who sets its "lr" multiplies.
 
     Raises:
-        ValueError: if the name is unknown, layer_decay is not in (0, 1], or there are no stages to tell apart.
+        ValueError: as `check_optimizer` does, or if there are no stages to tell apart.
     """
-    if name not in OPTIMIZERS:
-        raise ValueError(f"optimizer must be one of {', '.join(map(repr, OPTIMIZERS))}, got {name!r}")
-    if not 0 < layer_decay <= 1:
-        raise ValueError(f"layer_decay must be above 0 and at most 1, got {layer_decay}")
+    check_optimizer(name, layer_decay)
     if layer_decay != 1 and not hasattr(module.encoder, "stages"):
         raise ValueError(f"layer_decay must be 1 with an encoder that has no stages(), got {layer_decay}")
     stages = module.encoder.stages() if layer_decay != 1 else []

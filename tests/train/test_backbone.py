@@ -11,7 +11,7 @@ pytest.importorskip("sklearn")
 
 from rich.console import Console
 
-from fastssl.train import create, fit
+from fastssl.train import Run, create, fit
 from fastssl.train.evaluate import features
 from fastssl.train.networks.models import Encoder, Timm
 
@@ -24,7 +24,7 @@ def new(name: str, backbone: str | None):
 
 
 def train(method, **options):
-    history = fit({"a": method}, IMAGES, batch_size=8, steps=2, console=Console(file=io.StringIO()), **options)
+    history = fit({"a": method}, IMAGES, Run(batch_size=8, steps=2, **options), console=Console(file=io.StringIO()))
     return [step.loss for step in history["a"]]
 
 

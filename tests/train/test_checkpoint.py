@@ -14,7 +14,7 @@ pytest.importorskip("sklearn")
 
 from rich.console import Console
 
-from fastssl.train import METHODS, Method, checkpoint, create, fit
+from fastssl.train import METHODS, Method, Run, checkpoint, create, fit
 from fastssl.train.optimizers import LARS, make_optimizer
 
 QUIET = Console(quiet=True)
@@ -82,8 +82,10 @@ class InterruptAfter:
             os.kill(os.getpid(), signal.SIGINT)
 
 
-def run(method: Method, steps: int = STEPS, **options):
-    history = fit({"m": method}, data_of(method), batch_size=16, steps=steps, console=QUIET, **options)
+def run(method: Method, steps: int = STEPS, writer=None, **options):
+    history = fit(
+        {"m": method}, data_of(method), Run(batch_size=16, steps=steps, **options), writer=writer, console=QUIET
+    )
     return [step.loss for step in history["m"]]
 
 
@@ -117,8 +119,8 @@ def test_twins_resume_together(tmp_path):
     def both():
         return {"a": tiny(), "b": tiny(loss=lambda z: z.abs().mean())}
 
-    def fit_both(**options):
-        history = fit(both(), IMAGES, batch_size=16, steps=4, console=QUIET, **options)
+    def fit_both(writer=None, **options):
+        history = fit(both(), IMAGES, Run(batch_size=16, steps=4, **options), writer=writer, console=QUIET)
         return {name: [step.loss for step in steps] for name, steps in history.items()}
 
     with pytest.raises(KeyboardInterrupt):

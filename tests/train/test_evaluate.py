@@ -13,7 +13,7 @@ pytest.importorskip("sklearn")
 from rich.console import Console
 from sklearn.neighbors import KNeighborsClassifier
 
-from fastssl.train import Method, fit
+from fastssl.train import Method, Run, fit
 from fastssl.train.evaluate import features, health, knn_accuracy, probe_accuracy
 
 IMAGES = torch.randint(256, (64, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -117,7 +117,7 @@ class Repel(Attract):
 @pytest.mark.parametrize("method, collapses", [(Attract, True), (Repel, False)])
 def test_a_collapsed_run_says_so(method, collapses):
     console = Console(file=io.StringIO(), width=200)
-    history = fit({"mine": method()}, IMAGES, batch_size=32, steps=200, learning_rate=3e-3, console=console)
+    history = fit({"mine": method()}, IMAGES, Run(batch_size=32, steps=200, learning_rate=3e-3), console=console)
     reports = [line for line in console.file.getvalue().splitlines() if line.startswith("mine step")]
     assert len(reports) == 11 and "step 199" in reports[-1] and "effective rank" in reports[-1]
     assert ("COLLAPSED" in reports[-1]) is collapses and "COLLAPSED" not in reports[0]

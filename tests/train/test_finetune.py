@@ -12,7 +12,7 @@ pytest.importorskip("sklearn")
 from rich.console import Console
 
 import fastssl.train.__main__ as command_line
-from fastssl.train import Images, Method, checkpoint, cli, create, fit
+from fastssl.train import Images, Method, Run, checkpoint, cli, create, fit
 from fastssl.train.data import images as data
 from fastssl.train.evaluate import health
 from fastssl.train.optimizers import make_optimizer
@@ -43,8 +43,8 @@ def supervised(images: Images, seed: int = 0, **options) -> Method:
 
 
 def train(method: Method, images: Images, **options) -> list[float]:
-    options = {"batch_size": 32, "steps": STEPS, "console": QUIET, **options}
-    return [step.loss for step in fit({"m": method}, method.training_data(images), **options)["m"]]
+    run = Run(**{"batch_size": 32, "steps": STEPS, **options})
+    return [step.loss for step in fit({"m": method}, method.training_data(images), run, console=QUIET)["m"]]
 
 
 @pytest.mark.parametrize("vit", [False, True])
@@ -171,7 +171,7 @@ def test_resumed_fine_tuning_is_the_uninterrupted_one_bit_by_bit(images, vit, tm
 def test_fine_tuning_begins_with_the_encoder_of_a_checkpoint(images, pretrained, vit, tmp_path):
     torch.manual_seed(0)
     teacher = create(pretrained, 2, images)
-    fit({pretrained: teacher}, images.train, batch_size=32, steps=2, console=QUIET, checkpoint=tmp_path / "run.pt")
+    fit({pretrained: teacher}, images.train, Run(batch_size=32, steps=2, checkpoint=tmp_path / "run.pt"), console=QUIET)
     method = supervised(images, seed=1, vit=vit)
     checkpoint.load_encoder(method.encoder, tmp_path / "run.pt")
     torch.testing.assert_close(method.encoder.state_dict(), teacher.encoder.state_dict(), rtol=0, atol=0)
@@ -182,7 +182,7 @@ def test_another_encoder_is_refused(images, tmp_path):
     path = tmp_path / "run.pt"
     mae = create("mae", 1, size=32)
     data_of_mae = torch.zeros(8, 32, 32, dtype=torch.uint8)
-    fit({"mae": mae}, data_of_mae, batch_size=8, steps=1, console=QUIET, checkpoint=path)
+    fit({"mae": mae}, data_of_mae, Run(batch_size=8, steps=1, checkpoint=path), console=QUIET)
     method = supervised(images)
     before = {key: w.clone() for key, w in method.encoder.state_dict().items()}
     with pytest.raises(

@@ -15,7 +15,7 @@ from PIL import Image
 from rich.console import Console
 
 import fastssl.train.__main__ as command_line
-from fastssl.train import METHODS, DataError, Method, cli, create, fit
+from fastssl.train import METHODS, DataError, Method, Run, cli, create, fit
 from fastssl.train.data import augment, image_folder
 from fastssl.train.data import images as data
 from fastssl.train.data.cache import cached
@@ -189,7 +189,7 @@ def test_methods_train_on_colours(name, animals):
     examples = method.training_data(images)
     inputs = method.views(examples[torch.arange(8)], torch.Generator().manual_seed(0))
     assert inputs[0].shape == (8, 3, SIZE, SIZE) and 0 <= inputs[0].min() and inputs[0].max() < 1.00001
-    history = fit({name: method}, examples, batch_size=8, steps=2, console=Console(quiet=True))[name]
+    history = fit({name: method}, examples, Run(batch_size=8, steps=2), console=Console(quiet=True))[name]
     assert all(torch.tensor(step.loss).isfinite() for step in history)
     assert {"kNN accuracy", "linear probe"} <= method.evaluate(images).keys()
 

@@ -12,7 +12,7 @@ pytest.importorskip("sklearn")
 
 from rich.console import Console
 
-from fastssl.train import METHODS, Images, Method, create, fit, twins
+from fastssl.train import METHODS, Images, Method, Run, create, fit, twins
 from fastssl.train.networks.vit import position_embedding
 
 QUIET = Console(quiet=True)
@@ -54,7 +54,7 @@ def inputs_of(method: Method, images: Images, rows: int = 16) -> tuple[torch.Ten
 @pytest.mark.parametrize("name", IMAGE_METHODS)
 def test_twins_agree(name, images):
     both = twins(new(name))
-    history = fit(both, both["naive"].training_data(images), batch_size=32, steps=STEPS, console=QUIET)
+    history = fit(both, both["naive"].training_data(images), Run(batch_size=32, steps=STEPS), console=QUIET)
     losses = {impl: torch.tensor([step.loss for step in steps]) for impl, steps in history.items()}
     # Before the first update they differ by rounding; training amplifies that.
     torch.testing.assert_close(losses["fastssl"][0], losses["naive"][0], rtol=3e-6, atol=1e-6)
@@ -138,7 +138,7 @@ def test_momentum_rises_to_one_in_the_course_of_the_run(name, images):
     method = new(name)
     momenta = []
     method.after_step = lambda *_: momenta.append(method.teacher.update(method.student))
-    fit({name: method}, images.train, batch_size=16, steps=STEPS, console=QUIET)
+    fit({name: method}, images.train, Run(batch_size=16, steps=STEPS), console=QUIET)
     start = method.teacher.momentum
     assert momenta == pytest.approx([1 - (1 - start) * (1 + math.cos(math.pi * k / STEPS)) / 2 for k in range(STEPS)])
 

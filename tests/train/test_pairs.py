@@ -21,7 +21,7 @@ pytest.importorskip("PIL")
 from PIL import Image, ImageColor
 from rich.console import Console
 
-from fastssl.train import DataError, create, fit, image_text, twins
+from fastssl.train import DataError, Run, create, fit, image_text, twins
 from fastssl.train.data import packages, pairs, python_doc, text
 
 QUIET = Console(quiet=True)
@@ -351,7 +351,7 @@ NAMES = pytest.mark.parametrize(("name", "source"), [(n, n) for n in ("clip", "s
 def test_twins_agree(name, source):
     both = twins(new(name))
     data = both["naive"].training_data(both["naive"].load(source))
-    history = fit(both, data, batch_size=24, steps=6, console=QUIET)
+    history = fit(both, data, Run(batch_size=24, steps=6), console=QUIET)
     losses = {impl: torch.tensor([step.loss for step in steps]) for impl, steps in history.items()}
     torch.testing.assert_close(losses["fastssl"][0], losses["naive"][0], rtol=3e-6, atol=1e-6)
     torch.testing.assert_close(losses["fastssl"], losses["naive"], rtol=0.01, atol=1e-3)
@@ -383,7 +383,7 @@ def test_colours_are_found(name, table):
     seen = loaded._replace(test=loaded.train)
     method = new(name)
     before = method.evaluate(seen)
-    history = fit({name: method}, loaded.train, batch_size=48, steps=25, console=QUIET)[name]
+    history = fit({name: method}, loaded.train, Run(batch_size=48, steps=25), console=QUIET)[name]
     after = method.evaluate(seen)
     assert list(after) == ["recall@1 of 48 texts", "recall@10 of 48 texts"]
     assert after["recall@10 of 48 texts"] > before["recall@10 of 48 texts"] + 0.2
@@ -399,7 +399,7 @@ def test_clip_learns_its_temperature_down_to_a_hundredth(table):
     method.loss(*method(images / 255, tokens)).backward()
     assert method.logit_scale.grad != 0  # where it starts, too
     method.logit_scale.data += 1
-    fit({"clip": method}, data, batch_size=24, steps=3, console=QUIET)
+    fit({"clip": method}, data, Run(batch_size=24, steps=3), console=QUIET)
     assert lowest[1] == pytest.approx(math.log(100) + 1) and max(lowest[2:]) <= math.log(100) + 1e-6
     assert method.logit_scale <= math.log(100) + 1e-6
     with pytest.raises(ValueError, match=r"temperature must be at least 0.01, got 0.009"):
@@ -443,9 +443,9 @@ def test_training_by_chunks(story, table):
                 if isinstance(module, (torch.nn.Dropout, torch.nn.BatchNorm2d)):
                     module.eval()
         data = whole.training_data(whole.load(file))
-        options = {"batch_size": 24, "steps": 3, "console": QUIET, "learning_rate": 1e-3}
-        expected = fit({name: whole}, data, **options)[name]
-        history = fit({name: chunked}, data, chunk_size=5, **options)[name]
+        options = {"batch_size": 24, "steps": 3, "learning_rate": 1e-3}
+        expected = fit({name: whole}, data, Run(**options), console=QUIET)[name]
+        history = fit({name: chunked}, data, Run(chunk_size=5, **options), console=QUIET)[name]
         assert [step.loss for step in history] == pytest.approx([step.loss for step in expected], rel=1e-4)
         assert history[0].loss_seconds is None and history[0].seconds > 0 and history[0].health is not None
         for ours, theirs in zip(chunked.parameters(), whole.parameters(), strict=True):

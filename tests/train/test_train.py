@@ -22,12 +22,12 @@ from rich.console import Console
 
 import fastssl.train
 import fastssl.train.__main__ as command_line
-from fastssl.train import METHODS, DataError, Images, Method, cli, create, fit, load, twins
+from fastssl.train import METHODS, DataError, Images, Method, Run, cli, create, fit, load, twins
 from fastssl.train.data import augment
 from fastssl.train.data import images as data
 from fastssl.train.evaluate import accuracies
-from fastssl.train.loop import _train_step
 from fastssl.train.meter import Meter, available_memory
+from fastssl.train.step import train_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 QUIET = Console(file=io.StringIO())
@@ -100,7 +100,7 @@ def test_color_jitter_of_nothing_changes_nothing():
 
 @pytest.mark.parametrize("method", ["simclr", "barlow_twins", "vicreg"])
 def test_twins_agree_on_real_images_and_the_loss_falls(images, method):
-    history = fit(new_twins(name=method), images.train, batch_size=64, steps=12, console=QUIET)
+    history = fit(new_twins(name=method), images.train, Run(batch_size=64, steps=12), console=QUIET)
     losses = {name: torch.tensor([step.loss for step in steps]) for name, steps in history.items()}
     # Before the first update they differ by rounding. Then training amplifies that, at some steps abruptly:
     # up to 0.01 was seen within a dozen steps of SimCLR, where the loss itself moves by 1.
@@ -111,7 +111,7 @@ def test_twins_agree_on_real_images_and_the_loss_falls(images, method):
 
 def test_a_run_is_reproducible_and_its_twin_does_not_change_it(images):
     def losses(methods, seed=0):
-        history = fit(methods, images.train, batch_size=64, steps=4, seed=seed, console=QUIET)
+        history = fit(methods, images.train, Run(batch_size=64, steps=4, seed=seed), console=QUIET)
         return torch.tensor([step.loss for step in history["fastssl"]])
 
     both = losses(new_twins())
@@ -123,7 +123,7 @@ def test_cutting_the_graph_at_the_embeddings_changes_no_update(images):
     method = new_twins()["naive"]
     plain = copy.deepcopy(method)
     views = method.views(images.train[:32], generator())
-    step = _train_step(method, views, torch.optim.SGD(method.parameters(), 0.1), memory=False)
+    step = train_step(method, views, torch.optim.SGD(method.parameters(), 0.1), Run(batch_size=32, steps=1))
     loss = plain.loss(*plain(*views))
     loss.backward()
     torch.optim.SGD(plain.parameters(), 0.1).step()
@@ -136,18 +136,18 @@ def test_cutting_the_graph_at_the_embeddings_changes_no_update(images):
 
 def test_fit_rejects_what_cannot_be_trained(images):
     with pytest.raises(ValueError, match=r"batch_size .*\(2000\), got 2001"):
-        fit(new_twins(), images.train, batch_size=2001, steps=1, console=QUIET)
+        fit(new_twins(), images.train, Run(batch_size=2001, steps=1), console=QUIET)
     with pytest.raises(ValueError, match="steps .*got 0"):
-        fit(new_twins(), images.train, batch_size=8, steps=0, console=QUIET)
+        fit(new_twins(), images.train, Run(batch_size=8, steps=0), console=QUIET)
     for clip in (0, -1.0, math.nan):  # a negative one would turn the gradients round
         with pytest.raises(ValueError, match=f"clip must be positive, got {clip}"):
-            fit(new_twins(), images.train, batch_size=8, steps=1, clip=clip, console=QUIET)
+            fit(new_twins(), images.train, Run(batch_size=8, steps=1, clip=clip), console=QUIET)
     with pytest.raises(ValueError, match="methods must be one at least, got none"):
-        fit({}, images.train, batch_size=8, steps=1, console=QUIET)
+        fit({}, images.train, Run(batch_size=8, steps=1), console=QUIET)
     broken = new_twins()["fastssl"]
     nn.init.constant_(broken.projector[-1].weight, math.nan)
     with pytest.raises(FloatingPointError, match="mine: in step 0 the loss is nan"):
-        fit({"mine": broken}, images.train, batch_size=8, steps=2, console=QUIET)
+        fit({"mine": broken}, images.train, Run(batch_size=8, steps=2), console=QUIET)
 
 
 def test_accuracies_of_known_features():
@@ -278,7 +278,7 @@ def test_bad_values_are_found_before_the_data_are_fetched(monkeypatch, arguments
 def test_mae_hides_from_one_patch_to_all_but_one():
     for mask_ratio in (0.02, 0.97):
         method = create("mae", 1, mask_ratio=mask_ratio)
-        done = fit({"mae": method}, torch.randint(256, (4, 28, 28), dtype=torch.uint8), batch_size=4, steps=1)
+        done = fit({"mae": method}, torch.randint(256, (4, 28, 28), dtype=torch.uint8), Run(batch_size=4, steps=1))
         assert math.isfinite(done["mae"][0].loss)
 
 
@@ -301,7 +301,7 @@ def test_bad_values_are_found_before_anything_is_measured(monkeypatch, tmp_path,
 def test_progress_tells_the_method_its_loss_and_its_pace():
     batch, output = torch.randint(256, (32, 28, 28), dtype=torch.uint8), io.StringIO()
     console = Console(file=output, force_terminal=True, width=120)
-    fit({"barlow_twins": create("barlow_twins", 1)}, batch, batch_size=32, steps=1, console=console)
+    fit({"barlow_twins": create("barlow_twins", 1)}, batch, Run(batch_size=32, steps=1), console=console)
     assert re.search(r"barlow_twins loss \d+\.\d{4} +[\d,]+ examples/s", output.getvalue())
 
 

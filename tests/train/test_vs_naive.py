@@ -23,7 +23,7 @@ from benchmarks.twins import agreement, losses, memory
 from benchmarks.twins.agreement import Agreement, Watched, step_errors
 from benchmarks.twins.losses import CHUNKED, loss_costs
 from benchmarks.twins.results import Timing, step_ratio
-from fastssl.train import METHODS, Images, Method, Step, cli, create, fit, twins
+from fastssl.train import METHODS, Images, Method, Run, Step, cli, create, fit, twins
 from fastssl.train.data import images as images_module
 from fastssl.train.data import pairs as pairs_module
 from fastssl.train.data import text as text_module
@@ -165,7 +165,7 @@ def test_looking_changes_no_run():
     def losses(watch):
         both, data = new_twins("simcse", 6), METHODS["simcse"].load(None).train
         watched = Watched(data, both["fastssl"], 6) if watch else data
-        history = fit(both, watched, batch_size=16, steps=6, console=QUIET)
+        history = fit(both, watched, Run(batch_size=16, steps=6), console=QUIET)
         assert not watch or len(watched.found) == agreement.LOOKS
         return [step.loss for step in history["fastssl"]]
 
