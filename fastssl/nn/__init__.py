@@ -1,21 +1,26 @@
 """Drop-in modules, thin over `fastssl.functional`."""
 
 from fastssl.nn.barlow_twins import BarlowTwinsLoss
-from fastssl.nn.clip import ClipLoss, SigLipLoss
+from fastssl.nn.clip import ClipLoss
+from fastssl.nn.coca import CoCaLoss
 from fastssl.nn.dcl import DCLLoss, DCLWLoss
+from fastssl.nn.distill_clip import DistillClipLoss
 from fastssl.nn.ema import EMA
 from fastssl.nn.info_nce import InfoNCELoss
 from fastssl.nn.memory_bank import MemoryBank, MemoryBankModule
 from fastssl.nn.ntxent import NTXentLoss
 from fastssl.nn.patch_embed import PatchEmbed
+from fastssl.nn.siglip import SigLipLoss
 from fastssl.nn.supcon import SupConLoss
 from fastssl.nn.vicreg import VICRegLoss
 
 __all__ = [
     "BarlowTwinsLoss",
     "ClipLoss",
+    "CoCaLoss",
     "DCLLoss",
     "DCLWLoss",
+    "DistillClipLoss",
     "EMA",
     "InfoNCELoss",
     "MemoryBank",

@@ -57,7 +57,7 @@ class BarlowTwinsLoss(nn.Module):
         return barlow_twins(z_a, z_b, lambda_param=self.lambda_param)
 
     def _of_all_processes(self, z_a: Tensor, z_b: Tensor) -> Tensor:
-        check_pair(z_a, z_b, "z_a", "z_b")
+        z_a, z_b = check_pair(z_a, z_b, "z_a", "z_b")
         group = default_group(rank(), world_size())
         check_alike(group, {"z_a": z_a, "z_b": z_b})
         check_batch(None, z_a=z_a)

@@ -1,8 +1,12 @@
-"""The losses of CLIP and SigLIP as modules."""
+"""The loss of CLIP as a module."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastssl._arithmetic import as_scalar, cross_entropy, dot, finish, logsumexp
@@ -11,15 +15,15 @@ from fastssl._exponential_sums import row_sums
 from fastssl.distributed import (
     ProcessGroup,
     Ring,
+    check_alike,
     default_group,
+    gather_rows,
     mean_over_processes,
     with_mean_gradient,
     with_scaled_gradient,
 )
-from fastssl.functional import clip_loss, siglip_loss
+from fastssl.functional import clip_loss
 from fastssl.ops._precision import product_precision
-
-_IMPLEMENTATIONS = ("bidir", "shift", "reduce", "gather")
 
 
 class ClipLoss(nn.Module):
@@ -45,6 +49,9 @@ class ClipLoss(nn.Module):
         world_size: the number of processes; 1 for this one alone.
         use_horovod: must be False.
 
+    A subclass that overrides `get_logits` or `get_ground_truth` gets the cross-entropies of those logits and labels.
+    They are stored then.
+
     Raises:
         ValueError: if use_horovod is True.
     """
@@ -67,6 +74,35 @@ class ClipLoss(nn.Module):
         self.rank = rank
         self.world_size = world_size
         self.use_horovod = use_horovod
+
+    def get_ground_truth(self, device: torch.device, num_logits: int) -> Tensor:
+        """(num_logits,) int64, the column of each row's positive in `get_logits`."""
+        first = num_logits * self.rank if self.world_size > 1 and self.local_loss else 0
+        return torch.arange(first, first + num_logits, device=device)
+
+    def get_logits(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: float | Tensor,
+        logit_bias: float | Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The logits of images with texts, and of texts with images, which `forward` does not store.
+
+        Returns:
+            (N, N) both, N being B, or the rows of all processes; with local_loss (B, N).
+        """
+        if self.world_size == 1:
+            images, texts = image_features, text_features
+        else:
+            images, texts = self._gathered(image_features, text_features)
+        if self.local_loss:
+            per_image = logit_scale * image_features @ texts.T
+            per_text = logit_scale * text_features @ images.T
+        else:
+            per_image = logit_scale * images @ texts.T
+            per_text = per_image.T
+        return (per_image, per_text) if logit_bias is None else (per_image + logit_bias, per_text + logit_bias)
 
     def forward(
         self,
@@ -92,26 +128,54 @@ class ClipLoss(nn.Module):
             TypeError, ValueError: as `fastssl.functional.clip_loss`, and if rank and world_size are not those of
                 torch.distributed's default group.
         """
-        scale = _element(logit_scale)
-        if self.world_size == 1:
-            loss = clip_loss(image_features, text_features, scale)
+        if self._overrides(ClipLoss, "get_logits", "get_ground_truth"):
+            logits = self.get_logits(image_features, text_features, logit_scale, logit_bias=logit_bias)
+            loss = self._cross_entropy(*logits)
         else:
-            group = default_group(self.rank, self.world_size)
-            if self.local_loss and not self.gather_with_grad:
-                loss = _against_constants(image_features, text_features, scale, group)
+            group = None if self.world_size == 1 else default_group(self.rank, self.world_size)
+            features = image_features, text_features
+            if group is not None and self.local_loss and not self.gather_with_grad:
+                loss = _against_constants(*features, logit_scale, group)
             else:
-                loss = self._across(image_features, text_features, scale, group)
-        if isinstance(logit_bias, Tensor):
-            loss = loss + (0 * _element(logit_bias)).to(loss)
+                loss = self._share(partial(clip_loss, group=group), features, (logit_scale,), group)
+            if isinstance(logit_bias, Tensor):
+                loss = loss + (0 * check_scalar("logit_bias", logit_bias)).to(loss)
         return {"contrastive_loss": loss} if output_dict else loss
 
-    def _across(self, image: Tensor, text: Tensor, scale: float | Tensor, group: ProcessGroup) -> Tensor:
-        if isinstance(scale, Tensor):
-            scale = with_mean_gradient(scale, group)
+    def _overrides(self, original: type[nn.Module], *names: str) -> bool:
+        return any(getattr(type(self), name) is not getattr(original, name) for name in names)
+
+    def _cross_entropy(self, per_image: Tensor, per_text: Tensor) -> Tensor:
+        labels = self.get_ground_truth(per_image.device, per_image.shape[0])
+        return (F.cross_entropy(per_image, labels) + F.cross_entropy(per_text, labels)) / 2
+
+    def _gathered(self, *features: Tensor) -> list[Tensor]:
+        """The rows of all processes, with the gradients that the flags choose."""
+        group, (batch, _) = default_group(self.rank, self.world_size), features[0].shape
+        check_alike(group, dict(zip(("image_features", "text_features"), features, strict=True)))
+        if self.gather_with_grad:
+            return [gather_rows(x, group) for x in features]
+        rows = [gather_rows(x.detach(), group) for x in features]
+        if self.local_loss:
+            return rows
+        before, after = self.rank * batch, (self.rank + 1) * batch
+        return [torch.cat([every[:before], x, every[after:]]) for every, x in zip(rows, features, strict=True)]
+
+    def _share(
+        self,
+        loss: Callable[..., Tensor],
+        features: tuple[Tensor, ...],
+        scales: tuple[float | Tensor, ...],
+        group: ProcessGroup | None,
+    ) -> Tensor:
+        """loss(*features, *scales), that of this process's pairs with all rows, or as the flags say of all pairs."""
+        if group is None:
+            return loss(*features, *scales)
+        scales = tuple(with_mean_gradient(s, group) if isinstance(s, Tensor) else s for s in scales)
         if not self.gather_with_grad:
-            image, text = (with_scaled_gradient(x, 1 / self.world_size) for x in (image, text))
-        loss = clip_loss(image, text, scale, group=group)
-        return loss if self.local_loss else mean_over_processes(loss, group)
+            features = tuple(with_scaled_gradient(x, 1 / self.world_size) for x in features)
+        value = loss(*features, *scales)
+        return value if self.local_loss else mean_over_processes(value, group)
 
     def extra_repr(self) -> str:
         return (
@@ -120,79 +184,10 @@ class ClipLoss(nn.Module):
         )
 
 
-class SigLipLoss(nn.Module):
-    """The sigmoid loss of SigLIP (arXiv:2303.15343). It takes the place of open_clip's class of this name.
-
-    In several processes, each with a part of the batch, the texts travel from process to process. A process returns the
-    loss of its images with all texts. The gradients of the features are those of the sum of the processes' losses, so
-    that the averaged gradients of parameters are exact.
-
-    Attributes: as the arguments.
-
-    Args:
-        cache_labels: without effect, there are no labels to store.
-        rank: of this process.
-        world_size: the number of processes; 1 for none but this one.
-        dist_impl: "bidir", "shift", "reduce" or "gather", which all give the same numbers, and here are one and the
-            same; None: "bidir".
-
-    Raises:
-        ValueError: if dist_impl is unknown.
-    """
-
-    def __init__(
-        self, cache_labels: bool = False, rank: int = 0, world_size: int = 1, dist_impl: str | None = None
-    ) -> None:
-        super().__init__()
-        self.cache_labels = cache_labels
-        self.rank = rank
-        self.world_size = world_size
-        self.dist_impl = dist_impl or "bidir"
-        if self.dist_impl not in _IMPLEMENTATIONS:
-            raise ValueError(f"dist_impl must be one of {', '.join(map(repr, _IMPLEMENTATIONS))}, got {dist_impl!r}")
-
-    def forward(
-        self,
-        image_features: Tensor,
-        text_features: Tensor,
-        logit_scale: float | Tensor,
-        logit_bias: float | Tensor | None,
-        output_dict: bool = False,
-    ) -> Tensor | dict[str, Tensor]:
-        """The loss of all pairs, divided by B.
-
-        Args:
-            image_features: (B, D) rows, normalised by the caller; float32, bfloat16, float16 or float64.
-            text_features: (B, D), of image_features' dtype and device.
-            logit_scale: multiplies the similarities: a number or a tensor of one element.
-            logit_bias: added to the similarities: a number or a tensor of one element; None: 0.
-            output_dict: return {"contrastive_loss": loss}.
-
-        Returns:
-            0-d loss in image_features' dtype, float32 under autocast.
-
-        Raises:
-            TypeError, ValueError: as `fastssl.functional.siglip_loss`, and if rank and world_size are not those of
-                torch.distributed's default group.
-        """
-        group = None if self.world_size == 1 else default_group(self.rank, self.world_size)
-        bias = 0.0 if logit_bias is None else _element(logit_bias)
-        loss = siglip_loss(image_features, text_features, _element(logit_scale), bias, group=group)
-        return {"contrastive_loss": loss} if output_dict else loss
-
-    def extra_repr(self) -> str:
-        return f"rank={self.rank}, world_size={self.world_size}, dist_impl={self.dist_impl!r}"
-
-
-def _element(scalar: float | Tensor) -> float | Tensor:
-    """A tensor of one element as a 0-d tensor."""
-    return scalar.reshape(()) if isinstance(scalar, Tensor) and scalar.numel() == 1 else scalar
-
-
 def _against_constants(image: Tensor, text: Tensor, logit_scale: float | Tensor, group: ProcessGroup) -> Tensor:
     """CLIP's loss of this process's pairs, all rows on the other side being constants."""
-    check_pair(image, text, "image_features", "text_features")
-    check_scalar("logit_scale", logit_scale)
+    image, text = check_pair(image, text, "image_features", "text_features")
+    logit_scale = check_scalar("logit_scale", logit_scale, image)
     scale, precision = as_scalar(logit_scale, image), product_precision(image)
     ring = Ring(group, image_features=image, text_features=text, logit_scale=scale)
     own = torch.arange(image.shape[0], device=image.device)

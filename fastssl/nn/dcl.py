@@ -61,9 +61,9 @@ class DCLLoss(nn.Module):
         """
         if not (self.gather_distributed and world_size() > 1):
             return dcl(out0, out1, temperature=self.temperature, weight_fn=self.weight_fn)
-        check_pair(out0, out1, "out0", "out1")
-        check_temperature(self.temperature)
-        scale, precision = inverse(self.temperature, out0), product_precision(out0)
+        out0, out1 = check_pair(out0, out1, "out0", "out1")
+        temperature = check_temperature(self.temperature, out0)
+        scale, precision = inverse(temperature, out0), product_precision(out0)
         views = [unit(out) for out in (out0, out1)]
         ring = Ring(default_group(rank(), world_size()), out0=out0, out1=out1, temperature=scale)
         rows, own = torch.cat(views), torch.arange(out0.shape[0], device=out0.device).repeat(2)

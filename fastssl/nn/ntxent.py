@@ -68,7 +68,7 @@ class NTXentLoss(nn.Module):
         across = self.gather_distributed and world_size() > 1
         if self.memory_bank.size[0] == 0 and not across:
             return nt_xent(out0, out1, temperature=self.temperature)
-        check_pair(out0, out1, "out0", "out1")
+        out0, out1 = check_pair(out0, out1, "out0", "out1")
         if across:
             check_alike(None, {"out0": out0, "out1": out1})
         losses = self._against_memory_bank if self.memory_bank.size[0] > 0 else self._against_all_processes

@@ -81,7 +81,7 @@ class VICRegLoss(nn.Module):
         options = dict(mu_param=self.mu_param, nu_param=self.nu_param, eps=self.eps)
         if not (self.gather_distributed and world_size() > 1):
             return vicreg(z_a, z_b, lambda_param=self.lambda_param, **options)
-        check_pair(z_a, z_b, "z_a", "z_b")
+        z_a, z_b = check_pair(z_a, z_b, "z_a", "z_b")
         dtype = accumulate_dtype(z_a.dtype)
         invariance = F.mse_loss(z_a.to(dtype), z_b.to(dtype))
         group = default_group(rank(), world_size())

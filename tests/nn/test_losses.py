@@ -81,11 +81,8 @@ def test_open_clip(name, element, bias, batch, open_clip, backend):
 
 
 @pytest.mark.parametrize("name", FORMULAS)
-def test_open_clip_arguments(name, open_clip):
-    """The same names, order, defaults and attributes."""
+def test_open_clip_attributes(name, open_clip):
     theirs, mine = getattr(open_clip, name), getattr(ours, name)
-    for method in ("__init__", "forward"):
-        assert _parameters(getattr(mine, method)) == _parameters(getattr(theirs, method))
     for attribute, value in vars(theirs()).items():
         if not attribute.startswith("_") and attribute not in ("prev_num_logits", "labels", "training"):
             assert getattr(mine(), attribute) == value
@@ -126,7 +123,7 @@ def test_clip_numbers(name):
 def test_clip_bad_arguments():
     with pytest.raises(ValueError, match="use_horovod must be False.*True"):
         ours.ClipLoss(use_horovod=True)
-    with pytest.raises(ValueError, match="dist_impl must be one of 'bidir'.*got 'ring'"):
+    with pytest.raises(ValueError, match="dist_impl must be 'bidir'.*got 'ring'"):
         ours.SigLipLoss(dist_impl="ring")
     image, text, scale, bias = _clip_inputs(6, 8)
     for loss in (ours.ClipLoss, ours.SigLipLoss):

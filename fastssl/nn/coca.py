@@ -1,0 +1,72 @@
+"""The losses of CoCa as a module."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fastssl.nn.clip import ClipLoss
+
+
+class CoCaLoss(ClipLoss):
+    """The losses of CoCa (arXiv:2205.01917): CLIP's, and the captions' cross-entropy. It takes the place of open_clip's
+    class of this name.
+
+    Attributes: as the arguments.
+
+    Args:
+        caption_loss_weight: of the captions' cross-entropy.
+        clip_loss_weight: of CLIP's loss, which is not computed where it is 0.
+        pad_id: the token that does not count.
+        local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod: as of `ClipLoss`.
+
+    Raises:
+        ValueError: as `ClipLoss`.
+    """
+
+    def __init__(
+        self,
+        caption_loss_weight: float,
+        clip_loss_weight: float,
+        pad_id: int = 0,
+        local_loss: bool = False,
+        gather_with_grad: bool = False,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        use_horovod: bool = False,
+    ) -> None:
+        super().__init__(local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod)
+        self.clip_loss_weight = clip_loss_weight
+        self.caption_loss_weight = caption_loss_weight
+        self.caption_loss = nn.CrossEntropyLoss(ignore_index=pad_id)
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logits: Tensor,
+        labels: Tensor,
+        logit_scale: float | Tensor,
+        output_dict: bool = False,
+    ) -> tuple[Tensor, Tensor] | dict[str, Tensor]:
+        """Both losses, weighted.
+
+        Args:
+            image_features, text_features, logit_scale: as of `ClipLoss`.
+            logits: (B, L, V) scores of the tokens of a vocabulary at every place of the captions.
+            labels: (B, L) int64, the tokens.
+            output_dict: return {"contrastive_loss": CLIP's, "caption_loss": the captions'}.
+
+        Returns:
+            (CLIP's loss, the captions' loss), 0-d both.
+
+        Raises:
+            TypeError, ValueError: as `ClipLoss`.
+        """
+        if self.clip_loss_weight:
+            contrastive = self.clip_loss_weight * super().forward(image_features, text_features, logit_scale)
+        else:
+            contrastive = torch.tensor(0, device=logits.device)
+        caption = self.caption_loss_weight * self.caption_loss(logits.transpose(1, 2), labels)
+        return {"contrastive_loss": contrastive, "caption_loss": caption} if output_dict else (contrastive, caption)
