@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ def as_tensor(number: float | Tensor, dtype: torch.dtype, device: torch.device |
     if isinstance(number, Tensor):
         return number.to(device=device, dtype=dtype)
     if torch.compiler.is_compiling():
-        # What multiplies a tensor may vary from call to call. Anything else would be compiled anew for each value.
+        # A number that varies is compiled once where it multiplies a tensor, and elsewhere anew for each value.
         return torch.ones((), dtype=dtype, device=device or "cpu") * number
     return torch.full((), number, dtype=dtype, device=device or "cpu")
 
@@ -66,6 +67,15 @@ def cross_entropy(negatives: Tensor, positive: Tensor) -> Tensor:
 def finish(loss: Tensor, reduction: str, x: Tensor) -> Tensor:
     loss = reference.contrastive.reduce(loss, reduction)
     return loss if autocast_enabled(x) else loss.to(x.dtype)
+
+
+def of_reference(result: Tensor | tuple[Tensor, dict[str, Tensor]], x: Tensor) -> Any:
+    """What a loss of the reference returned, in float32 where a product under autocast was its last step."""
+    if not autocast_enabled(x):
+        return result
+    if isinstance(result, tuple):
+        return of_reference(result[0], x), result[1]
+    return result.to(accumulate_dtype(result.dtype))
 
 
 def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:

@@ -18,9 +18,9 @@ from fastssl.distributed import ProcessGroup
 from fastssl.ops import current_backend
 from fastssl.ops._precision import accumulate_dtype, autocast_enabled
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_AUTOCAST_DTYPES = _DTYPES[:3]  # float64 goes through autocast as it is
-_LARGEST = {dtype: torch.finfo(accumulate_dtype(dtype)).max for dtype in _DTYPES}  # number that sums hold
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_AUTOCASTABLE = DTYPES[:3]  # float64 goes through autocast as it is
+_LARGEST = {dtype: torch.finfo(accumulate_dtype(dtype)).max for dtype in DTYPES}  # number that sums hold
 
 
 def check_group(group: ProcessGroup | None) -> None:
@@ -55,7 +55,7 @@ def check_tensors(name: str, tensors: Iterable[Tensor]) -> list[Tensor]:
 
 def check_rows(name: str, z: Tensor, shape: str, dims: int = 2) -> None:
     check_tensor(name, z)
-    if z.dtype not in _DTYPES:
+    if z.dtype not in DTYPES:
         raise ValueError(f"{name} must have a floating-point dtype of 16, 32 or 64 bits, got {z.dtype}")
     if z.dim() != dims:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(z.shape)}")
@@ -86,7 +86,7 @@ def check_alike(name1: str, z1: Tensor, name2: str, z2: Tensor) -> tuple[Tensor,
     loses nothing and copies nothing wide, and its gradient comes back in its own dtype."""
     check_same_device(name1, z1, name2, z2)
     if z1.dtype != z2.dtype:
-        if not (z1.dtype in _AUTOCAST_DTYPES and z2.dtype in _AUTOCAST_DTYPES and autocast_enabled(z1)):
+        if not (z1.dtype in _AUTOCASTABLE and z2.dtype in _AUTOCASTABLE and autocast_enabled(z1)):
             raise ValueError(f"{name1} and {name2} must have the same dtype, got {z1.dtype} and {z2.dtype}")
         dtype = torch.promote_types(z1.dtype, z2.dtype)
         return z1.to(dtype), z2.to(dtype)
@@ -153,8 +153,10 @@ def check_labels(labels: Tensor, x: Tensor, name: str) -> None:
     check_same_device("labels", labels, name, x)
 
 
-def check_vector(name: str, vector: Tensor, x: Tensor) -> None:
+def check_vector(name: str, vector: Tensor, x: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
     check_tensor(name, vector)
+    if vector.dtype not in dtypes:
+        raise ValueError(f"{name} must have dtype {' or '.join(map(str, dtypes))}, got {vector.dtype}")
     if vector.shape != x.shape[:1]:
         raise ValueError(f"{name} must have one element for each row of x, ({x.shape[0]},), got {tuple(vector.shape)}")
     check_same_device(name, vector, "x", x)
@@ -206,7 +208,7 @@ def check_scalar(name: str, scalar: float | Tensor, x: Tensor | None = None) -> 
         return _check_element(name, scalar, x)
     scalar = check_number(name, scalar, "a number or a tensor of one element")
     if x is not None:
-        _check_holds(name, scalar, scalar, x)
+        check_holds(name, scalar, scalar, x)
     return scalar
 
 
@@ -217,7 +219,7 @@ def check_temperature(temperature: float | Tensor, x: Tensor) -> float | Tensor:
     temperature = check_scalar("temperature", temperature)
     if temperature == 0:
         raise ValueError(f"temperature must not be zero, got {temperature}")
-    _check_holds("1 / temperature", 1 / temperature, temperature, x)
+    check_holds("1 / temperature", 1 / temperature, temperature, x)
     return temperature
 
 
@@ -231,7 +233,8 @@ def _check_element(name: str, scalar: Tensor, x: Tensor | None) -> Tensor:
     return scalar if scalar.dim() == 0 else scalar.reshape(())
 
 
-def _check_holds(name: str, value: float, number: float, x: Tensor) -> None:
+def check_holds(name: str, value: float, number: float, x: Tensor) -> None:
+    """x's dtype of sums must hold value, which is made of number."""
     largest = _LARGEST[x.dtype]
     if not -largest <= value <= largest:
         raise ValueError(f"{name} must be finite in {accumulate_dtype(x.dtype)}, got {number}")
@@ -315,11 +318,13 @@ def check_generator(generator: torch.Generator | None) -> None:
 
 
 def check_device(device: torch.device | str | int | None) -> torch.device | None:
-    if device is None or isinstance(device, torch.device):
-        return device
-    if not isinstance(device, (str, int)) or isinstance(device, bool):
+    if device is None:
+        return None
+    if not isinstance(device, (torch.device, str, int)) or isinstance(device, bool):
         raise TypeError(f"device must be a torch.device, its name or None, got {device!r}")
     try:
-        return torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"device must be one that PyTorch knows, got {device!r}") from error
+        device = torch.device(device)
+        torch.empty(0, device=device)
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        raise ValueError(f"device must be one that is there, got {device!r}: {error}") from error
+    return device

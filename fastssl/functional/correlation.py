@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastssl import reference
-from fastssl._arithmetic import finish, needs_gradient
+from fastssl._arithmetic import finish, needs_gradient, of_reference
 from fastssl._checks import (
     check_batch,
     check_choice,
@@ -16,6 +16,7 @@ from fastssl._checks import (
     check_number,
     check_pair,
     check_rows,
+    check_size,
 )
 from fastssl.distributed import ProcessGroup, gather_rows, mean_over_processes
 from fastssl.distributed.correlation import center, correction, correlate, mean_square, standardize
@@ -76,9 +77,10 @@ def barlow_twins(
     check_group(group)
     check_batch(group, z_a=z_a, z_b=z_b)
     if current_backend() == "reference":
-        return reference.correlation.barlow_twins(
+        result = reference.correlation.barlow_twins(
             z_a, z_b, lambda_param=lambda_param, eps=eps, unbiased=unbiased, return_metrics=return_metrics
         )
+        return of_reference(result, z_a)
     if _exchanges_rows(z_a, group):
         loss, invariance, redundancy = _barlow_twins(*_gather(group, z_a, z_b), 1.0, lambda_param, eps, unbiased)
     else:
@@ -182,7 +184,7 @@ def covariance_loss(z: Tensor, *, unbiased: bool = True) -> Tensor:
     unbiased = check_flag("unbiased", unbiased)
     check_batch(None, z=z)
     if current_backend() == "reference":
-        return reference.correlation.covariance_loss(z, unbiased=unbiased)
+        return of_reference(reference.correlation.covariance_loss(z, unbiased=unbiased), z)
     return _variance_covariance(z, 0.0, 1.0, 1.0, unbiased)  # with this eps no deviation is below 1
 
 
@@ -232,7 +234,7 @@ def redundancy_loss(z_a: Tensor, z_b: Tensor, *, eps: float = 1e-5, unbiased: bo
     unbiased = check_flag("unbiased", unbiased)
     check_batch(None, z_a=z_a, z_b=z_b)
     if current_backend() == "reference":
-        return reference.correlation.redundancy_loss(z_a, z_b, eps=eps, unbiased=unbiased)
+        return of_reference(reference.correlation.redundancy_loss(z_a, z_b, eps=eps, unbiased=unbiased), z_a)
     return finish(_barlow_twins(z_a, z_b, 0.0, 1.0, eps, unbiased)[0], "none", z_a)
 
 
@@ -283,7 +285,12 @@ def correlation_algorithm(batch: int, dim: int) -> str:
 
     Returns:
         "dual" or "primal".
+
+    Raises:
+        TypeError: if batch or dim is no integer.
+        ValueError: if one is negative.
     """
+    batch, dim = check_size("batch", batch), check_size("dim", dim)
     return "dual" if 4 * batch <= 3 * dim else "primal"
 
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastssl import distributed, reference
-from fastssl._arithmetic import as_scalar, dot, finish, needs_gradient
+from fastssl._arithmetic import as_scalar, dot, finish, needs_gradient, of_reference
 from fastssl._checks import check_choice, check_group, check_pair, check_scalar
 from fastssl.distributed import ProcessGroup, Ring
 from fastssl.ops import current_backend, sigmoid
@@ -54,9 +54,10 @@ def siglip_loss(
     check_choice("reduction", reduction, ("mean", "sum"))
     check_group(group)
     if current_backend() == "reference":
-        return reference.sigmoid.siglip_loss(
+        loss = reference.sigmoid.siglip_loss(
             image_features, text_features, logit_scale, logit_bias, reduction=reduction
         )
+        return of_reference(loss, image_features)
     scale, bias = as_scalar(logit_scale, image_features), as_scalar(logit_bias, image_features)
     batch = image_features.shape[0]
     inputs, precision = (image_features, text_features, scale, bias), product_precision(image_features)

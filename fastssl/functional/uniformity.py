@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastssl import reference
-from fastssl._arithmetic import as_scalar, finish, unit
-from fastssl._checks import check_rows, check_scalar
+from fastssl._arithmetic import as_scalar, finish, of_reference, unit
+from fastssl._checks import check_holds, check_rows, check_scalar
 from fastssl.ops import contrastive, current_backend
 from fastssl.ops._precision import product_precision
 
@@ -33,8 +33,10 @@ def uniformity(x: Tensor, *, t: float | Tensor = 2.0) -> Tensor:
     """
     check_rows("x", x, "(N, D)")
     t = check_scalar("t", t, x)
+    if not isinstance(t, Tensor):
+        check_holds("2 t", 2 * t, t, x)
     if current_backend() == "reference":
-        return reference.contrastive.uniformity(x, t=t)
+        return of_reference(reference.contrastive.uniformity(x, t=t), x)
     scale = 2 * as_scalar(t, x)
     total, shift = contrastive.self_logsumexp(unit(x), scale, product_precision(x))
     potential = (total / (x.shape[0] - 1)).log() + (shift - scale)  # the logarithm of each row's mean

@@ -20,7 +20,7 @@ import fastssl
 from benchmarks.ops import peers
 from fastssl import distributed
 from fastssl.distributed import Ring, gather_rows, rank, world_size
-from fastssl.functional import clip_loss, info_nce, siglip_loss
+from fastssl.functional import barlow_twins, clip_loss, info_nce, siglip_loss, vicreg
 from fastssl.nn import (
     BarlowTwinsLoss,
     ClipLoss,
@@ -639,9 +639,29 @@ def _check_everything() -> None:
         _check_empty_batches,
         _check_no_second_derivatives,
         _check_metrics,
+        _check_unlike_dtypes_under_autocast,
         *((_check_silence, _check_compiled_ring) if world_size() == 2 else ()),  # which take long
     ):
         check()
+
+
+def _check_unlike_dtypes_under_autocast() -> None:
+    """The numbers of operands that are float32 all, and gradients in each one's own dtype."""
+    losses = {**_softmax_losses(), "siglip_loss": siglip_loss, "barlow_twins": barlow_twins, "vicreg": vicreg}
+    for name, loss in losses.items():
+        scalars = {"barlow_twins": (), "vicreg": (), "siglip_loss": (2.0, -3.0)}.get(name, (2.0,))
+        x, y = (_mine(x) for x in _all_views()[0])
+        mixed = x, y.detach().bfloat16().requires_grad_()
+        alike = x, mixed[1].detach().float().requires_grad_()
+        results = []
+        for views in (mixed, alike):
+            with torch.autocast("cpu", torch.bfloat16):
+                value = loss(*views, *scalars, group=dist.group.WORLD)
+            results.append((value.detach(), *torch.autograd.grad(value, views)))
+        value, *gradients = results[0]
+        assert value.dtype == torch.float32 and torch.equal(value, results[1][0]), name
+        for view, gradient, expected in zip(mixed, gradients, results[1][1:], strict=True):
+            assert gradient.dtype == view.dtype and torch.equal(gradient, expected.to(view.dtype)), name
 
 
 def _check_silence() -> None:

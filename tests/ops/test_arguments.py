@@ -11,8 +11,21 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses import FakeTensorMode
 
 import fastssl
+from fastssl.functional import (
+    dcl,
+    ema_update_,
+    info_nce,
+    nt_xent,
+    random_masking_ids,
+    siglip_loss,
+    similarity_logsumexp,
+    topk_similarity,
+    uniformity,
+    vicreg,
+)
 from fastssl.reference import OPS, Sample
 from tests.accuracy import (
     as_double,
@@ -22,6 +35,7 @@ from tests.accuracy import (
     map_tensors,
     natural_sizes,
     public,
+    tensors_of,
     weighted_error,
 )
 
@@ -74,6 +88,8 @@ def test_unlike_dtypes_under_autocast(name, sample, place, dtype, backend):
     alike = map_tensors(mixed, lambda x: x.detach().float().requires_grad_(x.requires_grad))
     with torch.autocast("cpu", torch.bfloat16):
         outputs = [public(spec)(*s.args, **s.kwargs) for s in (mixed, alike)]
+        with fastssl.use_backend("reference"):
+            assert public(spec)(*mixed.args, **mixed.kwargs).dtype == torch.float32
     assert outputs[0].dtype == torch.float32 and torch.equal(*outputs)
     cotangent = cotangent_for(outputs[0])
     gradients = [
@@ -100,7 +116,7 @@ def test_unlike_dtypes_without_autocast(name, sample, place, dtype):
 def test_float64_is_not_mixed_under_autocast():
     z = torch.randn(8, 16)
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="z1 and z2 must have the same dtype"):
-        fastssl.functional.nt_xent(z, z.double())
+        nt_xent(z, z.double())
 
 
 SPECIALISED = ("barlow_twins", "vicreg", "variance_loss", "masked_feature_loss")  # operations that take numbers
@@ -167,3 +183,62 @@ def test_tensors_of_one_element_are_scalars(name, argument, shape):
             sample = _call_with(name, argument, plain)
             public(OPS[name])(**sample.kwargs).sum().backward()
             assert shaped.grad.shape == shape and torch.equal(shaped.grad.reshape(()), plain.grad)
+
+
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (lambda z: nt_xent(z, z, temperature=5e-324), ValueError, "1 / temperature must be finite in torch.float32"),
+        (lambda z: nt_xent(z, z, temperature=1j), TypeError, "temperature must be a number .* got complex"),
+        (lambda z: nt_xent(z, z, temperature=torch.tensor(1j)), ValueError, "temperature .*real.*complex64"),
+        (lambda z: nt_xent(z, z, temperature=torch.ones(1).to_sparse()), ValueError, "temperature .* dense tensor"),
+        (lambda z: nt_xent(z, z, temperature=torch.ones((), device="meta")), ValueError, "temperature and .* meta"),
+        (lambda z: siglip_loss(z, z, 1e300), ValueError, r"logit_scale must be finite in torch.float32, got 1e\+300"),
+        (lambda z: siglip_loss(z, z, 1.0, 10**400), ValueError, "logit_bias must be finite in torch.float32, got 1000"),
+        (lambda z: uniformity(z, t=3e38), ValueError, r"2 t must be finite in torch.float32, got 3e\+38"),
+        (lambda z: nt_xent(z, z, normalize=1), TypeError, "normalize must be True or False, got 1"),
+        (lambda z: vicreg(z, z, unbiased=2), TypeError, "unbiased must be True or False, got 2"),
+        (lambda z: info_nce(z, z, in_batch_negatives="yes"), TypeError, "in_batch_negatives must be True or False"),
+        (lambda z: nt_xent(z, z, reduction=["mean"]), ValueError, "reduction must be 'none', 'mean' or 'sum'"),
+        (lambda z: dcl(z, z, weight_fn=3), TypeError, "weight_fn must be a function or None, got int"),
+        (lambda z: topk_similarity(z, z, True), TypeError, "k must be an integer, got bool"),
+        (lambda z: topk_similarity(z, z, 10**30), ValueError, r"k must be below 2\^63"),
+        (lambda z: similarity_logsumexp(z, z, offset=z[:, 0] * 1j), ValueError, "offset must have dtype .*complex64"),
+        (lambda z: random_masking_ids(2, 8, 0.5, device=torch.float32), TypeError, "device must be .*float32"),
+        (lambda z: random_masking_ids(2, 8, 0.5, device="nowhere"), ValueError, "device must be .*got 'nowhere'"),
+        (lambda z: random_masking_ids(2, 8, 0.5, generator=0), TypeError, "generator must be .*got int"),
+        (lambda z: ema_update_([z], None, 0.9), TypeError, "sources must be a list of tensors, got NoneType"),
+    ],
+)  # fmt: skip
+def test_bad_arguments_are_named(call, error, message, backend):
+    with pytest.raises(error, match=message):
+        call(torch.randn(8, 16))
+
+
+@pytest.mark.parametrize("layout", ["sparse", "csr", "mkldnn", "nested", "jagged", "fake"])
+@pytest.mark.parametrize("name", OPS)
+def test_layouts_are_named(name, layout):
+    """In place of each floating-point operand in turn."""
+    sample = next(_samples(name))
+    for place in _operands(sample):
+        x = _at(sample, place).detach()
+        bad = {
+            "sparse": x.to_sparse,
+            "csr": lambda x=x: x.flatten(0, -2).to_sparse_csr(),
+            "mkldnn": x.to_mkldnn,
+            "nested": lambda x=x: torch.nested.nested_tensor([x, x]),
+            "jagged": lambda x=x: torch.nested.nested_tensor([x, x], layout=torch.jagged),
+            "fake": lambda x=x: FakeTensorMode().from_tensor(x),
+        }[layout]()
+        args = [bad if i == place else a for i, a in enumerate(sample.args)]
+        kwargs = {key: bad if key == place else value for key, value in sample.kwargs.items()}
+        if layout == "fake" and len(tensors_of(sample)) == 1:
+            continue
+        with pytest.raises(ValueError, match="both be meta, fake or real" if layout == "fake" else "must be a dense"):
+            public(OPS[name])(*args, **kwargs)
+
+
+def test_a_fake_pair_is_taken():
+    with FakeTensorMode():
+        loss = nt_xent(torch.randn(8, 16), torch.randn(8, 16))
+    assert loss.shape == ()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastssl import reference
-from fastssl._arithmetic import as_scalar, finish
+from fastssl._arithmetic import as_scalar, finish, of_reference
 from fastssl._checks import (
     check_flag,
     check_group,
@@ -86,10 +86,11 @@ def clip_loss(
             raise ValueError(f"labels must be None where there is a group, got shape {tuple(labels.shape)}")
     check_group(group)
     if current_backend() == "reference":
-        return reference.contrastive.clip_loss(
+        result = reference.contrastive.clip_loss(
             image_features, text_features, logit_scale, labels=labels, label_smoothing=label_smoothing,
             reduction=reduction, return_metrics=return_metrics,
         )  # fmt: skip
+        return of_reference(result, image_features)
     scale, precision = as_scalar(logit_scale, image_features), product_precision(image_features)
     ring = None
     if group is not None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastssl import reference
-from fastssl._arithmetic import dot, finish, inverse, logsumexp, unit
+from fastssl._arithmetic import dot, finish, inverse, logsumexp, of_reference, unit
 from fastssl._checks import check_flag, check_pair, check_reduction, check_temperature
 from fastssl._exponential_sums import pair_sums
 from fastssl.ops import contrastive, current_backend
@@ -51,11 +51,14 @@ def dcl(
     z1, z2 = check_pair(z1, z2)
     temperature = check_temperature(temperature, z1)
     normalize = check_flag("normalize", normalize)
+    if weight_fn is not None and not callable(weight_fn):
+        raise TypeError(f"weight_fn must be a function or None, got {type(weight_fn).__name__}")
     check_reduction(reduction)
     if current_backend() == "reference":
-        return reference.contrastive.dcl(
+        loss = reference.contrastive.dcl(
             z1, z2, temperature=temperature, weight_fn=weight_fn, normalize=normalize, reduction=reduction
         )
+        return of_reference(loss, z1)
     scale, precision = inverse(temperature, z1), product_precision(z1)
     x, y = (unit(z) if normalize else z for z in (z1, z2))
     positive = dot(x, y) * scale

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from fastssl import reference
 from fastssl._arithmetic import as_scalar, kept, logsumexp
-from fastssl._checks import check_alike, check_features, check_rows, check_scalar, check_vector
+from fastssl._checks import DTYPES, check_alike, check_features, check_rows, check_scalar, check_vector
 from fastssl._exponential_sums import row_sums
 from fastssl.ops import current_backend
-from fastssl.ops._precision import product_precision
+from fastssl.ops._precision import accumulate_dtype, product_precision
 
 
 def similarity_logsumexp(
@@ -39,7 +39,8 @@ def similarity_logsumexp(
         scale: multiplies the similarities: a number, or a 0-d tensor, which gets its exact gradient.
         exclude: (M,) int64, the column to leave out of each row; -1, or any other number that is not a column, leaves
             none out.
-        offset: (M,) subtracted from each row's result. No accuracy is lost where the difference is small.
+        offset: (M,), floating-point, subtracted from each row's result. No accuracy is lost where the difference is
+            small.
 
     Returns:
         (M,) in float32, or in float64 for float64. Minus infinity where no column is left, with a gradient of zero. NaN
@@ -55,11 +56,10 @@ def similarity_logsumexp(
     x, y = check_alike("x", x, "y", y)
     scale = check_scalar("scale", scale, x)
     if exclude is not None:
-        check_vector("exclude", exclude, x)
-        if exclude.dtype != torch.int64:
-            raise ValueError(f"exclude must have dtype torch.int64, got {exclude.dtype}")
+        check_vector("exclude", exclude, x, (torch.int64,))
     if offset is not None:
-        check_vector("offset", offset, x)
+        check_vector("offset", offset, x, DTYPES)
+        offset = offset.to(accumulate_dtype(x.dtype))
     if current_backend() == "reference":
         return reference.contrastive.similarity_logsumexp(x, kept(y), scale=scale, exclude=exclude, offset=offset)
     lse = logsumexp(*row_sums(x, y, as_scalar(scale, x), exclude, product_precision(x)))
