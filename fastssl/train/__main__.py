@@ -100,7 +100,7 @@ def _writer(directory: str | None) -> Any:
 
 
 def _check_writable(path: Path) -> None:
-    """Fails now, not after training."""
+    """Raises now rather than after training."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.open("ab").close()
 
@@ -120,7 +120,7 @@ def _train(args: argparse.Namespace) -> None:
     kind = METHODS[args.method]
     options = {name: getattr(args, name) for name in inspect.signature(kind).parameters.keys() - GIVEN}
     parallel.check_shares(args.batch_size, args.chunk_size)
-    create(args.method, 1, **options)  # fails now, not after the data have been fetched
+    create(args.method, 1, **options)  # raises now rather than after the data have been fetched
     if args.encoder is not None:
         parallel.in_first_process(lambda: args.encoder.open("rb").close())
     writer = _writer(args.tensorboard)

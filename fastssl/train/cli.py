@@ -1,4 +1,4 @@
-"""What the command lines share: one-line errors, checked numbers, a clean end on Ctrl-C."""
+"""Shared by the command lines: one-line errors, checked numbers, a clean end on Ctrl-C."""
 
 from __future__ import annotations
 
@@ -46,7 +46,8 @@ class RunParser(Parser):
         )
 
     def add_arguments_of(self, constructor: type) -> None:
-        """An option for each argument of a class, but those GIVEN; its help is in the docstring of the class."""
+        """An option for each argument of a class except those in GIVEN; its help is taken from the docstring of the
+        class."""
         for argument in inspect.signature(constructor, eval_str=True).parameters.values():
             if argument.name in GIVEN:
                 continue
@@ -73,7 +74,7 @@ def positive_float(text: str) -> float:
 
 
 def seed(text: str) -> int:
-    """What torch.manual_seed takes as it stands."""
+    """A seed that torch.manual_seed takes unchanged."""
     number = _number(int, text)
     if not 0 <= number < 2**64:
         raise argparse.ArgumentTypeError(f"must be from 0 to {2**64 - 1}, got {text}")

@@ -27,7 +27,7 @@ COLORS = {"naive": "tab:orange", "fastssl": "tab:blue"}
 
 
 class Cost(NamedTuple):
-    """Of one forward and backward pass of NT-Xent."""
+    """The cost of one forward and backward pass of NT-Xent."""
 
     rows: int
     seconds: float
@@ -35,7 +35,7 @@ class Cost(NamedTuple):
 
 
 def naive_bytes(rows: int) -> int:
-    """What naive NT-Xent holds at its highest: three float32 matrices of rows x rows, and the mask of the diagonal.
+    """What naive NT-Xent holds at its peak: three float32 matrices of rows x rows, and the mask of the diagonal.
 
     In the forward pass the similarities, the masked similarities and their log-softmax; in the backward pass the
     log-softmax and two gradients.
@@ -82,7 +82,7 @@ def training_table(history: dict[str, list[Step]], accuracy: dict[str, float], u
 
 
 def growing_batches(largest: int, console: Console) -> dict[str, list[Cost]]:
-    """NT-Xent at 2,048 rows and ever twice as many, up to `largest`; naive only as long as it fits into memory."""
+    """NT-Xent at 2,048 rows, doubled up to `largest`; naive only as long as it fits into memory."""
     costs: dict[str, list[Cost]] = {"naive": [], "fastssl": []}
     available = available_memory()
     table = Table(title=f"NT-Xent, forward + backward, rows x {FEATURES}, float32")
@@ -107,7 +107,7 @@ def growing_batches(largest: int, console: Console) -> dict[str, list[Cost]]:
 
 
 def _cost(rows: int, names: Sequence[str]) -> dict[str, Cost]:
-    """Memory in a first pass; time as the median of five more in turns, or of the first where that took long."""
+    """Memory of a first pass; time as the median of five more, in turns, or of the first if that took long."""
     z1, z2 = (torch.randn(rows // 2, FEATURES, requires_grad=True) for _ in range(2))
 
     def measure(name: str, memory: bool) -> Meter:

@@ -17,7 +17,7 @@ _REPORTS = 10  # of a run
 
 
 class Learner:
-    """A method that a run trains: with its optimiser, and with what it has done so far.
+    """A method that a run trains, with its optimiser and what it has done so far.
 
     In several processes all begin with the first one's weights.
     """
@@ -30,7 +30,7 @@ class Learner:
         self.history: list[Step] = []
 
     def learn(self, views: tuple[Tensor, ...]) -> Step:
-        """The next step, from the model's inputs, of which this process has its share.
+        """The next step, from this process's share of the model's inputs.
 
         Raises:
             FloatingPointError: if the loss or a gradient is NaN or infinite; the weights are then as they were.

@@ -1,4 +1,4 @@
-"""The training loop. What it asks of methods and data is in `fastssl.train.method`."""
+"""The training loop. What it needs from methods and data is in `fastssl.train.method`."""
 
 from __future__ import annotations
 
@@ -28,26 +28,26 @@ def fit(
 ) -> dict[str, list[Step]]:
     """Train one or more methods side by side: each step, all of them learn from the same views of the same batch.
 
-    Training twins that way lets their losses be compared step by step and their times fairly, since whatever
-    else the machine does falls on both; the order in which they go alternates. Cosine schedule with warm-up.
+    When twins are trained this way, their losses can be compared step by step, and their times fairly, since whatever
+    else the machine does falls on both; they take turns in going first. Cosine schedule with warm-up.
 
     A run that was stopped and resumed has the losses of one that was not: the randomness of a step depends on the seed
     and the step's number alone, and everything else is in the checkpoint.
 
-    Where torch.distributed's default group, of CPUs, has several processes, all of them must call this with the same
-    arguments. They have the losses that one process has, but for rounding and for dropout, whose masks are each
+    If torch.distributed's default group, of CPUs, has several processes, all of them must call this with the same
+    arguments. They have the losses that one process has, except for rounding and for dropout, whose masks are each
     process's own. See `fastssl.train.parallel`.
 
     Args:
         methods: name -> method (see `fastssl.train.method`); changed in place.
         data: what the first method's `views` takes batches of (see there).
         run: how they are trained, and where that is saved.
-        writer: a torch.utils.tensorboard.SummaryWriter, or what has its add_scalar, for the losses and the rest; of
-            several processes only the first has a use for it.
-        console: where the progress bar goes, of the first process.
+        writer: a torch.utils.tensorboard.SummaryWriter, or any object with its add_scalar, for the losses and the rest;
+            only the first of several processes uses it.
+        console: where the first process shows the progress bar.
 
     Returns:
-        What each method did, by name, one Step per batch, those before a resumed checkpoint included.
+        What each method did, by name: one Step per batch, including those before a resumed checkpoint.
 
     Raises:
         ValueError: if there is no method, the batch is larger than the data, the processes cannot have equal shares of
@@ -94,7 +94,7 @@ def fit(
 
 
 def _batches(run: Run, examples: int, first: int) -> Iterator[Tensor]:
-    """The positions of every batch from number `first` on: each epoch in an order of its own."""
+    """The positions of every batch, starting with batch `first`; each epoch has an order of its own."""
     order = torch.empty(0)
     for step in itertools.count(first):
         epoch, place = divmod(step, examples // run.batch_size)
@@ -127,7 +127,7 @@ def _write(writer: Any, name: str, step: int, done: Step) -> None:
 
 @contextlib.contextmanager
 def _deferred_interrupt(defer: bool) -> Iterator[threading.Event]:
-    """With `defer`, Ctrl-C sets the event; a second one interrupts at once, as the first does without `defer`."""
+    """With `defer`, Ctrl-C sets the event, and a second one interrupts at once; without it, the first one does."""
     interrupted = threading.Event()
     if not defer or threading.current_thread() is not threading.main_thread():
         yield interrupted

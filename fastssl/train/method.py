@@ -1,29 +1,31 @@
-"""What every method is made of, and what the training loop asks of methods and data.
+"""What every method is made of, and what the training loop needs from methods and data.
 
 A method is a `Method`, a torch.nn.Module. One step of `fastssl.train.fit` calls, in this order,
 
     views(batch, generator) -> inputs       a batch of the data -> the model's inputs, random; a static method
     forward(*inputs) -> embeddings          the networks: a tuple of tensors, of which at least one has a gradient;
                                             others are constants of the loss, such as a teacher's output or labels
-    loss(*embeddings) -> 0-d tensor         what the method is about, apart so that it can be measured alone
+    loss(*embeddings) -> 0-d tensor         what the method is about, separate so that it can be measured alone
     after_step(*embeddings)                 after the optimiser's step: moves the teacher, fills the queue
 
-inputs and embeddings are tensors with a row for each example of the batch. What the optimiser does not train, such as a
-teacher, has no requires_grad. All that a step depends on must be in state_dict, for checkpoints. Random numbers come
-from views' generator, or from PyTorch's default one (dropout), which has a seed for each step.
+inputs and embeddings are tensors with a row for each example of the batch. Parameters that the optimiser does not
+train, such as a teacher's, do not require gradients. Everything that a step depends on must be in state_dict, for
+checkpoints. Random numbers come from views' generator, or from PyTorch's default one (dropout), which has a seed for
+each step.
 
-The data are anything with len() that an int64 tensor of positions indexes: data[positions] is the batch that `views`
-gets. A tensor of images is such, and torch.utils.data.TensorDataset(images, labels), whose batches are tuples.
+The data are anything with len() that can be indexed by an int64 tensor of positions: data[positions] is the batch that
+`views` gets. Examples are a tensor of images, and torch.utils.data.TensorDataset(images, labels), whose batches are
+tuples.
 
 In several processes, each calls forward with its share of the inputs, and loss and after_step with the embeddings of
 all: see `fastssl.train.parallel`.
 
-Beside that, the command line calls `load`, `training_data` and `evaluate`, which say what data a method learns from and
-what it is worth; for images they have defaults. Its options are the arguments of the method's constructor: each has a
-type annotation, float, int or bool, a default, and a line under "Args:". `total_steps` is no option, but the length of
-the run; nor are `size`, `colours` and `classes`, which are those of the images. `--impl naive` runs the step, but not
-its views, in the backend "reference" of `fastssl.use_backend`: a method calls the functions and modules of fastssl and
-nothing else for its losses, moving averages and queues. Views, masks among them, and measurements are the same in both.
+The command line also calls `load`, `training_data` and `evaluate`, which say what data a method learns from and what it
+is worth; they have defaults for images. Its options are the arguments of the method's constructor: each has a type
+annotation, float, int or bool, a default, and a line under "Args:". `total_steps` is not an option but the length of
+the run; `size`, `colours` and `classes` are those of the images. `--impl naive` runs the step, but not its views, in
+the backend "reference" of `fastssl.use_backend`: a method calls the functions and modules of fastssl and nothing else
+for its losses, moving averages and queues. Views, masks among them, and measurements are the same in both.
 """
 
 from __future__ import annotations
@@ -46,15 +48,18 @@ GIVEN = {"total_steps", "size", "colours", "classes"}  # a constructor's argumen
 class Method(nn.Module):
     """A method of self-supervised learning: networks, views of the data, a loss. See the module's docstring.
 
-    A subclass sets `encoder` and has `views`, `forward` and `loss`; what else it may replace has a default here.
+    A subclass sets `encoder` and has `views`, `forward` and `loss`; everything else that it may replace has a default
+    here.
 
     Attributes:
-        encoder: what is trained for: inputs -> (B, features), or tokens (B, L, features), whose mean counts. If it has
-            `stages()`, its parts from input to output, each may have a learning rate of its own (`layer_decay`).
+        encoder: the network that the training is for: inputs -> (B, features), or tokens (B, L, features), whose mean
+            is used. If it has `stages()`, its parts from input to output, each may have a learning rate of its own
+            (`layer_decay`).
         impl: what computes the losses and moving averages, "fastssl", or "naive", eager PyTorch as papers write it.
             Views and measurements are the same.
-        options: what `fastssl.train.create` made it with. A checkpoint is of a method with the same.
-        learning_rate, weight_decay: with which AdamW trains it well, unless others are asked for.
+        options: the arguments with which `fastssl.train.create` made it. A checkpoint fits only a method with the same
+            ones.
+        learning_rate, weight_decay: AdamW's defaults for this method.
     """
 
     encoder: nn.Module
@@ -70,7 +75,7 @@ class Method(nn.Module):
 
     @staticmethod
     def training_data(dataset: Any) -> Any:
-        """What `fit` trains on: it has len(), and indexed by an int64 tensor of positions it gives a batch."""
+        """What `fit` trains on: it has len(), and gives a batch when it is indexed by an int64 tensor of positions."""
         return dataset.train
 
     def evaluate(self, dataset: Any) -> dict[str, float]:

@@ -31,10 +31,11 @@ def make_optimizer(
     Args:
         name: of OPTIMIZERS.
         module: with layer_decay a method whose encoder has `stages()`.
-        learning_rate: its highest.
+        learning_rate: the highest.
         weight_decay: of matrices.
-        layer_decay: stage l of the encoder's n, from 0, has the share layer_decay^(n - l) of the learning rate, and all
-            else has 1 (BEiT, arXiv:2106.08254): the group's "scale", by which who sets its "lr" multiplies.
+        layer_decay: stage l of the encoder's n, counted from 0, has the share layer_decay^(n - l) of the learning rate,
+            and everything else the whole (BEiT, arXiv:2106.08254). The share is the group's "scale", to be multiplied
+            into its "lr" by whoever sets that.
 
     Raises:
         ValueError: as `check_optimizer` does, or if there are no stages to tell apart.
@@ -58,11 +59,12 @@ def make_optimizer(
 
 
 class LARS(torch.optim.Optimizer):
-    """Layer-wise adaptive rate scaling (arXiv:1708.03888): momentum, with steps as long as each layer's weights are.
+    """Layer-wise adaptive rate scaling (arXiv:1708.03888): momentum, with steps in proportion to the norm of each
+    layer's weights.
 
         g = gradient + weight_decay w;    velocity = momentum velocity + trust |w| / |g| g;    w = w - lr velocity
 
-    Parameters of one dimension or none, biases and normalisation layers, take plain g.
+    Parameters with fewer than two dimensions, those of biases and normalisation layers, use plain g.
 
     Args:
         params: parameters, or groups of them.

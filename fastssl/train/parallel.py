@@ -1,18 +1,18 @@
-"""Data parallelism: the processes of torch.distributed's default group do together what one does alone.
+"""Data parallelism: the processes of torch.distributed's default group do together what one process does alone.
 
     views        Every process draws those of the whole batch under the same generator, and takes its share of the rows.
-    networks     Each process has them all, and embeds its share. Batch normalisation is that of the whole batch, see
+    networks     Each process has all of them, and embeds its share. Batch normalisation is that of the whole batch, see
                  `fastssl.train.networks.batch_norm`.
     loss         The embeddings of all processes are gathered, in the batch's order, and every process takes the loss of
-                 the whole batch. So a method need not know of processes, whatever its loss, its queue or its teacher;
-                 and all processes see the same numbers, NaN included, and come to the same decisions.
+                 the whole batch. So a method need not know of processes, whatever its loss, queue or teacher; and all
+                 processes see the same numbers, NaN included, and make the same decisions.
     gradients    The mean over the processes. Gathered rows get the gradient of the sum of the processes' losses, that
                  is of as many times the one loss: for the parameters behind them the mean makes the sum of the shares
                  out of that. A parameter of the loss itself, such as a temperature, has the same gradient everywhere.
 
 The first process alone prints, and reads and writes files. Costs: a process holds the views and the embeddings of the
-whole batch, not its activations; drawing the views and the loss, which are not shared out, take each process as long
-as they take one alone.
+whole batch, but not its activations; drawing the views and the loss are not shared out, and take each process as long
+as one alone.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 @contextlib.contextmanager
 def process_group() -> Iterator[None]:
-    """The default group of the processes that torchrun has started; nothing in a process that it has not."""
+    """The default group of the processes that torchrun has started; without torchrun, nothing."""
     if not dist.is_available() or not dist.is_torchelastic_launched():
         yield
         return
@@ -64,7 +64,7 @@ def start_alike(module: nn.Module) -> None:
 
 
 def share(x: Tensor, chunk_size: int | None = None) -> Tensor:
-    """This process's rows of a batch: of every chunk, or of the whole, as many as any other process has."""
+    """This process's rows of a batch: an equal share of every chunk, or of the whole."""
     processes = world_size()
     if processes == 1:
         return x
@@ -72,7 +72,7 @@ def share(x: Tensor, chunk_size: int | None = None) -> Tensor:
 
 
 def gather(z: Tensor, chunk_size: int | None = None) -> Tensor:
-    """All processes' rows in the batch's order, where they are of what `share` gave."""
+    """The rows of all processes, each computed from what `share` gave it, in the order of the batch."""
     processes = world_size()
     if processes == 1:
         return z
@@ -81,7 +81,7 @@ def gather(z: Tensor, chunk_size: int | None = None) -> Tensor:
 
 
 def average_gradients(module: nn.Module) -> None:
-    """Puts the mean over the processes in place of each gradient, at one exchange."""
+    """Replaces each gradient by its mean over the processes, in one exchange."""
     gradients = [p.grad for p in module.parameters() if p.grad is not None]
     if world_size() == 1 or not gradients:
         return

@@ -1,4 +1,4 @@
-"""Runs and checkpoints: what of a run is saved, and how a run goes on from it."""
+"""Runs and checkpoints: which part of a run is saved, and how a run goes on from it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastssl.train.step import Step
 
 
 def describe(run: Run, learners: Sequence[Learner], examples: int) -> dict[str, Any]:
-    """What decides a run's losses, beside the data: a checkpoint is of a run with the same."""
+    """What decides a run's losses, besides the data: a checkpoint fits only a run with the same values."""
     methods = {
         learner.name: {"class": type(learner.method).__name__, "impl": learner.method.impl, **learner.method.options}
         for learner in learners

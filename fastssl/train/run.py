@@ -1,4 +1,4 @@
-"""What a run is: how methods are trained, whatever they are and on whatever data."""
+"""The description of a run: how methods are trained, whatever they are and on whatever data."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ class Run:
         learning_rate: the schedule's highest; None: each method's own, with LARS 0.3 batch_size / 256.
         weight_decay: of weights that are matrices; None: each method's own, with LARS 1e-6.
         layer_decay: the learning rate of each of the encoder's stages, as a share of the next one's, for fine-tuning.
-        clip: the norm to which longer gradients are cut, that of all parameters together; None: they are not.
+        clip: the norm, of the gradients of all parameters together, to which longer ones are cut; None: they are not
+            cut.
         amp: forward pass and loss under autocast to bfloat16.
-        chunk_size: examples whose activations are in memory at a time, see `fastssl.grad_cache`, those of all
-            processes together; None: all the batch's.
+        chunk_size: examples whose activations are in memory at a time, in all processes together, see
+            `fastssl.grad_cache`; None: the whole batch.
         seed: of data order, augmentation and dropout.
         checkpoint: file to save to every `save_every` steps, at the end, and on Ctrl-C when the step is done; None:
             nothing is saved.
@@ -74,5 +75,5 @@ class Run:
         return min(1, (step + 1) / (warmup * self.steps)) * 0.5 * (1 + math.cos(math.pi * step / self.steps))
 
     def seed_for(self, purpose: str, number: int) -> int:
-        """Of the random numbers for one purpose in one step or epoch."""
+        """The seed of the random numbers for one purpose in one step or epoch."""
         return random.Random(f"{self.seed} {purpose} {number}").getrandbits(63)

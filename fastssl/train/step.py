@@ -56,7 +56,7 @@ def train_step(
         method: changed in place.
         views: the model's inputs, this process's share of them.
         optimizer: of the method's parameters.
-        run: of which `amp`, `chunk_size` and `clip` count.
+        run: its `amp`, `chunk_size` and `clip` are used.
         memory: whether to measure memory, which takes time.
         report: whether to look at the embeddings' health.
 
@@ -91,8 +91,8 @@ Differentiated = tuple[Sequence[Tensor], float, list[Meter], Meter | None]
 
 
 def _differentiate(method: Method, views: tuple[Tensor, ...], autocast: torch.autocast, memory: bool) -> Differentiated:
-    """Embeddings of the whole batch, loss, meters of it all, and that of the loss: the graph is cut at the embeddings
-    and sewn up with their gradients."""
+    """Embeddings of the whole batch, loss, the meter of it all, and that of the loss: the graph is cut at the
+    embeddings and joined again by their gradients."""
     with Meter(memory) as forward, autocast:
         embeddings = method(*views)
     with Meter(memory) as objective:
