@@ -14,14 +14,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-Inputs = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
-Encoder = Callable[..., Tensor | Sequence[Tensor]]
+Flag = bool | int | float | str | None
+Inputs = Tensor | Sequence[Tensor | Flag] | Mapping[str, Tensor | Flag]
+Encoder = Callable[..., Tensor | Sequence | Mapping]
 Buffers = list[tuple[nn.Module, str, Tensor]]
 RandomState = tuple[Tensor, list[Tensor]]  # of the CPU, and of every CUDA device
 
@@ -54,12 +57,14 @@ def grad_cache(
 
     Args:
         encoders: a module, a method of one, or a function; or a tuple or list of these, in which one may occur twice.
-            Each returns embeddings, a tensor or a tuple or list of tensors, with a row for each sample.
+            Each returns embeddings, a tensor or a tuple, list or mapping of tensors, nested or not, such as a
+            ModelOutput of transformers, with a row for each sample; None may be among them.
         inputs: of the encoder: a tensor x for encoder(x), a tuple or list for encoder(*x), a mapping for encoder(**x).
-            It is cut along the first dimension of its tensors, and gets no gradient. Of several encoders: a tuple
-            or list with one such input for each; they may differ in length, as queries and documents do.
-        loss_fn: the loss of the embeddings of all encoders, in their order. Other tensors in it, such as a learnable
-            temperature, get their gradients too.
+            It is cut along the first dimension of its tensors, and gets no gradient. None and flags (numbers and
+            strings) among them go to every chunk as they are. Of several encoders: a tuple or list with one such input
+            for each; they may differ in length, as queries and documents do.
+        loss_fn: the loss of the outputs of all encoders, in their order, of which tuples and lists are unpacked. Other
+            tensors in it, such as a learnable temperature, get their gradients too.
         chunk_size: the most samples that a chunk may have, at least 1. Chunks are alike in size, but for one sample.
 
     Returns:
@@ -77,9 +82,9 @@ def grad_cache(
     _check(encoders, inputs, chunk_size)
     tasks = [_Task(encoder, x, chunk_size) for encoder, x in zip(encoders, inputs, strict=True)]
     if all(len(task.chunks) == 1 for task in tasks):
-        return _differentiate(loss_fn, [z for task in tasks for z in task.embed(task.chunks[0])])
+        return _differentiate(loss_fn, [z for task in tasks for z in task.arguments(task.embed(task.chunks[0]))])
 
-    loss = _differentiate(loss_fn, [z for task in tasks for z in task.first_pass()])
+    loss = _differentiate(loss_fn, [z for task in tasks for z in task.arguments(task.first_pass())])
     random_state, buffers = _random_state(), [buffer for task in tasks for buffer in task.copy_of_buffers()]
     learning = [task for task in tasks if any(z.grad is not None for z in task.embeddings)]
     last = {ddp: task for task in learning for ddp in task.parallel}
@@ -95,6 +100,7 @@ class _Task:
 
     Attributes:
         embeddings: after the first pass, as leaves.
+        structure, is_tensor: of the last output, as a tree, and which of its leaves are embeddings.
     """
 
     def __init__(self, encoder: Encoder, x: Inputs, chunk_size: int) -> None:
@@ -108,17 +114,31 @@ class _Task:
         named = ((module, name, b) for module in self.modules for name, b in module.named_buffers(recurse=False))
         return [(module, name, b.clone()) for module, name, b in named if not is_lazy(b) and not _is_expanded(b)]
 
-    def embed(self, x: Inputs) -> Sequence[Tensor]:
+    def embed(self, x: Inputs) -> list[Tensor]:
+        """All embeddings; `arguments` makes of them what the loss is called with."""
         encoder = self.encoder
-        embeddings = encoder(x) if isinstance(x, Tensor) else encoder(**x) if isinstance(x, Mapping) else encoder(*x)
-        embeddings = [embeddings] if isinstance(embeddings, Tensor) else embeddings
-        if not isinstance(embeddings, (tuple, list)) or not all(isinstance(z, Tensor) for z in embeddings):
-            raise TypeError(f"encoders must return a tensor, or a tuple or list of tensors, got {_type(embeddings)}")
-        rows = len(_tensors(x)[0])
+        output = encoder(x) if isinstance(x, Tensor) else encoder(**x) if isinstance(x, Mapping) else encoder(*x)
+        outputs = list(output) if isinstance(output, (tuple, list)) else [output]
+        outputs = tree_map(lambda leaf: dict(leaf) if isinstance(leaf, Mapping) else leaf, outputs)  # of unknown types
+        leaves, self.structure = tree_flatten(outputs)
+        self.is_tensor = [isinstance(leaf, Tensor) for leaf in leaves]
+        embeddings = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        others = [leaf for leaf in leaves if not isinstance(leaf, Tensor) and leaf is not None]
+        if others or not embeddings:
+            raise TypeError(
+                "encoders must return a tensor, or a tuple, list or mapping of tensors, got"
+                f" {_type(others[0] if others else output)}"
+            )
+        rows = _length(x)
         for z in embeddings:
             if z.shape[:1] != (rows,):
                 raise ValueError(f"encoders must return a row for each of {rows} samples, got shape {tuple(z.shape)}")
         return embeddings
+
+    def arguments(self, embeddings: Sequence[Tensor]) -> list[Any]:
+        """The encoder's output, in a list, or if it is a tuple or list what is in it, with those embeddings."""
+        following = iter(embeddings)
+        return tree_unflatten([next(following) if is_tensor else None for is_tensor in self.is_tensor], self.structure)
 
     def first_pass(self) -> list[Tensor]:
         """Embeds all chunks without a graph."""
@@ -153,11 +173,13 @@ def _check(encoders: Sequence[Encoder], inputs: Sequence[Inputs], chunk_size: in
     if not encoders or len(encoders) != len(inputs):
         raise ValueError(f"encoders and inputs must be as many, at least one, got {len(encoders)} and {len(inputs)}")
     for x in inputs:
-        tensors = _tensors(x)
-        for tensor in tensors:
-            if not isinstance(tensor, Tensor):
-                raise TypeError(f"inputs must be tensors, or tuples, lists or mappings of tensors, got {_type(tensor)}")
-        shapes = [tuple(tensor.shape) for tensor in tensors]
+        for value in _values(x):
+            if not isinstance(value, Tensor) and (value is x or not isinstance(value, Flag)):
+                raise TypeError(
+                    "inputs must be tensors, or tuples, lists or mappings of tensors, None and flags, got"
+                    f" {_type(value)}"
+                )
+        shapes = [tuple(value.shape) for value in _values(x) if isinstance(value, Tensor)]
         if len({shape[:1] for shape in shapes}) != 1 or not shapes[0]:
             raise ValueError(f"inputs of an encoder must have one length in common, got shapes {shapes}")
     if not isinstance(chunk_size, int):
@@ -166,22 +188,26 @@ def _check(encoders: Sequence[Encoder], inputs: Sequence[Inputs], chunk_size: in
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
 
 
-def _tensors(x: Inputs) -> list[Tensor]:
+def _values(x: Inputs) -> list[Tensor | Flag]:
     return list(x.values() if isinstance(x, Mapping) else x if isinstance(x, (tuple, list)) else [x])
 
 
+def _length(x: Inputs) -> int:
+    return next(len(value) for value in _values(x) if isinstance(value, Tensor))
+
+
 def _split(x: Inputs, chunk_size: int) -> list[Inputs]:
-    tensors = _tensors(x)
-    count = max(1, math.ceil(len(tensors[0]) / chunk_size))
-    chunks = zip(*(tensor.detach().tensor_split(count) for tensor in tensors), strict=True)
+    count = max(1, math.ceil(_length(x) / chunk_size))
+    parts = (v.detach().tensor_split(count) if isinstance(v, Tensor) else [v] * count for v in _values(x))
+    chunks = zip(*parts, strict=True)
     if isinstance(x, Mapping):
         return [dict(zip(x, chunk, strict=True)) for chunk in chunks]
     return [chunk[0] if isinstance(x, Tensor) else chunk for chunk in chunks]
 
 
-def _differentiate(loss_fn: Callable[..., Tensor], embeddings: list[Tensor]) -> Tensor:
+def _differentiate(loss_fn: Callable[..., Tensor], arguments: list[Any]) -> Tensor:
     """The loss, whose gradients are added to those of the embeddings and of the loss's parameters."""
-    loss = loss_fn(*embeddings)
+    loss = loss_fn(*arguments)
     if not isinstance(loss, Tensor):
         raise TypeError(f"loss_fn must return a tensor, got {_type(loss)}")
     if loss.dim() != 0:

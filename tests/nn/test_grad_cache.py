@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import collections
 import copy
+import dataclasses
 import math
 import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import pytest
 import torch
@@ -293,6 +297,90 @@ def _check_data_parallel() -> None:
             assert len(reduced) == len(gradients(single)), f"{step}, {chunk_size}"
 
 
+@dataclasses.dataclass
+class Output(collections.OrderedDict):
+    """As transformers' ModelOutput: a mapping of what is not None, with attributes, that PyTorch can take apart."""
+
+    embeds: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if (value := getattr(self, field.name)) is not None:
+                self[field.name] = value
+
+
+torch.utils._pytree.register_pytree_node(
+    Output, lambda x: (list(x.values()), list(x)), lambda values, names: Output(**dict(zip(names, values, strict=True)))
+)
+
+
+class Outputs(nn.Module):
+    """Returns what is asked for."""
+
+    def __init__(self, kind: Callable[..., Any]) -> None:
+        super().__init__()
+        self.model, self.kind = encoder(extra=nn.Dropout), kind
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, normalize: bool = False, scale: float = 1.0) -> Any:
+        z = self.model(x if mask is None else x * mask) * scale
+        z = nn.functional.normalize(z, dim=1) if normalize else z
+        return self.kind(embeds=z, hidden_states=(z.detach(), z.square()))
+
+
+@pytest.mark.parametrize("kind", [dict, collections.OrderedDict, collections.UserDict, Output])
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        samples(),
+        (samples(), None, True),
+        {"x": samples(), "mask": None, "normalize": True},
+        collections.UserDict(x=samples(), mask=samples(seed=4), scale=0.5),
+    ],
+    ids=["tensor", "tuple", "dict", "mapping"],
+)
+def test_mappings_none_and_flags(kind, inputs):
+    def loss_fn(output: Any) -> Tensor:
+        assert type(output) is (dict if kind is collections.UserDict else kind)
+        z = output.embeds if kind is Output else output["embeds"]
+        return nt_xent(z, z.flip(0)) + output["hidden_states"][1].mean()
+
+    model = Outputs(kind).eval()
+    output = (
+        model(**inputs)
+        if isinstance(inputs, Mapping)
+        else model(*inputs)
+        if isinstance(inputs, tuple)
+        else model(inputs)
+    )
+    expected = loss_fn(dict(output) if kind is collections.UserDict else output)
+    expected.backward()
+    exact = gradients(model)
+    for chunk_size in (4, BATCH):
+        loss = grad_cache(model, inputs, loss_fn, chunk_size=chunk_size)
+        torch.testing.assert_close(loss, expected.detach())
+        for ours, theirs in zip(gradients(model), exact, strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
+def test_outputs_of_several_encoders():
+    """Tuples and lists are unpacked, mappings and what is nested are not."""
+    model, two = Outputs(Output).eval(), encoder(1)
+    seen = []
+
+    def loss_fn(*arguments: Any) -> Tensor:
+        seen.append([type(x) for x in arguments])
+        output, pair, none, z = arguments
+        return nt_xent(output.embeds, z) + pair[0].sum()
+
+    inputs = [samples(), samples(seed=2)]
+    loss = grad_cache([model, lambda x: ([two(x)], None, two(x))], inputs, loss_fn, chunk_size=5)
+    output, z = model(inputs[0]), two(inputs[1])
+    torch.testing.assert_close(loss, (nt_xent(output.embeds, z) + z.sum()).detach())
+    assert seen == [[Output, list, type(None), Tensor]]
+
+
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs Gloo")
 def test_data_parallel(tmp_path):
     _run(_check_data_parallel, 2, tmp_path)
@@ -309,15 +397,18 @@ def test_data_parallel(tmp_path):
             TypeError,
             "several encoders must be a tuple or list, got",
         ),
-        ({"inputs": (samples(), None)}, TypeError, "inputs must be tensors, or tuples, lists or .*, got NoneType"),
-        ({"inputs": [[1.0]]}, TypeError, "inputs must be tensors, or tuples, lists or mappings of tensors, got list"),
+        ({"inputs": None}, TypeError, "inputs must be tensors, or tuples, lists or .*, got NoneType"),
+        ({"inputs": "text"}, TypeError, "inputs must be tensors, or tuples, lists or .*, got str"),
+        ({"inputs": (samples(), ["a", "b"])}, TypeError, "inputs must be .*of tensors, None and flags, got list"),
+        ({"inputs": [None, 1.0]}, ValueError, r"inputs of an encoder must have one length in common, got shapes \[\]"),
         ({"inputs": {}}, ValueError, r"inputs of an encoder must have one length in common, got shapes \[\]"),
         ({"inputs": torch.tensor(1.0)}, ValueError, r"one length in common, got shapes \[\(\)\]"),
         ({"inputs": (samples(3), samples(2))}, ValueError, r"one length .*, got shapes \[\(3, 8\), \(2, 8\)\]"),
         ({"chunk_size": 2.0}, TypeError, "chunk_size must be an integer, got float"),
         ({"chunk_size": 0}, ValueError, "chunk_size must be at least 1, got 0"),
         ({"encoders": lambda a, b: None}, TypeError, "encoders must return a tensor, or .*, got NoneType"),
-        ({"encoders": lambda a, b: (a, [b])}, TypeError, "encoders must return a tensor, or .*, got tuple"),
+        ({"encoders": lambda a, b: (a, [b, 1.0])}, TypeError, "encoders must return a tensor, or .*, got float"),
+        ({"encoders": lambda a, b: {"z": None}}, TypeError, "encoders must return a tensor, or .*, got dict"),
         ({"encoders": lambda a, b: a.sum(0)}, ValueError, r"encoders must return a row for .* 4 samples, .*\(8,\)"),
         ({"loss_fn": lambda a: 1.0}, TypeError, "loss_fn must return a tensor, got float"),
         ({"loss_fn": lambda a: a}, ValueError, r"loss_fn must return a 0-d tensor, got shape \(12, 8\)"),
