@@ -103,6 +103,7 @@ def span_masking_ids(
     mask_ratio: float,
     span_length: int,
     *,
+    lengths: Tensor | None = None,
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -117,25 +118,59 @@ def span_masking_ids(
         length: L, the number of steps of each.
         mask_ratio: the share that is masked, overlaps counted once, from 0 to 1: int(L (1 - mask_ratio)) stay.
         span_length: M, the number of steps of a span, from 1 to L.
-        generator, device: as in `random_masking_ids`.
+        lengths: (B,) int64 or int32, the steps of each sequence, from 0 to L, where what follows them is padding. Spans
+            lie within them (a sequence shorter than M is one span), and mask that share of them; None: L.
+        generator: as in `random_masking_ids`.
+        device: of the result; None: that of lengths, or of the generator.
 
     Returns:
-        ids_keep (B, L_keep) in ascending order; mask (B, L) and ids_restore (B, L), as in `random_masking_ids`.
+        ids_keep (B, L_keep) in ascending order; mask (B, L) and ids_restore (B, L), as in `random_masking_ids`. With
+        lengths, all of a sequence's visible steps are in ids_keep, and then as much of the padding as makes up L_keep;
+        mask is 0 in the padding.
 
     Raises:
-        TypeError: if mask_ratio is no number, or batch, length or span_length no integer.
-        ValueError: if mask_ratio is not from 0 to 1, batch or length is negative, or span_length not from 1 to L.
+        TypeError: if mask_ratio is no number, batch, length or span_length no integer, or lengths no tensor.
+        ValueError: if mask_ratio is not from 0 to 1, batch or length is negative, span_length not from 1 to L, lengths
+            not (B,) int64 or int32, or on the CPU, if one of them is not from 0 to L. On CUDA an assertion stops the
+            process.
     """
     batch, length = check_size("batch", batch), check_size("length", length)
     span_length = check_size("span_length", span_length)
     if not 1 <= span_length <= length:
         raise ValueError(f"span_length must be from 1 to length, {length}, got {span_length}")
     keep = _visible(batch, length, mask_ratio)
+    if lengths is not None:
+        _check_lengths(lengths, batch, length)
+        device = lengths.device if device is None else device
     seed = _seed(generator, device)
     _, turn, _ = masking.masking_ids(seed, batch, length - span_length + 1, 0)
-    order = masking.first_turn(turn, span_length) * length + torch.arange(length, device=turn.device)
-    ids_keep, ids_restore, mask = masking.ids_of(masking.smallest(order, length - keep), keep)
-    return ids_keep, mask, ids_restore
+    step = torch.arange(length, device=turn.device)
+    if lengths is None:
+        order = masking.first_turn(turn, span_length) * length + step
+        ids_keep, ids_restore, mask = masking.ids_of(masking.smallest(order, length - keep), keep)
+        return ids_keep, mask, ids_restore
+    ends = lengths.to(device=turn.device, dtype=torch.int64)[:, None]
+    turn = turn.where(step[: turn.shape[1]] <= (ends - span_length).clamp_min(0), turn.shape[1])
+    order = (masking.first_turn(turn, span_length) * length + step).where(step < ends, (length + 1) * length + step)
+    count = ends - (ends.double() * (1 - mask_ratio)).long()
+    turns = order.sort(1).values.gather(1, (count - 1).clamp_min(0))
+    masked = (order <= turns) & (count > 0)
+    # As many in every row go without being kept: what is missing is taken from the end of the padding.
+    ids_keep, ids_restore, _ = masking.ids_of(masked | (step >= keep + count), keep)
+    return ids_keep, masked.float(), ids_restore
+
+
+def _check_lengths(lengths: Tensor, batch: int, length: int) -> None:
+    check_tensor("lengths", lengths)
+    if lengths.dtype not in (torch.int64, torch.int32) or lengths.shape != (batch,):
+        found = f"{lengths.dtype} of shape {tuple(lengths.shape)}"
+        raise ValueError(f"lengths must be int64 or int32 of shape ({batch},), got {found}")
+    rule = f"lengths must be from 0 to length, {length}"
+    wrong = (lengths < 0) | (lengths > length)
+    if lengths.device.type != "cpu" or torch.compiler.is_compiling():
+        torch._assert_async(~wrong.any(), rule)
+    elif wrong.any():
+        raise ValueError(f"{rule}, got {lengths[wrong][0]}")
 
 
 def block_masking_ids(

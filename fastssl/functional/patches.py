@@ -38,8 +38,8 @@ def masked_patch_loss(
     tubelet_size: int | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """The reconstruction loss of masked autoencoders, straight from images: MAE (arXiv:2111.06377), SimMIM
-    (arXiv:2111.09886), VideoMAE (arXiv:2203.12602).
+    """The reconstruction loss of masked autoencoders, straight from images: MAE (arXiv:2111.06377), VideoMAE
+    (arXiv:2203.12602).
 
         loss[b, l] = mean over a patch's elements of (pred[b, l] - patch[b, l])^2, where it is masked
 
@@ -107,7 +107,7 @@ def masked_feature_loss(
     reduction: str = "mean",
 ) -> Tensor:
     """The loss of predicting a teacher's features of masked patches: data2vec (arXiv:2202.03555), EVA
-    (arXiv:2211.07636).
+    (arXiv:2211.07636). With a beta of 0 and patches of images as their target, SimMIM's (arXiv:2111.09886).
 
     Args:
         pred: (B, L, D) features; float32, bfloat16, float16 or float64.

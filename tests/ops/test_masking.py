@@ -169,6 +169,34 @@ def test_spans_are_added_in_a_random_order_and_the_last_is_cut():
             assert sample.nonzero().flatten().tolist() == sorted(masked)
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+@pytest.mark.parametrize("ratio", [0.0, 0.3, 0.65, 1.0])
+@pytest.mark.parametrize("span_length", [1, 4, 23])
+def test_spans_lie_within_the_lengths_of_sequences(span_length, ratio, dtype, backend):
+    """They are those of the same seed whose first steps leave room for them; of a short sequence there is one."""
+    length = 23
+    lengths = torch.arange(2 * (length + 1), dtype=dtype).remainder(length + 1)
+    options = dict(lengths=lengths, generator=_seeded(7))
+    ids_keep, mask, ids_restore = span_masking_ids(len(lengths), length, ratio, span_length, **options)
+    seed = torch.randint(1 << 62, (), generator=_seeded(7))
+    places = length - span_length + 1
+    order = torch.ops.fastssl.masking_ids(seed, len(lengths), places, places)[0].tolist()
+    keep = int(length * (1 - ratio))
+    assert ids_keep.shape == (len(lengths), keep) and mask.dtype == torch.float32
+    for end, sample, kept, starts in zip(lengths.tolist(), mask, ids_keep.tolist(), order, strict=True):
+        starts = [start for start in starts if start <= max(end - span_length, 0)]
+        steps = dict.fromkeys(start + i for start in starts for i in range(span_length) if start + i < end)
+        masked = list(steps)[: end - int(end * (1 - ratio))]
+        assert sample.nonzero().flatten().tolist() == sorted(masked)
+        visible = [step for step in range(end) if step not in masked]
+        assert kept == visible + list(range(end, end + keep - len(visible)))
+    assert torch.equal(ids_restore.sort(1).values, torch.arange(length).expand(len(lengths), length))
+    assert torch.equal(ids_restore.gather(1, ids_keep), torch.arange(keep).expand(len(lengths), keep))
+    whole = torch.full((3,), length, dtype=dtype)
+    results = [span_masking_ids(3, length, ratio, span_length, lengths=x, generator=_seeded()) for x in (whole, None)]
+    assert all(map(torch.equal, *results))
+
+
 def test_blocks_are_rectangles_anywhere_of_any_shape():
     """One block of 9 tokens: a square with 3 x 3 tokens in all 4 x 5 places alike, or as often upright as lying."""
     masks = _one_square(20_000, 6, 7, 8.5 / 42, generator=_seeded(8))[1].view(-1, 6, 7)
@@ -207,7 +235,8 @@ def test_single_tokens_make_up_what_blocks_leave():
 
 def test_structured_masks_compile():
     def masks() -> tuple[Tensor, ...]:
-        return *span_masking_ids(2, 9, 0.5, 3), *tube_masking_ids(2, 3, 8, 0.5), *block_masking_ids(2, 6, 6, 0.5)
+        spans = *span_masking_ids(2, 9, 0.5, 3), *span_masking_ids(2, 9, 0.5, 3, lengths=torch.tensor([7, 2]))
+        return *spans, *tube_masking_ids(2, 3, 8, 0.5), *block_masking_ids(2, 6, 6, 0.5)
 
     results = []
     for function in (masks, torch.compile(masks, fullgraph=True, backend="aot_eager")):
@@ -420,6 +449,10 @@ def test_threads_change_nothing(kernels):
 X, IDS = torch.randn(2, 4, 3), torch.zeros(2, 3, dtype=torch.int64)
 
 
+def _spans(lengths: object) -> tuple[Tensor, ...]:
+    return span_masking_ids(2, 4, 0.5, 2, lengths=lengths)
+
+
 @pytest.mark.parametrize(
     "call, error, match",
     [
@@ -456,6 +489,11 @@ X, IDS = torch.randn(2, 4, 3), torch.zeros(2, 3, dtype=torch.int64)
         (lambda: span_masking_ids(2, 4, 0.5, 5), ValueError, "span_length must be from 1 to length, 4, got 5"),
         (lambda: span_masking_ids(2, 4, 0.5, 0), ValueError, "span_length must be from 1 to length, 4, got 0"),
         (lambda: span_masking_ids(2, 4, 0.5, 2.0), TypeError, "span_length must be an integer, got float"),
+        (lambda: _spans([2, 2]), TypeError, "lengths must be a Tensor, got list"),
+        (lambda: _spans(torch.tensor([2.0, 2.0])), ValueError, "lengths must be int64 or int32 of .*got torch.float32"),
+        (lambda: _spans(torch.tensor([2])), ValueError, r"lengths must be .* of shape \(2,\), got .* shape \(1,\)"),
+        (lambda: _spans(torch.tensor([2, 5])), ValueError, "lengths must be from 0 to length, 4, got 5"),
+        (lambda: _spans(torch.tensor([2, -1])), ValueError, "lengths must be from 0 to length, 4, got -1"),
         (lambda: block_masking_ids(2, 4, -4, 0.5), ValueError, "width must not be negative, got -4"),
         (lambda: block_masking_ids(2, 4, 4, 0.5, min_block=0), ValueError, "min_block must be from 1 to .* got 0"),
         (lambda: block_masking_ids(2, 4, 4, 0.5, max_block=9), ValueError, "min_block must be from 1 to .*9, got 16"),

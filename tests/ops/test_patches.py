@@ -277,6 +277,17 @@ def test_what_is_equal_has_no_gradient_in_l1(kernels):
     torch.testing.assert_close(gradient, (pred - target).sign().where(~equal, 0) / 37)
 
 
+def test_simmim(backend):
+    """Its code's loss: absolute differences of masked pixels, through channels of a convolution that are shuffled."""
+    images, pred, mask = _normal(2, 3, 16, 24), _normal(2, 48, 4, 6, seed=1), _normal(2, 4, 6, seed=2) > 0
+    pixels = torch.nn.functional.pixel_shuffle(pred, 4)
+    masked = mask.float().repeat_interleave(4, 1).repeat_interleave(4, 2)[:, None]
+    expected = ((images - pixels).abs() * masked).sum() / masked.sum() / 3
+    patches = torch.nn.functional.pixel_unshuffle(images, 4)
+    rows = (x.flatten(2).transpose(1, 2) for x in (pred, patches))
+    torch.testing.assert_close(masked_feature_loss(*rows, mask.flatten(1), beta=0.0), expected)
+
+
 def test_gradient_of_the_cosine_of_a_row_below_its_clamp(kernels):
     target = _normal(1, 1, 37)
     gradient = _gradient(1e-14 * (target + _normal(1, 1, 37, seed=1)), target, loss="cosine")
