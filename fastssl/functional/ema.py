@@ -27,7 +27,7 @@ def ema_update_(targets: Iterable[Tensor], sources: Iterable[Tensor], momentum: 
         targets: tensors of any shape, float32, bfloat16, float16 or float64; changed.
         sources: as many, each with its target's shape and device, and of any of those dtypes. No target may share
             memory, from its first element to its last, with another tensor, unless source and target are the same
-            tensor.
+            tensor. Where a target is a DTensor its source is one, too, sharded alike; each process updates its shard.
         momentum: from 0, which copies, to 1, which leaves the targets as they are: a number, or a 0-d tensor, whose
             value is not checked, so that nothing waits for a GPU.
 
@@ -140,16 +140,19 @@ def _local(lists: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
     if module is None or not any(isinstance(x, module.DTensor) for tensors in lists.values() for x in tensors):
         return lists
     first = next(iter(lists))
-    for i, tensors in enumerate(zip(*lists.values(), strict=False)):
-        for name, x in zip(lists, tensors, strict=True):
-            like, found = (
-                f"{tuple(y.shape)} as {y.placements} on {y.device_mesh}" if isinstance(y, module.DTensor) else "whole"
-                for y in (tensors[0], x)
-            )
-            if like != found:
-                raise ValueError(f"{first}[{i}] and {name}[{i}] must be sharded alike, got {like} and {found}")
-            if isinstance(x, module.DTensor) and any(placement.is_partial() for placement in x.placements):
-                raise ValueError(f"{name}[{i}] must not be a partial sum, got {x.placements}")
+    for i, (like, *others) in enumerate(zip(*lists.values(), strict=False)):
+        for name, x in zip(list(lists)[1:], others, strict=True):
+            layouts = [
+                (y.shape, y.placements, y.device_mesh) if isinstance(y, module.DTensor) else None for y in (like, x)
+            ]
+            if layouts[0] != layouts[1]:
+                found = " and ".join(
+                    "a tensor that is not" if layout is None else f"{tuple(layout[0])} as {layout[1]} on {layout[2]}"
+                    for layout in layouts
+                )
+                raise ValueError(f"{first}[{i}] and {name}[{i}] must be sharded alike, got {found}")
+        if isinstance(like, module.DTensor) and any(placement.is_partial() for placement in like.placements):
+            raise ValueError(f"{first}[{i}] must not be a partial sum, got {like.placements}")
     return {
         name: [x.to_local() if isinstance(x, module.DTensor) else x for x in tensors] for name, tensors in lists.items()
     }

@@ -117,12 +117,16 @@ class EMA(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The teacher's output."""
-        if not self._low or next(_sharded(self.module), None):  # whose mixed precision is what fully_shard is told
+        if not self._low:
             return self.module(*args, **kwargs)
-        tensors = *self.module.named_parameters(), *self.module.named_buffers()
+        parameters = self.module.named_parameters()
+        if next(_sharded(self.module), None):
+            parameters = ()  # their dtype is what fully_shard was told
+        tensors = *parameters, *self.module.named_buffers()
         kept = {name: x for name, x in tensors if name in self._low}
         low = {name: x.to(self._low[name]) for name, x in kept.items()}
-        before = {name: low[name].clone() for name, _ in self.module.named_buffers() if self.training and name in low}
+        buffers = [name for name, _ in self.module.named_buffers() if name in low] if self.module.training else []
+        before = {name: low[name].clone() for name in buffers}
         output = torch.func.functional_call(self.module, low, args, kwargs)
         with torch.no_grad():
             for name, x in before.items():  # what the call has written into buffers
@@ -247,8 +251,9 @@ def _copy(model: nn.Module) -> tuple[nn.Module, dict[str, torch.dtype]]:
     low = {}
     for name, x in (*module.named_parameters(), *module.named_buffers()):
         if x.dtype in (torch.bfloat16, torch.float16):
-            low[name] = x.dtype
-            x.data = x.data.float()
+            low[name], wide = x.dtype, x.data.float()
+            wide = nn.Parameter(wide, requires_grad=False) if isinstance(x, nn.Parameter) else wide
+            torch.utils.swap_tensors(x, wide)  # of a DTensor, .data cannot be set to another dtype
     for buffer in module.buffers():
         buffer.data = buffer.data.clone()  # to be written, it may be neither expanded nor a view of another one
     tensors = *module.named_parameters(), *_saved_buffers(module)
