@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from numbers import Real
 from typing import Any
 
 import torch
@@ -65,13 +64,10 @@ class AdamW(torch.optim.AdamW):
         shapes = [[tuple(p.shape) for p in model.parameters()] for model in (student, teacher.module)]
         if shapes[0] != shapes[1]:
             raise ValueError(f"student must have the teacher's parameters, of shapes {shapes[1]}, got {shapes[0]}")
-        variants = amsgrad, maximize, capturable, differentiable
-        _refuse_variants(dict(zip(_VARIANTS, variants, strict=True)))
+        _refuse_variants(dict(zip(_VARIANTS, (amsgrad, maximize, capturable, differentiable), strict=True)))
         if foreach and fused:
             raise ValueError(f"foreach and fused must not both be True, got {foreach} and {fused}")
-        numbers = _plain({"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-        check_adamw(**numbers)
-        super().__init__(params, **numbers)
+        super().__init__(params, **_checked(lr, betas, eps, weight_decay))
         how = {"foreach": foreach, "fused": fused}  # torch.optim.AdamW would refuse some, or scale gradients in `step`
         self.defaults |= how
         for group in self.param_groups:
@@ -118,9 +114,8 @@ class AdamW(torch.optim.AdamW):
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, got {type(param_group).__name__}")
         _refuse_variants(param_group)
-        group = _plain(param_group)
-        check_adamw(**{name: group.get(name, self.defaults[name]) for name in _NUMBERS})
-        super().add_param_group(group)
+        numbers = {name: param_group.get(name, self.defaults[name]) for name in _NUMBERS}
+        super().add_param_group(param_group | _checked(**numbers))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "teacher": self.teacher, "student": self.student}
@@ -141,12 +136,8 @@ def _refuse_variants(group: dict[str, Any]) -> None:
             raise ValueError(f"{name} must be False, got {group[name]}")
 
 
-def _plain(group: dict[str, Any]) -> dict[str, Any]:
-    """Its numbers as Python's own, lest checkpoints hold numpy's."""
-
-    def plain(number: Any) -> Any:
-        if isinstance(number, (tuple, list)):
-            return tuple(map(plain, number))
-        return float(number) if isinstance(number, Real) and not isinstance(number, bool) else number
-
-    return group | {name: plain(group[name]) for name in _NUMBERS if name in group}
+def _checked(lr: float | Tensor, betas: tuple[float, float], eps: float, weight_decay: float) -> dict[str, Any]:
+    """Them by name, and as Python's own numbers, lest checkpoints hold numpy's."""
+    lr, betas, eps, weight_decay = check_adamw(lr, betas, eps, weight_decay)
+    lr = lr if isinstance(lr, Tensor) else float(lr)
+    return {"lr": lr, "betas": tuple(map(float, betas)), "eps": float(eps), "weight_decay": float(weight_decay)}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastssl import functional
-from fastssl._checks import check_number, check_share, check_size
+from fastssl._checks import check_flag, check_number, check_positive, check_share, check_size
 
 _MOMENTUM = 0.996
 
@@ -55,6 +55,7 @@ class EMA(nn.Module):
             model, or of timm's ModelEmaV3, which have none: it stays what it is.
 
     Raises:
+        TypeError: if model is no Module, or another argument of the wrong type.
         ValueError: if momentum is not from 0 to 1, the schedule and its numbers do not fit, or there can be no moving
             average of the model: parameters or buffers are not initialised yet, are sparse or of 8 bits, or it has been
             given to `fully_shard`.
@@ -79,10 +80,12 @@ class EMA(nn.Module):
             raise ValueError(f"momentum or decay must be given, not both, got {momentum} and {decay}")
         if schedule not in (None, "cosine", "warmup"):
             raise ValueError(f"schedule must be None, 'cosine' or 'warmup', got {schedule!r}")
-        if (schedule != "cosine") != (total_steps is None) or (total_steps is not None and total_steps < 1):
+        if (schedule != "cosine") != (total_steps is None):
             raise ValueError(f"total_steps must be a positive number with 'cosine', else None, got {total_steps}")
+        if total_steps is not None:
+            total_steps = check_positive("total_steps", total_steps)
         for name, number, default in (("gamma", warmup_gamma, 1.0), ("power", warmup_power, 2 / 3)):
-            check_number(f"warmup_{name}", number)
+            number = check_number(f"warmup_{name}", number)
             if number <= 0 or (schedule != "warmup" and number != default):
                 raise ValueError(f"warmup_{name} must be positive, and is for 'warmup' alone, got {number}")
         self._momentum = torch.zeros((), dtype=torch.float64, device="cpu")  # a number would be compiled in
@@ -91,8 +94,8 @@ class EMA(nn.Module):
         else:
             self.decay = decay
         self.schedule, self.total_steps = schedule, total_steps
-        self.warmup_gamma, self.warmup_power = warmup_gamma, warmup_power
-        self.update_buffers = update_buffers
+        self.warmup_gamma, self.warmup_power = float(warmup_gamma), float(warmup_power)
+        self.update_buffers = check_flag("update_buffers", update_buffers)
         self.module, self._low = _copy(model)
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         self._known: tuple[Tensor, int, int] | None = None  # `step`, its version, and its value then
@@ -103,8 +106,7 @@ class EMA(nn.Module):
 
     @momentum.setter
     def momentum(self, momentum: float) -> None:
-        check_share("momentum", momentum)
-        self._momentum.fill_(momentum)
+        self._momentum.fill_(check_share("momentum", momentum))
 
     @property
     def decay(self) -> float:
@@ -112,8 +114,7 @@ class EMA(nn.Module):
 
     @decay.setter
     def decay(self, decay: float) -> None:
-        check_share("decay", decay)
-        self.momentum = decay
+        self.momentum = check_share("decay", decay)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The teacher's output."""
@@ -146,7 +147,7 @@ class EMA(nn.Module):
             A number; in what torch.compile compiles, a 0-d tensor.
 
         Raises:
-            TypeError: if step is no integer.
+            TypeError: if model is no Module, or step no integer.
             ValueError: if step is negative, or the model's parameters or buffers are not those of the model that the
                 teacher is a copy of. Nothing is changed.
         """
@@ -159,8 +160,8 @@ class EMA(nn.Module):
         step: int | None = None,
     ) -> float | Tensor:
         """`update`, where move(targets, sources, momentum) takes the place of `ema_update_`."""
-        if step is not None:
-            check_size("step", step)
+        _check_model(model)
+        step = None if step is None else check_size("step", step)
         for sharded in (*_sharded(self.module), *_sharded(model)):
             sharded.reshard()  # what is gathered for a forward pass is not what is kept
         averaged, copied = self._pairs(model)
@@ -221,7 +222,7 @@ class EMA(nn.Module):
         if torch.compiler.is_compiling():
             self.step.add_(1) if step is None else self.step.fill_(step)
             return
-        count = self._count() + 1 if step is None else int(step)
+        count = self._count() + 1 if step is None else step
         self.step.fill_(count)
         self._known = self.step, self.step._version, count
 
@@ -240,8 +241,14 @@ class EMA(nn.Module):
         return f"momentum={self.momentum}, schedule={self.schedule!r}, total_steps={self.total_steps}"
 
 
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a Module, got {type(model).__name__}")
+
+
 def _copy(model: nn.Module) -> tuple[nn.Module, dict[str, torch.dtype]]:
     """One whose moving average can be kept, and which of its tensors had 16 bits."""
+    _check_model(model)
     if next(_sharded(model), None):
         raise ValueError("model must not be sharded by fully_shard yet: shard it and the teacher's module afterwards")
     for name, x in model.named_parameters():

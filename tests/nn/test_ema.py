@@ -337,6 +337,16 @@ def test_bad_teachers():
     for options in ({"schedule": "warmup", "warmup_gamma": 0}, {"warmup_gamma": 2.0}):
         with pytest.raises(ValueError, match="warmup_gamma must be positive, and is for 'warmup' alone, got [02]"):
             EMA(student, **options)
+    for options, match in (
+        ({"model": [student]}, "model must be a Module, got list"),
+        ({"total_steps": "5", "schedule": "cosine"}, "total_steps must be an integer, got str"),
+        ({"update_buffers": 1}, "update_buffers must be True or False, got 1"),
+        ({"momentum": None}, "momentum must be a number, got NoneType"),
+    ):
+        with pytest.raises(TypeError, match=match):
+            EMA(**{"model": student, **options})
+    with pytest.raises(TypeError, match="model must be a Module, got OrderedDict"):
+        EMA(student).update(student.state_dict())
     with pytest.raises(TypeError, match="warmup_power must be a number, got str"):
         EMA(student, schedule="warmup", warmup_power="1")
     teacher = EMA(student)
