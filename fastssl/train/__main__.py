@@ -15,9 +15,9 @@ import torch
 from rich.console import Console
 
 from fastssl.distributed import rank
-from fastssl.train import METHODS, Run, cli, create, fit, parallel
-from fastssl.train.checkpoint import load_encoder
+from fastssl.train import METHODS, Run, checkpoint, cli, create, fit, parallel
 from fastssl.train.cli import Parser, RunParser, not_negative_float, positive_float, positive_int, share
+from fastssl.train.files import check_writable, open_regular
 from fastssl.train.method import GIVEN, IMPLEMENTATIONS
 from fastssl.train.optimizers import OPTIMIZERS
 
@@ -76,7 +76,10 @@ def _parser() -> Parser:
         )
         command.add_argument("--compile", action="store_true", help="torch.compile the encoder")
         command.add_argument(
-            "--checkpoint", type=Path, metavar="FILE", help="save there now and then, at the end and on Ctrl-C"
+            "--checkpoint",
+            type=Path,
+            metavar="FILE",
+            help="save there now and then, at the end, on Ctrl-C and on SIGTERM",
         )
         command.add_argument(
             "--save-every", type=positive_int, default=200, metavar="STEPS", help="how often (default: %(default)s)"
@@ -99,12 +102,6 @@ def _writer(directory: str | None) -> Any:
     return SummaryWriter(directory) if rank() == 0 else None
 
 
-def _check_writable(path: Path) -> None:
-    """Raises now rather than after training."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.open("ab").close()
-
-
 def main() -> None:
     parser = _parser()
     args = parser.parse_args()
@@ -122,7 +119,10 @@ def _train(args: argparse.Namespace) -> None:
     parallel.check_shares(args.batch_size, args.chunk_size)
     create(args.method, 1, **options)  # raises now rather than after the data have been fetched
     if args.encoder is not None:
-        parallel.in_first_process(lambda: args.encoder.open("rb").close())
+        parallel.in_first_process(lambda: open_regular(args.encoder).close())
+    if args.checkpoint is not None:
+        with parallel.held_by_first_process(checkpoint.reserved(args.checkpoint, args.resume)):
+            pass  # raises now rather than after the data have been fetched; `fit` does it again
     writer = _writer(args.tensorboard)
     console = Console(quiet=rank() > 0)
     dataset = parallel.in_first_process(lambda: kind.load(args.data))
@@ -132,14 +132,14 @@ def _train(args: argparse.Namespace) -> None:
         raise ValueError(f"--batch-size must be at most the number of examples ({len(data)}), got {args.batch_size}")
     pictures = getattr(args, "pictures", None)
     if pictures is not None:
-        parallel.in_first_process(lambda: _check_writable(pictures))
+        parallel.in_first_process(lambda: check_writable(pictures))
     steps = args.steps or args.epochs * max(1, len(data) // args.batch_size)
     torch.manual_seed(args.seed)
     method = create(args.method, steps, dataset, backbone=args.backbone, **options)
     method.impl = args.impl
     untrained = parallel.in_first_process(lambda: method.evaluate(dataset))
     if args.encoder is not None:
-        parallel.in_first_process(lambda: load_encoder(method.encoder, args.encoder))
+        parallel.in_first_process(lambda: checkpoint.load_encoder(method.encoder, args.encoder))
     if args.compile:
         method.encoder.compile()
     run = Run(

@@ -18,6 +18,7 @@ from fastssl import use_backend
 from fastssl.functional import nt_xent
 from fastssl.train import Run, Step, fit, load, twins
 from fastssl.train.cli import RunParser, positive_float, positive_int, run
+from fastssl.train.files import check_writable
 from fastssl.train.meter import Meter, available_memory
 from fastssl.train.method import IMPLEMENTATIONS
 from fastssl.train.methods.simclr import SimCLR
@@ -185,7 +186,7 @@ def main() -> None:
     )
     args = parser.parse_args()
 
-    args.output.parent.mkdir(parents=True, exist_ok=True)
+    check_writable(args.output)
     console = Console()
     images = load(args.data)
     console.print(f"{images.name}: {len(images.train):,} training images, {len(images.test):,} test images")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import signal
-import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from fastssl.distributed import rank, world_size
-from fastssl.train import parallel, resume
+from fastssl.train import checkpoint, parallel, resume, signals
 from fastssl.train.learner import Learner
 from fastssl.train.method import Method
 from fastssl.train.run import Run
@@ -53,8 +51,10 @@ def fit(
         ValueError: if there is no method, the batch is larger than the data, the processes cannot have equal shares of
             a batch or of its chunks, or the checkpoint is of another run.
         FloatingPointError: if a loss or a gradient is NaN or infinite, before the step that would spoil the weights.
-        OSError: if the checkpoint cannot be read or written.
+        OSError: if the checkpoint cannot be read or written, which is tried before the first step, is there and not to
+            be resumed, or is that of another run which has not ended.
         KeyboardInterrupt: on Ctrl-C in any process, after saving.
+        SystemExit: so on SIGTERM, with the status 143 that a shell gives to what this has ended.
     """
     if not methods:
         raise ValueError("methods must be one at least, got none")
@@ -66,14 +66,15 @@ def fit(
     learners = [Learner(name, method, run) for name, method in methods.items()]
     about = resume.describe(run, learners, len(data))
     path = None if run.checkpoint is None else Path(run.checkpoint)
-    if path is not None:
-        parallel.in_first_process(lambda: path.parent.mkdir(parents=True, exist_ok=True))
-    if run.resume:
-        resume.restore(path, about, learners)
-    first = len(learners[0].history)
-    defer = path is not None or world_size() > 1
-    progress = _progress(console)
-    with progress, torch.random.fork_rng(devices=[]), _deferred_interrupt(defer) as interrupted:
+    with contextlib.ExitStack() as stack:
+        if path is not None:
+            stack.enter_context(parallel.held_by_first_process(checkpoint.reserved(path, run.resume)))
+        if run.resume:
+            resume.restore(path, about, learners)
+        first = len(learners[0].history)
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        progress = stack.enter_context(_progress(console))
+        received = stack.enter_context(signals.deferred()) if path is not None or world_size() > 1 else lambda: 0
         task = progress.add_task("", total=run.steps, completed=first, status="")
         for step, batch in zip(range(first, run.steps), _batches(run, len(data), first), strict=False):
             views = learners[0].method.views(data[batch], torch.Generator().manual_seed(run.seed_for("views", step)))
@@ -84,11 +85,11 @@ def fit(
                     _report(progress.console, learner.name, step, done)
                 if writer is not None:
                     _write(writer, learner.name, step, done)
-            stop = parallel.anywhere(interrupted.is_set())
+            stop = parallel.highest(received())
             if path is not None and ((step + 1) % run.save_every == 0 or step == run.steps - 1 or stop):
                 parallel.in_first_process(lambda: resume.save(path, about, learners))
             if stop:
-                raise KeyboardInterrupt
+                signals.end(stop)
             progress.update(task, advance=1, status="\n".join(_status(learner) for learner in learners))
     return {learner.name: learner.history for learner in learners}
 
@@ -123,22 +124,3 @@ def _write(writer: Any, name: str, step: int, done: Step) -> None:
     for label, value in {**values, **(vars(done.health) if done.health else {})}.items():
         if value is not None:
             writer.add_scalar(f"{name}/{label}", value, step)
-
-
-@contextlib.contextmanager
-def _deferred_interrupt(defer: bool) -> Iterator[threading.Event]:
-    """With `defer`, Ctrl-C sets the event, and a second one interrupts at once; without it, the first one does."""
-    interrupted = threading.Event()
-    if not defer or threading.current_thread() is not threading.main_thread():
-        yield interrupted
-        return
-
-    def handle(*_: Any) -> None:
-        interrupted.set()
-        signal.signal(signal.SIGINT, before)
-
-    before = signal.signal(signal.SIGINT, handle)
-    try:
-        yield interrupted
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastssl.train.method import Method
 
@@ -56,6 +56,18 @@ def make_optimizer(
         ],
         learning_rate,
     )
+
+
+def state_like(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
+    """Tensors of the names, dtypes and shapes of those that the optimiser keeps of a parameter."""
+    one = nn.Parameter(torch.zeros(2, 3))
+    one.grad = torch.zeros_like(one)
+    tried = type(optimizer)([one], lr=0.0)
+    tried.step()
+    return {
+        name: torch.empty_like(parameter if kept.shape == one.shape else kept)
+        for name, kept in tried.state[one].items()
+    }
 
 
 class LARS(torch.optim.Optimizer):

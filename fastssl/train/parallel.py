@@ -90,9 +90,9 @@ def average_gradients(module: nn.Module) -> None:
         g.copy_(part.view_as(g))
 
 
-def anywhere(condition: bool) -> bool:
-    """Whether it holds in any process."""
-    return condition if world_size() == 1 else bool(gather_rows(torch.tensor([condition])).any())
+def highest(number: int) -> int:
+    """Of the processes' numbers."""
+    return number if world_size() == 1 else int(gather_rows(torch.tensor([number])).max())
 
 
 def in_first_process(function: Callable[[], T]) -> T:
@@ -110,3 +110,15 @@ def in_first_process(function: Callable[[], T]) -> T:
     if error is not None:
         raise error
     return result
+
+
+@contextlib.contextmanager
+def held_by_first_process(context: contextlib.AbstractContextManager) -> Iterator[None]:
+    """Enters and leaves it in the first process alone; every process raises what entering has raised."""
+    with contextlib.ExitStack() as stack:
+
+        def enter() -> None:
+            stack.enter_context(context)
+
+        in_first_process(enter)
+        yield

@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_type_hints
 
 from fastssl.train import checkpoint, parallel
+from fastssl.train.checkpoint import check_tensors
 from fastssl.train.evaluate import Health
 from fastssl.train.learner import Learner
+from fastssl.train.optimizers import state_like
 from fastssl.train.run import Run
 from fastssl.train.step import Step
+
+T = TypeVar("T")
 
 
 def describe(run: Run, learners: Sequence[Learner], examples: int) -> dict[str, Any]:
@@ -21,10 +25,11 @@ def describe(run: Run, learners: Sequence[Learner], examples: int) -> dict[str, 
         for learner in learners
     }
     return {
-        "examples": examples, "batch_size": run.batch_size, "steps": run.steps, "optimizer": run.optimizer,
-        "clip": run.clip, "learning_rate": {learner.name: learner.rate for learner in learners},
-        "weight_decay": {learner.name: learner.decay for learner in learners}, "layer_decay": run.layer_decay,
-        "amp": run.amp, "chunk_size": run.chunk_size, "seed": run.seed, "methods": methods,
+        "methods": methods, "examples": examples, "batch_size": run.batch_size, "steps": run.steps,
+        "optimizer": run.optimizer, "clip": run.clip,
+        "learning_rate": {learner.name: learner.rate for learner in learners},
+        "weight_decay": {learner.name: learner.decay for learner in learners},
+        "layer_decay": run.layer_decay, "amp": run.amp, "chunk_size": run.chunk_size, "seed": run.seed,
     }  # fmt: skip
 
 
@@ -33,26 +38,75 @@ def save(path: Path, about: dict[str, Any], learners: Sequence[Learner]) -> None
     state = {
         "run": about,
         "weights": {learner.name: learner.method.state_dict() for learner in learners},
-        "optimizers": {learner.name: learner.optimizer.state_dict() for learner in learners},
+        "optimizers": {learner.name: learner.optimizer.state_dict()["state"] for learner in learners},
         "history": {learner.name: [asdict(step) for step in learner.history] for learner in learners},
     }
     checkpoint.save(state, path)
 
 
 def restore(path: Path, about: dict[str, Any], learners: Sequence[Learner]) -> None:
-    """Puts back what `save` saved."""
+    """Puts back what `save` saved. All of it is looked at before any of it is used.
+
+    Raises:
+        OSError: if it cannot be read.
+        ValueError: if it is damaged, or not of this run; no method has changed then.
+    """
     state = parallel.in_first_process(lambda: checkpoint.load(path))
-    if not isinstance(state, dict) or state.keys() != {"run", "weights", "optimizers", "history"}:
-        raise ValueError(f"{path} is no checkpoint of a training run")
-    for name, value in about.items():
-        if (saved := state["run"].get(name)) != value:
-            raise ValueError(f"{path} is of a run with {name} {saved}, got {value}")
+    names = [learner.name for learner in learners]
+    _check_dict(state, ["run", "weights", "optimizers", "history"], f"{path} is no checkpoint of a training run: it")
+    _check_dict(state["run"], about, f"{path} is no checkpoint of a training run: run")
+    for field, value in about.items():
+        if not _equal(saved := state["run"][field], value):
+            raise ValueError(f"{path} is of a run with {field} {saved}, got {value}")
+    for field in ("weights", "optimizers", "history"):
+        _check_dict(state[field], names, f"{path} is damaged: {field}")
+    histories = {}
     for learner in learners:
-        name = learner.name
-        try:
-            learner.method.load_state_dict(state["weights"][name])
-            learner.optimizer.load_state_dict(state["optimizers"][name])
-        except (RuntimeError, ValueError) as error:
-            raise ValueError(f"{path} does not fit {name}: {' '.join(str(error).split())}") from None
-        for step in state["history"][name]:
-            learner.history.append(Step(**{**step, "health": step["health"] and Health(**step["health"])}))
+        name, states, history = (learner.name, *(state[field][learner.name] for field in ("optimizers", "history")))
+        check_tensors(state["weights"][name], learner.method.state_dict(), f"{path} does not fit {name}: weights")
+        if not isinstance(history, list) or not 1 <= len(history) <= learner.run.steps:
+            raise ValueError(f"{path} does not fit {name}: history must be a list of 1 to {learner.run.steps} steps")
+        histories[name] = [
+            _record(Step, step, f"{path} does not fit {name}: history, step {i}") for i, step in enumerate(history)
+        ]
+        parameters = [p for group in learner.optimizer.param_groups for p in group["params"]]
+        if not isinstance(states, dict) or not states or not states.keys() <= set(range(len(parameters))):
+            raise ValueError(f"{path} does not fit {name}: optimizers must have states of the method's parameters")
+        for place, kept in states.items():
+            like = state_like(learner.optimizer, parameters[place])
+            check_tensors(kept, like, f"{path} does not fit {name}: optimizers, parameter {place}")
+    if len({len(history) for history in histories.values()}) > 1:
+        raise ValueError(f"{path} is damaged: history must have as many steps of each method")
+    for learner in learners:
+        learner.method.load_state_dict(state["weights"][learner.name])
+        groups = learner.optimizer.state_dict()["param_groups"]
+        learner.optimizer.load_state_dict({"state": state["optimizers"][learner.name], "param_groups": groups})
+        learner.history[:] = histories[learner.name]
+
+
+def _check_dict(value: Any, names: Any, what: str) -> None:
+    if not isinstance(value, dict) or value.keys() != set(names):
+        found = list(value) if isinstance(value, dict) else type(value).__name__
+        raise ValueError(f"{what} must be a dict of {', '.join(map(str, names))}, got {found}")
+
+
+def _equal(a: Any, b: Any) -> bool:
+    try:
+        return bool(a == b)
+    except RuntimeError:  # of a tensor with several numbers
+        return False
+
+
+def _record(kind: type[T], saved: Any, what: str) -> T:
+    """The dataclass that `asdict` has made a dict of."""
+    hints = get_type_hints(kind)
+    _check_dict(saved, hints, what)
+    values = {}
+    for name, hint in hints.items():
+        value = saved[name]
+        if hint == Health | None and value is not None:
+            value = _record(Health, value, f"{what}, {name}")
+        if not isinstance(value, hint):
+            raise ValueError(f"{what}, {name} must be {getattr(hint, '__name__', hint)}, got {value!r}")
+        values[name] = value
+    return kind(**values)

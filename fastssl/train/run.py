@@ -29,8 +29,8 @@ class Run:
         chunk_size: examples whose activations are in memory at a time, in all processes together, see
             `fastssl.grad_cache`; None: the whole batch.
         seed: of data order, augmentation and dropout.
-        checkpoint: file to save to every `save_every` steps, at the end, and on Ctrl-C when the step is done; None:
-            nothing is saved.
+        checkpoint: file to save to every `save_every` steps, at the end, and on Ctrl-C or SIGTERM when the step is
+            done; None: nothing is saved.
         save_every: steps.
         resume: go on from the checkpoint.
 

@@ -20,8 +20,7 @@ IMAGES = torch.randint(256, (64, 28, 28), dtype=torch.uint8, generator=torch.Gen
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
+def seeded():
     torch.manual_seed(0)
 
 

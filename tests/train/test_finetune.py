@@ -21,11 +21,6 @@ QUIET = Console(quiet=True)
 STEPS = 6
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module")
 def images() -> Images:
     """Bright or dark, above or below: classes that an encoder does not tell apart without learning."""
@@ -186,12 +181,12 @@ def test_another_encoder_is_refused(images, tmp_path):
     method = supervised(images)
     before = {key: w.clone() for key, w in method.encoder.state_dict().items()}
     with pytest.raises(
-        ValueError, match=r"run.pt has another encoder: 0.weight must be \(32, 3, 3, 3\), and is absent"
+        ValueError, match=r"run.pt has another encoder: 0.weight must be float32 \(32, 3, 3, 3\), and is absent"
     ):
         checkpoint.load_encoder(method.encoder, path)
     torch.testing.assert_close(dict(method.encoder.state_dict()), before)
     colour = create("supervised", 1, vit=True, colours=3)
-    expected = r"patch_embed.proj.weight must be \(128, 3, 4, 4\), and is \(128, 1, 4, 4\)"
+    expected = r"patch_embed.proj.weight must be float32 \(128, 3, 4, 4\), and is float32 \(128, 1, 4, 4\)"
     with pytest.raises(ValueError, match=expected):
         checkpoint.load_encoder(colour.encoder, path)
     checkpoint.save({"weights": {"a": {}, "b": {}}}, path)

@@ -26,7 +26,6 @@ IMAGE_METHODS = [name for name, method in METHODS.items() if method.load is Meth
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch, tmp_path):
-    torch.set_num_threads(1)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     monkeypatch.delenv("FASTSSL_DATA", raising=False)
 

@@ -20,11 +20,6 @@ IMAGE_METHODS = [name for name, method in METHODS.items() if method.load is Meth
 STEPS = 4
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module")
 def images() -> Images:
     """Blobs of four kinds, at random places."""

@@ -39,11 +39,6 @@ KINDS = {"whole": {}, "chunks": {"chunk_size": 4, "steps": 2}, "naive": {}, "amp
 CASES = [(name, kind) for name in METHODS for kind in ("whole", "chunks")] + [("moco_v2", "naive"), ("simclr", "amp")]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-
 def new(name: str, dtype: torch.dtype = torch.float64) -> Method:
     """Without dropout, whose masks differ; and in double precision, whose rounding training amplifies to nothing."""
     torch.manual_seed(rank())  # the first process's weights are to be everybody's

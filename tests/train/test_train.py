@@ -29,18 +29,8 @@ from fastssl.train.evaluate import accuracies
 from fastssl.train.meter import Meter, available_memory
 from fastssl.train.step import train_step
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 QUIET = Console(file=io.StringIO())
 needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="resident memory is measured on Linux only")
-
-
-@pytest.fixture(scope="module")
-def one_thread():
-    """Batches here are too small for threads to help, and waiting for each other on a busy machine is slow."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

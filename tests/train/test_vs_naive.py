@@ -36,11 +36,6 @@ needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="resident memor
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(autouse=True)
 def small_data(monkeypatch):
     """Blobs of four kinds, coloured blobs whose text is their kind and place, sentences of few words."""
     generator = torch.Generator().manual_seed(0)

@@ -1,0 +1,39 @@
+"""Files that others have named or left: only regular ones are read, since a pipe or a device would never end."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+from typing import BinaryIO
+
+
+def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+    """Open a file to read its bytes.
+
+    Raises:
+        OSError: if it cannot be read, or is a pipe, a socket, a device or a folder.
+    """
+
+    file = open(path, "rb", opener=_open_at_once)
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(f"{os.fspath(path)} must be a regular file")
+    return file
+
+
+def read_bytes(path: Path) -> bytes:
+    """All of a file, under the same condition."""
+    with open_regular(path) as file:
+        return file.read()
+
+
+def check_writable(path: Path) -> None:
+    """Make its folder, and raise OSError now if a file cannot be written there later."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    open(path, "ab", opener=_open_at_once).close()
+
+
+def _open_at_once(name: str, flags: int) -> int:
+    """A pipe would wait for its other end."""
+    return os.open(name, flags | getattr(os, "O_NONBLOCK", 0), 0o666)
