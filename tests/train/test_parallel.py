@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from PIL import Image
 from rich.console import Console
 
 from fastssl.distributed import gather_rows, rank, world_size
-from fastssl.train import METHODS, Method, Run, Step, checkpoint, create, fit
+from fastssl.train import METHODS, Method, Run, Step, checkpoint, create, fit, parallel
 from fastssl.train.methods.moco_v1 import MoCoV1
 from fastssl.train.networks.batch_norm import BatchNorm, synchronize
 from fastssl.train.networks.models import BagOfWords
@@ -87,24 +88,25 @@ def trained(name: str, kind: str) -> dict[str, Any]:
 
 
 class InterruptIn:
-    """Presses Ctrl-C in one process, while the views of that step are being drawn."""
+    """Sends a signal to one process, twice if there are several, while the views of that step are being drawn."""
 
-    def __init__(self, method: Method, process: int, step: int) -> None:
-        self.views, self.process, self.left = method.views, process, step
+    def __init__(self, method: Method, process: int, step: int, number: int) -> None:
+        self.views, self.process, self.left, self.number = method.views, process, step, number
         method.views = self
 
     def __call__(self, *args: Any) -> tuple[Tensor, ...]:
         if self.left == 0 and rank() == self.process:
-            os.kill(os.getpid(), signal.SIGINT)
+            for _ in range(world_size()):  # from the terminal, and from torchrun
+                os.kill(os.getpid(), self.number)
         self.left -= 1
         return self.views(*args)
 
 
-def interrupt(process: int, path: Path | None) -> None:
+def interrupt(process: int, path: Path | None, number: int = signal.SIGINT) -> None:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     method = new("byol")
-    InterruptIn(method, process, 1)
-    with pytest.raises(KeyboardInterrupt):
+    InterruptIn(method, process, 1, number)
+    with pytest.raises(KeyboardInterrupt if number == signal.SIGINT else SystemExit):
         run(method, checkpoint=path)
     signal.signal(signal.SIGINT, before)
 
@@ -117,6 +119,18 @@ def _check_control_c_in_one_process_ends_and_saves_all(folder: Path) -> None:
     dist.barrier()
     assert run(new("byol"), checkpoint=folder / "copy.pt", resume=True) == run(new("byol"))
     interrupt(0, None)
+
+
+def _check_sigterm_in_one_process_ends_and_saves_all(folder: Path) -> None:
+    interrupt(1, folder / "terminated.pt", signal.SIGTERM)
+    assert run(new("byol"), checkpoint=folder / "terminated.pt", resume=True) == run(new("byol"))
+
+
+def _check_the_checkpoint_of_another_run_is_nobodys(folder: Path) -> None:
+    with parallel.held_by_first_process(checkpoint.reserved(folder / "taken.pt", False)):
+        with pytest.raises(BlockingIOError, match="taken.pt is the checkpoint of another run"):
+            run(new("simclr"), checkpoint=folder / "taken.pt")
+        dist.barrier()
 
 
 def _check_the_checkpoint_of_one_process(folder: Path) -> None:
@@ -156,7 +170,7 @@ def _check_errors_of_files_are_everybodys(folder: Path) -> None:
     with pytest.raises(FileNotFoundError, match="elsewhere"):
         run(new("simclr"), checkpoint=folder / "elsewhere", resume=True)
     folder.joinpath("directory").mkdir(exist_ok=True)
-    with pytest.raises(OSError, match="Is a directory"):
+    with pytest.raises(OSError, match="is a directory"):
         run(new("simclr"), checkpoint=folder / "directory", save_every=2)
 
 
@@ -284,29 +298,66 @@ def test_checkpoints_go_from_one_process_to_two_and_back(folder):
     assert run(new("byol"), checkpoint=folder / "two.pt", resume=True) == pytest.approx(losses, rel=1e-9)
 
 
-def test_torchrun(tmp_path):
-    """The command in two processes and in one. The losses, in single precision, differ by at most 1e-6 of them."""
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+@pytest.fixture
+def command(tmp_path) -> Callable[..., subprocess.Popen]:
+    """`python ARGUMENTS` in a folder that has pictures.csv."""
     table = ["image,caption"]
     pictures = torch.randint(256, (20, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     for i, pixels in enumerate(pictures):
         Image.fromarray(pixels.numpy()).save(tmp_path / f"{i}.png")
         table.append(f"{i}.png,number{i}")
     (tmp_path / "pictures.csv").write_text("\n".join(table))
-    command = ["-m", "fastssl.train", "siglip", "--data", "pictures.csv", "--batch-size", "8", "--steps", "3"]
-    paths = {**os.environ, "PYTHONPATH": os.pathsep.join(["" if p is None else p for p in sys.path])}
-    losses = []
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    for i, launch in enumerate(([], launcher)):
-        done = subprocess.run(
-            [sys.executable, *launch, *command, "--checkpoint", f"{i}.pt"],
+    paths = os.pathsep.join(["" if p is None else p for p in sys.path])
+
+    def start(*arguments: str) -> subprocess.Popen:
+        return subprocess.Popen(
+            [sys.executable, *arguments, "--data", "pictures.csv", "--batch-size", "8"],
             cwd=tmp_path,
-            env={**paths, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
+            env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-            timeout=400,
+            start_new_session=True,
         )
-        assert done.returncode == 0, done.stderr
+
+    return start
+
+
+def test_torchrun(command, tmp_path):
+    """The command in two processes and in one. The losses, in single precision, differ by at most 1e-6 of them."""
+    losses = []
+    for i, launch in enumerate(([], TORCHRUN)):
+        run = command(*launch, "-m", "fastssl.train", "siglip", "--steps", "3", "--checkpoint", f"{i}.pt")
+        output, error = run.communicate(timeout=400)
+        assert run.returncode == 0, error
         for line in ("pictures.csv: 16 training examples", "siglip step 2: loss", "recall@1 of"):
-            assert done.stdout.count(line) == 1, done.stdout
+            assert output.count(line) == 1, output
         losses.append([step["loss"] for step in checkpoint.load(tmp_path / f"{i}.pt")["history"]["siglip"]])
     torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("launch", "number", "to_all"),
+    [([], signal.SIGTERM, False), (TORCHRUN, signal.SIGTERM, False), (TORCHRUN, signal.SIGINT, True)],
+    ids=["alone", "scheduler", "terminal"],
+)
+def test_signals_to_the_command_save_and_another_run_is_kept_out(launch, number, to_all, command, tmp_path):
+    """A scheduler sends them to the first process or to all, a terminal to all."""
+    arguments = [*launch, "-m", "fastssl.train", "siglip", "--steps", "100000", "--checkpoint", "run.pt"]
+    run = command(*arguments)
+    for line in run.stdout:
+        if "siglip step 0: loss" in line:
+            break
+    if not launch:
+        other = command(*arguments)
+        _, error = other.communicate(timeout=400)
+        assert other.returncode != 0 and "error: run.pt is the checkpoint of another run" in error
+        assert not (tmp_path / "run.pt").exists()
+    (os.killpg if to_all else os.kill)(run.pid, number)
+    _, error = run.communicate(timeout=400)
+    assert run.returncode == (128 + number if not launch else run.returncode) != 0, error
+    assert 1 <= len(checkpoint.load(tmp_path / "run.pt")["history"]["siglip"]) < 100_000
+    assert not list(tmp_path.glob("run.pt.*"))
