@@ -212,13 +212,18 @@ def check_scalar(name: str, scalar: float | Tensor, x: Tensor | None = None) -> 
     return scalar
 
 
+def check_divisor(name: str, number: float | Tensor) -> float | Tensor:
+    number = check_scalar(name, number)
+    if not isinstance(number, Tensor) and number == 0:
+        raise ValueError(f"{name} must not be zero, got {number}")
+    return number
+
+
 def check_temperature(temperature: float | Tensor, x: Tensor) -> float | Tensor:
     """Likewise; x's dtype of sums must hold its inverse."""
     if isinstance(temperature, Tensor):
         return _check_element("temperature", temperature, x)
-    temperature = check_scalar("temperature", temperature)
-    if temperature == 0:
-        raise ValueError(f"temperature must not be zero, got {temperature}")
+    temperature = check_divisor("temperature", temperature)
     check_holds("1 / temperature", 1 / temperature, temperature, x)
     return temperature
 

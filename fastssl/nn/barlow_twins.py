@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastssl._arithmetic import finish, without_autocast
-from fastssl._checks import check_batch, check_number, check_pair
+from fastssl._checks import check_batch, check_flag, check_number, check_pair
 from fastssl.distributed import check_alike, default_group, gather_rows, rank, world_size
 from fastssl.distributed.correlation import correlate, standardize
 from fastssl.functional import barlow_twins, correlation_algorithm
@@ -35,7 +35,7 @@ class BarlowTwinsLoss(nn.Module):
         super().__init__()
         check_number("lambda_param", lambda_param)
         self.lambda_param = lambda_param
-        self.gather_distributed = gather_distributed
+        self.gather_distributed = check_flag("gather_distributed", gather_distributed)
         if gather_distributed and not torch.distributed.is_available():
             raise ValueError("gather_distributed must be False where torch.distributed is not available, got True")
 

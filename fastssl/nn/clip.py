@@ -138,8 +138,9 @@ class ClipLoss(nn.Module):
                 loss = _against_constants(*features, logit_scale, group)
             else:
                 loss = self._share(partial(clip_loss, group=group), features, (logit_scale,), group)
-            if isinstance(logit_bias, Tensor):
-                loss = loss + (0 * check_scalar("logit_bias", logit_bias)).to(loss)
+            if logit_bias is not None:
+                nothing = 0 * check_scalar("logit_bias", logit_bias, image_features)
+                loss = loss + (nothing.to(loss) if isinstance(nothing, Tensor) else nothing)
         return {"contrastive_loss": loss} if output_dict else loss
 
     def _overrides(self, original: type[nn.Module], *names: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fastssl._checks import check_number, check_rows, check_tensor
 from fastssl.nn.clip import ClipLoss
 
 
@@ -21,7 +22,7 @@ class CoCaLoss(ClipLoss):
         local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod: as of `ClipLoss`.
 
     Raises:
-        ValueError: as `ClipLoss`.
+        TypeError, ValueError: as `ClipLoss`, or if a weight is no number or not finite.
     """
 
     def __init__(
@@ -37,8 +38,8 @@ class CoCaLoss(ClipLoss):
         use_horovod: bool = False,
     ) -> None:
         super().__init__(local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod)
-        self.clip_loss_weight = clip_loss_weight
-        self.caption_loss_weight = caption_loss_weight
+        self.clip_loss_weight = check_number("clip_loss_weight", clip_loss_weight)
+        self.caption_loss_weight = check_number("caption_loss_weight", caption_loss_weight)
         self.caption_loss = nn.CrossEntropyLoss(ignore_index=pad_id)
 
     def forward(
@@ -62,8 +63,14 @@ class CoCaLoss(ClipLoss):
             (CLIP's loss, the captions' loss), 0-d both.
 
         Raises:
-            TypeError, ValueError: as `ClipLoss`.
+            TypeError, ValueError: as `ClipLoss`, and if logits or labels do not fit.
+            IndexError: if a label is no token of the vocabulary.
         """
+        check_rows("logits", logits, "(B, L, V)", 3)
+        check_tensor("labels", labels)
+        if labels.shape != logits.shape[:2] or labels.dtype != torch.int64:
+            found = f"{labels.dtype} of shape {tuple(labels.shape)}"
+            raise ValueError(f"labels must be int64 of shape {tuple(logits.shape[:2])}, as logits are, got {found}")
         if self.clip_loss_weight:
             contrastive = self.clip_loss_weight * super().forward(image_features, text_features, logit_scale)
         else:

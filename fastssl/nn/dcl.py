@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastssl._arithmetic import dot, finish, inverse, logsumexp, unit
-from fastssl._checks import check_pair, check_temperature
+from fastssl._checks import check_divisor, check_flag, check_pair, check_temperature
 from fastssl._exponential_sums import row_sums
 from fastssl.distributed import Ring, default_group, rank, world_size
 from fastssl.functional import dcl
@@ -40,9 +40,10 @@ class DCLLoss(nn.Module):
         gather_distributed: bool = False,
     ) -> None:
         super().__init__()
+        check_divisor("temperature", temperature)
         self.temperature = temperature
         self.weight_fn = weight_fn
-        self.gather_distributed = gather_distributed
+        self.gather_distributed = check_flag("gather_distributed", gather_distributed)
         if gather_distributed and not torch.distributed.is_available():
             raise ValueError("gather_distributed must be False where torch.distributed is not available, got True")
 
@@ -90,11 +91,12 @@ class DCLWLoss(DCLLoss):
         gather_distributed: as `DCLLoss`.
 
     Raises:
-        ValueError: as `DCLLoss`.
+        TypeError, ValueError: as `DCLLoss`, or if sigma is no number, zero or not finite.
     """
 
     def __init__(self, temperature: float | Tensor = 0.1, sigma: float = 0.5, gather_distributed: bool = False) -> None:
-        super().__init__(temperature, partial(_von_mises_fisher, sigma=sigma), gather_distributed)
+        weight_fn = partial(_von_mises_fisher, sigma=check_divisor("sigma", sigma))
+        super().__init__(temperature, weight_fn, gather_distributed)
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastssl import functional
+from fastssl._checks import check_device, check_flag, check_positive, check_rows, check_size, check_tensor
 from fastssl.distributed import check_alike, gather_rows, world_size
 
 
@@ -36,8 +37,9 @@ class MemoryBank(nn.Module):
         device: of the keys; None: the default device.
 
     Raises:
-        TypeError: if size or dim is no int.
-        ValueError: if size or dim is less than 1.
+        TypeError: if size or dim is no integer, or gather_distributed or normalize no flag.
+        ValueError: if size or dim is not positive, dtype is not one of those losses take, or device
+            is none.
 
     Example:
         >>> bank = MemoryBank(65536, 128)
@@ -63,13 +65,12 @@ class MemoryBank(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        for name, count in (("size", size), ("dim", dim)):
-            if not isinstance(count, int):
-                raise TypeError(f"{name} must be an int, got {type(count).__name__}")
-            if count < 1:
-                raise ValueError(f"{name} must be at least 1, got {count}")
-        self.gather_distributed, self.normalize = gather_distributed, normalize
-        keys = F.normalize(torch.randn(size, dim, device=device), dim=1).to(dtype or torch.get_default_dtype())
+        size, dim = check_positive("size", size), check_positive("dim", dim)
+        self.gather_distributed = check_flag("gather_distributed", gather_distributed)
+        self.normalize = check_flag("normalize", normalize)
+        keys = F.normalize(torch.randn(size, dim, device=check_device(device)), dim=1)
+        keys = keys.to(dtype or torch.get_default_dtype())
+        check_rows("keys", keys, "(size, dim)")
         self.register_buffer("keys", keys)
         self.register_buffer("position", torch.zeros((), dtype=torch.int64, device=device))
 
@@ -124,8 +125,8 @@ class MemoryBankModule(nn.Module):
     ) -> None:
         super().__init__()
         self.size = check_bank_size("size", size)
-        self.gather_distributed = gather_distributed
-        self.feature_dim_first = feature_dim_first
+        self.gather_distributed = check_flag("gather_distributed", gather_distributed)
+        self.feature_dim_first = check_flag("feature_dim_first", feature_dim_first)
         bank = F.normalize(torch.randn(self.size), dim=-1) if len(self.size) == 2 else torch.empty(0)
         self.register_buffer("bank", bank, persistent=False)
         self.register_buffer("bank_ptr", torch.zeros(1, dtype=torch.long), persistent=False)
@@ -175,22 +176,18 @@ class MemoryBankModule(nn.Module):
 
 def check_bank_size(name: str, size: int | Sequence[int]) -> tuple[int, ...]:
     """lightly's: (rows, features), or (0,) for no bank."""
-    sizes = (size,) if isinstance(size, int) else size
-    if not isinstance(sizes, Sequence) or not all(isinstance(n, int) for n in sizes):
-        raise TypeError(f"{name} must be an integer or two, got {size!r}")
-    if any(n < 0 for n in sizes):
-        raise ValueError(f"{name} must not be negative, got {size}")
-    if tuple(sizes) != (0,) and len(sizes) != 2:
+    sizes = tuple(check_size(name, n) for n in (size if isinstance(size, (tuple, list)) else [size]))
+    if sizes != (0,) and len(sizes) != 2:
         raise ValueError(f"{name} must be a (rows, features) pair, or 0 for no bank, got {size}")
-    return tuple(sizes)
+    return sizes
 
 
 def _rows_of_all_processes(name: str, rows: Tensor, dim: int, gather_distributed: bool) -> Tensor:
-    if not isinstance(rows, Tensor):
-        raise TypeError(f"{name} must be a Tensor, got {type(rows).__name__}")
+    check_tensor(name, rows)
     across = gather_distributed and world_size() > 1
     if across:
         check_alike(None, {name: rows})
-    if rows.dim() != 2 or rows.shape[1] != dim:
+    check_rows(name, rows, f"(B, {dim})")
+    if rows.shape[1] != dim:
         raise ValueError(f"{name} must have shape (B, {dim}), got {tuple(rows.shape)}")
     return gather_rows(rows) if across else rows

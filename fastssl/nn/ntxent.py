@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastssl._arithmetic import dot, finish, unit
-from fastssl._checks import check_pair
+from fastssl._checks import check_flag, check_pair, check_scalar, check_temperature
 from fastssl.distributed import check_alike, gather_rows, rank, world_size
 from fastssl.functional import nt_xent, similarity_logsumexp
 from fastssl.nn.memory_bank import MemoryBankModule, check_bank_size
@@ -35,6 +35,8 @@ class NTXentLoss(nn.Module):
             the gradients that DistributedDataParallel averages, are those of one process on the whole batch.
 
     Raises:
+        TypeError: if temperature is neither number nor tensor, memory_bank_size is no integers, or gather_distributed
+            no flag.
         ValueError: if |temperature| < 1e-8, if memory_bank_size has a negative entry or is neither 0 nor a pair,
             or if gather_distributed is True and torch.distributed is not available.
     """
@@ -45,8 +47,8 @@ class NTXentLoss(nn.Module):
         super().__init__()
         self.memory_bank = MemoryBankModule(check_bank_size("memory_bank_size", memory_bank_size), gather_distributed)
         self.temperature = temperature
-        self.gather_distributed = gather_distributed
-        if abs(temperature) < 1e-8:
+        self.gather_distributed = check_flag("gather_distributed", gather_distributed)
+        if abs(check_scalar("temperature", temperature)) < 1e-8:
             raise ValueError(f"temperature must be at least 1e-8 in magnitude, got {temperature}")
         if gather_distributed and not torch.distributed.is_available():
             raise ValueError("gather_distributed must be False where torch.distributed is not available, got True")
@@ -69,13 +71,14 @@ class NTXentLoss(nn.Module):
         if self.memory_bank.size[0] == 0 and not across:
             return nt_xent(out0, out1, temperature=self.temperature)
         out0, out1 = check_pair(out0, out1, "out0", "out1")
+        scale = 1 / check_temperature(self.temperature, out0)
         if across:
             check_alike(None, {"out0": out0, "out1": out1})
         losses = self._against_memory_bank if self.memory_bank.size[0] > 0 else self._against_all_processes
-        return finish(losses(out0, out1), "mean", out0)
+        return finish(losses(out0, out1, scale), "mean", out0)
 
-    def _against_memory_bank(self, out0: Tensor, out1: Tensor) -> Tensor:
-        scale, z0, z1 = 1 / self.temperature, unit(out0), unit(out1)
+    def _against_memory_bank(self, out0: Tensor, out1: Tensor, scale: float | Tensor) -> Tensor:
+        z0, z1 = unit(out0), unit(out1)
         positive = dot(z0, z1) * scale
         # No copy of the bank: the gradient of z0 does not read it again.
         negatives = self.memory_bank.bank.to(out0)
@@ -84,8 +87,8 @@ class NTXentLoss(nn.Module):
             self.memory_bank.update(z1)
         return -F.logsigmoid(-lse)
 
-    def _against_all_processes(self, out0: Tensor, out1: Tensor) -> Tensor:
-        scale, z = 1 / self.temperature, unit(torch.cat([out0, out1]))
+    def _against_all_processes(self, out0: Tensor, out1: Tensor, scale: float | Tensor) -> Tensor:
+        z = unit(torch.cat([out0, out1]))
         rows = z.shape[0]
         positive = dot(z, z.roll(rows // 2, 0)) * scale
         own = torch.arange(rows, device=z.device) + rank() * rows

@@ -95,6 +95,8 @@ class PatchEmbed(nn.Module):
         self._set_img_size(img_size)
         place = {name: value for name, value in (("device", device), ("dtype", dtype)) if value is not None}
         self.proj = self._convolution(in_chans, embed_dim, bias, place)
+        if norm_layer is not None and not callable(norm_layer):
+            raise TypeError(f"norm_layer must be a function of embed_dim or None, got {norm_layer!r}")
         self.norm = norm_layer(embed_dim, **place) if norm_layer else nn.Identity()
 
     def forward(self, images: Tensor, ids_keep: Tensor | None = None) -> Tensor:

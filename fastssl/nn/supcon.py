@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastssl._arithmetic import dot, finish
-from fastssl._checks import check_labels, check_rows
+from fastssl._checks import check_choice, check_divisor, check_labels, check_rows, check_temperature
 from fastssl.functional import similarity_logsumexp, sup_con
 from fastssl.ops.contrastive import class_sums
 
@@ -25,13 +25,15 @@ class SupConLoss(nn.Module):
         base_temperature: the loss is multiplied by temperature / base_temperature.
 
     Raises:
-        ValueError: if contrast_mode is unknown.
+        TypeError: if a temperature is neither number nor tensor.
+        ValueError: if contrast_mode is unknown, or a temperature zero or not finite.
     """
 
     def __init__(self, temperature: float = 0.07, contrast_mode: str = "all", base_temperature: float = 0.07) -> None:
         super().__init__()
-        if contrast_mode not in ("all", "one"):
-            raise ValueError(f"contrast_mode must be 'all' or 'one', got {contrast_mode!r}")
+        check_choice("contrast_mode", contrast_mode, ("all", "one"))
+        check_divisor("temperature", temperature)
+        check_divisor("base_temperature", base_temperature)
         self.temperature = temperature
         self.contrast_mode = contrast_mode
         self.base_temperature = base_temperature
@@ -70,7 +72,7 @@ class SupConLoss(nn.Module):
         return loss * (self.temperature / self.base_temperature)
 
     def _of_first_views(self, rows: Tensor, labels: Tensor, batch: int) -> Tensor:
-        anchors, scale = rows[:batch], 1 / self.temperature
+        anchors, scale = rows[:batch], 1 / check_temperature(self.temperature, rows)
         lse = similarity_logsumexp(anchors, rows, scale=scale, exclude=torch.arange(batch, device=rows.device))
         sums, count = (t[:batch] for t in class_sums(rows, labels))
         aligned = (dot(anchors, sums) - dot(anchors, anchors)) / (count - 1).clamp_min(1)

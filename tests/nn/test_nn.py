@@ -105,7 +105,7 @@ BAD = [
     ({"temperature": 0.0}, r"temperature .*1e-8.*0\.0"),
     ({"temperature": 1e-9}, r"temperature .*1e-8.*1e-09"),
     ({"memory_bank_size": -1}, r"memory_bank_size .*negative.*-1"),
-    ({"memory_bank_size": (-1, 8)}, r"memory_bank_size .*negative.*\(-1, 8\)"),
+    ({"memory_bank_size": (-1, 8)}, "memory_bank_size .*negative.*-1"),
     ({"memory_bank_size": 64}, r"memory_bank_size .*pair.*64"),
     ({"memory_bank_size": (64,)}, r"memory_bank_size .*pair.*\(64,\)"),
     ({"memory_bank_size": (2, 3, 4)}, r"memory_bank_size .*pair.*\(2, 3, 4\)"),

@@ -277,9 +277,9 @@ def test_dtypes():
 @pytest.mark.parametrize(
     "args, error, match",
     [
-        ((0, 8), ValueError, "size must be at least 1, got 0"),
-        ((8, -1), ValueError, "dim must be at least 1, got -1"),
-        (((8, 8), 8), TypeError, "size must be an int, got tuple"),
+        ((0, 8), ValueError, "size must be positive, got 0"),
+        ((8, -1), ValueError, "dim must be positive, got -1"),
+        (((8, 8), 8), TypeError, "size must be an integer, got tuple"),
     ],
 )
 def test_bad_arguments(args, error, match):
@@ -321,9 +321,9 @@ def test_lightlys_module(feature_dim_first, lightly):
     ("size", "error", "match"),
     [
         (3, ValueError, r"size must be a \(rows, features\) pair, or 0 for no bank, got 3"),
-        ((-1, 8), ValueError, r"size must not be negative, got \(-1, 8\)"),
-        (2.5, TypeError, "size must be an integer or two, got 2.5"),
-        ((2, None), TypeError, r"size must be an integer or two, got \(2, None\)"),
+        ((-1, 8), ValueError, "size must not be negative, got -1"),
+        (2.5, TypeError, "size must be an integer, got float"),
+        ((2, None), TypeError, "size must be an integer, got NoneType"),
     ],
 )
 def test_bad_sizes_of_lightlys_module(size, error, match):
