@@ -22,6 +22,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from fastssl._checks import check_positive
+
 Flag = bool | int | float | str | None
 Inputs = Tensor | Sequence[Tensor | Flag] | Mapping[str, Tensor | Flag]
 Encoder = Callable[..., Tensor | Sequence | Mapping]
@@ -74,12 +76,13 @@ def grad_cache(
         TypeError: if an encoder is not callable, inputs are not as above, chunk_size is no integer, or an encoder or
             loss_fn returns no tensors.
         ValueError: if there is not one input for each encoder, an input has no tensors or tensors that differ in
-            length, chunk_size is below 1, an embedding has not a row for each sample, or the loss is not 0-d.
+            length, chunk_size is not positive, an embedding has not a row for each sample, or the loss is not 0-d.
         RuntimeError: if the loss depends on nothing that requires a gradient.
     """
     if not isinstance(encoders, (tuple, list)):
         encoders, inputs = [encoders], [inputs]
-    _check(encoders, inputs, chunk_size)
+    _check(encoders, inputs)
+    chunk_size = check_positive("chunk_size", chunk_size)
     tasks = [_Task(encoder, x, chunk_size) for encoder, x in zip(encoders, inputs, strict=True)]
     if all(len(task.chunks) == 1 for task in tasks):
         return _differentiate(loss_fn, [z for task in tasks for z in task.arguments(task.embed(task.chunks[0]))])
@@ -164,7 +167,7 @@ class _Task:
                 _backward(self.embed(x), z_gradients)
 
 
-def _check(encoders: Sequence[Encoder], inputs: Sequence[Inputs], chunk_size: int) -> None:
+def _check(encoders: Sequence[Encoder], inputs: Sequence[Inputs]) -> None:
     for encoder in encoders:
         if not callable(encoder):
             raise TypeError(f"encoders must be callable, got {_type(encoder)}")
@@ -182,10 +185,6 @@ def _check(encoders: Sequence[Encoder], inputs: Sequence[Inputs], chunk_size: in
         shapes = [tuple(value.shape) for value in _values(x) if isinstance(value, Tensor)]
         if len({shape[:1] for shape in shapes}) != 1 or not shapes[0]:
             raise ValueError(f"inputs of an encoder must have one length in common, got shapes {shapes}")
-    if not isinstance(chunk_size, int):
-        raise TypeError(f"chunk_size must be an integer, got {_type(chunk_size)}")
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
 
 
 def _values(x: Inputs) -> list[Tensor | Flag]:

@@ -405,7 +405,7 @@ def test_data_parallel(tmp_path):
         ({"inputs": torch.tensor(1.0)}, ValueError, r"one length in common, got shapes \[\(\)\]"),
         ({"inputs": (samples(3), samples(2))}, ValueError, r"one length .*, got shapes \[\(3, 8\), \(2, 8\)\]"),
         ({"chunk_size": 2.0}, TypeError, "chunk_size must be an integer, got float"),
-        ({"chunk_size": 0}, ValueError, "chunk_size must be at least 1, got 0"),
+        ({"chunk_size": 0}, ValueError, "chunk_size must be positive, got 0"),
         ({"encoders": lambda a, b: None}, TypeError, "encoders must return a tensor, or .*, got NoneType"),
         ({"encoders": lambda a, b: (a, [b, 1.0])}, TypeError, "encoders must return a tensor, or .*, got float"),
         ({"encoders": lambda a, b: {"z": None}}, TypeError, "encoders must return a tensor, or .*, got dict"),
