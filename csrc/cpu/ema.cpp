@@ -99,7 +99,7 @@ void check_lists(const std::vector<List>& lists, const char* written, at::Tensor
                         "] must have the same shape, got ", like.sizes(), " and ", x.sizes());
       TORCH_CHECK_VALUE(x.device() == like.device(), first.name, "[", i, "] and ", list.name, "[", i,
                         "] must be on the same device, got ", like.device(), " and ", x.device());
-      TORCH_CHECK_VALUE(x.layout() == at::kStrided, list.name, "[", i, "] must not be sparse, got ", x.layout());
+      TORCH_CHECK_VALUE(x.layout() == at::kStrided, list.name, "[", i, "] must be a dense tensor, got ", x.layout());
       TORCH_CHECK_VALUE(is_supported(x), list.name, "[", i, "] must be of 16, 32 or 64 bits, floating-point, got ",
                         x.dtype());
       if (x.numel() == 0) continue;

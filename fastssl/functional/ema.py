@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastssl import reference
 from fastssl._arithmetic import as_tensor
-from fastssl._checks import check_adamw, check_scalar, check_share, check_tensors
+from fastssl._checks import check_adamw, check_same_kind, check_scalar, check_share, check_tensor, check_tensors
 from fastssl.ops import current_backend, ema
 
 
@@ -38,19 +38,11 @@ def ema_update_(targets: Iterable[Tensor], sources: Iterable[Tensor], momentum: 
     """
     lists = {name: check_tensors(name, x) for name, x in (("targets", targets), ("sources", sources))}
     momentum = _check_momentum(momentum, lists["targets"])
-    written = lists["targets"]
-    targets, sources = _local(lists).values()
-    if current_backend() == "reference":
-        ema.check_pairs(targets, sources)
-        reference.ema.ema_update_(targets, sources, momentum)
-        return
-    momentum = as_tensor(momentum, torch.float64)
-    devices = {x.device for x in (*targets, *sources)}
-    if len(devices) > 1:
-        ema.check_pairs(targets, sources)
-    for part in _by_device(devices, [targets, sources]):
-        ema.ema_update_(*part, momentum)
-    torch.autograd.graph.increment_version(written)
+    try:
+        _update_(lists, momentum)
+    except (RuntimeError, AssertionError):
+        _explain(lists, momentum=momentum)
+        raise
 
 
 @torch.no_grad()
@@ -105,6 +97,37 @@ def adamw_ema_step_(
     if isinstance(lr, Tensor):
         _check_has_value("lr", lr, lists["params"])
     momentum = _check_momentum(momentum, lists["params"])
+    numbers = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "momentum": momentum}
+    try:
+        _step_(lists, **numbers)
+    except (RuntimeError, AssertionError):
+        _explain(lists, **numbers)
+        raise
+
+
+def _update_(lists: dict[str, list[Tensor]], momentum: float | Tensor) -> None:
+    targets, sources = _local(lists).values()
+    if current_backend() == "reference":
+        ema.check_pairs(targets, sources)
+        reference.ema.ema_update_(targets, sources, momentum)
+        return
+    momentum = as_tensor(momentum, torch.float64)
+    devices = {x.device for x in (*targets, *sources)}
+    if len(devices) > 1:
+        ema.check_pairs(targets, sources)
+    for part in _by_device(devices, [targets, sources]):
+        ema.ema_update_(*part, momentum)
+    torch.autograd.graph.increment_version(lists["targets"])
+
+
+def _step_(
+    lists: dict[str, list[Tensor]],
+    lr: float | Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    momentum: float | Tensor,
+) -> None:
     written = [x for name, xs in lists.items() if name != "grads" for x in xs]
     lists = _local({name: xs for name, xs in lists.items() if name != "steps"}) | {"steps": lists["steps"]}
     if current_backend() == "reference":
@@ -132,6 +155,20 @@ def _check_momentum(momentum: float | Tensor, targets: list[Tensor]) -> float | 
 def _check_has_value(name: str, number: Tensor, tensors: list[Tensor]) -> None:
     if number.is_meta and not all(x.is_meta for x in tensors):
         raise ValueError(f"{name} must have a value, got a tensor on {number.device}")
+
+
+def _explain(lists: dict[str, list[Tensor]], **numbers: object) -> None:
+    """Names the tensor that PyTorch refused, if it is one of those that it refuses in its own words. Looking at every
+    tensor before each call would cost more than small models take."""
+    named = {f"{name}[{i}]": x for name, tensors in lists.items() for i, x in enumerate(tensors)}
+    named |= {name: number for name, number in numbers.items() if isinstance(number, Tensor)}
+    first = next(iter(named))
+    for name, x in named.items():
+        check_tensor(name, x)
+        if x.is_neg():
+            raise ValueError(f"{name} must not be a negated view, as of a conjugate's imaginary part, got one")
+        if not (x.is_meta or named[first].is_meta):
+            check_same_kind(first, named[first], name, x)
 
 
 def _local(lists: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:

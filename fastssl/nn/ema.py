@@ -274,13 +274,17 @@ def _copy(model: nn.Module) -> tuple[nn.Module, dict[str, torch.dtype]]:
     return module, low
 
 
-def _saved_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """Those that its state_dict has."""
-    own = {f"{path}.{name}" for path, module in model.named_modules() for name in module._non_persistent_buffers_set}
-    return [(name, buffer) for name, buffer in model.named_buffers() if f".{name}" not in own and name not in own]
+def _saved_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Those that its state_dict has, each once."""
+    seen = set()
+    for path, module in model.named_modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set and buffer not in seen:
+                seen.add(buffer)
+                yield f"{path}.{name}" if path else name, buffer
 
 
 def _sharded(model: nn.Module) -> Iterator[Any]:
     """Its modules that fully_shard was applied to, of which there can be any only where it was imported."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    return (module for module in model.modules() if fsdp is not None and isinstance(module, fsdp.FSDPModule))
+    if fsdp := sys.modules.get("torch.distributed.fsdp"):
+        yield from (module for module in model.modules() if isinstance(module, fsdp.FSDPModule))

@@ -8,7 +8,7 @@ one, too, and on the CPU, like `steps`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -75,7 +75,7 @@ def _check_lists(
                 devices = f"{like.device} and {x.device}"
                 raise ValueError(f"{first}[{i}] and {name}[{i}] must be on the same device, got {devices}")
             if x.layout != torch.strided:
-                raise ValueError(f"{name}[{i}] must not be sparse, got {x.layout}")
+                raise ValueError(f"{name}[{i}] must be a dense tensor, got {x.layout}")
             if x.dtype not in _DTYPES:
                 raise ValueError(f"{name}[{i}] must be of 16, 32 or 64 bits, floating-point, got {x.dtype}")
             if x.device.type == "meta" or x.numel() == 0:
@@ -111,18 +111,33 @@ def _span(x: Tensor) -> tuple[int, int]:
 def _portable(targets: Sequence[Tensor], sources: Sequence[Tensor], momentum: Tensor) -> None:
     check_pairs(targets, sources)
     number = momentum.item() if momentum.device.type == "cpu" else momentum
+    for batch in _batches(targets, sources):
+        flat = [of[0] if len(of) == 1 else torch.cat([x.reshape(-1) for x in of]) for of in zip(*batch, strict=True)]
+        wide = torch.promote_types(flat[0].dtype, torch.float32)
+        averages = _average(*(x.to(wide) for x in flat), number)
+        into = [target for target, _ in batch]
+        parts = averages.split([target.numel() for target in into]) if len(into) > 1 else [averages]
+        torch._foreach_copy_(into, [part.view_as(target) for part, target in zip(parts, into, strict=True)])
+
+
+def _batches(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Pairs, small ones together and large ones in parts: as much at a time as a cache holds and is worth a call."""
+    batch, count, kind = [], 0, None
     for target, source in zip(targets, sources, strict=True):
-        wide = torch.promote_types(target.dtype, torch.float32)
-        for into, of in _blocks(target, source):
-            into.copy_(_average(into.to(wide), of.to(wide), number))
-
-
-def _blocks(target: Tensor, source: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
-    """Rows of both, on the CPU as many as its cache holds."""
-    if target.device.type != "cpu" or target.numel() <= _BLOCK:
-        return [(target, source)]
-    rows = max(1, _BLOCK * target.shape[0] // target.numel())
-    return zip(target.split(rows), source.split(rows), strict=True)
+        limit = _BLOCK if target.device.type == "cpu" else _BLOCK << 9
+        parts = [(target, source)]
+        if target.numel() > limit:
+            rows = max(1, limit * target.shape[0] // target.numel())
+            parts = zip(target.split(rows), source.split(rows), strict=True)
+        for part in parts:
+            size, alike = part[0].numel(), (target.device, target.dtype, source.dtype)
+            if batch and (count + size > limit or alike != kind):
+                yield batch
+                batch, count = [], 0
+            batch.append(part)
+            count, kind = count + size, alike
+    if batch:
+        yield batch
 
 
 def _average(target: Tensor, source: Tensor, momentum: float | Tensor) -> Tensor:

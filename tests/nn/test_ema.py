@@ -300,7 +300,7 @@ def test_models_without_a_moving_average():
     short.register_buffer("codes", torch.ones(2).to(torch.float8_e4m3fn))
     for model, match in (
         (nn.LazyLinear(2), "model must be initialised, but weight waits for a first batch"),
-        (sparse, "model .* averaged, but adjacency must not be sparse"),
+        (sparse, "model .* averaged, but adjacency must be a dense tensor"),
         (short, "model .* averaged, but codes must be of 16, 32 or 64 bits, floating-point, got .*(8|char)"),
     ):
         with pytest.raises(ValueError, match=match):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim.adamw import adamw
 
 import fastssl
@@ -404,7 +406,7 @@ def test_step_is_a_proper_operation():
         ({"steps": []}, ValueError, "params and steps .*same length.* 1 and 0"),
         ({"exp_avgs": [torch.ones(3)]}, ValueError, r"params\[0\] and exp_avgs\[0\] .*shape.*\[2\] and \[3\]"),
         ({"grads": [None]}, TypeError, r"grads\[0\] must be a Tensor, got NoneType"),
-        ({"grads": [torch.ones(2).to_sparse()]}, ValueError, r"grads\[0\] must not be sparse, got .*[Ss]parse"),
+        ({"grads": [torch.ones(2).to_sparse()]}, ValueError, r"grads\[0\] must be a dense tensor, got .*[Ss]parse"),
         ({"grads": [torch.ones(2).half()]}, ValueError, r"params\[0\] and grads\[0\] .*same dtype, got .* and "),
         ({"exp_avg_sqs": [torch.ones(2).double()]}, ValueError, r"params\[0\] and exp_avg_sqs\[0\] .*same dtype"),
         (
@@ -435,6 +437,42 @@ def test_bad_input_of_a_step(changed, error, match, chosen):
     with fastssl.use_backend(chosen), pytest.raises(error, match=match):
         adamw_ema_step_(**states | NUMBERS | changed)
     assert all((x == (name != "steps")).all() for name, xs in states.items() for x in xs)
+
+
+def _refused_by_pytorch() -> dict[str, tuple[Tensor, str]]:
+    x = torch.ones(2)
+    with FakeTensorMode():
+        fake = torch.ones(2)
+    return {
+        "nested": (torch.nested.nested_tensor([x[:1], x]), r"\[0\] must be a dense tensor, got a nested one"),
+        "jagged": (
+            torch.nested.nested_tensor([x[:1], x], layout=torch.jagged),
+            r"\[0\] must (be a dense tensor|have the same shape), got",
+        ),
+        "fake": (fake, "must both be meta, fake or real tensors, got (a real one and a fake|a fake one and a real)"),
+        "negated": (torch.complex(x, x).conj().imag, r"\[0\] must not be a negated view"),
+    }
+
+
+@pytest.mark.parametrize("chosen", ["auto", "portable", "reference"])
+@pytest.mark.parametrize("kind", ["nested", "jagged", "fake", "negated"])
+def test_what_pytorch_refuses_is_named(kind, chosen):
+    bad, match = _refused_by_pytorch()[kind]
+    for places in (STATES[:5], ("targets", "sources")):
+        for place in places:
+            lists = {name: [torch.ones(2)] for name in places} | {place: [bad]}
+            call = partial(ema_update_, momentum=0.5)
+            if "params" in lists:
+                call, lists["steps"] = partial(adamw_ema_step_, **NUMBERS), [torch.tensor(0.0)]
+            with fastssl.use_backend(chosen):
+                if kind == "negated" and (chosen == "reference" or place in ("grads", "sources")):
+                    call(**lists)  # PyTorch takes it
+                    continue
+                with pytest.raises(ValueError, match=(place if kind != "fake" else "") + match):
+                    call(**lists)
+    steps = {"steps": [torch.tensor(0.0).to_sparse()]}
+    with fastssl.use_backend(chosen), pytest.raises(ValueError, match=r"steps\[0\] must be a .*"):
+        adamw_ema_step_(**{name: [torch.ones(2)] for name in STATES[:5]} | steps, **NUMBERS)
 
 
 @pytest.mark.parametrize("chosen", ["auto", "portable", "reference"])
