@@ -30,9 +30,12 @@ def features(encoder: nn.Module, images: Tensor, batch_size: int = 2048) -> Tens
     return torch.cat(outputs)
 
 
-def accuracies(encoder: nn.Module, images: Images, limit: int = 20_000) -> dict[str, float]:
+def accuracies(
+    encoder: nn.Module, images: Images, head: nn.Module | None = None, limit: int = 20_000
+) -> dict[str, float]:
     """`knn_accuracy` and `probe_accuracy` of the encoder's features; from the first `limit` training images.
 
+    With a head, which classifies features, also the share of test images that it classifies correctly.
     Without labels, the effective rank of the first `limit` test images' features, as a share of their dimensions.
     """
     if images.test_labels is None:
@@ -40,7 +43,10 @@ def accuracies(encoder: nn.Module, images: Images, limit: int = 20_000) -> dict[
         return {f"effective rank, of {test.shape[1]} dimensions": health([test]).rank / test.shape[1]}
     train, test = features(encoder, images.train[:limit]), features(encoder, images.test)
     labels = images.train_labels[:limit], images.test_labels
-    return {"kNN accuracy": knn_accuracy(train, test, *labels), "linear probe": probe_accuracy(train, test, *labels)}
+    found = {"kNN accuracy": knn_accuracy(train, test, *labels), "linear probe": probe_accuracy(train, test, *labels)}
+    if head is not None:
+        found["accuracy"] = (head(test).argmax(1) == images.test_labels).float().mean().item()
+    return found
 
 
 def knn_accuracy(train: Tensor, test: Tensor, train_labels: Tensor, test_labels: Tensor, k: int = 20) -> float:

@@ -115,8 +115,10 @@ def _status(learner: Learner) -> str:
 
 
 def _report(console: Console, name: str, step: int, done: Step) -> None:
-    alarm = ": COLLAPSED, all inputs have nearly the same embedding" if done.health.collapsed else ""
-    console.print(f"{name} step {step}: loss {done.loss:.4f}, {done.health}{alarm}", highlight=False)
+    """On lines that fit a terminal of 80 columns."""
+    console.print(f"{name} step {step}: loss {done.loss:.4f}\n  {done.health}", highlight=False)
+    if done.health.collapsed:
+        console.print("  COLLAPSED: all inputs have nearly the same embedding", highlight=False)
 
 
 def _write(writer: Any, name: str, step: int, done: Step) -> None:

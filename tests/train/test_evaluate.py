@@ -2,6 +2,7 @@
 
 import io
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,8 +14,9 @@ pytest.importorskip("sklearn")
 from rich.console import Console
 from sklearn.neighbors import KNeighborsClassifier
 
-from fastssl.train import Method, Run, fit
-from fastssl.train.evaluate import features, health, knn_accuracy, probe_accuracy
+from fastssl.train import Method, Run, Step, fit
+from fastssl.train.evaluate import Health, features, health, knn_accuracy, probe_accuracy
+from fastssl.train.loop import _report
 
 IMAGES = torch.randint(256, (64, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
@@ -117,8 +119,19 @@ class Repel(Attract):
 def test_a_collapsed_run_says_so(method, collapses):
     console = Console(file=io.StringIO(), width=200)
     history = fit({"mine": method()}, IMAGES, Run(batch_size=32, steps=200, learning_rate=3e-3), console=console)
-    reports = [line for line in console.file.getvalue().splitlines() if line.startswith("mine step")]
-    assert len(reports) == 11 and "step 199" in reports[-1] and "effective rank" in reports[-1]
+    reports = console.file.getvalue().split("mine step")[1:]
+    assert len(reports) == 11 and reports[-1].startswith(" 199: loss") and "effective rank" in reports[-1]
     assert ("COLLAPSED" in reports[-1]) is collapses and "COLLAPSED" not in reports[0]
     assert history["mine"][-1].health.collapsed is collapses
     assert sum(step.health is not None for step in history["mine"]) == 11
+
+
+def test_reports_fit_a_terminal_of_80_columns():
+    console = Console(file=io.StringIO(), width=80)
+    done = Step(12345.6789, 1.0, 1.0, 1.0, None, None, Health(2048.1, -3.999, 3.999))
+    _report(console, "barlow_twins", 1_000_000, done)
+    assert console.file.getvalue() == (
+        "barlow_twins step 1000000: loss 12345.6789\n  effective rank 2048.1, uniformity -3.999, alignment 3.999\n"
+    )
+    _report(console, "byol", 1, replace(done, health=Health(1.0, -0.0, 0.0)))
+    assert console.file.getvalue().splitlines()[-1] == "  COLLAPSED: all inputs have nearly the same embedding"

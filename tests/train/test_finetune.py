@@ -77,8 +77,12 @@ def test_accuracy_of_a_known_head(images):
     right = F.one_hot(images.test_labels, 4).float()
     method.encoder = nn.Sequential(nn.Flatten(), nn.Linear(784, 4))
     method.head = nn.Identity()
-    method.encoder.forward = lambda pictures: right if len(pictures) == 40 else torch.zeros(len(pictures), 4)
+    seen = []
+    method.encoder.forward = lambda pictures: (
+        seen.append(len(pictures)) or (right if len(pictures) == 40 else torch.zeros(len(pictures), 4))
+    )
     assert method.evaluate(images)["accuracy"] == 1
+    assert seen == [len(images.train), 40]  # each once
     right = right.roll(1, 1)
     assert method.evaluate(images)["accuracy"] == 0
 

@@ -20,17 +20,9 @@ IMAGE_METHODS = [name for name, method in METHODS.items() if method.load is Meth
 STEPS = 4
 
 
-@pytest.fixture(scope="module")
-def images() -> Images:
-    """Blobs of four kinds, at random places."""
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.arange(96) % 4
-    rows, columns = torch.rand(2, 96, 1, 1, generator=generator) * 14 + 7
-    width = 2.0 + labels.view(-1, 1, 1)
-    grid = torch.arange(28.0)
-    distance = (grid[:, None] - rows).square() + (grid - columns).square() * (1 + labels % 2).view(-1, 1, 1)
-    pictures = (255 * (-distance / (2 * width.square())).exp()).to(torch.uint8)
-    return Images("blobs", pictures[:64], labels[:64], pictures[64:], labels[64:])
+@pytest.fixture
+def images(blobs) -> Images:
+    return blobs
 
 
 def new(name: str, seed: int = 0, **options) -> Method:

@@ -23,7 +23,7 @@ from benchmarks.twins import agreement, losses, memory
 from benchmarks.twins.agreement import Agreement, Watched, step_errors
 from benchmarks.twins.losses import CHUNKED, loss_costs
 from benchmarks.twins.results import Timing, step_ratio
-from fastssl.train import METHODS, Images, Method, Run, Step, cli, create, fit, twins
+from fastssl.train import METHODS, Method, Run, Step, cli, create, fit, twins
 from fastssl.train.data import images as images_module
 from fastssl.train.data import pairs as pairs_module
 from fastssl.train.data import text as text_module
@@ -36,21 +36,16 @@ needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="resident memor
 
 
 @pytest.fixture(autouse=True)
-def small_data(monkeypatch):
+def small_data(monkeypatch, blobs, blob_places):
     """Blobs of four kinds, coloured blobs whose text is their kind and place, sentences of few words."""
     generator = torch.Generator().manual_seed(0)
-    labels = torch.arange(96) % 4
-    rows, columns = torch.rand(2, 96, 1, 1, generator=generator) * 14 + 7
-    grid = torch.arange(28.0)
-    distance = (grid[:, None] - rows).square() + (grid - columns).square() * (1 + labels % 2).view(-1, 1, 1)
-    pictures = (255 * (-distance / (2 * (2.0 + labels.view(-1, 1, 1)).square())).exp()).to(torch.uint8)
-    images = Images("blobs", pictures[:64], labels[:64], pictures[64:], labels[64:])
-    coloured = F.pad(pictures, (2, 2, 2, 2)).unsqueeze(1).repeat(1, 3, 1, 1)
+    labels, rows, columns = blob_places
+    coloured = F.pad(torch.cat([blobs.train, blobs.test]), (2, 2, 2, 2)).unsqueeze(1).repeat(1, 3, 1, 1)
     texts = torch.stack([labels + 1, *(x.flatten().long() + 10 for x in (rows, columns))], 1)
     train, test = (TensorDataset(coloured[part], texts[part]) for part in (slice(64), slice(64, 96)))
     pairs = Pairs("pairs", train, test, (), torch.full((32,), -1))
     sentences = Sentences("sentences", *torch.randint(1, 50, (96, 6), generator=generator).split((64, 32)))
-    for module, dataset in ((images_module, images), (pairs_module, pairs), (text_module, sentences)):
+    for module, dataset in ((images_module, blobs), (pairs_module, pairs), (text_module, sentences)):
         monkeypatch.setattr(module, "load", lambda source, dataset=dataset: dataset)
 
 

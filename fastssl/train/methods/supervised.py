@@ -9,7 +9,7 @@ from torch.utils.data import TensorDataset
 
 from fastssl.train.data.augment import random_view
 from fastssl.train.data.images import Images
-from fastssl.train.evaluate import features, pooled
+from fastssl.train.evaluate import accuracies, pooled
 from fastssl.train.method import Method
 from fastssl.train.methods.mae import MAE
 from fastssl.train.networks.models import image_encoder
@@ -48,11 +48,9 @@ class Supervised(Method):
     def loss(self, features: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(self.head(features), labels)
 
-    @torch.no_grad()
     def evaluate(self, dataset: Images) -> dict[str, float]:
         """What its features are worth, and the share of test images that it classifies correctly itself."""
-        classes = self.head(features(self.encoder, dataset.test)).argmax(1)
-        return {**super().evaluate(dataset), "accuracy": (classes == dataset.test_labels).float().mean().item()}
+        return accuracies(self.encoder, dataset, self.head)
 
     def monitored(self, features: Tensor, labels: Tensor) -> tuple[Tensor]:
         return (features,)
