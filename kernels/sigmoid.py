@@ -30,7 +30,7 @@ from fastssl.kernels.common.rows import pad
 def similarity_softplus(
     x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, exclude: Tensor | None, derive: bool, precision: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(total, dx, dy, dscale, dbias) of `fastssl::similarity_softplus` for CUDA tensors; see fastssl/ops/sigmoid.py."""
+    """(total, kept_x, kept_y, kept_scale, kept_bias) of `fastssl::similarity_softplus`; see fastssl/ops/sigmoid.py."""
     (rows, dim), columns = x.shape, y.shape[0]
     if rows == 0 or columns == 0:
         gradients = (x.new_zeros((count if derive else 0, dim), dtype=torch.float32) for count in (rows, columns))

@@ -1,13 +1,14 @@
 // Autograd without Python, in which a small batch would spend more time than in its kernels.
 //
-// The formulas are those of fastssl/ops, which serve torch.compile, torch.func, other devices, and installs without this
+// The formulas are those of fastssl/ops/_derivative.py, which serve torch.compile, torch.func, other devices, and installs without this
 // library. Here they need no code of their own, as an operation and its backward operation agree on names. The
 // arguments of the latter are
 //
 //     grad_<output>   the gradient of an output; outputs without one are not differentiable
 //     needs_<input>   whether that input needs its gradient: if not, its values are not read, and may have changed
 //                     (of one input at most)
-//     others          the input or the output of that name; None where there is neither
+//     size_<input>    the shape of an input
+//     others          the input or the output of that name
 //
 // and it returns grad_<input>. The second derivative is the derivative of the backward operation, which is Python's.
 #include <ATen/core/stack.h>
@@ -33,8 +34,8 @@ struct Formula {
     kNeeds,     // whether inputs[index] needs its gradient
     kSaved,     // the tensor, or None, that has this index among inputs and outputs of the operation
     kKept,      // the same of what is no tensor
-    kUnread,    // the same of a tensor that is read for its own gradient alone
-    kNone,
+    kSize,      // the shape of the tensor that has it
+    kUnread,    // as kSaved, a tensor that is read for its own gradient alone
   };
   struct Argument {
     Kind kind;
@@ -72,7 +73,8 @@ struct Formula {
         for (Argument& other : arguments)
           if (other.kind == kSaved && other.index == input) other.kind = kUnread;
       } else {
-        arguments.push_back({kNone, 0});
+        TORCH_CHECK(name.starts_with("size_"), name, " is no argument of a backward operation");
+        arguments.push_back({kSize, place(name.substr(5), 0)});
       }
     }
   }
@@ -113,6 +115,8 @@ struct Derivative : torch::autograd::Function<Derivative> {
         saved.push_back(values[index].isNone() ? Tensor() : values[index].toTensor());
       } else if (kind == Formula::kKept) {
         kept.push_back(values[index]);
+      } else if (kind == Formula::kSize) {
+        kept.emplace_back(values[index].toTensor().sym_sizes());
       } else if (kind == Formula::kUnread) {
         context->saved_data["unread"] = values[index];
         context->saved_data["version"] = version_of(values[index].toTensor());
@@ -141,9 +145,9 @@ struct Derivative : torch::autograd::Function<Derivative> {
           check_version(context->saved_data, needs(index), formula.backward.schema().returns()[index].name().substr(5));
           break;
         case Formula::kSaved: stack.push_back(saved->defined() ? IValue(*saved) : IValue()); ++saved; break;
-        case Formula::kKept: stack.push_back(*kept++); break;
-        case Formula::kUnread: stack.push_back(context->saved_data["unread"]); break;
-        case Formula::kNone: stack.emplace_back();
+        case Formula::kKept:
+        case Formula::kSize: stack.push_back(*kept++); break;
+        case Formula::kUnread: stack.push_back(context->saved_data["unread"]);
       }
     }
     if (at::GradMode::is_enabled()) {
@@ -160,7 +164,7 @@ struct Derivative : torch::autograd::Function<Derivative> {
 
   template <typename Saved>
   static void check_version(Saved& saved, bool needed, const std::string& name) {
-    if (!needed && !at::GradMode::is_enabled()) return;
+    if (saved.count("unread") == 0 || (!needed && !at::GradMode::is_enabled())) return;
     const int64_t version = version_of(saved["unread"].toTensor()), expected = saved["version"].toInt();
     TORCH_CHECK(version == expected, name, " was modified in place after the forward pass, and ",
                 needed ? "its gradient" : "a second derivative", " needs its values: it is at version ", version,
@@ -176,7 +180,10 @@ struct Autograd : c10::OperatorKernel {
   void operator()(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
     const Call call{formula, op, keys, *stack};
     variable_list inputs;
-    for (const size_t index : formula.inputs) inputs.push_back(call.inputs()[index].toTensor());
+    for (const size_t index : formula.inputs) {
+      const IValue& input = call.inputs()[index];
+      inputs.push_back(input.isNone() ? at::empty({0}) : input.toTensor());
+    }
     const auto requires_grad = [](const Tensor& x) { return x.requires_grad(); };
     if (!at::GradMode::is_enabled() || std::none_of(inputs.begin(), inputs.end(), requires_grad))
       return call.run_below_autograd();
@@ -189,7 +196,7 @@ struct Autograd : c10::OperatorKernel {
 TORCH_LIBRARY_IMPL(fastssl, AutogradCPU, m) {
   for (const char* name : {"nt_xent", "similarity_logsumexp", "pair_logsumexp", "self_logsumexp", "clip_loss",
                            "sup_con", "similarity_softplus", "siglip_loss", "barlow_twins", "vicreg",
-                           "variance_covariance"})
+                           "variance_covariance", "masked_patch_loss", "masked_feature_loss", "restore_tokens"})
     m.impl(name, torch::CppFunction::makeFromBoxedFunctor(std::make_unique<Autograd>(name)));
 }
 

@@ -150,7 +150,7 @@ void ema_update_(at::TensorList targets, at::TensorList sources, const Tensor& m
     Tensor target = targets[i], source = sources[i];
     if (target.numel() == 0) continue;
     if (!has_element(target)) {
-      portable<&ema_update_>("fastssl::ema_update_portable_", target, source, momentum_);
+      portable<&ema_update_>(target, source, momentum_);
       continue;
     }
     if (!has_element(source)) held.push_back(source = source.to(at::kFloat));
@@ -206,8 +206,8 @@ void adamw_ema_step_(at::TensorList params, at::TensorList grads, at::TensorList
     is_double |= dtype == at::kDouble || ema_params[i].scalar_type() == at::kDouble;
   }
   if (is_double)
-    return portable<&adamw_ema_step_>("fastssl::adamw_ema_step_portable_", params, grads, exp_avgs, exp_avg_sqs,
-                                      ema_params, steps, lr_, beta1, beta2, eps, weight_decay, momentum_);
+    return portable<&adamw_ema_step_>(params, grads, exp_avgs, exp_avg_sqs, ema_params, steps, lr_, beta1, beta2, eps,
+                                      weight_decay, momentum_);
   const double lr = lr_.item<double>(), momentum = momentum_.item<double>();
   std::vector<Parameter> parameters;
   std::vector<Tensor> held;                        // copies
@@ -247,8 +247,8 @@ void adamw_ema_step_(at::TensorList params, at::TensorList grads, at::TensorList
 }
 
 TORCH_LIBRARY_IMPL(fastssl, CPU, m) {
-  m.impl("ema_update_", &ema_update_);
-  m.impl("adamw_ema_step_", &adamw_ema_step_);
+  implement<&ema_update_, 0>(m, "ema_update_");
+  implement<&adamw_ema_step_, 0>(m, "adamw_ema_step_");
 }
 
 }  // namespace

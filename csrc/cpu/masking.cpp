@@ -238,8 +238,6 @@ void write_sum(const MaskingTiles& tile, const Places& places, int64_t head, con
 }
 
 Tensor scatter_tokens(const Tensor& tokens_, const Tensor& ids_, int64_t length, const Tensor& fill_) {
-  if (tokens_.scalar_type() == at::kDouble)
-    return portable<&scatter_tokens>("fastssl::scatter_tokens_portable", tokens_, ids_, length, fill_);
   check_ids("ids", ids_, tokens_);
   check_dtype("tokens", tokens_);
   TORCH_CHECK_VALUE(ids_.size(1) == tokens_.size(1), "ids must have as many columns as there are tokens, got ",
@@ -274,8 +272,6 @@ Tensor scatter_tokens(const Tensor& tokens_, const Tensor& ids_, int64_t length,
 
 Tensor restore_tokens(const Tensor& x_, const Tensor& ids_, const Tensor& mask_token_,
                       const std::optional<Tensor>& pos_embed_) {
-  if (x_.scalar_type() == at::kDouble)
-    return portable<&restore_tokens>("fastssl::restore_tokens_portable", x_, ids_, mask_token_, pos_embed_);
   check_ids("ids_restore", ids_, x_);
   check_dtype("x_visible", x_);
   const Tensor x = x_.contiguous();
@@ -307,32 +303,34 @@ Tensor restore_tokens(const Tensor& x_, const Tensor& ids_, const Tensor& mask_t
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor> restore_tokens_backward(const Tensor& grad_, const Tensor& ids_, int64_t keep,
-                                                           bool positions) {
-  if (grad_.scalar_type() == at::kDouble)
-    return portable<&restore_tokens_backward>("fastssl::restore_tokens_backward_portable", grad_, ids_, keep,
-                                              positions);
-  check_ids("ids_restore", ids_, grad_);
-  TORCH_CHECK_VALUE(ids_.size(1) == grad_.size(1), "ids_restore must have as many columns as grad has rows, got ",
-                    ids_.sizes(), " and ", grad_.sizes());
-  check_dtype("grad", grad_);
-  const Tensor grad = grad_.contiguous();
-  const int64_t batch = ids_.size(0), length = ids_.size(1), dim = grad.size(2);
-  const Tensor ids = checked_places(ids_, keep);
-  const Tensor dx = empty_in_large_pages({batch, keep, dim}, grad.options());
+std::tuple<Tensor, Tensor, Tensor> restore_tokens_backward(const Tensor& grad_tokens, const Tensor& ids_restore,
+                                                           at::IntArrayRef size_x_visible, bool needs_pos_embed) {
+  check_ids("ids_restore", ids_restore, grad_tokens);
+  TORCH_CHECK_VALUE(ids_restore.size(1) == grad_tokens.size(1),
+                    "ids_restore must have as many columns as grad_tokens has rows, got ", ids_restore.sizes(), " and ",
+                    grad_tokens.sizes());
+  check_dtype("grad_tokens", grad_tokens);
+  const Tensor grad = grad_tokens.contiguous();
+  const int64_t batch = ids_restore.size(0), length = ids_restore.size(1), dim = grad.size(2);
+  TORCH_CHECK_VALUE(size_x_visible.size() == 3 && size_x_visible[0] == batch && size_x_visible[2] == dim,
+                    "size_x_visible must be (", batch, ", K, ", dim, "), got ", size_x_visible);
+  const int64_t keep = size_x_visible[1];
+  const Tensor ids = checked_places(ids_restore, keep);
+  const Tensor grad_x_visible = empty_in_large_pages({batch, keep, dim}, grad.options());
   // Each thread sums up its samples, in groups; then the threads' sums are united, in their order.
   constexpr int64_t kGroup = 8;
   const int threads = at::get_num_threads();
-  const Tensor dmask = at::zeros({threads, dim}, grad.options().dtype(at::kFloat));
-  const Tensor dpos = at::zeros({positions ? threads : 0, length, dim}, grad.options().dtype(at::kFloat));
+  const Tensor grad_mask_token = at::zeros({threads, dim}, grad.options().dtype(at::kFloat));
+  const Tensor grad_pos_embed = at::zeros({needs_pos_embed ? threads : 0, length, dim}, grad.options().dtype(at::kFloat));
   const int64_t* const id = ids.const_data_ptr<int64_t>();
   const Source from(grad);
-  const Target visible(dx);
+  const Target visible(grad_x_visible);
   const MaskingTiles& tile = FASTSSL_TABLE_IN_USE(masking_tiles);
   at::parallel_for(0, batch, per_thread(length * dim), [&](int64_t first, int64_t last) {
     const int thread = at::get_thread_num();
-    float* const masked = dmask.mutable_data_ptr<float>() + thread * dim;
-    float* const position = positions ? dpos.mutable_data_ptr<float>() + thread * length * dim : nullptr;
+    float* const masked = grad_mask_token.mutable_data_ptr<float>() + thread * dim;
+    float* const position =
+        needs_pos_embed ? grad_pos_embed.mutable_data_ptr<float>() + thread * length * dim : nullptr;
     std::vector<Places> places(kGroup, Places(keep + 1, length));  // the last place: of masked ones
     std::vector<float> sums(dim), group(dim);
     for (int64_t begin = first; begin < last; begin += kGroup) {
@@ -361,16 +359,17 @@ std::tuple<Tensor, Tensor, Tensor> restore_tokens_backward(const Tensor& grad_, 
       for (int64_t d = 0; d < dim; ++d) masked[d] += group[d];
     }
   });
-  return {dx, dmask.sum(0), positions ? dpos.sum(0) : dmask.new_empty({0, dim})};
+  return {grad_x_visible, grad_mask_token.sum(0),
+          needs_pos_embed ? grad_pos_embed.sum(0) : grad_pos_embed.new_empty({0, dim})};
 }
 
 TORCH_LIBRARY_IMPL(fastssl, CPU, m) {
   m.impl("masking_ids", &masking_ids);
   m.impl("block_masking_ids", &block_masking_ids);
   m.impl("gather_tokens", &gather_tokens);
-  m.impl("scatter_tokens", &scatter_tokens);
-  m.impl("restore_tokens", &restore_tokens);
-  m.impl("restore_tokens_backward", &restore_tokens_backward);
+  implement<&scatter_tokens>(m, "scatter_tokens");
+  implement<&restore_tokens>(m, "restore_tokens");
+  implement<&restore_tokens_backward>(m, "restore_tokens_backward");
 }
 
 }  // namespace

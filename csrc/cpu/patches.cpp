@@ -119,13 +119,9 @@ void check_rows(const Tensor& pred, const char* name, const Tensor& target, cons
                     ", got ", mask.sizes());
 }
 
-void check_grad(const Tensor& grad, const Tensor& mask) {
-  TORCH_CHECK_VALUE(grad.device().is_cpu() && grad.sizes() == mask.sizes(), "grad must have mask's shape, got ",
-                    grad.sizes(), " and ", mask.sizes());
-}
-
-bool is_double(const Tensor& x, const Tensor& y) {
-  return x.scalar_type() == at::kDouble || y.scalar_type() == at::kDouble;
+void check_grad(const Tensor& grad_losses, const Tensor& mask) {
+  TORCH_CHECK_VALUE(grad_losses.device().is_cpu() && grad_losses.sizes() == mask.sizes(),
+                    "grad_losses must have mask's shape, got ", grad_losses.sizes(), " and ", mask.sizes());
 }
 
 // visit(i, next) of those from `first` to below `last` that are masked, `next` being the one after i; of the last, i.
@@ -223,19 +219,14 @@ struct MaskedPatches {
 Tensor masked_patch_loss(const Tensor& pred, const Tensor& images, const Tensor& mask, at::IntArrayRef patch,
                          c10::string_view norm) {
   check_rows(pred, "images", images, mask);
-  if (is_double(pred, images))
-    return portable<&masked_patch_loss>("fastssl::masked_patch_loss_portable", pred, images, mask, patch, norm);
   return losses(pred, mask, Loss::MeanSquare, 0, MaskedPatches(pred, images, patch, norm));
 }
 
-Tensor masked_patch_loss_backward(const Tensor& grad, const Tensor& pred, const Tensor& images, const Tensor& mask,
-                                  at::IntArrayRef patch, c10::string_view norm) {
+Tensor masked_patch_loss_backward(const Tensor& grad_losses, const Tensor& pred, const Tensor& images,
+                                  const Tensor& mask, at::IntArrayRef patch, c10::string_view norm) {
   check_rows(pred, "images", images, mask);
-  check_grad(grad, mask);
-  if (is_double(pred, images))
-    return portable<&masked_patch_loss_backward>("fastssl::masked_patch_loss_backward_portable", grad, pred, images,
-                                                 mask, patch, norm);
-  return losses_backward(grad, pred, mask, Loss::MeanSquare, 0, MaskedPatches(pred, images, patch, norm));
+  check_grad(grad_losses, mask);
+  return losses_backward(grad_losses, pred, mask, Loss::MeanSquare, 0, MaskedPatches(pred, images, patch, norm));
 }
 
 Loss loss_of(c10::string_view name) {
@@ -258,22 +249,17 @@ struct MaskedFeatures {
   }
 };
 
-Tensor masked_feature_loss(const Tensor& pred, const Tensor& target, const Tensor& mask, c10::string_view loss,
+Tensor masked_feature_loss(const Tensor& pred, const Tensor& target, const Tensor& mask, c10::string_view kind,
                            double beta) {
   check_rows(pred, "target", target, mask);
-  if (is_double(pred, target))
-    return portable<&masked_feature_loss>("fastssl::masked_feature_loss_portable", pred, target, mask, loss, beta);
-  return losses(pred, mask, loss_of(loss), static_cast<float>(beta), MaskedFeatures(pred, target));
+  return losses(pred, mask, loss_of(kind), static_cast<float>(beta), MaskedFeatures(pred, target));
 }
 
-Tensor masked_feature_loss_backward(const Tensor& grad, const Tensor& pred, const Tensor& target, const Tensor& mask,
-                                    c10::string_view loss, double beta) {
+Tensor masked_feature_loss_backward(const Tensor& grad_losses, const Tensor& pred, const Tensor& target,
+                                    const Tensor& mask, c10::string_view kind, double beta) {
   check_rows(pred, "target", target, mask);
-  check_grad(grad, mask);
-  if (is_double(pred, target))
-    return portable<&masked_feature_loss_backward>("fastssl::masked_feature_loss_backward_portable", grad, pred, target,
-                                                   mask, loss, beta);
-  return losses_backward(grad, pred, mask, loss_of(loss), static_cast<float>(beta), MaskedFeatures(pred, target));
+  check_grad(grad_losses, mask);
+  return losses_backward(grad_losses, pred, mask, loss_of(kind), static_cast<float>(beta), MaskedFeatures(pred, target));
 }
 
 void check_patch_ids(const Tensor& ids, int64_t batch) {
@@ -355,10 +341,10 @@ Tensor scatter_patches(const Tensor& patches_, const Tensor& ids_, at::IntArrayR
 }
 
 TORCH_LIBRARY_IMPL(fastssl, CPU, m) {
-  m.impl("masked_patch_loss", &masked_patch_loss);
-  m.impl("masked_patch_loss_backward", &masked_patch_loss_backward);
-  m.impl("masked_feature_loss", &masked_feature_loss);
-  m.impl("masked_feature_loss_backward", &masked_feature_loss_backward);
+  implement<&masked_patch_loss, 2>(m, "masked_patch_loss");
+  implement<&masked_patch_loss_backward, 3>(m, "masked_patch_loss_backward");
+  implement<&masked_feature_loss, 2>(m, "masked_feature_loss");
+  implement<&masked_feature_loss_backward, 3>(m, "masked_feature_loss_backward");
   m.impl("gather_patches", &gather_patches);
   m.impl("scatter_patches", &scatter_patches);
 }

@@ -88,9 +88,6 @@ Results run_softplus(const Tensor& x_, const Tensor& y_, const Tensor& scale_, c
 
 Results similarity_softplus(const Tensor& x, const Tensor& y, const Tensor& scale, const Tensor& bias,
                             const std::optional<Tensor>& exclude_, bool derive, c10::string_view precision) {
-  if (x.scalar_type() == at::kDouble)
-    return portable<&similarity_softplus>("fastssl::similarity_softplus_portable", x, y, scale, bias, exclude_, derive,
-                                          precision);
   check_sides("x and y", x, y, scale);
   const Tensor exclude = checked_exclude(exclude_, x);
   return run_softplus(x, y, scale, bias, data_of(exclude), false, derive, precision);
@@ -98,28 +95,30 @@ Results similarity_softplus(const Tensor& x, const Tensor& y, const Tensor& scal
 
 Results siglip_loss(const Tensor& x, const Tensor& y, const Tensor& scale, const Tensor& bias, bool derive,
                     c10::string_view precision) {
-  if (x.scalar_type() == at::kDouble)
-    return portable<&siglip_loss>("fastssl::siglip_loss_portable", x, y, scale, bias, derive, precision);
   check_pairs("image_features and text_features", x, y, scale);
   return run_softplus(x, y, scale, bias, nullptr, true, derive, precision);
 }
 
 // Of both operations, for all dtypes: the forward pass has taken the gradients.
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_total, const Tensor& x, const Tensor& y,
-                                                    const Tensor& scale, const Tensor& bias,
-                                                    const std::optional<Tensor>&, const Tensor& dx, const Tensor& dy,
-                                                    const Tensor& dscale, const Tensor& dbias, c10::string_view) {
-  const auto times = [&](const Tensor& gradient, const Tensor& of) {
-    return gradient.mul(grad_total).to(of.scalar_type());
-  };
-  return {times(dx, x), times(dy, y), times(dscale, scale), times(dbias, bias)};
+std::tuple<Tensor, Tensor, Tensor, Tensor> siglip_loss_backward(
+    const Tensor& grad_total, const Tensor& x, const Tensor& y, const Tensor& scale, const Tensor& bias,
+    const Tensor& kept_x, const Tensor& kept_y, const Tensor& kept_scale, const Tensor& kept_bias) {
+  const auto times = [&](const Tensor& kept, const Tensor& of) { return kept.mul(grad_total).to(of.scalar_type()); };
+  return {times(kept_x, x), times(kept_y, y), times(kept_scale, scale), times(kept_bias, bias)};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> similarity_softplus_backward(
+    const Tensor& grad_total, const Tensor& x, const Tensor& y, const Tensor& scale, const Tensor& bias,
+    const Tensor& kept_x, const Tensor& kept_y, const Tensor& kept_scale, const Tensor& kept_bias,
+    const std::optional<Tensor>&) {
+  return siglip_loss_backward(grad_total, x, y, scale, bias, kept_x, kept_y, kept_scale, kept_bias);
 }
 
 TORCH_LIBRARY_IMPL(fastssl, CPU, m) {
-  m.impl("similarity_softplus", &similarity_softplus);
-  m.impl("similarity_softplus_backward", &backward);
-  m.impl("siglip_loss", &siglip_loss);
-  m.impl("siglip_loss_backward", &backward);
+  implement<&similarity_softplus>(m, "similarity_softplus");
+  m.impl("similarity_softplus_backward", &similarity_softplus_backward);
+  implement<&siglip_loss>(m, "siglip_loss");
+  m.impl("siglip_loss_backward", &siglip_loss_backward);
 }
 
 }  // namespace

@@ -346,38 +346,44 @@ Tensor restore_tokens(const Tensor& x_, const Tensor& ids_, const Tensor& mask_t
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor> restore_tokens_backward(const Tensor& grad_, const Tensor& ids_, int64_t keep,
-                                                           bool positions) {
-  const Tensor ids = checked_ids("ids_restore", ids_, grad_), grad = torch::stable::contiguous(grad_);
+std::tuple<Tensor, Tensor, Tensor> restore_tokens_backward(const Tensor& grad_tokens, const Tensor& ids_restore,
+                                                           const std::vector<int64_t>& size_x_visible,
+                                                           bool needs_pos_embed) {
+  const Tensor ids = checked_ids("ids_restore", ids_restore, grad_tokens);
+  const Tensor grad = torch::stable::contiguous(grad_tokens);
   const int64_t batch = ids.size(0), length = ids.size(1), dim = grad.size(2);
-  if (keep < 0 || keep > kMost) refuse("keep must be from 0 to 2^30, got ", keep);
+  if (size_x_visible.size() != 3 || size_x_visible[0] != batch || size_x_visible[2] != dim)
+    refuse("size_x_visible must be [", batch, ", K, ", dim, "], got ", text(size_x_visible));
+  const int64_t keep = size_x_visible[1];
+  if (keep < 0 || keep > kMost) refuse("x_visible must have from 0 to 2^30 tokens, got ", keep);
   if (length != grad.size(1))
     refuse("ids_restore must have as many columns as there are tokens, got ", text(ids.sizes()), " and ",
            text(grad.sizes()));
   const ScalarType sum = wide(grad.scalar_type());
-  const Tensor dx = torch::stable::new_empty(grad, {batch, keep, dim});
-  const Tensor dmask = torch::stable::new_empty(grad, {dim}, sum);
-  const Tensor dpos = torch::stable::new_empty(grad, {positions ? length : 0, dim}, sum);
-  launch_scatter(grad, ids, false, nullptr, dx);
+  const Tensor grad_x_visible = torch::stable::new_empty(grad, {batch, keep, dim});
+  const Tensor grad_mask_token = torch::stable::new_empty(grad, {dim}, sum);
+  const Tensor grad_pos_embed = torch::stable::new_empty(grad, {needs_pos_embed ? length : 0, dim}, sum);
+  launch_scatter(grad, ids, false, nullptr, grad_x_visible);
 
   const int64_t samples = std::max<int64_t>(kSamples, ceil_div(batch, kMostPartialSums));
   const int64_t parts = std::max<int64_t>(1, ceil_div(batch, samples)), runs = ceil_div(length, kRows);
   const Tensor masked = torch::stable::new_empty(grad, {parts * runs, dim}, sum);
-  const Tensor all = parts == 1 ? dpos : torch::stable::new_empty(grad, {positions ? parts : 0, length, dim}, sum);
+  const Tensor all =
+      parts == 1 ? grad_pos_embed : torch::stable::new_empty(grad, {needs_pos_embed ? parts : 0, length, dim}, sum);
   const auto launch = [&]<typename scalar_t, int kCount>(Type<Vector<scalar_t, kCount>>, int64_t vectors) {
     using W = Wide<scalar_t>;
     const Launch launch(grad);
     launch(sum_gradients<scalar_t, kCount>, dim3(runs, ceil_div(vectors, 32), parts), dim3(32, kRows),
            read<Vector<scalar_t, kCount>>(grad), ids_of(ids), batch, samples, length, keep, vectors,
-           positions ? written<W>(all) : nullptr, written<W>(masked));
+           needs_pos_embed ? written<W>(all) : nullptr, written<W>(masked));
     launch(sum_rows<W>, dim3(ceil_div(dim, 32)), dim3(32, kRows), read<W>(masked), parts * runs, dim,
-           written<W>(dmask));
-    if (positions && parts > 1)
+           written<W>(grad_mask_token));
+    if (needs_pos_embed && parts > 1)
       launch(sum_rows<W>, dim3(ceil_div(length * dim, 32)), dim3(32, kRows), read<W>(all), parts, length * dim,
-             written<W>(dpos));
+             written<W>(grad_pos_embed));
   };
-  with_vectors("grad", grad.scalar_type(), dim, launch, grad);
-  return {dx, dmask, dpos};
+  with_vectors("grad_tokens", grad.scalar_type(), dim, launch, grad);
+  return {grad_x_visible, grad_mask_token, grad_pos_embed};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastssl, CUDA, m) {

@@ -175,10 +175,10 @@ __global__ void __launch_bounds__(kThreads, 4)
 template <typename scalar_t, typename T, typename Target>
 __global__ void __launch_bounds__(kThreads, 4)
     gradients(const T* grad, const __grid_constant__ Rows<T> pred, const __grid_constant__ Target target,
-              const bool* mask, int64_t rows, int64_t length, Loss loss, T beta, scalar_t* dpred) {
+              const bool* mask, int64_t rows, int64_t length, Loss loss, T beta, scalar_t* grad_pred) {
   const int64_t i = int64_t(blockIdx.x) * kWarps + threadIdx.y;
   if (i >= rows) return;
-  scalar_t* const to = dpred + i * pred.group;
+  scalar_t* const to = grad_pred + i * pred.group;
   if (!mask[i]) {
     for (unsigned e = threadIdx.x; e < pred.group; e += 32) to[e] = scalar_t(T(0));
     return;
@@ -333,7 +333,7 @@ void with_sums(const Tensor& x, const Tensor& y, const Visit& visit) {
     visit(Type<float>());
 }
 
-// The losses, and where `grad` is given dpred. make_target(Type<T>()) is what predictions are compared with.
+// The losses, and where `grad` is given grad_pred. make_target(Type<T>()) is what predictions are compared with.
 template <typename MakeTarget>
 Tensor launch_losses(const Tensor* grad_, const Tensor& pred_, const Tensor& other, const Tensor& mask_, Loss loss,
                      double beta, const MakeTarget& make_target) {
@@ -341,8 +341,8 @@ Tensor launch_losses(const Tensor* grad_, const Tensor& pred_, const Tensor& oth
   const int64_t rows = mask.numel(), length = mask.size(1);
   const ScalarType sum = wide(other.scalar_type()) == ScalarType::Double ? ScalarType::Double : wide(pred.scalar_type());
   if (grad_ && (grad_->dim() != 2 || !same(grad_->sizes(), mask.sizes())))
-    refuse("grad must have mask's shape, got ", text(grad_->sizes()), " and ", text(mask.sizes()));
-  if (grad_) check_device("grad", *grad_, pred);
+    refuse("grad_losses must have mask's shape, got ", text(grad_->sizes()), " and ", text(mask.sizes()));
+  if (grad_) check_device("grad_losses", *grad_, pred);
   const Tensor out = grad_ ? torch::stable::new_empty(pred, pred.sizes()) : torch::stable::new_empty(pred, mask.sizes(), sum);
   const Launch launch(pred);
   const dim3 blocks(static_cast<unsigned>(ceil_div(rows, kWarps))), threads(32, kWarps);
@@ -399,19 +399,19 @@ Tensor masked_patch_loss(const Tensor& pred, const Tensor& images, const Tensor&
   return patch_losses(nullptr, pred, images, mask, patch, norm);
 }
 
-Tensor masked_patch_loss_backward(const Tensor& grad, const Tensor& pred, const Tensor& images, const Tensor& mask,
-                                  const std::vector<int64_t>& patch, const std::string& norm) {
-  return patch_losses(&grad, pred, images, mask, patch, norm);
+Tensor masked_patch_loss_backward(const Tensor& grad_losses, const Tensor& pred, const Tensor& images,
+                                  const Tensor& mask, const std::vector<int64_t>& patch, const std::string& norm) {
+  return patch_losses(&grad_losses, pred, images, mask, patch, norm);
 }
 
-Tensor masked_feature_loss(const Tensor& pred, const Tensor& target, const Tensor& mask, const std::string& loss,
+Tensor masked_feature_loss(const Tensor& pred, const Tensor& target, const Tensor& mask, const std::string& kind,
                            double beta) {
-  return feature_losses(nullptr, pred, target, mask, loss, beta);
+  return feature_losses(nullptr, pred, target, mask, kind, beta);
 }
 
-Tensor masked_feature_loss_backward(const Tensor& grad, const Tensor& pred, const Tensor& target, const Tensor& mask,
-                                    const std::string& loss, double beta) {
-  return feature_losses(&grad, pred, target, mask, loss, beta);
+Tensor masked_feature_loss_backward(const Tensor& grad_losses, const Tensor& pred, const Tensor& target,
+                                    const Tensor& mask, const std::string& kind, double beta) {
+  return feature_losses(&grad_losses, pred, target, mask, kind, beta);
 }
 
 Tensor checked_ids(const Tensor& ids, int64_t batch, const Tensor& x) {

@@ -1,19 +1,46 @@
 """How an operation meets PyTorch: one class, one call per operation.
 
-`Op` registers with torch.library, in two variants that share schema, fake kernel and autograd formula:
+An operation is two signatures, in the language of torch.library's schemas, and the code that computes it:
+
+    sup_con = Op(
+        "sup_con(Tensor z, Tensor labels, Tensor scale, bool normalize, str precision)"
+        " -> (Tensor loss, Tensor shift, Tensor total)",
+        backward="(Tensor grad_loss, Tensor z, Tensor labels, Tensor scale, Tensor shift, Tensor total, bool normalize,"
+        " str precision) -> (Tensor grad_z, Tensor grad_scale)",
+        fake=_fake,                      # shapes and dtypes of the outputs
+        portable=(_forward, _backward),  # plain PyTorch
+        share=_share,                    # what some rows add to <grad_loss, loss>: its derivatives are the second ones
+        triton="contrastive",            # the file of its CUDA kernels, sup_con and sup_con_backward
+    )
+
+Names say the rest (`_derivative.py`): what the forward pass keeps for the backward pass, which outputs have gradients,
+which inputs get them. That, and what `backward` returns for fake inputs, is derived. The backward pass is an operation
+of its own, `<name>_backward`, so that kernels, torch.compile and second derivatives see it. Every operation is
+registered twice:
 
     fastssl::<name>            the kernel of the tensors' device where there is one, else the portable code
     fastssl::<name>_portable   the portable code on every device (`use_backend("portable")`)
 
-PyTorch's dispatcher picks the kernel. The C++ library adds its own under the CPU key when it is loaded
-(`fastssl/_native.py`), and hands float64 to the portable variant; `cuda` is a Triton or CUDA launcher. It also adds,
-under AutogradCPU, the same autograd formula without Python (csrc/cpu/autograd.cpp lists the operations, and says by
-which names of arguments it knows the formula).
+What ran forward runs backward: each has a backward operation of its own kind. PyTorch's dispatcher picks the kernel.
+The C++ library adds its own under the key CPU when it is loaded (`fastssl/_native.py`), and hands float64 to the
+portable variant. It also adds, under AutogradCPU, the same derivative without Python (csrc/cpu/autograd.cpp). Whoever
+writes a kernel gives its arguments the names that they have here.
+
+What is not regular, and why:
+
+- An operation in place, whose name ends in "_", and one that has no floating-point inputs, has no `backward`.
+- `gather_tokens` and `scatter_tokens`, `gather_patches` and `scatter_patches` are each other's derivatives, and need no
+  backward operations: their `derivative` is written by hand.
+- `restore_tokens` is linear: the derivative of its backward pass is the operation itself (`linear`). Its backward pass
+  reads sizes of inputs alone, lest they be kept, and so says itself what it returns for fake inputs.
+- `clip_loss`, `sup_con` and `siglip_loss` have no Triton kernels of their own, but code over those of another operation
+  (`cuda`). The backward passes of the sigmoid losses, which multiply by a number, have none either.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -22,12 +49,114 @@ import torch
 from torch import Tensor
 
 from fastssl.ops._backend import current_backend
+from fastssl.ops._derivative import Derivative
 from fastssl.ops._precision import autocast_available
 
 _library = torch.library.Library("fastssl", "DEF")
+Function = Callable[..., Any]
 
 
-def triton_launcher(family: str, name: str) -> Callable[..., Any] | None:
+class Op:
+    """An operation registered with torch.library, in two variants, with what it has for a derivative.
+
+    Args:
+        schema: its name and signature. A name that ends in "_" is that of an operation in place.
+        backward: the signature of its backward pass, an operation too; see `_derivative.py` for the names in it. None
+            where there is no derivative.
+        fake: the outputs, of their shapes and dtypes, from fake inputs; a pair where that of `backward` is not derived.
+            None for operations in place.
+        portable: the operation in plain PyTorch, for any device and floating dtype, in O(B D) memory; with `backward` a
+            pair, of both passes.
+        share: (rows, *arguments) -> 0-d, where `arguments` are some of `backward`'s, by their names: what these rows
+            add to the sum of <grad_output, output> over the outputs. From it come second derivatives.
+        blocks: (*arguments) -> slices of rows that `share` takes one at a time; None: all at once.
+        linear: in place of `share`: the operation is linear in the inputs that have gradients.
+        derivative: in place of `backward`: (setup_context, formula) as of a torch.autograd.Function, but that formula
+            is (ctx, variant, *grads), `variant` the attribute of an Op that ran forward, "auto" or "portable".
+        triton: the file of fastssl.kernels that has the Triton launchers, of the names of the operation and of its
+            backward operation.
+        cuda: in place of `triton`: code for CUDA tensors, or a pair as `portable`; None: the portable code.
+    """
+
+    def __init__(
+        self,
+        schema: str,
+        *,
+        portable: Function | tuple[Function, Function],
+        fake: Function | tuple[Function, Function] | None = None,
+        backward: str | None = None,
+        share: Function | None = None,
+        blocks: Function | None = None,
+        linear: bool = False,
+        derivative: tuple[Function, Function] | None = None,
+        triton: str | None = None,
+        cuda: Function | tuple[Function | None, Function | None] | None = None,
+    ) -> None:
+        self.name = name = schema.split("(", 1)[0]
+        (fake, backward_fake), (portable, backward_portable), (cuda, backward_cuda) = map(_pair, (fake, portable, cuda))
+        if triton is not None:
+            cuda = triton_launcher(triton, name)
+            backward_cuda = triton_launcher(triton, f"{name}_backward")
+        self.auto, self.portable = _register(schema, fake or _nothing, portable, cuda)
+        if backward is not None:
+            names = Derivative(schema, f"{name}_backward{backward}")
+            backward_ops = _register(names.backward, backward_fake or names.fake, backward_portable, backward_cuda)
+            for variant, backward_op in zip(_VARIANTS, backward_ops, strict=True):
+                second = names.of_linear(partial(_call, self, variant)) if linear else names.second(share, blocks)
+                self._differentiate(variant, *names.first(_differentiable(backward_op, *second)))
+        elif derivative is not None:
+            setup_context, formula = derivative
+            for variant in _VARIANTS:
+                self._differentiate(variant, setup_context, partial(_in_variant, formula, variant))
+
+    def _differentiate(self, variant: str, setup_context: Function, formula: Function) -> None:
+        setattr(self, variant, _differentiable(getattr(self, variant), setup_context, formula))
+
+    def __call__(self, *args: Any) -> Any:
+        return (self.portable if current_backend() == "portable" else self.auto)(*args)
+
+
+_VARIANTS = "auto", "portable"
+
+
+def _pair(x: Any) -> tuple[Any, Any]:
+    return x if isinstance(x, tuple) else (x, None)
+
+
+def _nothing(*_: Any) -> None:
+    """What an operation in place returns."""
+
+
+def _call(op: Op, variant: str, *args: Any) -> Any:
+    return getattr(op, variant)(*args)
+
+
+def _in_variant(formula: Function, variant: str, ctx: Any, *grads: Tensor) -> Any:
+    return formula(ctx, variant, *grads)
+
+
+def _register(
+    schema: str, fake: Function, portable: Function, cuda: Function | None
+) -> tuple[torch._ops.OpOverload, torch._ops.OpOverload]:
+    """Both variants of an operation, without derivatives."""
+    name, signature = schema.split("(", 1)
+    portable = _without_autocast(portable)
+    variants = name, portable_name(name)
+    for variant in variants:
+        _library.define(f"{variant}({signature}")
+        _library.impl(variant, portable, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"fastssl::{variant}", fake, lib=_library)
+    if cuda is not None:
+        _library.impl(name, _without_autocast(cuda), "CUDA")
+    return tuple(getattr(torch.ops.fastssl, variant).default for variant in variants)
+
+
+def portable_name(name: str) -> str:
+    """The name of an operation's portable variant: "nt_xent_portable", or "enqueue_portable_" of "enqueue_"."""
+    return f"{name}portable_" if name.endswith("_") else f"{name}_portable"
+
+
+def triton_launcher(family: str, name: str) -> Function | None:
     """The launcher `name` of fastssl.kernels' `family`, imported at its first call; None where Triton is not installed.
 
     float64 goes to the portable variant: the last argument is the precision of products.
@@ -37,83 +166,31 @@ def triton_launcher(family: str, name: str) -> Callable[..., Any] | None:
 
     def launch(*args: Any) -> Any:
         if args[-1] == "float64":
-            return getattr(torch.ops.fastssl, f"{name}_portable")(*args)
+            return getattr(torch.ops.fastssl, portable_name(name))(*args)
         return getattr(import_module(f"fastssl.kernels.{family}"), name)(*args)
 
     return launch
 
 
-class Op:
-    """An operation registered with torch.library.
-
-    Args:
-        schema: torch.library's schema; its name is the operation's name.
-        fake: shapes and dtypes of the outputs, from fake inputs.
-        portable: the operation in plain PyTorch, for any device and floating dtype, in O(B D) memory.
-        setup_context: (ctx, inputs, output) -> None, as torch.autograd.Function's.
-        backward: (ctx, backward_op, *grad_outputs) -> a gradient for every input.
-        backward_op: the operation that `backward` calls; it gets the variant that ran forward.
-        cuda: kernel for CUDA tensors, or None where there is none.
-    """
-
-    def __init__(
-        self,
-        schema: str,
-        *,
-        fake: Callable[..., Any],
-        portable: Callable[..., Any],
-        setup_context: Callable[..., None],
-        backward: Callable[..., Any],
-        backward_op: Op | None = None,
-        cuda: Callable[..., Any] | None = None,
-    ) -> None:
-        name, signature = schema.split("(", 1)
-        self.name = name
-        portable = _without_autocast(portable)
-        variants = []
-        for suffix in ("", "_portable"):
-            _library.define(f"{name}{suffix}({signature}")
-            _library.impl(f"{name}{suffix}", portable, "CompositeExplicitAutograd")
-            torch.library.register_fake(f"fastssl::{name}{suffix}", fake, lib=_library)
-            op = getattr(torch.ops.fastssl, name + suffix).default
-            derivative = backward_op and getattr(backward_op, "portable" if suffix else "auto")
-            variants.append(_differentiable(op, setup_context, backward, derivative))
-        self.auto, self.portable = variants
-        if cuda is not None:
-            _library.impl(name, _without_autocast(cuda), "CUDA")
-
-    def __call__(self, *args: Any) -> Any:
-        return (self.portable if current_backend() == "portable" else self.auto)(*args)
-
-
-def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+def _without_autocast(function: Function) -> Function:
     """`function` with its products in the dtypes it asks for: what autocast wants came as the precision argument."""
 
     def run(*args: Any) -> Any:
-        device = args[0].device.type
-        if not autocast_available(device):
+        first = args[0]
+        if not isinstance(first, Tensor) or not autocast_available(first.device.type):  # lists are not multiplied
             return function(*args)
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(first.device.type, enabled=False):
             return function(*args)
 
     return run
 
 
-def _differentiable(
-    op: torch._ops.OpOverload,
-    setup_context: Callable[..., None],
-    backward: Callable[..., Any],
-    backward_op: Callable[..., Any] | None,
-) -> Callable[..., Any]:
-    """`op` with its autograd formula, callable under torch.func's transforms too.
+def _differentiable(op: torch._ops.OpOverload, setup_context: Function, formula: Function) -> Function:
+    """`op` with its derivative, callable under torch.func's transforms too.
 
     torch.library's own autograd registration does not yet work under torch.func, which wants a
     torch.autograd.Function; the same formula serves both.
     """
-
-    def formula(ctx: Any, *grads: Tensor) -> Any:
-        return backward(ctx, backward_op, *grads)
-
     torch.library.register_autograd(op._name, formula, setup_context=setup_context, lib=_library)
     function = type(
         op._opname,

@@ -17,6 +17,11 @@ def row_blocks(rows: int, columns: int) -> list[slice]:
     return [slice(start, min(start + step, rows)) for start in range(0, rows if columns else 0, step)]
 
 
+def pair_blocks(x: Tensor, y: Tensor) -> list[slice]:
+    """The rows of x y^T in blocks of bounded size."""
+    return row_blocks(x.shape[0], y.shape[0])
+
+
 def similarity(rows: slice, x: Tensor, y: Tensor, scale: Tensor, exclude: Tensor | None) -> Tensor:
     """scale x[rows] y^T, minus infinity where a column is excluded."""
     product = x[rows] @ y.T * scale

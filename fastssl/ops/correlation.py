@@ -30,15 +30,14 @@ The backward pass of the standardisation, with means over the rows (the last one
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastssl.ops._op import Op, triton_launcher
-from fastssl.ops._portable import row_blocks, second_derivative
+from fastssl.ops._op import Op
+from fastssl.ops._portable import row_blocks
 from fastssl.ops._precision import accumulate_dtype, round_operand, round_weights
 
 
@@ -70,9 +69,9 @@ def _standardize(z: Tensor, eps: float, unbiased: bool) -> tuple[Tensor, Tensor]
     return centered * rstd, rstd
 
 
-def _standardize_backward(da: Tensor, a: Tensor, rstd: Tensor, unbiased: bool) -> Tensor:
-    projection = (da * a).sum(0) / (a.shape[0] - unbiased)
-    return (da - da.mean(0) - a * projection) * rstd
+def _standardize_backward(grad_a: Tensor, a: Tensor, rstd: Tensor, unbiased: bool) -> Tensor:
+    projection = (grad_a * a).sum(0) / (a.shape[0] - unbiased)
+    return (grad_a - grad_a.mean(0) - a * projection) * rstd
 
 
 def _gram_sums(a: Tensor, b: Tensor, gram_a: Tensor, gram_b: Tensor) -> Tensor:
@@ -148,11 +147,7 @@ def _barlow_twins_portable(
     return *(x.to(a.dtype) for x in (loss, invariance, redundancy)), kept_a, kept_b
 
 
-def _barlow_twins_backward_fake(grad_loss: Tensor, z_a: Tensor, z_b: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return z_a.new_empty(z_a.shape), z_b.new_empty(z_b.shape)
-
-
-def _barlow_twins_backward_portable(
+def _barlow_twins_portable_backward(
     grad_loss: Tensor,
     z_a: Tensor,
     z_b: Tensor,
@@ -170,91 +165,44 @@ def _barlow_twins_backward_portable(
     (a, rstd_a), (b, rstd_b) = (_standardize(z, eps, unbiased) for z in (z_a, z_b))
     rows = a.shape[0]
     pull = 2 * invariance_param / rows * ((a * b).mean(0) - 1)
-    da, db = pull * b, pull * a
+    grad_a, grad_b = pull * b, pull * a
     if lambda_param:
         factor = 2 * lambda_param / rows**2
-        da.add_(_gram_gradient(a, b, kept_b, precision), alpha=factor)
-        db.add_(_gram_gradient(b, a, kept_a, precision), alpha=factor)
-    dz_a = _standardize_backward(da, a, rstd_a, unbiased)
-    dz_b = _standardize_backward(db, b, rstd_b, unbiased)
-    return (grad_loss * dz_a).to(z_a.dtype), (grad_loss * dz_b).to(z_b.dtype)
+        grad_a.add_(_gram_gradient(a, b, kept_b, precision), alpha=factor)
+        grad_b.add_(_gram_gradient(b, a, kept_a, precision), alpha=factor)
+    grad_z_a = _standardize_backward(grad_a, a, rstd_a, unbiased)
+    grad_z_b = _standardize_backward(grad_b, b, rstd_b, unbiased)
+    return (grad_loss * grad_z_a).to(z_a.dtype), (grad_loss * grad_z_b).to(z_b.dtype)
 
 
-def _barlow_twins_formula(
-    z_a: Tensor, z_b: Tensor, invariance_param: float, lambda_param: float, eps: float, unbiased: bool, dual: bool
+def _barlow_twins_share(
+    rows: slice,
+    grad_loss: Tensor,
+    z_a: Tensor,
+    z_b: Tensor,
+    invariance_param: float,
+    lambda_param: float,
+    eps: float,
+    unbiased: bool,
+    dual: bool,
 ) -> Tensor:
     (a, _), (b, _) = (_standardize(z, eps, unbiased) for z in (z_a, z_b))
     invariance = ((a * b).mean(0) - 1).square().sum()
     squares = gram_squares(a, b) if dual else off_diagonal_squares(a.T @ b)
-    return invariance_param * invariance + lambda_param / a.shape[0] ** 2 * squares
-
-
-def _setup_context(views: int) -> Callable[..., None]:
-    """Of an operation on so many views, which keeps a tensor of each for its backward pass."""
-
-    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-        *options, _, precision = inputs[views:]  # all but `derive`
-        ctx.options = *options, precision
-        ctx.save_for_backward(*inputs[:views], *output[-views:])
-        ctx.mark_non_differentiable(*output[1:])
-
-    return setup_context
-
-
-def _derivative(ctx: Any, backward_op: Any, grad_loss: Tensor, *_: Tensor) -> tuple:
-    gradients = backward_op(grad_loss, *ctx.saved_tensors, *ctx.options)
-    gradients = gradients if isinstance(gradients, (tuple, list)) else (gradients,)
-    return *gradients, *(None for _ in ctx.options), None
-
-
-def _backward_op(
-    schema: str, *, fake: Callable[..., Any], portable: Callable[..., Any], formula: Callable[..., Tensor], cuda: str
-) -> Op:
-    """A backward operation, and its derivative: that of `formula`, (*views, *options but the precision) -> loss."""
-    views = schema.count("Tensor kept")
-
-    def setup_context(ctx: Any, inputs: tuple, output: tuple | Tensor) -> None:
-        ctx.options = inputs[1 + 2 * views : -1]
-        ctx.save_for_backward(*inputs[: 1 + views])
-
-    def double_backward(ctx: Any, _: None, *directions: Tensor) -> tuple:
-        grad_loss, *point = ctx.saved_tensors
-
-        def loss(_: slice, cotangents: Sequence[Tensor], point: Sequence[Tensor]) -> Tensor:
-            return cotangents[0] * formula(*point, *ctx.options)
-
-        dtype = accumulate_dtype(point[0].dtype)
-        gradients = second_derivative(loss, [slice(None)], [grad_loss], point, directions, dtype)
-        return *gradients, *(None for _ in point), *(None for _ in ctx.options), None
-
-    return Op(
-        schema,
-        fake=fake,
-        portable=portable,
-        setup_context=setup_context,
-        backward=double_backward,
-        cuda=triton_launcher("correlation", cuda),
-    )
+    return grad_loss * (invariance_param * invariance + lambda_param / a.shape[0] ** 2 * squares)
 
 
 barlow_twins = Op(
     "barlow_twins(Tensor z_a, Tensor z_b, float invariance_param, float lambda_param, float eps, bool unbiased,"
     " bool dual, bool derive, str precision)"
     " -> (Tensor loss, Tensor invariance, Tensor redundancy, Tensor kept_a, Tensor kept_b)",
+    backward="(Tensor grad_loss, Tensor z_a, Tensor z_b, Tensor kept_a, Tensor kept_b,"
+    " float invariance_param, float lambda_param, float eps, bool unbiased, bool dual, str precision)"
+    " -> (Tensor grad_z_a, Tensor grad_z_b)",
     fake=_barlow_twins_fake,
-    portable=_barlow_twins_portable,
-    setup_context=_setup_context(2),
-    backward=_derivative,
-    backward_op=_backward_op(
-        "barlow_twins_backward(Tensor grad_loss, Tensor z_a, Tensor z_b, Tensor kept_a, Tensor kept_b,"
-        " float invariance_param, float lambda_param, float eps, bool unbiased, bool dual, str precision)"
-        " -> (Tensor grad_z_a, Tensor grad_z_b)",
-        fake=_barlow_twins_backward_fake,
-        portable=_barlow_twins_backward_portable,
-        formula=_barlow_twins_formula,
-        cuda="barlow_twins_backward",
-    ),
-    cuda=triton_launcher("correlation", "barlow_twins"),
+    portable=(_barlow_twins_portable, _barlow_twins_portable_backward),
+    share=_barlow_twins_share,
+    triton="correlation",
 )
 
 
@@ -308,18 +256,14 @@ def _variance_covariance_portable(
     return *(x.to(a.dtype) for x in (loss, variance, covariance)), kept
 
 
-def _add_hinge(dz: Tensor, centered: Tensor, std: Tensor, mu_param: float, unbiased: bool) -> Tensor:
-    """dz and the derivative of mu_param mean_i relu(1 - std_i)."""
+def _add_hinge(grad_z: Tensor, centered: Tensor, std: Tensor, mu_param: float, unbiased: bool) -> Tensor:
+    """grad_z and the derivative of mu_param mean_i relu(1 - std_i)."""
     rows, dim = centered.shape
     slope = torch.where(std >= 1, 0, -mu_param / (dim * (rows - unbiased)) / std)
-    return dz + slope * centered
+    return grad_z + slope * centered
 
 
-def _variance_covariance_backward_fake(grad_loss: Tensor, z: Tensor, *_: Any) -> Tensor:
-    return z.new_empty(z.shape)
-
-
-def _variance_covariance_backward_portable(
+def _variance_covariance_portable_backward(
     grad_loss: Tensor,
     z: Tensor,
     kept: Tensor,
@@ -330,16 +274,16 @@ def _variance_covariance_backward_portable(
     dual: bool,
     precision: str,
 ) -> Tensor:
-    dz = kept
+    grad_z = kept
     if dual:
         a = center(z)
         rows, dim = a.shape
-        dz = torch.zeros_like(a)
+        grad_z = torch.zeros_like(a)
         if nu_param:
-            dz = _gram_gradient(a, a, kept, precision).mul_(4 * nu_param / (dim * (rows - unbiased) ** 2))
+            grad_z = _gram_gradient(a, a, kept, precision).mul_(4 * nu_param / (dim * (rows - unbiased) ** 2))
         std = (column_variance(a, unbiased) + eps).sqrt()
-        dz = _add_hinge(dz - dz.mean(0), a, std, mu_param, unbiased)
-    return (grad_loss * dz).to(z.dtype)
+        grad_z = _add_hinge(grad_z - grad_z.mean(0), a, std, mu_param, unbiased)
+    return (grad_loss * grad_z).to(z.dtype)
 
 
 def _variance_covariance_formula(
@@ -353,22 +297,28 @@ def _variance_covariance_formula(
     return mu_param * variance + nu_param * covariance
 
 
+def _variance_covariance_share(
+    rows: slice,
+    grad_loss: Tensor,
+    z: Tensor,
+    mu_param: float,
+    nu_param: float,
+    eps: float,
+    unbiased: bool,
+    dual: bool,
+) -> Tensor:
+    return grad_loss * _variance_covariance_formula(z, mu_param, nu_param, eps, unbiased, dual)
+
+
 variance_covariance = Op(
     "variance_covariance(Tensor z, float mu_param, float nu_param, float eps, bool unbiased, bool dual, bool derive,"
     " str precision) -> (Tensor loss, Tensor variance, Tensor covariance, Tensor kept)",
+    backward="(Tensor grad_loss, Tensor z, Tensor kept, float mu_param, float nu_param,"
+    " float eps, bool unbiased, bool dual, str precision) -> (Tensor grad_z)",
     fake=_variance_covariance_fake,
-    portable=_variance_covariance_portable,
-    setup_context=_setup_context(1),
-    backward=_derivative,
-    backward_op=_backward_op(
-        "variance_covariance_backward(Tensor grad_loss, Tensor z, Tensor kept, float mu_param, float nu_param,"
-        " float eps, bool unbiased, bool dual, str precision) -> (Tensor grad_z)",
-        fake=_variance_covariance_backward_fake,
-        portable=_variance_covariance_backward_portable,
-        formula=_variance_covariance_formula,
-        cuda="variance_covariance_backward",
-    ),
-    cuda=triton_launcher("correlation", "variance_covariance"),
+    portable=(_variance_covariance_portable, _variance_covariance_portable_backward),
+    share=_variance_covariance_share,
+    triton="correlation",
 )
 
 
@@ -412,7 +362,7 @@ def _vicreg_portable(
     return loss, invariance, (variance_a + variance_b) / 2, covariance_a + covariance_b, kept_a, kept_b
 
 
-def _vicreg_backward_portable(
+def _vicreg_portable_backward(
     grad_loss: Tensor,
     z_a: Tensor,
     z_b: Tensor,
@@ -430,13 +380,15 @@ def _vicreg_backward_portable(
         return (grad_loss * kept_a).to(z_a.dtype), (grad_loss * kept_b).to(z_b.dtype)
     options = mu_param / 2, nu_param, eps, unbiased, dual, precision
     wide_a, wide_b = (z.to(grad_loss.dtype) for z in (z_a, z_b))
-    dz_a = _variance_covariance_backward_portable(grad_loss, wide_a, kept_a, *options)
-    dz_b = _variance_covariance_backward_portable(grad_loss, wide_b, kept_b, *options)
+    grad_z_a = _variance_covariance_portable_backward(grad_loss, wide_a, kept_a, *options)
+    grad_z_b = _variance_covariance_portable_backward(grad_loss, wide_b, kept_b, *options)
     pull = (wide_a - wide_b) * (grad_loss * (2 * lambda_param / z_a.numel()))
-    return (dz_a + pull).to(z_a.dtype), (dz_b - pull).to(z_b.dtype)
+    return (grad_z_a + pull).to(z_a.dtype), (grad_z_b - pull).to(z_b.dtype)
 
 
-def _vicreg_formula(
+def _vicreg_share(
+    rows: slice,
+    grad_loss: Tensor,
     z_a: Tensor,
     z_b: Tensor,
     lambda_param: float,
@@ -448,25 +400,18 @@ def _vicreg_formula(
 ) -> Tensor:
     options = mu_param / 2, nu_param, eps, unbiased, dual
     views = _variance_covariance_formula(z_a, *options) + _variance_covariance_formula(z_b, *options)
-    return lambda_param * (z_a - z_b).square().mean() + views
+    return grad_loss * (lambda_param * (z_a - z_b).square().mean() + views)
 
 
 vicreg = Op(
     "vicreg(Tensor z_a, Tensor z_b, float lambda_param, float mu_param, float nu_param, float eps, bool unbiased,"
     " bool dual, bool derive, str precision)"
     " -> (Tensor loss, Tensor invariance, Tensor variance, Tensor covariance, Tensor kept_a, Tensor kept_b)",
+    backward="(Tensor grad_loss, Tensor z_a, Tensor z_b, Tensor kept_a, Tensor kept_b, float lambda_param,"
+    " float mu_param, float nu_param, float eps, bool unbiased, bool dual, str precision)"
+    " -> (Tensor grad_z_a, Tensor grad_z_b)",
     fake=_vicreg_fake,
-    portable=_vicreg_portable,
-    setup_context=_setup_context(2),
-    backward=_derivative,
-    backward_op=_backward_op(
-        "vicreg_backward(Tensor grad_loss, Tensor z_a, Tensor z_b, Tensor kept_a, Tensor kept_b, float lambda_param,"
-        " float mu_param, float nu_param, float eps, bool unbiased, bool dual, str precision)"
-        " -> (Tensor grad_z_a, Tensor grad_z_b)",
-        fake=_barlow_twins_backward_fake,
-        portable=_vicreg_backward_portable,
-        formula=_vicreg_formula,
-        cuda="vicreg_backward",
-    ),
-    cuda=triton_launcher("correlation", "vicreg"),
+    portable=(_vicreg_portable, _vicreg_portable_backward),
+    share=_vicreg_share,
+    triton="correlation",
 )

@@ -9,15 +9,13 @@ one, too, and on the CPU, like `steps`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from fastssl.ops._backend import current_backend
+from fastssl.ops._op import Op
 
-_library = torch.library.Library("fastssl", "FRAGMENT")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _BLOCK = 1 << 15  # elements
 
@@ -185,31 +183,11 @@ def _portable_adamw(
     _portable(ema_params, params, momentum)
 
 
-_SCHEMAS = {
-    "ema_update": ("Tensor(a!)[] targets, Tensor[] sources, Tensor momentum", _portable),
-    "adamw_ema_step": (
-        "Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
-        "Tensor(d!)[] ema_params, Tensor(e!)[] steps, "
-        "Tensor lr, float beta1, float beta2, float eps, float weight_decay, Tensor momentum",
-        _portable_adamw,
-    ),
-}
-for _name, (_arguments, _function) in _SCHEMAS.items():
-    for _variant in (f"{_name}_", f"{_name}_portable_"):
-        _library.define(f"{_variant}({_arguments}) -> ()")
-        _library.impl(_variant, _function, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"fastssl::{_variant}", lambda *args: None, lib=_library)
+ema_update_ = Op("ema_update_(Tensor(a!)[] targets, Tensor[] sources, Tensor momentum) -> ()", portable=_portable)
 
-
-def ema_update_(targets: Sequence[Tensor], sources: Sequence[Tensor], momentum: Tensor) -> None:
-    """The kernel of the tensors' device where there is one, else the portable code."""
-    _variant("ema_update")(targets, sources, momentum)
-
-
-def adamw_ema_step_(*args: Any) -> None:
-    """The same."""
-    _variant("adamw_ema_step")(*args)
-
-
-def _variant(name: str) -> torch._ops.OpOverload:
-    return getattr(torch.ops.fastssl, f"{name}_portable_" if current_backend() == "portable" else f"{name}_").default
+adamw_ema_step_ = Op(
+    "adamw_ema_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs,"
+    " Tensor(d!)[] ema_params, Tensor(e!)[] steps, Tensor lr, float beta1, float beta2, float eps, float weight_decay,"
+    " Tensor momentum) -> ()",
+    portable=_portable_adamw,
+)

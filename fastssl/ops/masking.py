@@ -18,6 +18,7 @@ Blocks are drawn one after another, as many as it takes: each sample hashes the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -137,21 +138,10 @@ def _block_masking_ids_portable(
     return ids_of(smallest(torch.where(masked.flatten(1), first, then), target), keep)
 
 
-def _no_gradients(ctx: Any, _: None, *grads: Tensor) -> tuple[None, ...]:
-    return (None,) * ctx.inputs
-
-
-def _mark_non_differentiable(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    ctx.mark_non_differentiable(*output)
-    ctx.inputs = len(inputs)
-
-
 masking_ids = Op(
     "masking_ids(Tensor seed, int batch, int length, int keep) -> (Tensor ids_keep, Tensor ids_restore, Tensor mask)",
     fake=_masking_ids_fake,
     portable=_masking_ids_portable,
-    setup_context=_mark_non_differentiable,
-    backward=_no_gradients,
 )
 
 
@@ -160,8 +150,6 @@ block_masking_ids = Op(
     " -> (Tensor ids_keep, Tensor ids_restore, Tensor mask)",
     fake=_block_masking_ids_fake,
     portable=_block_masking_ids_portable,
-    setup_context=_mark_non_differentiable,
-    backward=_no_gradients,
 )
 
 
@@ -212,9 +200,10 @@ def _gather_tokens_setup_context(ctx: Any, inputs: tuple, output: Tensor) -> Non
     ctx.length = x.shape[1]
 
 
-def _gather_tokens_backward(ctx: Any, _: None, grad: Tensor) -> tuple:
+def _gather_tokens_backward(ctx: Any, variant: str, grad: Tensor) -> tuple:
     (ids,) = ctx.saved_tensors
-    return scatter_tokens(grad, ids, ctx.length, grad.new_zeros(grad.shape[2])), None
+    scatter = getattr(scatter_tokens, variant)
+    return scatter(grad, ids, ctx.length, grad.new_zeros(grad.shape[2])), None
 
 
 def _scatter_tokens_setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -223,28 +212,26 @@ def _scatter_tokens_setup_context(ctx: Any, inputs: tuple, output: Tensor) -> No
     ctx.dtype = fill.dtype
 
 
-def _scatter_tokens_backward(ctx: Any, _: None, grad: Tensor) -> tuple:
+def _scatter_tokens_backward(ctx: Any, variant: str, grad: Tensor) -> tuple:
     (ids,) = ctx.saved_tensors
     filled = None
     if ctx.needs_input_grad[3]:
         wide = torch.promote_types(grad.dtype, torch.float32)
         filled = (grad * _is_filled(ids, ctx.length)).sum((0, 1), dtype=wide).to(ctx.dtype)
-    return gather_tokens(grad, ids), None, None, filled
+    return getattr(gather_tokens, variant)(grad, ids), None, None, filled
 
 
 gather_tokens = Op(
     "gather_tokens(Tensor x, Tensor ids) -> Tensor",
     fake=_gather_tokens_fake,
     portable=_gather_tokens_portable,
-    setup_context=_gather_tokens_setup_context,
-    backward=_gather_tokens_backward,
+    derivative=(_gather_tokens_setup_context, _gather_tokens_backward),
 )
 scatter_tokens = Op(
     "scatter_tokens(Tensor tokens, Tensor ids, int length, Tensor fill) -> Tensor",
     fake=_scatter_tokens_fake,
     portable=_scatter_tokens_portable,
-    setup_context=_scatter_tokens_setup_context,
-    backward=_scatter_tokens_backward,
+    derivative=(_scatter_tokens_setup_context, _scatter_tokens_backward),
 )
 
 
@@ -264,63 +251,34 @@ def _restore_tokens_portable(
 
 
 def _restore_tokens_backward_fake(
-    grad: Tensor, ids_restore: Tensor, keep: int, positions: bool
+    grad_tokens: Tensor, ids_restore: Tensor, size_x_visible: Sequence[int], needs_pos_embed: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    batch, length, dim = grad.shape
-    wide = torch.promote_types(grad.dtype, torch.float32)
+    _, length, dim = grad_tokens.shape
+    wide = torch.promote_types(grad_tokens.dtype, torch.float32)
     return (
-        grad.new_empty((batch, keep, dim)),
-        grad.new_empty((dim,), dtype=wide),
-        grad.new_empty((length if positions else 0, dim), dtype=wide),
+        grad_tokens.new_empty(size_x_visible),
+        grad_tokens.new_empty((dim,), dtype=wide),
+        grad_tokens.new_empty((length if needs_pos_embed else 0, dim), dtype=wide),
     )
 
 
-def _restore_tokens_backward_portable(
-    grad: Tensor, ids_restore: Tensor, keep: int, positions: bool
+def _restore_tokens_backward(
+    grad_tokens: Tensor, ids_restore: Tensor, size_x_visible: Sequence[int], needs_pos_embed: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    wide = torch.promote_types(grad.dtype, torch.float32)
-    grads = grad.to(wide)
-    sums = grads.new_zeros((grad.shape[0], keep + 1, grad.shape[2]))
-    sums.scatter_add_(1, _rows_of(_places(ids_restore, keep), grad, keep + 1), grads)
-    dpos = grads.sum(0) if positions else grads.new_empty((0, grad.shape[2]))
-    return sums[:, :keep].to(grad.dtype).contiguous(), sums[:, keep].sum(0), dpos
-
-
-def _restore_tokens_backward_setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    _, ids_restore, ctx.keep, ctx.positions = inputs
-    ctx.save_for_backward(ids_restore)
-
-
-def _restore_tokens_double_backward(ctx: Any, _: None, dx: Tensor, dmask: Tensor, dpos: Tensor) -> tuple:
-    (ids_restore,) = ctx.saved_tensors
-    return restore_tokens(dx, ids_restore, dmask, dpos if ctx.positions else None), None, None, None
-
-
-def _restore_tokens_setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    x_visible, ids_restore, mask_token, pos_embed = inputs
-    ctx.save_for_backward(ids_restore)
-    ctx.keep, ctx.dtypes = x_visible.shape[1], (mask_token.dtype, pos_embed is not None and pos_embed.dtype)
-
-
-def _restore_tokens_derivative(ctx: Any, backward_op: Any, grad: Tensor) -> tuple:
-    (ids_restore,) = ctx.saved_tensors
-    positions = ctx.needs_input_grad[3]
-    dx, dmask, dpos = backward_op(grad, ids_restore, ctx.keep, positions)
-    return dx, None, dmask.to(ctx.dtypes[0]), dpos.to(ctx.dtypes[1]) if positions else None
+    batch, keep, dim = size_x_visible
+    wide = torch.promote_types(grad_tokens.dtype, torch.float32)
+    grads = grad_tokens.to(wide)
+    sums = grads.new_zeros((batch, keep + 1, dim))
+    sums.scatter_add_(1, _rows_of(_places(ids_restore, keep), grads, keep + 1), grads)
+    grad_pos_embed = grads.sum(0) if needs_pos_embed else grads.new_empty((0, dim))
+    return sums[:, :keep].to(grad_tokens.dtype).contiguous(), sums[:, keep].sum(0), grad_pos_embed
 
 
 restore_tokens = Op(
-    "restore_tokens(Tensor x_visible, Tensor ids_restore, Tensor mask_token, Tensor? pos_embed) -> Tensor",
-    fake=_restore_tokens_fake,
-    portable=_restore_tokens_portable,
-    setup_context=_restore_tokens_setup_context,
-    backward=_restore_tokens_derivative,
-    backward_op=Op(
-        "restore_tokens_backward(Tensor grad, Tensor ids_restore, int keep, bool positions)"
-        " -> (Tensor dx, Tensor dmask, Tensor dpos)",
-        fake=_restore_tokens_backward_fake,
-        portable=_restore_tokens_backward_portable,
-        setup_context=_restore_tokens_backward_setup_context,
-        backward=_restore_tokens_double_backward,
-    ),
+    "restore_tokens(Tensor x_visible, Tensor ids_restore, Tensor mask_token, Tensor? pos_embed) -> Tensor tokens",
+    backward="(Tensor grad_tokens, Tensor ids_restore, SymInt[] size_x_visible, bool needs_pos_embed)"
+    " -> (Tensor grad_x_visible, Tensor grad_mask_token, Tensor grad_pos_embed)",
+    fake=(_restore_tokens_fake, _restore_tokens_backward_fake),
+    portable=(_restore_tokens_portable, _restore_tokens_backward),
+    linear=True,
 )

@@ -12,9 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastssl.ops._backend import current_backend
-
-_library = torch.library.Library("fastssl", "FRAGMENT")
+from fastssl.ops._op import Op
 
 
 def _portable(keys: Tensor, position: Tensor, new_keys: Tensor, normalize: bool) -> None:
@@ -28,15 +26,6 @@ def _portable(keys: Tensor, position: Tensor, new_keys: Tensor, normalize: bool)
     position.add_(count).remainder_(size)
 
 
-for _name in ("enqueue_", "enqueue_portable_"):
-    _library.define(f"{_name}(Tensor(a!) keys, Tensor(b!) position, Tensor new_keys, bool normalize) -> ()")
-    _library.impl(_name, _portable, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fastssl::{_name}", lambda keys, position, new_keys, normalize: None, lib=_library)
-
-
-def enqueue_(keys: Tensor, position: Tensor, new_keys: Tensor, normalize: bool) -> None:
-    """The kernel of the tensors' device where there is one, else the portable code."""
-    if current_backend() == "portable":
-        torch.ops.fastssl.enqueue_portable_.default(keys, position, new_keys, normalize)
-    else:
-        torch.ops.fastssl.enqueue_.default(keys, position, new_keys, normalize)
+enqueue_ = Op(
+    "enqueue_(Tensor(a!) keys, Tensor(b!) position, Tensor new_keys, bool normalize) -> ()", portable=_portable
+)

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastssl.ops._op import Op
-from fastssl.ops._portable import row_blocks, second_derivative
+from fastssl.ops._portable import row_blocks
 from fastssl.ops._precision import accumulate_dtype
 
 _EPS = 1e-12  # of lengths, as in torch.nn.functional.normalize
@@ -62,21 +62,21 @@ def _targets(images: Tensor, mask: Tensor, patch: Sequence[int], norm: str, dtyp
     return x.flatten(1)
 
 
-def _values(x: Tensor, y: Tensor, loss: str, beta: float) -> Tensor:
+def _values(x: Tensor, y: Tensor, kind: str, beta: float) -> Tensor:
     """(N,): the loss of each row."""
-    if loss == "mse":
+    if kind == "mse":
         return (x - y).square().mean(1)
-    if loss == "smooth_l1":
+    if kind == "smooth_l1":
         return F.smooth_l1_loss(x, y, reduction="none", beta=beta).mean(1)
     return 1 - (F.normalize(x, dim=1, eps=_EPS) * F.normalize(y, dim=1, eps=_EPS)).sum(1)
 
 
-def _gradients(x: Tensor, y: Tensor, loss: str, beta: float) -> Tensor:
+def _gradients(x: Tensor, y: Tensor, kind: str, beta: float) -> Tensor:
     """(N, D): the gradient of each row's loss by x."""
     apart = x - y
-    if loss == "mse":
+    if kind == "mse":
         return apart * (2 / x.shape[1])
-    if loss == "smooth_l1":
+    if kind == "smooth_l1":
         slope = (apart / beta).clamp(-1, 1) if beta else apart.sign().where(apart == apart, apart)  # keeps a NaN
         return slope / x.shape[1]
     length = torch.linalg.vector_norm(x, dim=1, keepdim=True)
@@ -93,95 +93,70 @@ def _dtype(x: Tensor, y: Tensor) -> torch.dtype:
 Target = Callable[[slice], Tensor]  # rows -> (N, D), the targets of what is masked there
 
 
-def _losses(pred: Tensor, mask: Tensor, target: Target, loss: str, beta: float, dtype: torch.dtype) -> Tensor:
+def _losses(pred: Tensor, mask: Tensor, target: Target, kind: str, beta: float, dtype: torch.dtype) -> Tensor:
     out = pred.new_zeros(mask.shape, dtype=dtype)
     for rows in _blocks(pred):
         masked = mask[rows]
-        out[rows][masked] = _values(pred[rows][masked].to(dtype), target(rows), loss, beta)
+        out[rows][masked] = _values(pred[rows][masked].to(dtype), target(rows), kind, beta)
     return out
 
 
 def _losses_backward(
-    grad: Tensor, pred: Tensor, mask: Tensor, target: Target, loss: str, beta: float, dtype: torch.dtype
+    grad_losses: Tensor, pred: Tensor, mask: Tensor, target: Target, kind: str, beta: float, dtype: torch.dtype
 ) -> Tensor:
-    dpred = pred.new_zeros(pred.shape)
+    grad_pred = pred.new_zeros(pred.shape)
     for rows in _blocks(pred):
         masked = mask[rows]
-        gradients = _gradients(pred[rows][masked].to(dtype), target(rows), loss, beta)
-        dpred[rows][masked] = (gradients * grad[rows][masked][:, None]).to(pred.dtype)
-    return dpred
+        gradients = _gradients(pred[rows][masked].to(dtype), target(rows), kind, beta)
+        grad_pred[rows][masked] = (gradients * grad_losses[rows][masked][:, None]).to(pred.dtype)
+    return grad_pred
 
 
-def _losses_double_backward(
-    direction: Tensor, grad: Tensor, pred: Tensor, mask: Tensor, target: Target, loss: str, beta: float
-) -> list[Tensor]:
-    """The derivative of <direction, dpred> by grad and by pred."""
-
-    def share(rows: slice, cotangents: Sequence[Tensor], point: Sequence[Tensor]) -> Tensor:
-        masked = mask[rows]
-        return (cotangents[0][rows][masked] * _values(point[0][rows][masked], target(rows), loss, beta)).sum()
-
-    return second_derivative(share, _blocks(pred), [grad], [pred], [direction], grad.dtype)
+def _losses_share(
+    rows: slice, grad_losses: Tensor, pred: Tensor, mask: Tensor, target: Target, kind: str, beta: float
+) -> Tensor:
+    masked = mask[rows]
+    return (grad_losses[rows][masked] * _values(pred[rows][masked], target(rows), kind, beta)).sum()
 
 
 def _blocks(pred: Tensor) -> list[slice]:
     return row_blocks(pred.shape[0], math.prod(pred.shape[1:]))
 
 
-def _loss_fake(pred: Tensor, other: Tensor, mask: Tensor, *_: Any) -> Tensor:
+def _losses_fake(pred: Tensor, other: Tensor, mask: Tensor, *_: Any) -> Tensor:
     return pred.new_empty(mask.shape, dtype=_dtype(pred, other))
-
-
-def _loss_backward_fake(grad: Tensor, pred: Tensor, *_: Any) -> Tensor:
-    return pred.new_empty(pred.shape)
-
-
-def _loss_setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    *tensors, ctx.first, ctx.second = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _loss_derivative(ctx: Any, backward_op: Any, grad: Tensor) -> tuple:
-    return backward_op(grad, *ctx.saved_tensors, ctx.first, ctx.second), None, None, None, None
 
 
 def _patch_targets(images: Tensor, mask: Tensor, patch: Sequence[int], norm: str, dtype: torch.dtype) -> Target:
     return lambda rows: _targets(images[rows], mask[rows], patch, norm, dtype)
 
 
-def _masked_patch_loss_portable(pred: Tensor, images: Tensor, mask: Tensor, patch: Sequence[int], norm: str) -> Tensor:
+def _masked_patch_loss(pred: Tensor, images: Tensor, mask: Tensor, patch: Sequence[int], norm: str) -> Tensor:
     dtype = _dtype(pred, images)
     return _losses(pred, mask, _patch_targets(images, mask, patch, norm, dtype), "mse", 0, dtype)
 
 
-def _masked_patch_loss_backward_portable(
-    grad: Tensor, pred: Tensor, images: Tensor, mask: Tensor, patch: Sequence[int], norm: str
+def _masked_patch_loss_backward(
+    grad_losses: Tensor, pred: Tensor, images: Tensor, mask: Tensor, patch: Sequence[int], norm: str
 ) -> Tensor:
     dtype = _dtype(pred, images)
-    return _losses_backward(grad, pred, mask, _patch_targets(images, mask, patch, norm, dtype), "mse", 0, dtype)
+    return _losses_backward(grad_losses, pred, mask, _patch_targets(images, mask, patch, norm, dtype), "mse", 0, dtype)
 
 
-def _masked_patch_loss_double_backward(ctx: Any, _: None, direction: Tensor) -> tuple:
-    grad, pred, images, mask = ctx.saved_tensors
-    target = _patch_targets(images, mask, ctx.first, ctx.second, grad.dtype)
-    dgrad, dpred = _losses_double_backward(direction, grad, pred, mask, target, "mse", 0)
-    return dgrad, dpred, None, None, None, None
+def _masked_patch_loss_share(
+    rows: slice, grad_losses: Tensor, pred: Tensor, images: Tensor, mask: Tensor, patch: Sequence[int], norm: str
+) -> Tensor:
+    target = _patch_targets(images, mask, patch, norm, grad_losses.dtype)
+    return _losses_share(rows, grad_losses, pred, mask, target, "mse", 0)
 
 
 masked_patch_loss = Op(
-    "masked_patch_loss(Tensor pred, Tensor images, Tensor mask, int[] patch, str norm) -> Tensor",
-    fake=_loss_fake,
-    portable=_masked_patch_loss_portable,
-    setup_context=_loss_setup_context,
-    backward=_loss_derivative,
-    backward_op=Op(
-        "masked_patch_loss_backward(Tensor grad, Tensor pred, Tensor images, Tensor mask, int[] patch, str norm)"
-        " -> Tensor dpred",
-        fake=_loss_backward_fake,
-        portable=_masked_patch_loss_backward_portable,
-        setup_context=_loss_setup_context,
-        backward=_masked_patch_loss_double_backward,
-    ),
+    "masked_patch_loss(Tensor pred, Tensor images, Tensor mask, int[] patch, str norm) -> Tensor losses",
+    backward="(Tensor grad_losses, Tensor pred, Tensor images, Tensor mask, int[] patch, str norm) -> Tensor grad_pred",
+    fake=_losses_fake,
+    portable=(_masked_patch_loss, _masked_patch_loss_backward),
+    share=_masked_patch_loss_share,
+    blocks=_blocks,
 )
 
 
@@ -189,39 +164,32 @@ def _feature_targets(target: Tensor, mask: Tensor, dtype: torch.dtype) -> Target
     return lambda rows: target[rows][mask[rows]].to(dtype)
 
 
-def _masked_feature_loss_portable(pred: Tensor, target: Tensor, mask: Tensor, loss: str, beta: float) -> Tensor:
+def _masked_feature_loss(pred: Tensor, target: Tensor, mask: Tensor, kind: str, beta: float) -> Tensor:
     dtype = _dtype(pred, target)
-    return _losses(pred, mask, _feature_targets(target, mask, dtype), loss, beta, dtype)
+    return _losses(pred, mask, _feature_targets(target, mask, dtype), kind, beta, dtype)
 
 
-def _masked_feature_loss_backward_portable(
-    grad: Tensor, pred: Tensor, target: Tensor, mask: Tensor, loss: str, beta: float
+def _masked_feature_loss_backward(
+    grad_losses: Tensor, pred: Tensor, target: Tensor, mask: Tensor, kind: str, beta: float
 ) -> Tensor:
     dtype = _dtype(pred, target)
-    return _losses_backward(grad, pred, mask, _feature_targets(target, mask, dtype), loss, beta, dtype)
+    return _losses_backward(grad_losses, pred, mask, _feature_targets(target, mask, dtype), kind, beta, dtype)
 
 
-def _masked_feature_loss_double_backward(ctx: Any, _: None, direction: Tensor) -> tuple:
-    grad, pred, target, mask = ctx.saved_tensors
-    target = _feature_targets(target, mask, grad.dtype)
-    dgrad, dpred = _losses_double_backward(direction, grad, pred, mask, target, ctx.first, ctx.second)
-    return dgrad, dpred, None, None, None, None
+def _masked_feature_loss_share(
+    rows: slice, grad_losses: Tensor, pred: Tensor, target: Tensor, mask: Tensor, kind: str, beta: float
+) -> Tensor:
+    targets = _feature_targets(target, mask, grad_losses.dtype)
+    return _losses_share(rows, grad_losses, pred, mask, targets, kind, beta)
 
 
 masked_feature_loss = Op(
-    "masked_feature_loss(Tensor pred, Tensor target, Tensor mask, str loss, float beta) -> Tensor",
-    fake=_loss_fake,
-    portable=_masked_feature_loss_portable,
-    setup_context=_loss_setup_context,
-    backward=_loss_derivative,
-    backward_op=Op(
-        "masked_feature_loss_backward(Tensor grad, Tensor pred, Tensor target, Tensor mask, str loss, float beta)"
-        " -> Tensor dpred",
-        fake=_loss_backward_fake,
-        portable=_masked_feature_loss_backward_portable,
-        setup_context=_loss_setup_context,
-        backward=_masked_feature_loss_double_backward,
-    ),
+    "masked_feature_loss(Tensor pred, Tensor target, Tensor mask, str kind, float beta) -> Tensor losses",
+    backward="(Tensor grad_losses, Tensor pred, Tensor target, Tensor mask, str kind, float beta) -> Tensor grad_pred",
+    fake=_losses_fake,
+    portable=(_masked_feature_loss, _masked_feature_loss_backward),
+    share=_masked_feature_loss_share,
+    blocks=_blocks,
 )
 
 
@@ -265,8 +233,9 @@ def _gather_patches_setup_context(ctx: Any, inputs: tuple, output: Tensor) -> No
     ctx.size = images.shape
 
 
-def _gather_patches_backward(ctx: Any, _: None, grad: Tensor) -> tuple:
-    return scatter_patches(grad, *ctx.saved_tensors, ctx.size, ctx.patch), None, None
+def _gather_patches_backward(ctx: Any, variant: str, grad: Tensor) -> tuple:
+    scatter = getattr(scatter_patches, variant)
+    return scatter(grad, *ctx.saved_tensors, ctx.size, ctx.patch), None, None
 
 
 def _scatter_patches_setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -274,21 +243,20 @@ def _scatter_patches_setup_context(ctx: Any, inputs: tuple, output: Tensor) -> N
     ctx.save_for_backward(ids)
 
 
-def _scatter_patches_backward(ctx: Any, _: None, grad: Tensor) -> tuple:
-    return gather_patches(grad, *ctx.saved_tensors, ctx.patch), None, None, None
+def _scatter_patches_backward(ctx: Any, variant: str, grad: Tensor) -> tuple:
+    gather = getattr(gather_patches, variant)
+    return gather(grad, *ctx.saved_tensors, ctx.patch), None, None, None
 
 
 gather_patches = Op(
     "gather_patches(Tensor images, Tensor ids, int[] patch) -> Tensor",
     fake=_gather_patches_fake,
     portable=_gather_patches_portable,
-    setup_context=_gather_patches_setup_context,
-    backward=_gather_patches_backward,
+    derivative=(_gather_patches_setup_context, _gather_patches_backward),
 )
 scatter_patches = Op(
     "scatter_patches(Tensor patches, Tensor ids, SymInt[] size, int[] patch) -> Tensor",
     fake=_scatter_patches_fake,
     portable=_scatter_patches_portable,
-    setup_context=_scatter_patches_setup_context,
-    backward=_scatter_patches_backward,
+    derivative=(_scatter_patches_setup_context, _scatter_patches_backward),
 )

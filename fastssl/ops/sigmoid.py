@@ -12,7 +12,7 @@ forward pass takes the gradients too (`derive`), and the backward pass multiplie
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastssl.ops._op import Op, triton_launcher
-from fastssl.ops._portable import row_blocks, second_derivative, similarity
+from fastssl.ops._portable import pair_blocks, row_blocks, similarity
 from fastssl.ops._precision import accumulate_dtype, round_operand, round_weights
 
 
@@ -39,108 +39,55 @@ def _similarity_softplus_portable(
 ) -> tuple[Tensor, ...]:
     dtype = accumulate_dtype(x.dtype)
     rounded_x, rounded_y = (round_operand(t.to(dtype), precision) for t in (x, y))
-    dx, dy = (t.new_zeros((t.shape[0] if derive else 0, t.shape[1])) for t in (rounded_x, rounded_y))
-    total, dbias = (x.new_zeros((), dtype=torch.float64) for _ in range(2))
+    grad_x, grad_y = (t.new_zeros((t.shape[0] if derive else 0, t.shape[1])) for t in (rounded_x, rounded_y))
+    total, grad_bias = (x.new_zeros((), dtype=torch.float64) for _ in range(2))
     for block in row_blocks(x.shape[0], y.shape[0]):
         S = similarity(block, rounded_x, rounded_y, scale, exclude) + bias
         total -= F.logsigmoid(-S).sum(dtype=torch.float64)  # F.softplus is linear above 20
         if derive:
             weight = S.sigmoid_()
-            dbias += weight.sum(dtype=torch.float64)
+            grad_bias += weight.sum(dtype=torch.float64)
             weight = round_weights(weight, precision)
-            dx[block] = weight @ rounded_y
-            dy.addmm_(weight.T, rounded_x[block])
-    dscale = (dx * x).sum(dtype=torch.float64) if derive else torch.zeros_like(dbias)
-    return total.to(dtype), dx.mul_(scale), dy.mul_(scale), dscale.to(scale.dtype), dbias.to(bias.dtype)
+            grad_x[block] = weight @ rounded_y
+            grad_y.addmm_(weight.T, rounded_x[block])
+    grad_scale = (grad_x * x).sum(dtype=torch.float64) if derive else torch.zeros_like(grad_bias)
+    return total.to(dtype), grad_x.mul_(scale), grad_y.mul_(scale), grad_scale.to(scale.dtype), grad_bias.to(bias.dtype)
 
 
-def _similarity_softplus_backward_fake(
+def _backward(
     grad_total: Tensor,
     x: Tensor,
     y: Tensor,
     scale: Tensor,
     bias: Tensor,
-    exclude: Tensor | None,
-    dx: Tensor,
-    dy: Tensor,
-    dscale: Tensor,
-    dbias: Tensor,
-    precision: str,
+    kept_x: Tensor,
+    kept_y: Tensor,
+    kept_scale: Tensor,
+    kept_bias: Tensor,
+    exclude: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    return x.new_empty(x.shape), y.new_empty(y.shape), scale.new_empty(()), bias.new_empty(())
-
-
-def _similarity_softplus_backward_portable(
-    grad_total: Tensor,
-    x: Tensor,
-    y: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    exclude: Tensor | None,
-    dx: Tensor,
-    dy: Tensor,
-    dscale: Tensor,
-    dbias: Tensor,
-    precision: str,
-) -> tuple[Tensor, ...]:
-    gradients = zip((dx, dy, dscale, dbias), (x, y, scale, bias), strict=True)
-    return tuple((grad_total * gradient).to(t.dtype) for gradient, t in gradients)
-
-
-def _similarity_softplus_setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    x, y, scale, bias, exclude, _, ctx.precision = inputs
-    ctx.save_for_backward(x, y, scale, bias, exclude, *output[1:])
-    ctx.mark_non_differentiable(*output[1:])
-
-
-def _similarity_softplus_backward(ctx: Any, backward_op: Any, grad_total: Tensor, *_: Tensor) -> tuple:
-    return *backward_op(grad_total, *ctx.saved_tensors, ctx.precision), None, None, None
-
-
-def _similarity_softplus_backward_setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    ctx.save_for_backward(*inputs[:6])
-
-
-def _backward_op(name: str, share: Callable[..., Tensor]) -> Op:
-    """The backward operation of `name`, which multiplies its gradients, and has a second derivative: `share`, of a
-    block of rows in the total, (rows, x, y, scale, bias, exclude) -> 0-d."""
-
-    def double_backward(ctx: Any, _: None, *directions: Tensor) -> tuple:
-        grad_total, *point, exclude = ctx.saved_tensors
-
-        def total(block: slice, cotangents: Sequence[Tensor], point: Sequence[Tensor]) -> Tensor:
-            return cotangents[0] * share(block, *point, exclude)
-
-        blocks = row_blocks(point[0].shape[0], point[1].shape[0])
-        gradients = second_derivative(total, blocks, [grad_total], point, directions, accumulate_dtype(point[0].dtype))
-        return *gradients, None, None, None, None, None, None
-
-    return Op(
-        f"{name}_backward(Tensor grad_total, Tensor x, Tensor y, Tensor scale, Tensor bias, Tensor? exclude,"
-        " Tensor dx, Tensor dy, Tensor dscale, Tensor dbias, str precision)"
-        " -> (Tensor grad_x, Tensor grad_y, Tensor grad_scale, Tensor grad_bias)",
-        fake=_similarity_softplus_backward_fake,
-        portable=_similarity_softplus_backward_portable,
-        setup_context=_similarity_softplus_backward_setup_context,
-        backward=double_backward,
-    )
+    """Of both operations: the forward pass has taken the gradients."""
+    pairs = zip((kept_x, kept_y, kept_scale, kept_bias), (x, y, scale, bias), strict=True)
+    return tuple((grad_total * kept).to(t.dtype) for kept, t in pairs)
 
 
 def _similarity_softplus_share(
-    block: slice, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, exclude: Tensor | None
+    rows: slice, grad_total: Tensor, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, exclude: Tensor | None
 ) -> Tensor:
-    return -F.logsigmoid(-similarity(block, x, y, scale, exclude) - bias).sum()
+    return -grad_total * F.logsigmoid(-similarity(rows, x, y, scale, exclude) - bias).sum()
 
 
 similarity_softplus = Op(
     "similarity_softplus(Tensor x, Tensor y, Tensor scale, Tensor bias, Tensor? exclude, bool derive, str precision)"
-    " -> (Tensor total, Tensor dx, Tensor dy, Tensor dscale, Tensor dbias)",
+    " -> (Tensor total, Tensor kept_x, Tensor kept_y, Tensor kept_scale, Tensor kept_bias)",
+    backward="(Tensor grad_total, Tensor x, Tensor y, Tensor scale, Tensor bias, Tensor kept_x, Tensor kept_y,"
+    " Tensor kept_scale, Tensor kept_bias, Tensor? exclude)"
+    " -> (Tensor grad_x, Tensor grad_y, Tensor grad_scale, Tensor grad_bias)",
     fake=_similarity_softplus_fake,
-    portable=_similarity_softplus_portable,
-    setup_context=_similarity_softplus_setup_context,
-    backward=_similarity_softplus_backward,
-    backward_op=_backward_op("similarity_softplus", _similarity_softplus_share),
-    cuda=triton_launcher("sigmoid", "similarity_softplus"),
+    portable=(_similarity_softplus_portable, _backward),
+    share=_similarity_softplus_share,
+    blocks=pair_blocks,
+    cuda=(triton_launcher("sigmoid", "similarity_softplus"), None),
 )
 
 
@@ -160,41 +107,33 @@ def _siglip_loss(
     precision: str,
 ) -> tuple[Tensor, ...]:
     own = torch.arange(x.shape[0], device=x.device)
-    total, dx, dy, dscale, dbias = softplus(x, y, scale, bias, own, derive, precision)
+    total, grad_x, grad_y, grad_scale, grad_bias = softplus(x, y, scale, bias, own, derive, precision)
     wide_x, wide_y = x.to(total.dtype), y.to(total.dtype)
     aligned = torch.linalg.vecdot(wide_x, wide_y)
     opposite = -(aligned * scale + bias)
     total = total - F.logsigmoid(-opposite).sum()
     if derive:
         weight = -opposite.sigmoid()
-        dscale, dbias = dscale + (weight * aligned).sum(), dbias + weight.sum()
+        grad_scale, grad_bias = grad_scale + (weight * aligned).sum(), grad_bias + weight.sum()
         weight = (weight * scale)[:, None]
-        dx, dy = dx + weight * wide_y, dy + weight * wide_x
-    return total, dx, dy, dscale.to(scale.dtype), dbias.to(bias.dtype)
+        grad_x, grad_y = grad_x + weight * wide_y, grad_y + weight * wide_x
+    return total, grad_x, grad_y, grad_scale.to(scale.dtype), grad_bias.to(bias.dtype)
 
 
-def _siglip_loss_setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    *tensors, derive, precision = inputs
-    _similarity_softplus_setup_context(ctx, (*tensors, None, derive, precision), output)
-
-
-def _siglip_loss_derivative(ctx: Any, backward_op: Any, grad_total: Tensor, *_: Tensor) -> tuple:
-    return _similarity_softplus_backward(ctx, backward_op, grad_total)[:-1]
-
-
-def _siglip_loss_share(block: slice, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, exclude: None) -> Tensor:
+def _siglip_loss_share(rows: slice, grad_total: Tensor, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     own = torch.arange(x.shape[0], device=x.device)
-    positives = -F.logsigmoid(torch.linalg.vecdot(x[block], y[block]) * scale + bias).sum()
-    return _similarity_softplus_share(block, x, y, scale, bias, own) + positives
+    positives = F.logsigmoid(torch.linalg.vecdot(x[rows], y[rows]) * scale + bias).sum()
+    return _similarity_softplus_share(rows, grad_total, x, y, scale, bias, own) - grad_total * positives
 
 
 siglip_loss = Op(
     "siglip_loss(Tensor x, Tensor y, Tensor scale, Tensor bias, bool derive, str precision)"
-    " -> (Tensor total, Tensor dx, Tensor dy, Tensor dscale, Tensor dbias)",
+    " -> (Tensor total, Tensor kept_x, Tensor kept_y, Tensor kept_scale, Tensor kept_bias)",
+    backward="(Tensor grad_total, Tensor x, Tensor y, Tensor scale, Tensor bias, Tensor kept_x, Tensor kept_y,"
+    " Tensor kept_scale, Tensor kept_bias) -> (Tensor grad_x, Tensor grad_y, Tensor grad_scale, Tensor grad_bias)",
     fake=_siglip_loss_fake,
-    portable=partial(_siglip_loss, _similarity_softplus_portable),
-    setup_context=_siglip_loss_setup_context,
-    backward=_siglip_loss_derivative,
-    backward_op=_backward_op("siglip_loss", _siglip_loss_share),
-    cuda=partial(_siglip_loss, torch.ops.fastssl.similarity_softplus),
+    portable=(partial(_siglip_loss, _similarity_softplus_portable), _backward),
+    share=_siglip_loss_share,
+    blocks=pair_blocks,
+    cuda=(partial(_siglip_loss, torch.ops.fastssl.similarity_softplus), None),
 )

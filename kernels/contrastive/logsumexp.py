@@ -26,7 +26,7 @@ from fastssl.kernels.contrastive.sums import totals_and_shifts
 def similarity_logsumexp(
     x: Tensor, y: Tensor, scale: Tensor, exclude: Tensor | None, weigh: bool, precision: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(total, shift, weighted) of `fastssl::similarity_logsumexp` for CUDA tensors; see fastssl/ops/contrastive.py."""
+    """(total, shift, weighted) of `fastssl::similarity_logsumexp` for CUDA tensors; see fastssl/ops/contrastive/."""
     (rows, dim), columns = x.shape, y.shape[0]
     if rows == 0 or columns == 0:
         return *(x.new_zeros(rows, dtype=torch.float32) for _ in range(2)), x.new_zeros(
@@ -55,7 +55,7 @@ def similarity_logsumexp_backward(
     needs_y: bool,
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dy, dscale) of `fastssl::similarity_logsumexp_backward` for CUDA tensors; see fastssl/ops/contrastive.py."""
+    """`fastssl::similarity_logsumexp_backward` for CUDA tensors; see fastssl/ops/contrastive/."""
     dx = ((grad_total * scale)[:, None] * weighted).to(x.dtype)
     along = (weighted * x).sum(1, dtype=torch.float64)
     dscale = (grad_total * along).sum().to(scale.dtype)
@@ -75,7 +75,7 @@ def similarity_logsumexp_backward(
 def pair_logsumexp(
     x: Tensor, y: Tensor, scale: Tensor, exclude: Tensor | None, precision: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Totals and shifts of `fastssl::pair_logsumexp` for CUDA tensors; see fastssl/ops/contrastive.py."""
+    """Totals and shifts of `fastssl::pair_logsumexp` for CUDA tensors; see fastssl/ops/contrastive/."""
     rows, columns = x.shape[0], y.shape[0]
     if rows == 0 or columns == 0:
         return tuple(x.new_zeros(count, dtype=torch.float32) for count in (rows, rows, columns, columns))
@@ -105,7 +105,7 @@ def pair_logsumexp_backward(
     column_shift: Tensor,
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dy, dscale) of `fastssl::pair_logsumexp_backward` for CUDA tensors; see fastssl/ops/contrastive.py."""
+    """`fastssl::pair_logsumexp_backward` for CUDA tensors; see fastssl/ops/contrastive/."""
     rows, columns = x.shape[0], y.shape[0]
     if rows == 0 or columns == 0:
         return x.new_zeros(x.shape), y.new_zeros(y.shape), scale.new_zeros(())
@@ -129,7 +129,7 @@ def pair_logsumexp_backward(
 
 
 def self_logsumexp(z: Tensor, scale: Tensor, precision: str) -> tuple[Tensor, Tensor]:
-    """(total, shift) of `fastssl::self_logsumexp` for CUDA tensors; see fastssl/ops/contrastive.py."""
+    """(total, shift) of `fastssl::self_logsumexp` for CUDA tensors; see fastssl/ops/contrastive/."""
     rows = z.shape[0]
     if rows == 0:
         return tuple(z.new_zeros(0, dtype=torch.float32) for _ in range(2))
@@ -141,7 +141,7 @@ def self_logsumexp(z: Tensor, scale: Tensor, precision: str) -> tuple[Tensor, Te
 def self_logsumexp_backward(
     grad_total: Tensor, z: Tensor, scale: Tensor, shift: Tensor, precision: str
 ) -> tuple[Tensor, Tensor]:
-    """(dz, dscale) of `fastssl::self_logsumexp_backward` for CUDA tensors; see fastssl/ops/contrastive.py."""
+    """(grad_z, grad_scale) of `fastssl::self_logsumexp_backward` for CUDA tensors; see fastssl/ops/contrastive/."""
     rows = z.shape[0]
     if rows == 0:
         return z.new_zeros(z.shape), scale.new_zeros(())

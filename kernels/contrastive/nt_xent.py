@@ -105,7 +105,7 @@ def _project(
 
 
 def nt_xent(z1: Tensor, z2: Tensor, scale: Tensor, normalize: bool, precision: str) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, shift, total) of `fastssl::nt_xent` for CUDA tensors; see fastssl/ops/contrastive.py."""
+    """(loss, shift, total) of `fastssl::nt_xent` for CUDA tensors; see fastssl/ops/contrastive/."""
     rows = 2 * z1.shape[0]
     loss = z1.new_empty(rows, dtype=torch.float32)
     if rows == 0:
@@ -126,7 +126,7 @@ def nt_xent_backward(
     normalize: bool,
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dz1, dz2, dscale) of `fastssl::nt_xent_backward` for CUDA tensors; see fastssl/ops/contrastive.py."""
+    """(grad_z1, grad_z2, grad_scale) of `fastssl::nt_xent_backward` for CUDA tensors; see fastssl/ops/contrastive/."""
     batch, dim = z1.shape
     dz1, dz2 = z1.new_empty(z1.shape), z2.new_empty(z2.shape)
     if batch == 0:

@@ -98,7 +98,7 @@ def barlow_twins_backward(
     dual: bool,
     precision: str,
 ) -> tuple[Tensor, Tensor]:
-    """(dz_a, dz_b) of `fastssl::barlow_twins_backward` for CUDA tensors; see fastssl/ops/correlation.py."""
+    """(grad_z_a, grad_z_b) of `fastssl::barlow_twins_backward` for CUDA tensors; see fastssl/ops/correlation.py."""
     if not dual:
         return (grad_loss * kept_a).to(z_a.dtype), (grad_loss * kept_b).to(z_b.dtype)
     views, rows = (z_a, z_b), z_a.shape[0]

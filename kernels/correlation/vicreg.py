@@ -147,7 +147,7 @@ def vicreg_backward(
     dual: bool,
     precision: str,
 ) -> tuple[Tensor, Tensor]:
-    """(dz_a, dz_b) of `fastssl::vicreg_backward` for CUDA tensors; see fastssl/ops/correlation.py."""
+    """(grad_z_a, grad_z_b) of `fastssl::vicreg_backward` for CUDA tensors; see fastssl/ops/correlation.py."""
     options = lambda_param, mu_param / 2, nu_param, eps, unbiased, dual, precision
     return tuple(_vicreg_backward(grad_loss, (z_a, z_b), (kept_a, kept_b), *options))
 
@@ -172,5 +172,5 @@ def variance_covariance_backward(
     dual: bool,
     precision: str,
 ) -> Tensor:
-    """dz of `fastssl::variance_covariance_backward` for CUDA tensors; see fastssl/ops/correlation.py."""
+    """grad_z of `fastssl::variance_covariance_backward` for CUDA tensors; see fastssl/ops/correlation.py."""
     return _vicreg_backward(grad_loss, (z,), (kept,), 0.0, mu_param, nu_param, eps, unbiased, dual, precision)[0]

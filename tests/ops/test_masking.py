@@ -399,7 +399,7 @@ def test_opcheck(suffix):
         "gather_tokens": (leaf, ids),
         "scatter_tokens": (leaf[:, :3], ids, 6, feature),
         "restore_tokens": (leaf[:, :2], restore, feature, leaf[0, :4]),
-        "restore_tokens_backward": (leaf[:, :4], restore, 2, True),
+        "restore_tokens_backward": (leaf[:, :4], restore, [2, 2, 4], True),
     }.items():
         torch.library.opcheck(getattr(ops, name + suffix).default, args)
 
@@ -544,6 +544,7 @@ def test_kernels_refuse_what_does_not_fit(name, args, match):
 
 
 def test_a_gradient_of_another_length_is_refused():
+    grad, ids = torch.ones(1, 2, 3), torch.zeros(1, 100, dtype=torch.int64)
     for name in ("restore_tokens_backward", "restore_tokens_backward_portable"):
         with pytest.raises((ValueError, RuntimeError)):
-            getattr(torch.ops.fastssl, name)(torch.ones(1, 2, 3), torch.zeros(1, 100, dtype=torch.int64), 1, True)
+            getattr(torch.ops.fastssl, name)(grad, ids, [1, 1, 3], True)

@@ -99,10 +99,14 @@ def test_autograd_is_the_portable_variants(spec, some):
     results = []
     for name in (spec.op, f"{spec.op}_portable"):
         arguments = [x.detach() if isinstance(x, torch.Tensor) else x for x in spec.op_args(sample)]
-        leaves = [x.requires_grad_() for x in arguments if isinstance(x, torch.Tensor) and x.is_floating_point()][some]
+        schema, backward = (getattr(torch.ops.fastssl, n).default._schema for n in (spec.op, f"{spec.op}_backward"))
+        gradients = {result.name for result in backward.returns}
+        named = zip((argument.name for argument in schema.arguments), arguments, strict=True)
+        leaves = [x.requires_grad_() for n, x in named if f"grad_{n}" in gradients][some]
         for x in (x for x in arguments if isinstance(x, torch.Tensor) and all(x is not y for y in leaves)):
             x.requires_grad_(False)
         outputs = getattr(torch.ops.fastssl, name)(*arguments)
+        outputs = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
         differentiable = [x.requires_grad for x in outputs]
         assert any(differentiable) == bool(leaves)
         value = sum((i + 1) * x.where(x > 0, 1).log().sum() for i, x in enumerate(outputs) if x.requires_grad)
@@ -115,6 +119,15 @@ def test_autograd_is_the_portable_variants(spec, some):
 def test_import_brings_no_inputs_of_tests():
     code = "import sys, fastssl.nn, fastssl.optim; print([m for m in sys.modules if 'samples' in m])"
     assert python("-c", code) == "[]"
+
+
+@needs_library
+def test_autograd_knows_every_operation_with_a_backward_operation():
+    names = {n.removeprefix("fastssl::") for n in torch._C._dispatch_get_all_op_names() if n.startswith("fastssl::")}
+    expected = {name for name in names if f"{name}_backward" in names}
+    assert "nt_xent" in expected
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    assert {name for name in names if has_kernel(f"fastssl::{name}", "AutogradCPU")} == expected
 
 
 def test_import_leaves_the_compiler_alone():

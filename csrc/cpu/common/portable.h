@@ -1,20 +1,70 @@
-// The portable variants of operations, in PyTorch's own operations.
+// The portable variants of operations, in PyTorch's own operations, which compute what kernels here do not.
 #pragma once
 
+#include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/library.h>
 
+#include <string>
 #include <type_traits>
 #include <utility>
 
 namespace fastssl {
 
-// What float64 calls: the portable variant `name` of the operation whose kernel here is F.
+// Whether one of the first `Operands` tensors is float64.
+template <int Operands, typename First, typename... Rest>
+bool is_double(const First& first, const Rest&... rest) {
+  constexpr bool is_tensor = std::is_same_v<First, at::Tensor>;
+  if constexpr (is_tensor)
+    if (first.scalar_type() == at::kDouble) return true;
+  constexpr int kLeft = Operands - is_tensor;
+  if constexpr (kLeft > 0 && sizeof...(Rest) > 0) return is_double<kLeft>(rest...);
+  return false;
+}
+
+template <auto F>
+struct Kernel;
+
+// F as the kernel of an operation on the CPU.
+template <typename Result, typename... Args, Result (*F)(Args...)>
+struct Kernel<F> {
+  inline static const char* name = nullptr;  // no string: that would be made anew after `implement` had set it
+
+  static Result portable(Args... args) {
+    static const auto op = c10::Dispatcher::singleton()
+        .findSchemaOrThrow(portable_name().c_str(), "")
+        .template typed<Result(Args...)>();
+    return op.call(args...);
+  }
+
+  // As fastssl/ops/_op.py has it.
+  static std::string portable_name() {
+    const std::string full = std::string("fastssl::") + name;
+    return full + (full.ends_with('_') ? "portable_" : "_portable");
+  }
+
+  template <int Operands>
+  static Result call(Args... args) {
+    return is_double<Operands>(args...) ? portable(args...) : F(args...);
+  }
+};
+
+// What F computes, by the portable variant of its operation.
 template <auto F, typename... Args>
-auto portable(const char* name, Args&&... args) {
-  static const auto op = c10::Dispatcher::singleton()
-      .findSchemaOrThrow(name, "")
-      .template typed<std::remove_pointer_t<decltype(F)>>();
-  return op.call(std::forward<Args>(args)...);
+auto portable(Args&&... args) {
+  return Kernel<F>::portable(std::forward<Args>(args)...);
+}
+
+// Makes F the kernel of the operation `name`, which hands on to the portable variant where one of the first
+// `Operands` tensors is float64. With 0 F itself decides.
+template <auto F, int Operands = 1>
+void implement(torch::Library& library, const char* name) {
+  Kernel<F>::name = name;
+  if constexpr (Operands > 0) {
+    library.impl(name, &Kernel<F>::template call<Operands>);
+  } else {
+    library.impl(name, F);
+  }
 }
 
 }  // namespace fastssl

@@ -21,8 +21,6 @@ Softplus cross_entropy(float total, float shift, float p) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> clip_loss(const Tensor& x_, const Tensor& y_,
                                                                      const Tensor& scale, c10::string_view precision) {
-  if (x_.scalar_type() == at::kDouble)
-    return portable<&clip_loss>("fastssl::clip_loss_portable", x_, y_, scale, precision);
   check_pairs("image_features and text_features", x_, y_, scale);
   const Engine engine(precision);
   const int threads = threads_for(x_.size(0), y_.size(0), x_.size(1));
@@ -48,9 +46,6 @@ std::tuple<Tensor, Tensor, Tensor> clip_loss_backward(const Tensor& grad_loss, c
                                                       const Tensor& row_total, const Tensor& row_shift,
                                                       const Tensor& column_total, const Tensor& column_shift,
                                                       c10::string_view precision) {
-  if (x_.scalar_type() == at::kDouble)
-    return portable<&clip_loss_backward>("fastssl::clip_loss_backward_portable", grad_loss, x_, y_, scale, positive,
-                                         row_total, row_shift, column_total, column_shift, precision);
   check_pairs("image_features and text_features", x_, y_, scale);
   check_vectors("grad_loss, positive, totals and shifts", x_.size(0),
                 {grad_loss, positive, row_total, row_shift, column_total, column_shift});
@@ -79,8 +74,8 @@ std::tuple<Tensor, Tensor, Tensor> clip_loss_backward(const Tensor& grad_loss, c
 }
 
 TORCH_LIBRARY_IMPL(fastssl, CPU, m) {
-  m.impl("clip_loss", &clip_loss);
-  m.impl("clip_loss_backward", &clip_loss_backward);
+  implement<&clip_loss>(m, "clip_loss");
+  implement<&clip_loss_backward>(m, "clip_loss_backward");
 }
 
 }  // namespace

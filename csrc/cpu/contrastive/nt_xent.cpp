@@ -31,8 +31,6 @@ void each_positive(const Side& z, int64_t I, int64_t J, const F& f) {
 
 std::tuple<Tensor, Tensor, Tensor> nt_xent(const Tensor& z1, const Tensor& z2, const Tensor& scale, bool normalize,
                                            c10::string_view precision) {
-  if (z1.scalar_type() == at::kDouble)
-    return portable<&nt_xent>("fastssl::nt_xent_portable", z1, z2, scale, normalize, precision);
   check_pairs("z1 and z2", z1, z2, scale);
   const int64_t count = 2 * z1.size(0);
   const Engine engine(precision);
@@ -68,9 +66,6 @@ std::tuple<Tensor, Tensor, Tensor> nt_xent(const Tensor& z1, const Tensor& z2, c
 std::tuple<Tensor, Tensor, Tensor> nt_xent_backward(const Tensor& grad_loss, const Tensor& z1, const Tensor& z2,
                                                     const Tensor& scale, const Tensor& shift, const Tensor& total,
                                                     bool normalize, c10::string_view precision) {
-  if (z1.scalar_type() == at::kDouble)
-    return portable<&nt_xent_backward>("fastssl::nt_xent_backward_portable", grad_loss, z1, z2, scale, shift, total,
-                    normalize, precision);
   check_pairs("z1 and z2", z1, z2, scale);
   const int64_t count = 2 * z1.size(0);
   check_vectors("grad_loss, shift and total", count, {grad_loss, shift, total});
@@ -124,8 +119,8 @@ std::tuple<Tensor, Tensor, Tensor> nt_xent_backward(const Tensor& grad_loss, con
 }
 
 TORCH_LIBRARY_IMPL(fastssl, CPU, m) {
-  m.impl("nt_xent", &nt_xent);
-  m.impl("nt_xent_backward", &nt_xent_backward);
+  implement<&nt_xent>(m, "nt_xent");
+  implement<&nt_xent_backward>(m, "nt_xent_backward");
 }
 
 }  // namespace

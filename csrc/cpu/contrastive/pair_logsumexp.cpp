@@ -12,8 +12,6 @@ namespace {
 std::tuple<Tensor, Tensor, Tensor, Tensor> pair_logsumexp(const Tensor& x_, const Tensor& y_, const Tensor& scale,
                                                           const std::optional<Tensor>& exclude_,
                                                           c10::string_view precision) {
-  if (x_.scalar_type() == at::kDouble)
-    return portable<&pair_logsumexp>("fastssl::pair_logsumexp_portable", x_, y_, scale, exclude_, precision);
   check_sides("x and y", x_, y_, scale);
   const Tensor exclude = checked_exclude(exclude_, x_);
   const Engine engine(precision);
@@ -30,10 +28,6 @@ std::tuple<Tensor, Tensor, Tensor> pair_logsumexp_backward(const Tensor& grad_ro
                                                            const std::optional<Tensor>& exclude_,
                                                            const Tensor& row_shift, const Tensor& column_shift,
                                                            c10::string_view precision) {
-  if (x_.scalar_type() == at::kDouble)
-    return portable<&pair_logsumexp_backward>("fastssl::pair_logsumexp_backward_portable", grad_row_total,
-                                              grad_column_total, x_, y_, scale, exclude_, row_shift, column_shift,
-                                              precision);
   check_sides("x and y", x_, y_, scale);
   check_vectors("grad_row_total and row_shift", x_.size(0), {grad_row_total, row_shift});
   check_vectors("grad_column_total and column_shift", y_.size(0), {grad_column_total, column_shift});
@@ -47,8 +41,8 @@ std::tuple<Tensor, Tensor, Tensor> pair_logsumexp_backward(const Tensor& grad_ro
 }
 
 TORCH_LIBRARY_IMPL(fastssl, CPU, m) {
-  m.impl("pair_logsumexp", &pair_logsumexp);
-  m.impl("pair_logsumexp_backward", &pair_logsumexp_backward);
+  implement<&pair_logsumexp>(m, "pair_logsumexp");
+  implement<&pair_logsumexp_backward>(m, "pair_logsumexp_backward");
 }
 
 }  // namespace

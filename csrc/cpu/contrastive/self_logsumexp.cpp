@@ -9,8 +9,6 @@ namespace fastssl {
 namespace {
 
 std::tuple<Tensor, Tensor> self_logsumexp(const Tensor& z_, const Tensor& scale, c10::string_view precision) {
-  if (z_.scalar_type() == at::kDouble)
-    return portable<&self_logsumexp>("fastssl::self_logsumexp_portable", z_, scale, precision);
   check_sides("z and z", z_, z_, scale);
   const Engine engine(precision);
   const Side z(z_, kRows | kColumns, engine, threads_for(z_.size(0), z_.size(0), z_.size(1)));
@@ -22,9 +20,6 @@ std::tuple<Tensor, Tensor> self_logsumexp(const Tensor& z_, const Tensor& scale,
 
 std::tuple<Tensor, Tensor> self_logsumexp_backward(const Tensor& grad_total, const Tensor& z_, const Tensor& scale,
                                                    const Tensor& shift, c10::string_view precision) {
-  if (z_.scalar_type() == at::kDouble)
-    return portable<&self_logsumexp_backward>("fastssl::self_logsumexp_backward_portable", grad_total, z_, scale, shift,
-                    precision);
   check_sides("z and z", z_, z_, scale);
   check_vectors("grad_total and shift", z_.size(0), {grad_total, shift});
   const Engine engine(precision);
@@ -34,8 +29,8 @@ std::tuple<Tensor, Tensor> self_logsumexp_backward(const Tensor& grad_total, con
 }
 
 TORCH_LIBRARY_IMPL(fastssl, CPU, m) {
-  m.impl("self_logsumexp", &self_logsumexp);
-  m.impl("self_logsumexp_backward", &self_logsumexp_backward);
+  implement<&self_logsumexp>(m, "self_logsumexp");
+  implement<&self_logsumexp_backward>(m, "self_logsumexp_backward");
 }
 
 }  // namespace

@@ -19,9 +19,6 @@ namespace {
 std::tuple<Tensor, Tensor, Tensor> similarity_logsumexp(const Tensor& x_, const Tensor& y_, const Tensor& scale,
                                                         const std::optional<Tensor>& exclude_, bool weigh,
                                                         c10::string_view precision) {
-  if (x_.scalar_type() == at::kDouble)
-    return portable<&similarity_logsumexp>("fastssl::similarity_logsumexp_portable", x_, y_, scale, exclude_, weigh,
-                    precision);
   check_sides("x and y", x_, y_, scale);
   const Tensor exclude = checked_exclude(exclude_, x_);
   const Engine engine(precision);
@@ -93,9 +90,6 @@ std::tuple<Tensor, Tensor, Tensor> similarity_logsumexp_backward(
     const Tensor& grad_total, const Tensor& x_, const Tensor& y_, const Tensor& scale,
     const std::optional<Tensor>& exclude_, const Tensor& shift, const Tensor& weighted_, bool needs_y,
     c10::string_view precision) {
-  if (x_.scalar_type() == at::kDouble)
-    return portable<&similarity_logsumexp_backward>("fastssl::similarity_logsumexp_backward_portable", grad_total, x_,
-                    y_, scale, exclude_, shift, weighted_, needs_y, precision);
   check_sides("x and y", x_, y_, scale);
   check_vectors("grad_total and shift", x_.size(0), {grad_total, shift});
   TORCH_CHECK_VALUE(weighted_.scalar_type() == at::kFloat && weighted_.sizes() == x_.sizes(),
@@ -129,8 +123,8 @@ std::tuple<Tensor, Tensor, Tensor> similarity_logsumexp_backward(
 }
 
 TORCH_LIBRARY_IMPL(fastssl, CPU, m) {
-  m.impl("similarity_logsumexp", &similarity_logsumexp);
-  m.impl("similarity_logsumexp_backward", &similarity_logsumexp_backward);
+  implement<&similarity_logsumexp>(m, "similarity_logsumexp");
+  implement<&similarity_logsumexp_backward>(m, "similarity_logsumexp_backward");
 }
 
 }  // namespace

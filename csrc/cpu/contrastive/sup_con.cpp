@@ -58,8 +58,6 @@ void check_labels(const Tensor& labels, const Tensor& z) {
 
 std::tuple<Tensor, Tensor, Tensor> sup_con(const Tensor& z_, const Tensor& labels, const Tensor& scale, bool normalize,
                                            c10::string_view precision) {
-  if (z_.scalar_type() == at::kDouble)
-    return portable<&sup_con>("fastssl::sup_con_portable", z_, labels, scale, normalize, precision);
   check_sides("features and features", z_, z_, scale);
   check_labels(labels, z_);
   const Engine engine(precision);
@@ -92,9 +90,6 @@ std::tuple<Tensor, Tensor, Tensor> sup_con(const Tensor& z_, const Tensor& label
 std::tuple<Tensor, Tensor> sup_con_backward(const Tensor& grad_loss, const Tensor& z_, const Tensor& labels,
                                             const Tensor& scale, const Tensor& shift, const Tensor& total,
                                             bool normalize, c10::string_view precision) {
-  if (z_.scalar_type() == at::kDouble)
-    return portable<&sup_con_backward>("fastssl::sup_con_backward_portable", grad_loss, z_, labels, scale, shift,
-                                       total, normalize, precision);
   check_sides("features and features", z_, z_, scale);
   check_labels(labels, z_);
   check_vectors("grad_loss, shift and total", z_.size(0), {grad_loss, shift, total});
@@ -135,8 +130,8 @@ std::tuple<Tensor, Tensor> sup_con_backward(const Tensor& grad_loss, const Tenso
 }
 
 TORCH_LIBRARY_IMPL(fastssl, CPU, m) {
-  m.impl("sup_con", &sup_con);
-  m.impl("sup_con_backward", &sup_con_backward);
+  implement<&sup_con>(m, "sup_con");
+  implement<&sup_con_backward>(m, "sup_con_backward");
 }
 
 }  // namespace

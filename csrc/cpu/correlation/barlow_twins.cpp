@@ -14,9 +14,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> barlow_twins(const Tensor& z_
                                                                 double invariance_param, double lambda_param,
                                                                 double eps, bool unbiased, bool dual, bool derive,
                                                                 c10::string_view precision) {
-  if (z_a.scalar_type() == at::kDouble)
-    return portable<&barlow_twins>("fastssl::barlow_twins_portable", z_a, z_b, invariance_param, lambda_param, eps,
-                                   unbiased, dual, derive, precision);
   const Views views({z_a, z_b}, true, eps, unbiased);
   const Result r = correlation::forward({views, invariance_param, 0, lambda_param}, dual, derive, precision);
   return {scalar(r.loss), scalar(r.invariance), scalar(r.off), r.kept[0], r.kept[1]};
@@ -26,17 +23,14 @@ std::tuple<Tensor, Tensor> barlow_twins_backward(const Tensor& grad_loss, const 
                                                  const Tensor& kept_a, const Tensor& kept_b, double invariance_param,
                                                  double lambda_param, double eps, bool unbiased, bool dual,
                                                  c10::string_view precision) {
-  if (z_a.scalar_type() == at::kDouble)
-    return portable<&barlow_twins_backward>("fastssl::barlow_twins_backward_portable", grad_loss, z_a, z_b, kept_a,
-                                            kept_b, invariance_param, lambda_param, eps, unbiased, dual, precision);
   const Views views({z_a, z_b}, true, eps, unbiased);
   const auto dz = correlation::backward({views, invariance_param, 0, lambda_param}, grad_loss, {kept_a, kept_b}, dual, precision);
   return {dz[0], dz[1]};
 }
 
 TORCH_LIBRARY_IMPL(fastssl, CPU, m) {
-  m.impl("barlow_twins", &barlow_twins);
-  m.impl("barlow_twins_backward", &barlow_twins_backward);
+  implement<&barlow_twins>(m, "barlow_twins");
+  implement<&barlow_twins_backward>(m, "barlow_twins_backward");
 }
 
 }  // namespace

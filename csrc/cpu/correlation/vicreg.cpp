@@ -14,9 +14,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> vicreg(const Tensor& 
                                                                   double lambda_param, double mu_param,
                                                                   double nu_param, double eps, bool unbiased, bool dual,
                                                                   bool derive, c10::string_view precision) {
-  if (z_a.scalar_type() == at::kDouble)
-    return portable<&vicreg>("fastssl::vicreg_portable", z_a, z_b, lambda_param, mu_param, nu_param, eps, unbiased,
-                             dual, derive, precision);
   const Views views({z_a, z_b}, false, eps, unbiased);
   const Result r = correlation::forward({views, lambda_param, mu_param, nu_param}, dual, derive, precision);
   return {scalar(r.loss), scalar(r.invariance), scalar(r.variance), scalar(r.off), r.kept[0], r.kept[1]};
@@ -26,9 +23,6 @@ std::tuple<Tensor, Tensor> vicreg_backward(const Tensor& grad_loss, const Tensor
                                            const Tensor& kept_a, const Tensor& kept_b, double lambda_param,
                                            double mu_param, double nu_param, double eps, bool unbiased, bool dual,
                                            c10::string_view precision) {
-  if (z_a.scalar_type() == at::kDouble)
-    return portable<&vicreg_backward>("fastssl::vicreg_backward_portable", grad_loss, z_a, z_b, kept_a, kept_b,
-                                      lambda_param, mu_param, nu_param, eps, unbiased, dual, precision);
   const Views views({z_a, z_b}, false, eps, unbiased);
   const auto dz = correlation::backward({views, lambda_param, mu_param, nu_param}, grad_loss, {kept_a, kept_b}, dual, precision);
   return {dz[0], dz[1]};
@@ -37,9 +31,6 @@ std::tuple<Tensor, Tensor> vicreg_backward(const Tensor& grad_loss, const Tensor
 std::tuple<Tensor, Tensor, Tensor, Tensor> variance_covariance(const Tensor& z, double mu_param, double nu_param,
                                                                double eps, bool unbiased, bool dual, bool derive,
                                                                c10::string_view precision) {
-  if (z.scalar_type() == at::kDouble)
-    return portable<&variance_covariance>("fastssl::variance_covariance_portable", z, mu_param, nu_param, eps, unbiased,
-                                          dual, derive, precision);
   const Views views({z}, false, eps, unbiased);
   const Result r = correlation::forward({views, 0, mu_param, nu_param}, dual, derive, precision);
   return {scalar(r.loss), scalar(r.variance), scalar(r.off), r.kept[0]};
@@ -48,18 +39,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> variance_covariance(const Tensor& z, 
 Tensor variance_covariance_backward(const Tensor& grad_loss, const Tensor& z, const Tensor& kept, double mu_param,
                                     double nu_param, double eps, bool unbiased, bool dual,
                                     c10::string_view precision) {
-  if (z.scalar_type() == at::kDouble)
-    return portable<&variance_covariance_backward>("fastssl::variance_covariance_backward_portable", grad_loss, z, kept,
-                                                   mu_param, nu_param, eps, unbiased, dual, precision);
   const Views views({z}, false, eps, unbiased);
   return correlation::backward({views, 0, mu_param, nu_param}, grad_loss, {kept}, dual, precision)[0];
 }
 
 TORCH_LIBRARY_IMPL(fastssl, CPU, m) {
-  m.impl("vicreg", &vicreg);
-  m.impl("vicreg_backward", &vicreg_backward);
-  m.impl("variance_covariance", &variance_covariance);
-  m.impl("variance_covariance_backward", &variance_covariance_backward);
+  implement<&vicreg>(m, "vicreg");
+  implement<&vicreg_backward>(m, "vicreg_backward");
+  implement<&variance_covariance>(m, "variance_covariance");
+  implement<&variance_covariance_backward>(m, "variance_covariance_backward");
 }
 
 }  // namespace

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastssl.ops._op import Op
-from fastssl.ops._portable import row_blocks, second_derivative, similarity
+from fastssl.ops._portable import pair_blocks, similarity
 from fastssl.ops._precision import accumulate_dtype
-from fastssl.ops.contrastive.pair_logsumexp import pair_logsumexp_backward_portable, pair_logsumexp_portable
+from fastssl.ops.contrastive.pair_logsumexp import pair_logsumexp_portable, pair_logsumexp_portable_backward
 
 
 def _margin(total: Tensor, shift: Tensor, positive: Tensor) -> Tensor:
@@ -21,11 +21,11 @@ def _margin(total: Tensor, shift: Tensor, positive: Tensor) -> Tensor:
     return total.log() + (shift - positive)
 
 
-def _clip_loss_fake(x: Tensor, y: Tensor, scale: Tensor, precision: str) -> tuple[Tensor, ...]:
+def _fake(x: Tensor, y: Tensor, scale: Tensor, precision: str) -> tuple[Tensor, ...]:
     return tuple(x.new_empty(x.shape[0], dtype=accumulate_dtype(x.dtype)) for _ in range(6))
 
 
-def _clip_loss(pair: Callable[..., Any], x: Tensor, y: Tensor, scale: Tensor, precision: str) -> tuple[Tensor, ...]:
+def _forward(pair: Callable[..., Any], x: Tensor, y: Tensor, scale: Tensor, precision: str) -> tuple[Tensor, ...]:
     dtype, own = accumulate_dtype(x.dtype), torch.arange(x.shape[0], device=x.device)
     positive = torch.linalg.vecdot(x.to(dtype), y.to(dtype)) * scale
     sums = pair(x, y, scale, own, precision)
@@ -34,22 +34,7 @@ def _clip_loss(pair: Callable[..., Any], x: Tensor, y: Tensor, scale: Tensor, pr
     return loss, positive, *sums
 
 
-def _clip_loss_backward_fake(
-    grad_loss: Tensor,
-    x: Tensor,
-    y: Tensor,
-    scale: Tensor,
-    positive: Tensor,
-    row_total: Tensor,
-    row_shift: Tensor,
-    column_total: Tensor,
-    column_shift: Tensor,
-    precision: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), y.new_empty(y.shape), scale.new_empty(())
-
-
-def _clip_loss_backward(
+def _backward(
     pair_backward: Callable[..., Any],
     grad_loss: Tensor,
     x: Tensor,
@@ -69,61 +54,33 @@ def _clip_loss_backward(
         grad_totals.append((slopes[-1] / total).where(total != 0, 0))
     # In the dtype of sums, where the positives' terms are still to be added.
     wide_x, wide_y = x.to(dtype), y.to(dtype)
-    dx, dy, dscale = pair_backward(*grad_totals, wide_x, wide_y, scale, own, row_shift, column_shift, precision)
+    grad_x, grad_y, grad_scale = pair_backward(
+        *grad_totals, wide_x, wide_y, scale, own, row_shift, column_shift, precision
+    )
     weight = -(slopes[0] + slopes[1])
-    dscale = dscale + (weight * torch.linalg.vecdot(wide_x, wide_y)).sum()
+    grad_scale = grad_scale + (weight * torch.linalg.vecdot(wide_x, wide_y)).sum()
     weight = (weight * scale)[:, None]
-    return (dx + weight * wide_y).to(x.dtype), (dy + weight * wide_x).to(y.dtype), dscale
+    return (grad_x + weight * wide_y).to(x.dtype), (grad_y + weight * wide_x).to(y.dtype), grad_scale
 
 
-def _clip_loss_setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.precision = inputs
-    ctx.save_for_backward(*tensors, *output[1:])
-    ctx.mark_non_differentiable(*output[1:])
+def _share(rows: slice, grad_loss: Tensor, x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+    target = torch.arange(x.shape[0], device=x.device)[rows]
+    sides = [similarity(rows, a, b, scale, None) for a, b in ((x, y), (y, x))]
+    losses = [S.logsumexp(1) - S.gather(1, target[:, None]).squeeze(1) for S in sides]
+    return (grad_loss[rows] * (losses[0] + losses[1]) / 2).sum()
 
-
-def _clip_loss_derivative(ctx: Any, backward_op: Any, grad_loss: Tensor, *_: Tensor) -> tuple:
-    return *backward_op(grad_loss, *ctx.saved_tensors, ctx.precision), None
-
-
-def _clip_loss_backward_setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    ctx.save_for_backward(*inputs[:4])
-
-
-def _clip_loss_double_backward(ctx: Any, _: None, *directions: Tensor) -> tuple:
-    grad_loss, *point = ctx.saved_tensors
-    count = grad_loss.shape[0]
-
-    def loss(block: slice, cotangents: Sequence[Tensor], point: Sequence[Tensor]) -> Tensor:
-        x, y, scale = point
-        target = torch.arange(count, device=x.device)[block]
-        sides = [similarity(block, a, b, scale, None) for a, b in ((x, y), (y, x))]
-        losses = [S.logsumexp(1) - S.gather(1, target[:, None]).squeeze(1) for S in sides]
-        return (cotangents[0][block] * (losses[0] + losses[1]) / 2).sum()
-
-    dtype = accumulate_dtype(point[0].dtype)
-    gradients = second_derivative(loss, row_blocks(count, count), [grad_loss], point, directions, dtype)
-    return *gradients, None, None, None, None, None, None
-
-
-_clip_loss_backward_op = Op(
-    "clip_loss_backward(Tensor grad_loss, Tensor x, Tensor y, Tensor scale, Tensor positive, Tensor row_total,"
-    " Tensor row_shift, Tensor column_total, Tensor column_shift, str precision)"
-    " -> (Tensor grad_x, Tensor grad_y, Tensor grad_scale)",
-    fake=_clip_loss_backward_fake,
-    portable=partial(_clip_loss_backward, pair_logsumexp_backward_portable),
-    setup_context=_clip_loss_backward_setup_context,
-    backward=_clip_loss_double_backward,
-    cuda=partial(_clip_loss_backward, torch.ops.fastssl.pair_logsumexp_backward),
-)
 
 clip_loss = Op(
     "clip_loss(Tensor x, Tensor y, Tensor scale, str precision) -> (Tensor loss, Tensor positive, Tensor row_total,"
     " Tensor row_shift, Tensor column_total, Tensor column_shift)",
-    fake=_clip_loss_fake,
-    portable=partial(_clip_loss, pair_logsumexp_portable),
-    setup_context=_clip_loss_setup_context,
-    backward=_clip_loss_derivative,
-    backward_op=_clip_loss_backward_op,
-    cuda=partial(_clip_loss, torch.ops.fastssl.pair_logsumexp),
+    backward="(Tensor grad_loss, Tensor x, Tensor y, Tensor scale, Tensor positive, Tensor row_total, Tensor row_shift,"
+    " Tensor column_total, Tensor column_shift, str precision) -> (Tensor grad_x, Tensor grad_y, Tensor grad_scale)",
+    fake=_fake,
+    portable=(partial(_forward, pair_logsumexp_portable), partial(_backward, pair_logsumexp_portable_backward)),
+    share=_share,
+    blocks=pair_blocks,
+    cuda=(
+        partial(_forward, torch.ops.fastssl.pair_logsumexp),
+        partial(_backward, torch.ops.fastssl.pair_logsumexp_backward),
+    ),
 )

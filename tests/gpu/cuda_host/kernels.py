@@ -116,11 +116,11 @@ def test_restore(shape):
             args = x, ids, mask_token, positions
             assert torch.equal(cuda.restore_tokens(*args), portable.restore_tokens_portable(*args))
         for positions in (False, True):
-            args = grad, ids, keep, positions
+            args = grad, ids, [batch, keep, dim], positions
             _assert_as_accurate("restore_tokens_backward", *args)
         if length > 1:  # a token that several places show, and one that none does
             ids[:, 0] = ids[:, 1]
-            args = grad, ids, keep, True
+            args = grad, ids, [batch, keep, dim], True
             _assert_as_accurate("restore_tokens_backward", *args)
 
 
@@ -128,7 +128,7 @@ def test_gradients_of_many_samples_are_summed_in_parts():
     for batch in (32, 33, 97):
         grad, ids = torch.randn(batch, 9, 12), _permutations(batch, 9)
         for positions in (False, True):
-            args = grad, ids, 4, positions
+            args = grad, ids, [batch, 4, 12], positions
             _assert_as_accurate("restore_tokens_backward", *args)
 
 
@@ -141,7 +141,7 @@ def test_gradients_of_many_samples_are_summed_in_parts():
         lambda: cuda.scatter_tokens(X, IDS + 5, 5, X[0, 0]),
         lambda: cuda.scatter_tokens(X, IDS - 1, 5, X[0, 0]),
         lambda: cuda.restore_tokens(X, IDS - 1, X[0, 0], None),
-        lambda: cuda.restore_tokens_backward(X, IDS - 1, 3, True),
+        lambda: cuda.restore_tokens_backward(X, IDS - 1, [2, 3, 3], True),
         lambda: cuda.gather_patches(torch.ones(2, 3, 8, 8), IDS + 4, [4, 4]),
         lambda: cuda.scatter_patches(torch.ones(2, 4, 48), IDS - 1, [2, 3, 8, 8], [4, 4]),
     ],
@@ -170,7 +170,8 @@ X, IDS = torch.randn(2, 4, 3), torch.zeros(2, 4, dtype=torch.int64)
         (lambda: cuda.scatter_tokens(X.long(), IDS, 5, X[0, 0]), "tokens must be of 16, 32 or 64 bits.*got Long"),
         (lambda: cuda.restore_tokens(X, IDS, X[0], None), "mask_token must have one element"),
         (lambda: cuda.restore_tokens(X, IDS, X[0, 0], X), r"pos_embed must have one row.*\[2, 4, 3\]"),
-        (lambda: cuda.restore_tokens_backward(X, IDS, -1, True), "keep must be from 0 to 2.30, got -1"),
+        (lambda: cuda.restore_tokens_backward(X, IDS, [2, -1, 3], True), "from 0 to 2.30 tokens, got -1"),
+        (lambda: cuda.restore_tokens_backward(X, IDS, [2, 3], True), r"size_x_visible must be \[2, K, 3\], got"),
     ],
 )
 def test_bad_input(call, match):
@@ -396,7 +397,7 @@ IMAGES, PRED, MASK = torch.randn(2, 3, 8, 8), torch.randn(2, 4, 48), torch.ones(
         (lambda: cuda.masked_patch_loss(PRED, IMAGES, MASK.float(), [4, 4], "none"), "mask must be boolean.*Float"),
         (
             lambda: cuda.masked_patch_loss_backward(PRED[0], PRED, IMAGES, MASK, [4, 4], "none"),
-            "grad must have mask's shape",
+            "grad_losses must have mask's shape",
         ),
         (lambda: cuda.masked_feature_loss(PRED, PRED[..., 1:], MASK, "mse", 0.0), "the same shape"),
         (lambda: cuda.masked_feature_loss(PRED, PRED, MASK, "l1", 0.0), "loss must be .*got 'l1'"),

@@ -1,0 +1,183 @@
+"""The derivative of an operation, from the names in its signature and in that of its backward pass.
+
+The arguments of the backward operation are called
+
+    grad_<output>   the gradient of an output; outputs of which there is none are not differentiable
+    needs_<input>   whether that input needs its gradient. If not, the values of the input are not read, and may have
+                    changed since the forward pass; what is returned for it is empty, of no rows
+    size_<input>    the shape of an input, which for that alone need not be kept
+    others          the input or the output of that name
+
+and it returns grad_<input> of some inputs, each of that input's shape and dtype (autograd rounds a wider one). What
+follows from that is said here for Python, and in csrc/cpu/autograd.cpp for C++.
+
+The second derivative is the derivative of the backward operation. With L = sum <grad_output, output> over the outputs,
+that operation returns L's derivatives by the inputs. Their product with directions u is L's derivative along u, to be
+derived in turn by the inputs and by grad_<output>. L itself is a sum over rows, `share`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastssl.ops._portable import second_derivative
+
+Function = Callable[..., Any]
+Formula = tuple[Function, Function]  # setup_context and backward, as torch.library.register_autograd takes them
+
+
+class Derivative:
+    """Of the operation `forward` with the backward operation `backward`, both schemas.
+
+    Raises:
+        ValueError: if a name is none of those above.
+    """
+
+    def __init__(self, forward: str, backward: str) -> None:
+        self.backward = backward
+        forward_schema, backward_schema = (
+            torch._C.parse_schema(f"fastssl::{schema}") for schema in (forward, backward)
+        )
+        inputs = [argument.name for argument in forward_schema.arguments]
+        outputs = [output.name for output in forward_schema.returns]
+        if len({*inputs, *outputs}) < len(inputs) + len(outputs):
+            raise ValueError(f"inputs and outputs must have names that differ, got {forward}")
+        self._inputs, self._outputs = inputs, outputs
+        self._arguments = [argument.name for argument in backward_schema.arguments]
+        self._tensors = {a.name for a in backward_schema.arguments if a.type.isSubtypeOf(_OPTIONAL_TENSOR)}
+        # Of the inputs that have gradients, and of the outputs.
+        self._point = [_stripped("grad_", result.name, inputs, backward) for result in backward_schema.returns]
+        self._cotangents = [name for name in self._arguments if name.startswith("grad_")]
+        self._differentiable = [_stripped("grad_", name, outputs, backward) for name in self._cotangents]
+        # How the formula comes by each argument: with what it is called, what it was told of, or what was kept of it.
+        self._kept, needs = [], {name for name in self._arguments if name.startswith("needs_")}
+        for name in self._arguments:
+            if name.startswith("needs_"):
+                _stripped("needs_", name, self._point, backward)
+            elif name not in self._cotangents:
+                self._kept.append(name)
+                if name not in {*inputs, *outputs}:
+                    _stripped("size_", name, inputs, backward)
+        self._unread = {name for name in self._kept if f"needs_{name}" in needs}
+
+    def fake(self, *arguments: Any) -> Any:
+        """What the backward operation returns for fake inputs."""
+        values = dict(zip(self._arguments, arguments, strict=True))
+        gradients = []
+        for name in self._point:
+            like = values[name]
+            unneeded = not values.get(f"needs_{name}", True)
+            gradients.append(like.new_empty((0, *like.shape[1:]) if unneeded else like.shape))
+        return tuple(gradients) if len(gradients) > 1 else gradients[0]
+
+    def first(self, backward_op: Function) -> Formula:
+        """The derivative of the operation. It calls `backward_op`."""
+        saved_names = [name for name in self._kept if name in self._tensors and name not in self._unread]
+        other_names = [name for name in self._kept if name not in saved_names]
+
+        def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
+            outputs = output if isinstance(output, (tuple, list)) else (output,)
+            values = dict(zip((*self._inputs, *self._outputs), (*inputs, *outputs), strict=True))
+            ctx.save_for_backward(*(values[name] for name in saved_names))
+            ctx.others = [
+                values[name] if name in values else values[name.removeprefix("size_")].shape for name in other_names
+            ]
+            # save_for_backward would refuse to go on once a tensor has been overwritten, even if nobody reads it.
+            ctx.versions = {name: _version_of(values[name]) for name in self._unread}
+            ctx.mark_non_differentiable(*(values[name] for name in self._outputs if name not in self._differentiable))
+
+        def formula(ctx: Any, *grads: Tensor) -> tuple:
+            needs = dict(zip(self._inputs, ctx.needs_input_grad, strict=True))
+            values = dict(zip(other_names, ctx.others, strict=True))
+            for name, version in ctx.versions.items():
+                _check_version(name, values[name], version, needs[name])
+            values.update(zip(saved_names, ctx.saved_tensors, strict=True))
+            values.update(zip((f"grad_{name}" for name in self._outputs), grads, strict=True))
+            values.update((f"needs_{name}", needs[name]) for name in self._point)
+            results = backward_op(*(values[name] for name in self._arguments))
+            results = results if isinstance(results, (tuple, list)) else (results,)
+            gradients = dict(zip(self._point, results, strict=True))
+            return tuple(gradients[name] if needs[name] and name in gradients else None for name in self._inputs)
+
+        return setup_context, formula
+
+    def second(self, share: Function, blocks: Function | None) -> Formula:
+        """The derivative of the backward operation. `share` and `blocks` are those of `Op`."""
+        share_names, block_names = list(inspect.signature(share).parameters)[1:], []
+        if blocks is not None:
+            block_names = list(inspect.signature(blocks).parameters)
+        used = {*share_names, *block_names, *self._cotangents, *self._point}
+        tensor_names = [name for name in self._arguments if name in used and name in self._tensors]
+        other_names = [name for name in self._arguments if name not in self._tensors]
+
+        def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
+            values = dict(zip(self._arguments, inputs, strict=True))
+            ctx.save_for_backward(*(values[name] for name in tensor_names))
+            ctx.others = [values[name] for name in other_names]
+
+        def formula(ctx: Any, *directions: Tensor) -> tuple:
+            values = dict(zip((*tensor_names, *other_names), (*ctx.saved_tensors, *ctx.others), strict=True))
+            cotangents, point = ([values[name] for name in names] for names in (self._cotangents, self._point))
+            needed = [values.get(f"needs_{name}", True) for name in self._point]
+            directions = [u if n else torch.zeros_like(x) for u, n, x in zip(directions, needed, point, strict=True)]
+
+            def sum_of(rows: slice, cotangents: Sequence[Tensor], point: Sequence[Tensor]) -> Tensor:
+                given = dict(zip((*self._cotangents, *self._point), (*cotangents, *point), strict=True))
+                return share(rows, *(given.get(name, values.get(name)) for name in share_names))
+
+            slices = [slice(None)] if blocks is None else blocks(*(values[name] for name in block_names))
+            gradients = second_derivative(sum_of, slices, cotangents, point, directions, cotangents[0].dtype)
+            by_name = dict(zip((*self._cotangents, *self._point), gradients, strict=True))
+            return tuple(map(by_name.get, self._arguments))
+
+        return setup_context, formula
+
+    def of_linear(self, op: Function) -> Formula:
+        """The derivative of the backward operation of `op`, which is linear: `op` of the directions."""
+        names = [name for name in self._kept if name in self._inputs]
+
+        def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
+            values = dict(zip(self._arguments, inputs, strict=True))
+            ctx.save_for_backward(*(values[name] for name in names))
+            ctx.needs = [values.get(f"needs_{name}", True) for name in self._point]
+
+        def formula(ctx: Any, *directions: Tensor) -> tuple:
+            values = dict(zip(names, ctx.saved_tensors, strict=True))
+            along = (
+                (name, u if needed else None)
+                for name, u, needed in zip(self._point, directions, ctx.needs, strict=True)
+            )
+            values.update(along)
+            result = op(*(values[name] for name in self._inputs))
+            return tuple(result if name in self._cotangents else None for name in self._arguments)
+
+        return setup_context, formula
+
+
+_OPTIONAL_TENSOR = torch.OptionalType(torch.TensorType.get())
+
+
+def _stripped(prefix: str, name: str, names: Sequence[str], schema: str) -> str:
+    """`name` without `prefix`, one of `names`."""
+    stripped = name.removeprefix(prefix)
+    if not name.startswith(prefix) or stripped not in names:
+        raise ValueError(f"{name} must be {prefix}<name> of one of {', '.join(names)}, in {schema}")
+    return stripped
+
+
+def _version_of(x: Tensor) -> int:
+    return 0 if x.is_inference() else x._version
+
+
+def _check_version(name: str, x: Tensor, version: int, needed: bool) -> None:
+    if (needed or torch.is_grad_enabled()) and _version_of(x) != version:
+        what = "its gradient" if needed else "a second derivative"
+        raise RuntimeError(
+            f"{name} was modified in place after the forward pass, and {what} needs its values:"
+            f" it is at version {_version_of(x)}, expected {version}"
+        )
