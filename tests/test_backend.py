@@ -10,26 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fastssl
 from fastssl.functional import nt_xent
 from fastssl.ops import current_backend
-
-
-class Recorder(TorchDispatchMode):
-    """Which operations of fastssl ran: their names."""
-
-    def __enter__(self) -> set[str]:
-        self.names: set[str] = set()
-        super().__enter__()
-        return self.names
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        if op.namespace == "fastssl":
-            self.names.add(op._schema.name.removeprefix("fastssl::"))
-        return op(*args, **(kwargs or {}))
+from tests.recorder import Recorder
 
 
 def _pair() -> tuple[Tensor, Tensor]:

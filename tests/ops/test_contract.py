@@ -9,11 +9,11 @@ from importlib.util import find_spec
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastssl
 from fastssl.functional import gather_tokens, masked_patch_loss, nt_xent, patch_embed, restore_tokens, scatter_tokens
 from fastssl.ops._derivative import Derivative
+from tests.recorder import Recorder
 
 FORWARD = "f(Tensor x, Tensor? y, bool b) -> (Tensor z, Tensor w)"
 
@@ -66,20 +66,6 @@ def test_triton_launchers_take_the_arguments_of_their_operations(family):
             )
             operations += 1
     assert operations
-
-
-class Recorder(TorchDispatchMode):
-    """The names of the operations of fastssl that ran."""
-
-    def __enter__(self) -> set[str]:
-        self.names: set[str] = set()
-        super().__enter__()
-        return self.names
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        if op.namespace == "fastssl":
-            self.names.add(op._opname)
-        return op(*args, **(kwargs or {}))
 
 
 def _leaf(*shape: int) -> Tensor:
