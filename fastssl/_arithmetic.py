@@ -25,7 +25,10 @@ def as_tensor(number: float | Tensor, dtype: torch.dtype, device: torch.device |
 
 def as_scalar(scalar: float | Tensor, x: Tensor) -> Tensor:
     """On x's device, in the dtype of sums."""
-    return as_tensor(scalar, accumulate_dtype(x.dtype), x.device)
+    dtype = accumulate_dtype(x.dtype)
+    if isinstance(scalar, Tensor) or torch.compiler.is_compiling():
+        return as_tensor(scalar, dtype, x.device)
+    return x.new_full((), scalar, dtype=dtype)  # fake, if x is
 
 
 def inverse(temperature: float | Tensor, x: Tensor) -> Tensor:

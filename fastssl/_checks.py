@@ -42,11 +42,9 @@ def check_tensor(name: str, x: Tensor) -> None:
 
 def check_tensors(name: str, tensors: Iterable[Tensor]) -> list[Tensor]:
     """The tensors, as a list."""
-    try:
-        found = iter(tensors)
-    except TypeError:
-        raise TypeError(f"{name} must be a list of tensors, got {type(tensors).__name__}") from None
-    found = list(found)
+    if isinstance(tensors, Tensor) or not isinstance(tensors, Iterable):
+        raise TypeError(f"{name} must be a list of tensors, got {type(tensors).__name__}")
+    found = list(tensors)
     for i, x in enumerate(found):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name}[{i}] must be a Tensor, got {type(x).__name__}")
@@ -142,6 +140,14 @@ def check_ids(name: str, ids: Tensor, x: Tensor, name_x: str = "tokens") -> None
     if ids.dim() != 2 or ids.shape[0] != x.shape[0]:
         raise ValueError(f"{name} must have shape ({x.shape[0]}, K), a row for each sample, got {tuple(ids.shape)}")
     check_same_device(name, ids, name_x, x)
+
+
+def check_range(name: str, ids: Tensor, end: int | None = None) -> None:
+    """What kernels check by themselves, for the reference."""
+    wrong = (ids < 0) if end is None else (ids < 0) | (ids >= end)
+    if not ids.is_meta and wrong.any():
+        rule = "not be negative" if end is None else f"be from 0 to below {end}"
+        raise IndexError(f"{name} must {rule}, got {ids[wrong][0].item()}")
 
 
 def check_labels(labels: Tensor, x: Tensor, name: str) -> None:
@@ -288,6 +294,8 @@ def _number(name: str, number: float, what: str) -> float:
     number = _python_number(number)
     if not isinstance(number, (int, float, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{name} must be {what}, got {type(number).__name__}")
+    if isinstance(number, int) and not -1 << 63 <= number < 1 << 63:  # which PyTorch would not take
+        return float(number) if abs(number) < 1 << 1023 else math.inf
     return number
 
 
@@ -330,6 +338,6 @@ def check_device(device: torch.device | str | int | None) -> torch.device | None
     try:
         device = torch.device(device)
         torch.empty(0, device=device)
-    except (AssertionError, NotImplementedError, RuntimeError) as error:
+    except (AssertionError, NotImplementedError, OverflowError, RuntimeError, ValueError) as error:
         raise ValueError(f"device must be one that is there, got {device!r}: {error}") from error
     return device

@@ -12,8 +12,10 @@ from fastssl._arithmetic import as_scalar
 from fastssl._checks import (
     check_device,
     check_generator,
+    check_holds,
     check_ids,
     check_number,
+    check_range,
     check_rows,
     check_same_device,
     check_share,
@@ -290,7 +292,9 @@ def gather_tokens(x: Tensor, ids: Tensor) -> Tensor:
         IndexError: on the CPU, if one of ids is below 0 or above L - 1. On CUDA an assertion stops the process.
     """
     check_rows("x", x, "(B, L, D)", 3)
-    check_ids("ids", ids, x)
+    check_ids("ids", ids, x, "x")
+    if current_backend() == "reference":
+        check_range("ids", ids, x.shape[1])
     return _implementation("gather_tokens")(x, ids)
 
 
@@ -318,6 +322,8 @@ def scatter_tokens(tokens: Tensor, ids: Tensor, length: int, fill: float | Tenso
         raise ValueError(f"ids must have shape {tuple(tokens.shape[:2])}, one for each token, got {tuple(ids.shape)}")
     length = check_size("length", length)
     fill = _feature_row("fill", fill, tokens)
+    if current_backend() == "reference":
+        check_range("ids", ids, length)
     return _implementation("scatter_tokens")(tokens, ids, length, fill)
 
 
@@ -343,7 +349,9 @@ def restore_tokens(
         IndexError: on the CPU, if one of ids_restore is negative. On CUDA an assertion stops the process.
     """
     check_rows("x_visible", x_visible, "(B, L_keep, D)", 3)
-    check_ids("ids_restore", ids_restore, x_visible)
+    check_ids("ids_restore", ids_restore, x_visible, "x_visible")
+    if current_backend() == "reference":
+        check_range("ids_restore", ids_restore)
     length, dim = ids_restore.shape[1], x_visible.shape[2]
     mask_token = _feature_row("mask_token", mask_token, x_visible)
     if pos_embed is not None:
@@ -364,7 +372,9 @@ def _feature_row(name: str, value: float | Tensor, tokens: Tensor) -> Tensor:
     """(D,), from a number or a tensor of D elements."""
     dim = tokens.shape[2]
     if name == "fill" and not isinstance(value, Tensor):
-        return as_scalar(check_number(name, value, "a Tensor or a number"), tokens).expand(dim)
+        value = check_number(name, value, "a Tensor or a number")
+        check_holds(name, value, value, tokens)
+        return as_scalar(value, tokens).expand(dim)
     _check_convertible(name, value, "tokens", tokens)
     if value.numel() != dim:
         raise ValueError(f"{name} must have {dim} elements, one for each feature, got shape {tuple(value.shape)}")

@@ -17,6 +17,7 @@ from fastssl._checks import (
     check_number,
     check_pair_of_sizes,
     check_positive,
+    check_range,
     check_reduction,
     check_rows,
     check_same_device,
@@ -190,6 +191,7 @@ def patch_embed(images: Tensor, weight: Tensor, bias: Tensor | None, ids_keep: T
         ids_keep = torch.arange(length, device=images.device).expand(images.shape[0], length)
     check_ids("ids_keep", ids_keep, images, "images")
     if current_backend() == "reference":
+        check_range("ids_keep", ids_keep, math.prod(patches.grid_of(images.shape, patch)))
         return reference.patches.patch_embed(images, weight, bias, ids_keep)
     return F.linear(patches.gather_patches(images, ids_keep, patch), weight.flatten(1), bias)
 

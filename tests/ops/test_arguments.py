@@ -17,9 +17,13 @@ import fastssl
 from fastssl.functional import (
     dcl,
     ema_update_,
+    gather_tokens,
     info_nce,
     nt_xent,
+    patch_embed,
     random_masking_ids,
+    restore_tokens,
+    scatter_tokens,
     siglip_loss,
     similarity_logsumexp,
     topk_similarity,
@@ -39,6 +43,7 @@ from tests.accuracy import (
     weighted_error,
 )
 
+IDS = torch.arange(8)[None]
 KINDS = ("5x64", "33x16", "5x7x64", "labels", "queue", "paired and batch", "symmetric", "2x3x8x12", "2x3x5, mse")
 
 
@@ -194,7 +199,7 @@ def test_tensors_of_one_element_are_scalars(name, argument, shape):
         (lambda z: nt_xent(z, z, temperature=torch.ones(1).to_sparse()), ValueError, "temperature .* dense tensor"),
         (lambda z: nt_xent(z, z, temperature=torch.ones((), device="meta")), ValueError, "temperature and .* meta"),
         (lambda z: siglip_loss(z, z, 1e300), ValueError, r"logit_scale must be finite in torch.float32, got 1e\+300"),
-        (lambda z: siglip_loss(z, z, 1.0, 10**400), ValueError, "logit_bias must be finite in torch.float32, got 1000"),
+        (lambda z: siglip_loss(z, z, 1.0, 10**400), ValueError, "logit_bias must be finite, got inf"),
         (lambda z: uniformity(z, t=3e38), ValueError, r"2 t must be finite in torch.float32, got 3e\+38"),
         (lambda z: nt_xent(z, z, normalize=1), TypeError, "normalize must be True or False, got 1"),
         (lambda z: vicreg(z, z, unbiased=2), TypeError, "unbiased must be True or False, got 2"),
@@ -207,6 +212,10 @@ def test_tensors_of_one_element_are_scalars(name, argument, shape):
         (lambda z: random_masking_ids(2, 8, 0.5, device=torch.float32), TypeError, "device must be .*float32"),
         (lambda z: random_masking_ids(2, 8, 0.5, device="nowhere"), ValueError, "device must be .*got 'nowhere'"),
         (lambda z: random_masking_ids(2, 8, 0.5, generator=0), TypeError, "generator must be .*got int"),
+        (lambda z: siglip_loss(z, z, 10**30, 10**39), ValueError, "logit_bias must be finite in torch.float32"),
+        (lambda z: scatter_tokens(z[None], IDS, 8, 1e300), ValueError, r"fill must be finite in torch.float32"),
+        (lambda z: random_masking_ids(2, 8, 0.5, device=10**30), ValueError, "device must be"),
+        (lambda z: ema_update_(z, z, 0.9), TypeError, "targets must be a list of tensors, got Tensor"),
         (lambda z: ema_update_([z], None, 0.9), TypeError, "sources must be a list of tensors, got NoneType"),
     ],
 )  # fmt: skip
@@ -242,3 +251,26 @@ def test_a_fake_pair_is_taken():
     with FakeTensorMode():
         loss = nt_xent(torch.randn(8, 16), torch.randn(8, 16))
     assert loss.shape == ()
+
+
+@pytest.mark.parametrize("chosen", ["auto", "portable", "reference"])
+@pytest.mark.parametrize("wrong", [-1, 8])
+def test_ids_out_of_range(chosen, wrong):
+    tokens, ids = torch.randn(1, 8, 4), torch.where(IDS == 3, wrong, IDS)
+    images, weight = torch.randn(1, 3, 4, 8), torch.randn(5, 3, 2, 2)
+    calls = {
+        "ids must be from 0 to below 8": lambda: gather_tokens(tokens, ids),
+        "ids must be from 0 to below 8, ": lambda: scatter_tokens(tokens, ids, 8),
+        "ids.* must be from 0 to below 8": lambda: patch_embed(images, weight, None, ids),
+    }
+    if wrong < 0:
+        calls["ids_restore must not be negative"] = lambda: restore_tokens(tokens[:, :4], ids, tokens[0, 0])
+    with fastssl.use_backend(chosen):
+        for message, call in calls.items():
+            with pytest.raises(IndexError, match=f"{message}.*got {wrong}"):
+                call()
+
+
+def test_fake_tensors_are_taken_outside_of_their_mode():
+    z = FakeTensorMode().from_tensor(torch.randn(8, 16))
+    assert nt_xent(z, z).shape == uniformity(z).shape == ()
