@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import shlex
 import sys
-import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -167,7 +166,6 @@ def _arguments() -> Any:
 
 def main() -> None:
     args = _arguments()
-    warnings.filterwarnings("ignore", module="sklearn")  # that the probe stops after 200 iterations
     args.output.mkdir(parents=True, exist_ok=True)
     console = Console(stderr=True)
     command = f"OMP_NUM_THREADS={torch.get_num_threads()} {PROGRAM} {shlex.join(sys.argv[1:])}"

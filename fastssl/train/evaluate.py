@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
@@ -57,10 +59,13 @@ def knn_accuracy(train: Tensor, test: Tensor, train_labels: Tensor, test_labels:
 
 
 def probe_accuracy(train: Tensor, test: Tensor, train_labels: Tensor, test_labels: Tensor) -> float:
-    """Share of test rows that a linear classifier labels rightly, a logistic regression on standardised features."""
+    """Share of test rows that a linear classifier labels correctly, a logistic regression on standardised features."""
     mean, std = train.mean(0), train.std(0).clamp_min(1e-6)
     train, test = (((x - mean) / std).numpy() for x in (train, test))
-    classifier = LogisticRegression(max_iter=200, tol=1e-3).fit(train, train_labels.numpy())
+    classifier = LogisticRegression(max_iter=200, tol=1e-3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # 200 iterations are meant to be the limit
+        classifier.fit(train, train_labels.numpy())
     return float(classifier.score(test, test_labels.numpy()))
 
 

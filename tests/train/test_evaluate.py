@@ -2,6 +2,7 @@
 
 import io
 import math
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -12,9 +13,10 @@ pytest.importorskip("rich")
 pytest.importorskip("sklearn")
 
 from rich.console import Console
+from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
-from fastssl.train import Method, Run, Step, fit
+from fastssl.train import Method, Run, Step, evaluate, fit
 from fastssl.train.evaluate import Health, features, health, knn_accuracy, probe_accuracy
 from fastssl.train.loop import _report
 
@@ -50,6 +52,14 @@ def test_probe_finds_a_direction_that_neighbours_do_not():
     assert probe_accuracy(*parts) > 0.97 > 0.7 > knn_accuracy(*parts)
     x[:, 1] = 3  # a constant feature is no trouble
     assert probe_accuracy(*parts) > 0.97
+
+
+def test_a_probe_that_stops_early_says_nothing(monkeypatch):
+    monkeypatch.setattr(evaluate, "LogisticRegression", lambda **options: LogisticRegression(max_iter=1))
+    x, labels = clusters(300, 1.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        probe_accuracy(x, x, labels, labels)
 
 
 def test_features_are_those_of_evaluation_mode_and_means_of_tokens():
