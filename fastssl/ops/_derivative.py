@@ -2,11 +2,11 @@
 
 The arguments of the backward operation are called
 
-    grad_<output>   the gradient of an output; outputs of which there is none are not differentiable
-    needs_<input>   whether that input needs its gradient. If not, the values of the input are not read, and may have
+    grad_<output>   the gradient of an output; outputs without one are not differentiable needs_<input>   whether that
+    input needs its gradient. If not, the values of the input are not read, and may have
                     changed since the forward pass; what is returned for it is empty, of no rows
-    size_<input>    the shape of an input, which for that alone need not be kept
-    others          the input or the output of that name
+    size_<input>    the shape of an input, which need not be kept for its shape alone others          the input or the
+    output of that name
 
 and it returns grad_<input> of some inputs, each of that input's shape and dtype (autograd rounds a wider one). What
 follows from that is said here for Python, and in csrc/cpu/autograd.cpp for C++.
@@ -32,7 +32,7 @@ Formula = tuple[Function, Function]  # setup_context and backward, as torch.libr
 
 
 class Derivative:
-    """Of the operation `forward` with the backward operation `backward`, both schemas.
+    """The derivative of the operation `forward`, whose backward operation is `backward`; both are schemas.
 
     Raises:
         ValueError: if a name is none of those above.
@@ -54,7 +54,7 @@ class Derivative:
         self._point = [_stripped("grad_", result.name, inputs, backward) for result in backward_schema.returns]
         self._cotangents = [name for name in self._arguments if name.startswith("grad_")]
         self._differentiable = [_stripped("grad_", name, outputs, backward) for name in self._cotangents]
-        # How the formula comes by each argument: with what it is called, what it was told of, or what was kept of it.
+        # Where the formula gets each argument from: its own arguments, needs_input_grad, or what was kept.
         self._kept, needs = [], {name for name in self._arguments if name.startswith("needs_")}
         for name in self._arguments:
             if name.startswith("needs_"):

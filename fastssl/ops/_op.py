@@ -23,8 +23,8 @@ registered twice:
 
 What ran forward runs backward: each has a backward operation of its own kind. PyTorch's dispatcher picks the kernel.
 The C++ library adds its own under the key CPU when it is loaded (`fastssl/_native.py`), and hands float64 to the
-portable variant. It also adds, under AutogradCPU, the same derivative without Python (csrc/cpu/autograd.cpp). Whoever
-writes a kernel gives its arguments the names that they have here.
+portable variant. It also adds, under AutogradCPU, the same derivative without Python (csrc/cpu/autograd.cpp). A
+kernel's arguments have the names that they have here.
 
 What is not regular, and why:
 
@@ -32,9 +32,9 @@ What is not regular, and why:
 - `gather_tokens` and `scatter_tokens`, `gather_patches` and `scatter_patches` are each other's derivatives, and need no
   backward operations: their `derivative` is written by hand.
 - `restore_tokens` is linear: the derivative of its backward pass is the operation itself (`linear`). Its backward pass
-  reads sizes of inputs alone, lest they be kept, and so says itself what it returns for fake inputs.
-- `clip_loss`, `sup_con` and `siglip_loss` have no Triton kernels of their own, but code over those of another operation
-  (`cuda`). The backward passes of the sigmoid losses, which multiply by a number, have none either.
+  takes only the sizes of inputs, so that these need not be kept, and so has a fake of its own.
+- `clip_loss`, `sup_con` and `siglip_loss` have no Triton kernels of their own, but code that calls those of another
+  operation (`cuda`). The backward passes of the sigmoid losses, which multiply by a number, have none either.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ Function = Callable[..., Any]
 
 
 class Op:
-    """An operation registered with torch.library, in two variants, with what it has for a derivative.
+    """An operation registered with torch.library, in two variants, with its derivatives.
 
     Args:
         schema: its name and signature. A name that ends in "_" is that of an operation in place.
@@ -68,12 +68,12 @@ class Op:
         portable: the operation in plain PyTorch, for any device and floating dtype, in O(B D) memory; with `backward` a
             pair, of both passes.
         share: (rows, *arguments) -> 0-d, where `arguments` are some of `backward`'s, by their names: what these rows
-            add to the sum of <grad_output, output> over the outputs. From it come second derivatives.
+            add to the sum of <grad_output, output> over the outputs. Second derivatives are computed from it.
         blocks: (*arguments) -> slices of rows that `share` takes one at a time; None: all at once.
         linear: in place of `share`: the operation is linear in the inputs that have gradients.
         derivative: in place of `backward`: (setup_context, formula) as of a torch.autograd.Function, but that formula
             is (ctx, variant, *grads), `variant` the attribute of an Op that ran forward, "auto" or "portable".
-        triton: the file of fastssl.kernels that has the Triton launchers, of the names of the operation and of its
+        triton: the file of fastssl.kernels with the Triton launchers, which have the names of the operation and of its
             backward operation.
         cuda: in place of `triton`: code for CUDA tensors, or a pair as `portable`; None: the portable code.
     """
@@ -124,7 +124,7 @@ def _pair(x: Any) -> tuple[Any, Any]:
 
 
 def _nothing(*_: Any) -> None:
-    """What an operation in place returns."""
+    """The result of an operation in place."""
 
 
 def _call(op: Op, variant: str, *args: Any) -> Any:
@@ -173,7 +173,8 @@ def triton_launcher(family: str, name: str) -> Function | None:
 
 
 def _without_autocast(function: Function) -> Function:
-    """`function` with its products in the dtypes it asks for: what autocast wants came as the precision argument."""
+    """`function`, with its products in the dtypes it asks for: autocast's dtype is already in the precision
+    argument."""
 
     def run(*args: Any) -> Any:
         first = args[0]
@@ -188,8 +189,8 @@ def _without_autocast(function: Function) -> Function:
 def _differentiable(op: torch._ops.OpOverload, setup_context: Function, formula: Function) -> Function:
     """`op` with its derivative, callable under torch.func's transforms too.
 
-    torch.library's own autograd registration does not yet work under torch.func, which wants a
-    torch.autograd.Function; the same formula serves both.
+    torch.library's own autograd registration does not yet work under torch.func, which needs a torch.autograd.Function;
+    the same formula serves both.
     """
     torch.library.register_autograd(op._name, formula, setup_context=setup_context, lib=_library)
     function = type(

@@ -1,4 +1,4 @@
-"""What the portable code of several families shares: blocks of rows, similarities, second derivatives."""
+"""Shared by the portable code of several families: blocks of rows, similarities, second derivatives."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _BLOCK_ELEMENTS = 1 << 22  # of a matrix at a time: 16 MiB in float32
 
 
 def row_blocks(rows: int, columns: int) -> list[slice]:
-    """The rows of a matrix in blocks of bounded size; none of an empty matrix."""
+    """The rows of a matrix in blocks of bounded size; no blocks for an empty matrix."""
     step = max(1, _BLOCK_ELEMENTS // max(columns, 1))
     return [slice(start, min(start + step, rows)) for start in range(0, rows if columns else 0, step)]
 
@@ -40,7 +40,8 @@ def second_derivative(
 ) -> list[Tensor]:
     """The derivative of a first derivative: of <directions, dL/dpoint> by the cotangents, then by the point.
 
-    That product is the derivative of L along the directions, and L a sum over blocks of rows: one block at a time.
+    That product is the derivative of L along the directions. L is a sum over blocks of rows, which are taken one at a
+    time.
 
     Args:
         function: (rows, cotangents, point) -> the rows' share of L, a 0-d tensor linear in the cotangents.

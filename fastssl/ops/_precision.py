@@ -1,4 +1,4 @@
-"""In which precision an operation multiplies: PyTorch's own settings, read once, in the forward pass."""
+"""The precision in which an operation multiplies: PyTorch's own settings, read once, in the forward pass."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def round_operand(x: Tensor, precision: str) -> Tensor:
 
 
 def round_weights(weight: Tensor, precision: str) -> Tensor:
-    """`round_operand` of the weights of a sum, which may be smaller than float16 holds: relative to their largest."""
+    """`round_operand` for the weights of a sum, which may be too small for float16: relative to the largest of them."""
     if precision != "float16" or weight.numel() == 0:
         return round_operand(weight, precision)
     peak = weight.abs().amax()

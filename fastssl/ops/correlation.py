@@ -9,7 +9,8 @@ Of N rows of D features, with A and B the views' columns, centred and for Barlow
                    invariance = mean (z_a - z_b)^2
                    loss = lambda_param invariance + mu_param variance + nu_param covariance
 
-The sum over i != j is what costs. It is made in one of two ways, each in memory O(N D) (U = 2 N D min(N, D)):
+The sum over i != j is the expensive part. It is computed in one of two ways, each in memory O(N D) (U = 2 N D min(N,
+D)):
 
     dual     sum_ij (A^T B)_ij^2 = <A A^T, B B^T>, of N x N matrices, less the sum over the diagonal. Its derivative
              by A is 2 (B B^T) A, less that of the diagonal. The forward pass keeps the N x N matrices, and the backward
@@ -19,9 +20,9 @@ The sum over i != j is what costs. It is made in one of two ways, each in memory
              multiplies them by the gradient of the loss. 3 U for Barlow Twins, 4 U for VICReg, which has two such
              matrices, 3 U for kernels that make half of what is symmetric.
 
-Eager code makes 3 products of 2 N D^2, D / N times as much where N < D. dual is for 4 N <= 3 D: nearer to N = D the sum
-of all squares can be nearly all diagonal, and the difference of the two would lose its digits, as else it does only
-where few features vary.
+Eager code computes 3 products of 2 N D^2, D / N times as much where N < D. dual is used where 4 N <= 3 D: nearer to N =
+D the sum of all squares may consist almost entirely of the diagonal, and the difference of the two would lose its
+digits, as it otherwise does only where few features vary.
 
 The backward pass of the standardisation, with means over the rows (the last one over N - 1 rows where unbiased):
 
@@ -42,7 +43,7 @@ from fastssl.ops._precision import accumulate_dtype, round_operand, round_weight
 
 
 def center(z: Tensor) -> Tensor:
-    """z less the means of its columns, in the dtype of sums: exactly 0 where a column is constant."""
+    """z minus the means of its columns, in the dtype of sums: exactly 0 where a column is constant."""
     shifted = z.to(accumulate_dtype(z.dtype))
     shifted = shifted - shifted[:1]
     return shifted - shifted.mean(0)

@@ -2,8 +2,8 @@
 
     target = momentum target + (1 - momentum) source
 
-There is no derivative. `momentum` is a 0-d tensor: on the CPU its value is read, elsewhere nobody waits for it. `lr` is
-one, too, and on the CPU, like `steps`.
+There is no derivative. `momentum` is a 0-d tensor: on the CPU its value is read, on other devices nothing waits for it.
+So is `lr`, which is on the CPU, like `steps`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _BLOCK = 1 << 15  # elements
 
 
 def check_pairs(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    """What kernels check by themselves, lest every tensor be looked at in Python."""
+    """Checked by the kernels themselves, so that not every tensor is looked at in Python."""
     _check_lists({"targets": targets, "sources": sources}, ("targets",), "sources")
 
 
@@ -33,7 +33,7 @@ def check_parameters(
     ema_params: Sequence[Tensor],
     steps: Sequence[Tensor],
 ) -> None:
-    """What kernels check by themselves, too."""
+    """Checked by the kernels themselves, too."""
     alike = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
     if len(steps) != len(params):
         raise ValueError(f"params and steps must have the same length, got {len(params)} and {len(steps)}")
@@ -102,7 +102,7 @@ def _elements(x: Tensor) -> int:
 
 
 def _span(x: Tensor) -> tuple[int, int]:
-    """The addresses from its first to behind its last element."""
+    """The addresses from its first element to the end of its last."""
     return x.data_ptr(), x.data_ptr() + _elements(x) * x.element_size()
 
 

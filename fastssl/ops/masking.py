@@ -12,8 +12,9 @@ gather_tokens and scatter_tokens are each other's derivatives. They move memory 
 read once and written once.
 
 The hash is SplitMix64's: each position's number, times an odd constant, added to the seed, is mixed by shifts and
-multiplications. Its lowest bits give way to the position: numbers differ, and to sort them is to draw a permutation.
-Blocks are drawn one after another, as many as it takes: each sample hashes the numbers of a seed of its own.
+multiplications. Its lowest bits are replaced by the position: so all numbers differ, and sorting them draws a
+permutation. Blocks are drawn one after another, as many as it takes; each sample hashes the numbers of a seed of its
+own.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from fastssl.ops._op import Op
 _STEP, _MIX1, _MIX2 = (n - (1 << 64) for n in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
 
-ATTEMPTS = 10  # BEiT's: so many blocks in a row that do not fit end a sample's
+ATTEMPTS = 10  # as in BEiT: after so many blocks in a row that do not fit, a sample gets no more
 ASPECT_ONE = 1 << 16  # an aspect ratio of 1, of block_masking_ids
 
 

@@ -2,8 +2,8 @@
 
     keys[(position + i) mod size] = new_keys[i],  position = (position + B) mod size
 
-of the last `size` of B new keys. There is no derivative. `position` is 0-d int64: on the CPU its value is read,
-elsewhere nobody waits for it.
+of the last `size` of B new keys. There is no derivative. `position` is 0-d int64: on the CPU its value is read, on
+other devices nothing waits for it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,5 @@
-"""Patches of images, as masked autoencoders want them (MAE, arXiv:2111.06377; VideoMAE, arXiv:2203.12602), and losses
-on the features of masked patches (data2vec, arXiv:2202.03555; EVA, arXiv:2211.07636): schemas, derivatives, portable
-code.
+"""Patches of images, as masked autoencoders use them (MAE, arXiv:2111.06377; VideoMAE, arXiv:2203.12602), and losses on
+the features of masked patches (data2vec, arXiv:2202.03555; EVA, arXiv:2211.07636): schemas, derivatives, portable code.
 
 Images (B, C, H, W) are cut into L patches of sizes `patch` = [p, q], videos (B, C, T, H, W) of [t, p, q], numbered in
 row-major order. With x = pred[b, l], and y the P elements of patch l of image b in the order (t, p, q, c), or D
@@ -86,7 +85,7 @@ def _gradients(x: Tensor, y: Tensor, kind: str, beta: float) -> Tensor:
 
 
 def _dtype(x: Tensor, y: Tensor) -> torch.dtype:
-    """Of losses and of sums."""
+    """The dtype of losses and sums."""
     return accumulate_dtype(torch.promote_types(x.dtype, y.dtype))
 
 

@@ -136,7 +136,7 @@ def _describe(value: Any) -> str:
 
 
 def load_encoder(encoder: nn.Module, path: Path) -> None:
-    """Give `encoder` the weights that one of its kind has in a checkpoint of a run with one method.
+    """Load into `encoder` the weights of the encoder in the checkpoint of a run with one method.
 
     Raises:
         OSError: if it cannot be read.

@@ -1,4 +1,4 @@
-"""What several of the operations share: normalised rows, sums of exponentials."""
+"""Shared by several of the operations: normalised rows, sums of exponentials."""
 
 from __future__ import annotations
 

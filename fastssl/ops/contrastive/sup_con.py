@@ -24,7 +24,7 @@ def class_sums(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     first = torch.searchsorted(order, labels)
     count = torch.searchsorted(order, labels, right=True) - first
     x = x.to(accumulate_dtype(x.dtype))
-    # As many sums as rows, most of them empty, so that nobody need wait for the number of labels.
+    # As many sums as rows, most of them empty, so that nothing waits for the number of labels.
     return torch.zeros_like(x).index_add(0, first, x).index_select(0, first), count
 
 
