@@ -2,7 +2,7 @@
 //
 // A large tensor's memory comes from the system and goes back to it. The first write to each of its pages waits until
 // the system has found one and cleared it: with pages of 4 KiB longer than the write itself takes, many times over.
-// Linux has pages of 2 MiB for who asks for them (transparent huge pages under "madvise").
+// Linux gives pages of 2 MiB on request (transparent huge pages under "madvise").
 #pragma once
 
 #include <ATen/ATen.h>
