@@ -21,13 +21,12 @@
 #include <cmath>
 #include <cstring>
 #include <optional>
-#include <type_traits>
 #include <vector>
 
 #include "common/pages.h"
 #include "common/places.h"
 #include "common/portable.h"
-#include "common/tensors.h"
+#include "common/token_rows.h"
 #include "masking_tiles.h"
 
 namespace fastssl {
@@ -186,7 +185,7 @@ void check_dtype(const char* name, const Tensor& tokens) {
 Tensor gather_tokens(const Tensor& x_, const Tensor& ids_) {
   check_ids("ids", ids_, x_);
   const Tensor ids = checked_ids(ids_, x_.size(1));
-  const Tensor x = x_.stride(2) == 1 ? x_ : x_.contiguous();
+  const Tensor x = with_unit_stride(x_);
   const int64_t batch = ids.size(0), count = ids.size(1);
   const Tensor out = empty_in_large_pages({batch, count, x.size(2)}, x.options());
   const int64_t bytes = x.size(2) * x.element_size();
@@ -201,29 +200,19 @@ Tensor gather_tokens(const Tensor& x_, const Tensor& ids_) {
   return out;
 }
 
-// Rows of `dim` elements, one after another: to read, of const char; to write, of char.
-template <typename Byte>
-struct Tokens {
-  Byte* data;
-  int64_t dim, bytes;
-  Element element;
+// Rows to write, one after another.
+struct Target {
+  char* data;
+  int64_t bytes;
 
-  explicit Tokens(const Tensor& x) : dim(x.size(-1)), bytes(dim * x.element_size()), element(element_of(x)) {
-    if constexpr (std::is_const_v<Byte>) {
-      data = static_cast<Byte*>(x.const_data_ptr());
-    } else {
-      data = static_cast<Byte*>(x.mutable_data_ptr());
-    }
-  }
+  explicit Target(const Tensor& x)
+      : data(static_cast<char*>(x.mutable_data_ptr())), bytes(x.size(-1) * x.element_size()) {}
 
-  Byte* operator[](int64_t i) const { return data + i * bytes; }
+  char* operator[](int64_t i) const { return data + i * bytes; }
 };
 
-using Source = Tokens<const char>;
-using Target = Tokens<char>;
-
 // out = the sum of the rows of one list, which is not empty. `sums`: dim floats.
-void write_sum(const MaskingTiles& tile, const Places& places, int64_t head, const Source& rows, int64_t first,
+void write_sum(const MaskingTiles& tile, const Places& places, int64_t head, const TokenRows& rows, int64_t first,
                std::vector<float>& sums, char* out) {
   if (places.next[head] < 0) {
     std::memcpy(out, rows[first + head], rows.bytes);
@@ -245,12 +234,11 @@ Tensor scatter_tokens(const Tensor& tokens_, const Tensor& ids_, int64_t length,
   TORCH_CHECK_VALUE(fill_.numel() == tokens_.size(2), "fill must have one element for each feature, got shape ",
                     fill_.sizes());
   TORCH_CHECK_VALUE(length >= 0, "length must not be negative, got ", length);
-  const Tensor ids = checked_ids(ids_, length), tokens = tokens_.contiguous();
-  const Tensor fill = fill_.to(tokens.scalar_type()).contiguous();
-  const int64_t batch = ids.size(0), count = ids.size(1), dim = tokens.size(2);
-  const Tensor out = empty_in_large_pages({batch, length, dim}, tokens.options());
+  const Tensor ids = checked_ids(ids_, length), fill = fill_.to(tokens_.scalar_type()).contiguous();
+  const int64_t batch = ids.size(0), count = ids.size(1), dim = tokens_.size(2);
+  const Tensor out = empty_in_large_pages({batch, length, dim}, tokens_.options());
   const int64_t* const id = ids.const_data_ptr<int64_t>();
-  const Source from(tokens);
+  const TokenRows from(tokens_);
   const Target to(out);
   const MaskingTiles& tile = FASTSSL_TABLE_IN_USE(masking_tiles);
   at::parallel_for(0, batch, per_thread(length * dim), [&](int64_t first, int64_t last) {
@@ -274,27 +262,25 @@ Tensor restore_tokens(const Tensor& x_, const Tensor& ids_, const Tensor& mask_t
                       const std::optional<Tensor>& pos_embed_) {
   check_ids("ids_restore", ids_, x_);
   check_dtype("x_visible", x_);
-  const Tensor x = x_.contiguous();
-  const int64_t batch = ids_.size(0), length = ids_.size(1), keep = x.size(1), dim = x.size(2);
+  const int64_t batch = ids_.size(0), length = ids_.size(1), keep = x_.size(1), dim = x_.size(2);
   const Tensor ids = checked_places(ids_, keep);
   TORCH_CHECK_VALUE(mask_token_.numel() == dim, "mask_token must have one element for each feature, got shape ",
                     mask_token_.sizes());
-  TORCH_CHECK_VALUE(mask_token_.device() == x.device() && (!pos_embed_ || pos_embed_->device() == x.device()),
+  TORCH_CHECK_VALUE(mask_token_.device() == x_.device() && (!pos_embed_ || pos_embed_->device() == x_.device()),
                     "mask_token and pos_embed must be on the CPU, as x_visible is");
   TORCH_CHECK_VALUE(!pos_embed_ || pos_embed_->numel() == length * dim,
-                    "pos_embed must have one row for each place, got shape ", pos_embed_ ? pos_embed_->sizes() : x.sizes());
-  const Tensor mask_token = mask_token_.to(x.scalar_type()).contiguous();
-  const Tensor pos_embed = pos_embed_ ? pos_embed_->to(x.scalar_type()).reshape({length, dim}).contiguous() : x;
-  const Tensor out = empty_in_large_pages({batch, length, dim}, x.options());
+                    "pos_embed must have one row for each place, got shape ", pos_embed_ ? pos_embed_->sizes() : x_.sizes());
+  const TokenRows visible(x_), masked(mask_token_.to(x_.scalar_type()).reshape({1, 1, dim}));
+  const TokenRows positions(pos_embed_ ? pos_embed_->to(x_.scalar_type()).reshape({1, length, dim}) : x_);
+  const Tensor out = empty_in_large_pages({batch, length, dim}, x_.options());
   const int64_t* const id = ids.const_data_ptr<int64_t>();
-  const Source visible(x), masked(mask_token), positions(pos_embed);
   const Target to(out);
   const MaskingTiles& tile = FASTSSL_TABLE_IN_USE(masking_tiles);
   at::parallel_for(0, batch * length, per_thread(dim), [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
       const char* const from = id[i] < keep ? visible[i / length * keep + id[i]] : masked[0];
       if (pos_embed_) {
-        tile.add(from, positions[i % length], to.element, dim, to[i]);
+        tile.add(from, positions[i % length], visible.element, dim, to[i]);
       } else {
         std::memcpy(to[i], from, to.bytes);
       }
@@ -310,20 +296,19 @@ std::tuple<Tensor, Tensor, Tensor> restore_tokens_backward(const Tensor& grad_to
                     "ids_restore must have as many columns as grad_tokens has rows, got ", ids_restore.sizes(), " and ",
                     grad_tokens.sizes());
   check_dtype("grad_tokens", grad_tokens);
-  const Tensor grad = grad_tokens.contiguous();
-  const int64_t batch = ids_restore.size(0), length = ids_restore.size(1), dim = grad.size(2);
+  const int64_t batch = ids_restore.size(0), length = ids_restore.size(1), dim = grad_tokens.size(2);
   TORCH_CHECK_VALUE(size_x_visible.size() == 3 && size_x_visible[0] == batch && size_x_visible[2] == dim,
                     "size_x_visible must be (", batch, ", K, ", dim, "), got ", size_x_visible);
   const int64_t keep = size_x_visible[1];
   const Tensor ids = checked_places(ids_restore, keep);
-  const Tensor grad_x_visible = empty_in_large_pages({batch, keep, dim}, grad.options());
+  const Tensor grad_x_visible = empty_in_large_pages({batch, keep, dim}, grad_tokens.options());
   // Each thread sums up its samples, in groups; then the threads' sums are united, in their order.
   constexpr int64_t kGroup = 8;
   const int threads = at::get_num_threads();
-  const Tensor grad_mask_token = at::zeros({threads, dim}, grad.options().dtype(at::kFloat));
-  const Tensor grad_pos_embed = at::zeros({needs_pos_embed ? threads : 0, length, dim}, grad.options().dtype(at::kFloat));
+  const Tensor grad_mask_token = at::zeros({threads, dim}, grad_tokens.options().dtype(at::kFloat));
+  const Tensor grad_pos_embed = at::zeros({needs_pos_embed ? threads : 0, length, dim}, grad_tokens.options().dtype(at::kFloat));
   const int64_t* const id = ids.const_data_ptr<int64_t>();
-  const Source from(grad);
+  const TokenRows from(grad_tokens);
   const Target visible(grad_x_visible);
   const MaskingTiles& tile = FASTSSL_TABLE_IN_USE(masking_tiles);
   at::parallel_for(0, batch, per_thread(length * dim), [&](int64_t first, int64_t last) {

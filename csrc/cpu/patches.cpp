@@ -26,7 +26,7 @@
 #include "common/pages.h"
 #include "common/places.h"
 #include "common/portable.h"
-#include "common/tensors.h"
+#include "common/token_rows.h"
 #include "patches_tiles.h"
 
 namespace fastssl {
@@ -81,25 +81,6 @@ struct Cutting {
       for (int64_t t = 0; t < shape.frames; ++t)
         for (int64_t p = 0; p < shape.rows; ++p) visit(start + c * shape.channel + t * shape.frame + p * shape.row);
   }
-};
-
-// Rows (B, L, D) with unit stride within each.
-struct PatchRows {
-  Tensor tensor;
-  Element element;
-  const char* data;
-  int64_t length, count, sample, row;  // L, D, and strides in bytes
-
-  explicit PatchRows(const Tensor& x)
-      : tensor(x.stride(2) == 1 ? x : x.contiguous()),
-        element(element_of(x)),
-        data(static_cast<const char*>(tensor.const_data_ptr())),
-        length(x.size(1)),
-        count(x.size(2)),
-        sample(tensor.stride(0) * bytes_of(element)),
-        row(tensor.stride(1) * bytes_of(element)) {}
-
-  const char* operator[](int64_t i) const { return data + i / length * sample + i % length * row; }
 };
 
 void check_element(const char* name, const Tensor& x) {
@@ -186,7 +167,7 @@ Norm norm_of(c10::string_view name) {
 
 // Predictions, and the patches that they are compared with.
 struct MaskedPatches {
-  PatchRows pred;
+  TokenRows pred;
   const char* images;
   Element element;
   Cutting cutting;
@@ -237,7 +218,7 @@ Loss loss_of(c10::string_view name) {
 
 // Predictions, and the features that they are compared with.
 struct MaskedFeatures {
-  PatchRows pred, target;
+  TokenRows pred, target;
 
   MaskedFeatures(const Tensor& pred_, const Tensor& target_) : pred(pred_), target(target_) {
     TORCH_CHECK_VALUE(pred_.sizes() == target_.sizes(), "pred and target must have the same shape, got ", pred_.sizes(),
@@ -245,7 +226,7 @@ struct MaskedFeatures {
   }
 
   Compared rows(int64_t i, int64_t next, float*) const {
-    return {pred[i], pred.element, target[i], target.element, pred.count, pred[next]};
+    return {pred[i], pred.element, target[i], target.element, pred.dim, pred[next]};
   }
 };
 
@@ -303,11 +284,14 @@ Tensor scatter_patches(const Tensor& patches_, const Tensor& ids_, at::IntArrayR
   const Tensor images = empty_in_large_pages(size, patches_.options());
   const Cutting cutting(images, patch);
   check_patch_ids(ids_, images.size(0));
-  const Tensor ids = checked_ids(ids_, cutting.length()), patches = patches_.contiguous();
+  const Tensor ids = checked_ids(ids_, cutting.length());
   const int64_t count = ids.size(1), length = cutting.length(), elements = cutting.shape.elements();
-  TORCH_CHECK_VALUE(patches.dim() == 3 && patches.size(0) == images.size(0) && patches.size(1) == count &&
-                        patches.size(2) == elements,
-                    "patches must have shape (", images.size(0), ", ", count, ", ", elements, "), got ", patches.sizes());
+  TORCH_CHECK_VALUE(patches_.dim() == 3 && patches_.size(0) == images.size(0) && patches_.size(1) == count &&
+                        patches_.size(2) == elements,
+                    "patches must have shape (", images.size(0), ", ", count, ", ", elements, "), got ",
+                    patches_.sizes());
+  const Tensor patches = with_unit_stride(patches_);
+  const int64_t sample = patches.stride(0), stride = patches.stride(1);
   const int64_t* const id = ids.const_data_ptr<int64_t>();
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, patches.scalar_type(), "scatter_patches", [&] {
     const scalar_t* const from = patches.const_data_ptr<scalar_t>();
@@ -321,11 +305,11 @@ Tensor scatter_patches(const Tensor& patches_, const Tensor& ids_, at::IntArrayR
         places.fill(id + b * count);
         for (int64_t l = 0; l < length; ++l) {
           const int64_t k = places.head[l];
-          const scalar_t* row = k < 0 ? zeros.data() : from + (b * count + k) * elements;
+          const scalar_t* row = k < 0 ? zeros.data() : from + b * sample + k * stride;
           if (k >= 0 && places.next[k] >= 0) {
             std::fill(sums.begin(), sums.end(), 0);
             for (int64_t i = k; i >= 0; i = places.next[i])
-              for (int64_t e = 0; e < elements; ++e) sums[e] += from[(b * count + i) * elements + e];
+              for (int64_t e = 0; e < elements; ++e) sums[e] += from[b * sample + i * stride + e];
             std::copy(sums.begin(), sums.end(), summed.begin());
             row = summed.data();
           }

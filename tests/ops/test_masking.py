@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 
 import pytest
 import torch
 from torch import Tensor
 
 import fastssl
+from benchmarks.ops.measure import extra_memory
+from fastssl import _native
 from fastssl.functional import (
     block_masking_ids,
     gather_tokens,
@@ -313,6 +316,44 @@ def test_gradients_are_as_accurate_as_eager(dtype, kernels):
         torch.set_num_threads(threads)
         for exact, x, y in zip(truth, eager, gradients(restore_tokens, dtype), strict=True):
             assert (y.double() - exact).norm() <= 2 * (x.double() - exact).norm()
+
+
+def _expanded(shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
+    """Gradients as reductions send them: of everything, of each sample, of each token, of each feature."""
+    g = torch.randn(*shape, generator=_seeded(4)).to(dtype)
+    return [part.expand(shape) for part in (g[:1, :1, :1], g[:, :1, :1], g[:, :, :1], g[:1, :1], g[:1])]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_expanded_gradients(dtype, kernels):
+    batch, length, keep, dim = 6, 9, 4, 37
+    ids_keep, _, ids_restore = random_masking_ids(batch, length, 0.55, generator=_seeded())
+    x, visible, mask_token, pos_embed = (
+        torch.randn(*shape, generator=_seeded(5)).to(dtype).requires_grad_()
+        for shape in ((batch, length, dim), (batch, keep, dim), (dim,), (length, dim))
+    )
+    for out, leaves in (
+        (restore_tokens(visible, ids_restore, mask_token, pos_embed), (visible, mask_token, pos_embed)),
+        (gather_tokens(x, ids_keep), (x,)),
+        (gather_tokens(x, _ids(batch, 7, length)), (x,)),
+        (scatter_tokens(visible, _ids(batch, keep, length), length), (visible,)),
+    ):
+        for cotangent in _expanded(out.shape, dtype):
+            gradients = torch.autograd.grad(out, leaves, cotangent, retain_graph=True)
+            dense = torch.autograd.grad(out, leaves, cotangent.contiguous(), retain_graph=True)
+            torch.testing.assert_close(gradients, dense, rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
+
+
+@pytest.mark.skipif(_native.status()["_C"] is not None, reason="the portable code may copy")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads Linux's figures")
+def test_expanded_gradients_are_not_copied():
+    batch, length, dim = 16, 1024, 4096  # 256 MiB
+    visible, mask_token = torch.zeros(batch, 1, dim, requires_grad=True), torch.zeros(dim, requires_grad=True)
+    ids = torch.arange(length).expand(batch, length)
+    out = restore_tokens(visible, ids, mask_token)
+    cotangent = torch.ones(()).expand(batch, length, dim)
+    extra = extra_memory(lambda: torch.autograd.grad(out, (visible, mask_token), cotangent))
+    assert extra < 2**26
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -123,6 +123,21 @@ def test_predictions_and_masks_in_any_layout(loss, kernels):
         torch.testing.assert_close(result, results[0], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_expanded_gradients_of_patches(dtype, kernels):
+    images, ids = (
+        _normal(4, 3, 12, 16).to(dtype).requires_grad_(),
+        torch.tensor([[1, 5, 5], [0, 1, 2], [9, 3, 9], [2, 2, 2]]),
+    )
+    out = patches.gather_patches(images, ids, (4, 4))
+    for part in (_normal(1, 1, 1), _normal(4, 1, 1), _normal(4, 3, 1), _normal(1, 1, 48)):
+        cotangent = part.to(dtype).expand(out.shape)
+        gradients = (
+            torch.autograd.grad(out, images, g, retain_graph=True)[0] for g in (cotangent, cotangent.contiguous())
+        )
+        assert torch.equal(*gradients)
+
+
 @pytest.mark.parametrize("loss", ["patch", "smooth_l1", "cosine", "mse"])
 def test_what_is_not_masked_is_not_used(loss, kernels):
     """NaN there changes nothing, and gets the gradient 0; NaN where masked comes through, in its patch."""
