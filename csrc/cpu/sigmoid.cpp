@@ -33,7 +33,7 @@ Results run_softplus(const Tensor& x_, const Tensor& y_, const Tensor& scale_, c
   const int threads = threads_for(x_.size(0), y_.size(0), x_.size(1));
   const Side x(x_, kRows | (derive ? kWeighing : 0), engine, threads);
   const Side y(y_, kColumns | (derive ? kWeighed : 0), engine, threads);
-  const Similarities S{x, y, -std::copysign(std::numeric_limits<float>::infinity(), factor), exclude, diagonal};
+  const Similarities S{x, y, 1, -std::copysign(std::numeric_limits<float>::infinity(), factor), exclude, diagonal};
   const SigmoidTiles& f = FASTSSL_TABLE_IN_USE(sigmoid_tiles);
   const Tensor totals = at::zeros({2, x.cut.blocks}, at::kDouble);  // of each block of rows, and their weights'
   double* const total = totals.mutable_data_ptr<double>();

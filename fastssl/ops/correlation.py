@@ -78,7 +78,8 @@ def _standardize_backward(grad_a: Tensor, a: Tensor, rstd: Tensor, unbiased: boo
 def _gram_sums(a: Tensor, b: Tensor, gram_a: Tensor, gram_b: Tensor) -> Tensor:
     """gram_squares of the rounded a and b. NaN stays NaN."""
     diagonal = (a * b).sum(0).double().square().sum()
-    return (torch.dot(gram_a.double().flatten(), gram_b.double().flatten()) - diagonal).clamp_min(0)
+    all_squares = torch.dot(gram_a.double().flatten(), gram_b.double().flatten())
+    return all_squares.where(all_squares.isinf(), all_squares - diagonal).clamp_min(0)
 
 
 def _gram_gradient(a: Tensor, b: Tensor, gram_b: Tensor, precision: str) -> Tensor:

@@ -110,7 +110,8 @@ def dual_forward(
             rows, products.stride(1), padded, slots, T=TILE, **OPTIONS,
         )  # fmt: skip
     diagonal = diagonals(operands, scale, cross).double().square().sum(1)
-    squares = (inner.sum(1, dtype=torch.float64) - diagonal).clamp_min(0)
+    squares = inner.sum(1, dtype=torch.float64)
+    squares = squares.where(squares.isinf(), squares - diagonal).clamp_min(0)
     return squares, [g if derive else products.new_empty((0, rows)) for g in grams]
 
 

@@ -4,6 +4,9 @@
 // M = max |x_i| max |y_j|, which is 1 for unit rows. If |scale| M <= kShared, the largest conceivable entry serves all as
 // the origin: every exponential lies between exp(-2 kShared) and 1, and one of them serves both its row and its column.
 // That covers unit rows at temperatures from 1/32 up. Else each row has its own maximum.
+//
+// A backward pass finds origins from rounded shifts. Where |scale| M is more than kUnscaled that would move them too far:
+// there tiles hold scale X Y^T, as eager code has it, and shifts are entries of theirs to the last bit.
 #pragma once
 
 #include <cmath>
@@ -15,7 +18,8 @@ namespace fastssl {
 
 constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
-constexpr float kShared = 32;  // float32 holds exp(-2 kShared) and, with room for gradients, its inverse
+constexpr double kShared = 32;  // float32 holds exp(-2 kShared) and, with room for gradients, its inverse
+constexpr double kUnscaled = 1 << 20;
 
 // c with 2^(c S) = exp(scale S). Never 0, which would turn the -inf of an excluded entry into NaN.
 inline float exponent_factor(float scale) {
@@ -23,23 +27,28 @@ inline float exponent_factor(float scale) {
   return c == 0 ? std::numeric_limits<float>::min() : c;
 }
 
-// How exponentials of scale S are taken.
+// How exponentials of scale X Y^T are taken, from tiles of S = factor X Y^T.
 struct Exponent {
-  float scale;
-  float c;         // 2^(c S) = exp(scale S)
-  double step;     // scale, as the exponentials have it
+  float scale;     // NaN if it is not finite
+  float factor;    // 1 or scale
+  float rest;      // the other of the two: exp(rest S)
+  float c;         // 2^(c S) = exp(rest S)
+  double step;     // rest, as the exponentials have it
   float excluded;  // S of what is left out
   bool shared;     // all have one origin
   float origin;    // that one
 
-  Exponent(const Tensor& scale_tensor, const Side& x, const Side& y)
-      : scale(scale_tensor.item<float>()),
-        c(exponent_factor(scale)),
-        step(c * kLn2),
-        excluded(-std::copysign(std::numeric_limits<float>::infinity(), c)) {
-    const float largest = std::abs(scale) * std::sqrt(x.largest_square) * std::sqrt(y.largest_square);
+  Exponent(const Tensor& scale_tensor, const Side& x, const Side& y) : scale(scale_tensor.item<float>()) {
+    if (!std::isfinite(scale)) scale = std::numeric_limits<float>::quiet_NaN();
+    const double largest = std::abs(scale) * std::sqrt(double(x.largest_square)) * std::sqrt(double(y.largest_square));
+    const bool scaled = largest > kUnscaled || std::isinf(exponent_factor(scale));
+    factor = scaled ? scale : 1;
+    rest = scaled ? 1 : scale;
+    c = exponent_factor(rest);
+    step = c * kLn2;
+    excluded = -std::copysign(std::numeric_limits<float>::infinity(), c);
     shared = largest <= kShared;
-    origin = scale ? largest / scale : 0;
+    origin = rest ? static_cast<float>(largest / rest) : 0;
   }
 };
 
@@ -55,15 +64,15 @@ struct Sums {
         total(totals.mutable_data_ptr<double>()),
         extreme(extremes.mutable_data_ptr<float>()) {}
 
-  // total[i], which is about the shared origin or about the extreme, as it is about scale `origin`.
+  // total[i], which is about the shared origin or about the extreme, as it is about `origin`.
   double about(int64_t i, const Exponent& e, float origin) const {
     return total[i] == 0 ? 0 : total[i] * std::exp(e.step * ((e.shared ? e.origin : extreme[i]) - origin));
   }
 };
 
 // The shift of an extreme entry; and the origin that backward passes find again from the (rounded) shift.
-inline float shift_of(float extreme, const Exponent& e) { return extreme == e.excluded ? 0 : e.scale * extreme; }
-inline float origin_of(float shift, float scale) { return scale ? shift / scale : 0; }
+inline float shift_of(float extreme, const Exponent& e) { return extreme == e.excluded ? 0 : e.rest * extreme; }
+inline float origin_of(float shift, const Exponent& e) { return e.rest ? shift / e.rest : 0; }
 
 // (total, shift) from sums about any origin: the shift is the extreme's.
 inline std::tuple<Tensor, Tensor> finish_sums(const Sums& sums, int64_t count, const Exponent& e) {
@@ -72,7 +81,7 @@ inline std::tuple<Tensor, Tensor> finish_sums(const Sums& sums, int64_t count, c
   float* const out_shift = shift.mutable_data_ptr<float>();
   for (int64_t i = 0; i < count; ++i) {
     out_shift[i] = shift_of(sums.extreme[i], e);
-    out_total[i] = static_cast<float>(sums.about(i, e, origin_of(out_shift[i], e.scale)));
+    out_total[i] = static_cast<float>(sums.about(i, e, origin_of(out_shift[i], e)));
   }
   return {total, shift};
 }

@@ -105,8 +105,9 @@ double finish(const void* x, float inverse_norm, const void* positive, float pos
   load_row(x, element, dim, inverse, scratch);
   const double along = dot(sums, scratch, padded);
   const float projection = normalize && inverse_norm > 0 ? static_cast<float>(along) : 0;
-  for (int64_t d = 0; d < padded; ++d) sums[d] = (sums[d] - projection * scratch[d]) * scale;
-  store_row(sums, out_element, dim, inverse, out);
+  const double factor = double(scale) * inverse;  // of which a float would hold neither 1e40 nor 1e-50
+  for (int64_t d = 0; d < padded; ++d) sums[d] = static_cast<float>((sums[d] - projection * scratch[d]) * factor);
+  store_row(sums, out_element, dim, 1, out);
   return along;
 }
 

@@ -9,16 +9,20 @@
 
 namespace fastssl {
 
-// Tiles of S = X Y^T, unscaled, and what is left out of it.
+// Tiles of S = factor X Y^T, and what is left out of it.
 struct Similarities {
   const Side& x;
   const Side& y;
+  float factor;            // of every entry: 1, or what `Exponent` wants
   float excluded;          // what stands for an entry that is left out, and for padding
   const int64_t* exclude;  // the column to leave out of each row, or null
   bool diagonal;           // leave out the diagonal, where x and y are one side
 
   void compute(int64_t I, int64_t J, float* S) const {
-    x.engine.multiply(x.padded(I), y.padded(J), x.dim, false, x.as_rows(I), y.as_columns(J), S);
+    const int64_t m = x.padded(I), n = y.padded(J);
+    x.engine.multiply(m, n, x.dim, false, x.as_rows(I), y.as_columns(J), S);
+    if (factor != 1)
+      for (int64_t i = 0; i < m * n; ++i) S[i] *= factor;
   }
 
   void exclude_from(int64_t I, int64_t J, float* S) const {

@@ -24,7 +24,7 @@ struct Coefficients {
     float* const to = coefficients.mutable_data_ptr<float>();
     float* const to_origin = origins.mutable_data_ptr<float>();
     for (int64_t i = 0; i < side.count; ++i) {
-      to_origin[i] = origin_of(shifts[i], e.scale);
+      to_origin[i] = origin_of(shifts[i], e);
       to[i] = e.shared ? static_cast<float>(from[i] * std::exp(e.step * (e.origin - to_origin[i]))) : from[i];
     }
     a = to;

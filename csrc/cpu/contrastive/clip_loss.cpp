@@ -26,7 +26,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> clip_loss(const Tenso
   const int threads = threads_for(x_.size(0), y_.size(0), x_.size(1));
   const Side x(x_, kRows, engine, threads), y(y_, kColumns, engine, threads);
   const Exponent e(scale, x, y);
-  const auto [rows, columns] = sum_pair({x, y, e.excluded, nullptr, true}, e);
+  const auto [rows, columns] = sum_pair({x, y, e.factor, e.excluded, nullptr, true}, e);
   const auto [row_total, row_shift] = finish_sums(rows, x.count, e);
   const auto [column_total, column_shift] = finish_sums(columns, y.count, e);
   const Tensor positive = dot_rows(x, y).mul_(e.scale), loss = at::empty({x.count}, at::kFloat);
@@ -70,7 +70,7 @@ std::tuple<Tensor, Tensor, Tensor> clip_loss_backward(const Tensor& grad_loss, c
   };
   const Coefficients rows(gradient(row_total, row_shift), row_shift, x, e);
   const Coefficients columns(gradient(column_total, column_shift), column_shift, y, e);
-  return differentiate_pair({x, y, e.excluded, nullptr, true}, e, rows, columns, weight, x_, y_, scale);
+  return differentiate_pair({x, y, e.factor, e.excluded, nullptr, true}, e, rows, columns, weight, x_, y_, scale);
 }
 
 TORCH_LIBRARY_IMPL(fastssl, CPU, m) {

@@ -38,7 +38,7 @@ std::tuple<Tensor, Tensor, Tensor> nt_xent(const Tensor& z1, const Tensor& z2, c
   const Exponent e(scale, z, z);
   const Tensor aligned = at::empty({count}, at::kFloat);  // <z_i, z_pos(i)>, from the very tile that is summed
   float* const alignment = aligned.mutable_data_ptr<float>();
-  const Sums sums = sum_symmetric({z, z, e.excluded, nullptr, true}, e, [&](int64_t I, int64_t J, float* s) {
+  const Sums sums = sum_symmetric({z, z, e.factor, e.excluded, nullptr, true}, e, [&](int64_t I, int64_t J, float* s) {
     each_positive(z, I, J, [&](int64_t r, int64_t c, int64_t i, int64_t j) {
       alignment[i] = alignment[j] = s[r * z.padded(J) + c];
     });
@@ -55,9 +55,9 @@ std::tuple<Tensor, Tensor, Tensor> nt_xent(const Tensor& z1, const Tensor& z2, c
       const double value = std::log(sums.total[i]) + e.step * (origin - alignment[i]);
       // No loss is below 0, and a pair alone has none: what is left of it is rounding. Not 0, so that NaN stays NaN.
       out[i] = static_cast<float>(value < 0 || count == 2 ? value - value : value);
-      out_shift[i] = e.scale * origin;
+      out_shift[i] = e.rest * origin;
       // The backward pass will find the origin from the rounded shift: the total moves there.
-      out_total[i] = static_cast<float>(sums.about(i, e, origin_of(out_shift[i], e.scale)));
+      out_total[i] = static_cast<float>(sums.about(i, e, origin_of(out_shift[i], e)));
     }
   });
   return {loss, shift, total};
@@ -78,7 +78,7 @@ std::tuple<Tensor, Tensor, Tensor> nt_xent_backward(const Tensor& grad_loss, con
   const Coefficients p(gradient.div(total), shift, z, e);
   const Tensor positive_weights = at::empty({count}, at::kFloat);
   float* const positive_weight = positive_weights.mutable_data_ptr<float>();
-  const Similarities S{z, z, e.excluded, nullptr, true};
+  const Similarities S{z, z, e.factor, e.excluded, nullptr, true};
   const Weights weights(S, e, &p, &p);
   Gathered gathered(z, true, &z);
   tournament(z.threads, z.cut, [&](int64_t I, int64_t J) {

@@ -18,7 +18,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pair_logsumexp(const Tensor& x_, cons
   const int threads = threads_for(x_.size(0), y_.size(0), x_.size(1));
   const Side x(x_, kRows, engine, threads), y(y_, kColumns, engine, threads);
   const Exponent e(scale, x, y);
-  const auto [rows, columns] = sum_pair({x, y, e.excluded, data_of(exclude), false}, e);
+  const auto [rows, columns] = sum_pair({x, y, e.factor, e.excluded, data_of(exclude), false}, e);
   return std::tuple_cat(finish_sums(rows, x.count, e), finish_sums(columns, y.count, e));
 }
 
@@ -37,7 +37,7 @@ std::tuple<Tensor, Tensor, Tensor> pair_logsumexp_backward(const Tensor& grad_ro
   const Side x(x_, kRows | kWeighing, engine, threads), y(y_, kColumns | kWeighed, engine, threads);
   const Exponent e(scale, x, y);
   const Coefficients rows(grad_row_total, row_shift, x, e), columns(grad_column_total, column_shift, y, e);
-  return differentiate_pair({x, y, e.excluded, data_of(exclude), false}, e, rows, columns, nullptr, x_, y_, scale);
+  return differentiate_pair({x, y, e.factor, e.excluded, data_of(exclude), false}, e, rows, columns, nullptr, x_, y_, scale);
 }
 
 TORCH_LIBRARY_IMPL(fastssl, CPU, m) {

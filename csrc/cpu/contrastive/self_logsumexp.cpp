@@ -13,7 +13,7 @@ std::tuple<Tensor, Tensor> self_logsumexp(const Tensor& z_, const Tensor& scale,
   const Engine engine(precision);
   const Side z(z_, kRows | kColumns, engine, threads_for(z_.size(0), z_.size(0), z_.size(1)));
   const Exponent e(scale, z, z);
-  const Sums sums = sum_symmetric({z, z, e.excluded, nullptr, true}, e, [](int64_t, int64_t, float*) {});
+  const Sums sums = sum_symmetric({z, z, e.factor, e.excluded, nullptr, true}, e, [](int64_t, int64_t, float*) {});
   if (e.shared) sums.extremes.fill_(e.origin);
   return finish_sums(sums, z.count, e);
 }

@@ -25,7 +25,7 @@ std::tuple<Tensor, Tensor, Tensor> similarity_logsumexp(const Tensor& x_, const 
   const int threads = threads_for(x_.size(0), y_.size(0), x_.size(1));
   const Side x(x_, kRows, engine, threads), y(y_, kColumns | (weigh ? kWeighed : 0), engine, threads, true);
   const Exponent e(scale, x, y);
-  const Similarities S{x, y, e.excluded, data_of(exclude), false};
+  const Similarities S{x, y, e.factor, e.excluded, data_of(exclude), false};
   // The columns are split between threads, each with sums of its own; and where there are too few columns, the rows.
   const int64_t splits = std::max<int64_t>(std::min<int64_t>(threads, y.cut.blocks), 1), padded = x.padded_count();
   const int64_t shares = pieces(threads, splits);
@@ -68,7 +68,7 @@ std::tuple<Tensor, Tensor, Tensor> similarity_logsumexp(const Tensor& x_, const 
         if (found * e.c > extreme * e.c) extreme = found;
       }
       out_shift[i] = shift_of(extreme, e);
-      const float origin = origin_of(out_shift[i], e.scale);
+      const float origin = origin_of(out_shift[i], e);
       const int64_t I = i / x.cut.block, r = i % x.cut.block;
       double sum = 0;
       for (int64_t split = 0; split < splits; ++split) {
@@ -96,7 +96,7 @@ std::tuple<Tensor, Tensor, Tensor> similarity_logsumexp_backward(
                     "weighted must be float32 of shape ", x_.sizes(), ", got ", weighted_.scalar_type(), " of shape ",
                     weighted_.sizes());
   const Tensor gradient = grad_total.contiguous(), weighted = weighted_.contiguous();
-  const Tensor dx = (gradient * scale).unsqueeze(1).mul(weighted).to(x_.scalar_type());
+  const Tensor dx = weighted.mul(gradient.unsqueeze(1)).mul_(scale).to(x_.scalar_type());
   const Tensor along = at::linalg_vecdot(weighted, x_.to(at::kFloat)).to(at::kDouble);
   const Tensor dscale = gradient.to(at::kDouble).dot(along).to(scale.scalar_type());
   const Tensor dy = at::zeros({needs_y ? y_.size(0) : 0, y_.size(1)}, y_.options());
@@ -108,7 +108,7 @@ std::tuple<Tensor, Tensor, Tensor> similarity_logsumexp_backward(
   const Side x(x_, kRows | kWeighing, engine, threads), y(y_, kColumns, engine, threads, true);
   const Exponent e(scale, x, y);
   const Coefficients rows(gradient, shift, x, e);
-  const Similarities S{x, y, e.excluded, data_of(exclude), false};
+  const Similarities S{x, y, e.factor, e.excluded, data_of(exclude), false};
   const Weights weights(S, e, &rows, nullptr);
   Gathered gathered(y, false, &x);
   run(threads, y.cut.blocks, [&](int64_t J) {

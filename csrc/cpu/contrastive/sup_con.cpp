@@ -64,7 +64,7 @@ std::tuple<Tensor, Tensor, Tensor> sup_con(const Tensor& z_, const Tensor& label
   const Side z(z_, z_.narrow(0, 0, 0), normalize, kRows | kColumns, engine,
                threads_for(z_.size(0), z_.size(0), z_.size(1)));
   const Exponent e(scale, z, z);
-  const Sums sums = sum_symmetric({z, z, e.excluded, nullptr, true}, e, [](int64_t, int64_t, float*) {});
+  const Sums sums = sum_symmetric({z, z, e.factor, e.excluded, nullptr, true}, e, [](int64_t, int64_t, float*) {});
   if (e.shared) sums.extremes.fill_(e.origin);
   const auto [total, shift] = finish_sums(sums, z.count, e);
   const Classes classes(z, z_, labels);
@@ -78,7 +78,7 @@ std::tuple<Tensor, Tensor, Tensor> sup_con(const Tensor& z_, const Tensor& label
       double aligned = 0;
       for (int64_t d = 0; d < dim; ++d)
         aligned += double(rows[i * dim + d]) * (of_class[classes.key[i] * dim + d] - rows[i * dim + d]);
-      const double value = std::log(sums.total[i]) + e.step * (sums.extreme[i] - aligned / classes.others[i]);
+      const double value = std::log(sums.total[i]) + e.step * (sums.extreme[i] - e.factor * aligned / classes.others[i]);
       out[i] = classes.others[i] ? static_cast<float>(value) : 0;
     }
   });

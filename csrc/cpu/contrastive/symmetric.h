@@ -44,7 +44,7 @@ inline std::tuple<Tensor, Tensor> differentiate_self(const Side& z, const Expone
                                               const Tensor& shift, Gathered& gathered, const Tensor& z_,
                                               const Tensor& scale) {
   const Coefficients p(grad_total, shift, z, e);
-  const Similarities S{z, z, e.excluded, nullptr, true};
+  const Similarities S{z, z, e.factor, e.excluded, nullptr, true};
   const Weights weights(S, e, &p, &p);
   tournament(z.threads, z.cut, [&](int64_t I, int64_t J) {
     S(I, J, weights.tile_of());

@@ -16,6 +16,7 @@
 #include "correlation/passes.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "correlation/dual.h"
 #include "correlation/primal.h"
@@ -54,8 +55,10 @@ Result forward(const Loss& loss, bool dual, bool derive, std::string_view precis
     const Panels panels(views, engine, threads_for(views.rows, views.rows, views.dim), panel_columns(views.rows));
     if (loss.off_param != 0) {
       result.kept = gram_matrices(panels, loss.cross());
-      for (int v = 0; v < (loss.cross() ? 1 : views.count()); ++v)
-        result.off += inner(panels, result.kept[v], result.kept[loss.cross() ? 1 : v]) - loss.diagonal(panels, v);
+      for (int v = 0; v < (loss.cross() ? 1 : views.count()); ++v) {
+        const double all = inner(panels, result.kept[v], result.kept[loss.cross() ? 1 : v]);
+        result.off += std::isinf(all) ? all : all - loss.diagonal(panels, v);
+      }
     } else {
       standardise_all(panels);
       for (int v = 0; v < views.count(); ++v) result.kept.push_back(at::zeros({views.rows, views.rows}, at::kFloat));
