@@ -32,7 +32,7 @@ another may differ in the last bits.)
 Memory: (M + N) Dp elements of the products' dtype (Dp: D rounded up to 64), none for rows that are already as `pad`
 would leave them; M Dp floats for G, up to 2^15 Dp where columns are split.
 
-Numerics: sums, maxima and exponentials are float32, exponents in base 2. Weights are held at 2^13 times their size
+Numerics: sums, maxima and exponentials are float32. Weights are held at 2^13 times their size
 relative to the largest |factor| (or as above), by powers of two, so that float16 holds small ones.
 """
 
@@ -48,7 +48,6 @@ from torch import Tensor
 from fastssl.kernels.common.launch import OPTIONS, PEAK, PROGRAMS, ROWS, autotune, configs, input_precision, suits_units
 from fastssl.kernels.common.tiles import (
     COUNTS,
-    LOG2E,
     at,
     exponents,
     finite,
@@ -101,10 +100,10 @@ def power_of_two(x):
 
 @triton.jit
 def load_factors(shift, factor, to_peak, i, count):
-    """(shift in units of log 2, factor scaled by `to_peak`) of rows i; the factor is 0 outside."""
+    """(shift, factor scaled by `to_peak`) of rows i; the factor is 0 outside."""
     inside = i < count
     scaled = tl.load(factor + i, mask=inside, other=0.0) * to_peak
-    return tl.load(shift + i, mask=inside, other=0.0) * LOG2E, scaled
+    return tl.load(shift + i, mask=inside, other=0.0), scaled
 
 
 @triton.jit
@@ -117,17 +116,17 @@ def weights(
     if WEIGHT == "both" or WEIGHT == "column":
         shift_j, factor_j = load_factors(column_shift, column_factor, to_peak, j, N)
         if WEIGHT == "both":
-            w = factor_i[:, None] * tl.exp2(x - shift_i[:, None]) + factor_j[None, :] * tl.exp2(x - shift_j[None, :])
+            w = factor_i[:, None] * tl.exp(x - shift_i[:, None]) + factor_j[None, :] * tl.exp(x - shift_j[None, :])
         else:
-            w = factor_j[None, :] * tl.exp2(x - shift_j[None, :])
+            w = factor_j[None, :] * tl.exp(x - shift_j[None, :])
         return w, top, top, total
     highest = tl.maximum(top, tl.max(x, 1))
     if WEIGHT == "softmax":
-        p = tl.exp2(x - finite(highest)[:, None])
+        p = tl.exp(x - finite(highest)[:, None])
     else:
         highest = tl.minimum(highest, 0.0)
-        p = tl.exp2(tl.minimum(x, 0.0) - finite(highest)[:, None]) / (1 + tl.exp2(-tl.abs(x)))
-    alpha = tl.exp2(top - finite(highest))
+        p = tl.exp(tl.minimum(x, 0.0) - finite(highest)[:, None]) / (1 + tl.exp(-tl.abs(x)))
+    alpha = tl.exp(top - finite(highest))
     return p * PEAK, alpha, highest, total * alpha + tl.sum(p, 1)
 
 
@@ -179,8 +178,8 @@ def accumulate_narrow(
     split = pid % splits
     row = pid // splits * BM
     i = row + tl.arange(0, BM)
-    scale2 = load_scale(scale)
-    bias2 = load_scale(bias) if bias is not None else None
+    factor = load_scale(scale)
+    offset = load_scale(bias) if bias is not None else None
     excluded, shift_i, factor_i, to_peak, top, total, loss = begin(
         exclude, row_shift, row_factor, peak, i, M, N, WEIGHT, EXCLUDE, BM
     )
@@ -191,7 +190,7 @@ def accumulate_narrow(
     for column in range(start, stop, BN):
         y_j = tl.load(at(right, column, D, BN) + d[None, :])
         product = tl.dot(x_i, tl.trans(y_j), input_precision=PRECISION)
-        x = exponents(product, scale2, bias2, excluded, exclude, aligned, row, column, M, N, EXCLUDE, BM, BN)
+        x = exponents(product, factor, offset, excluded, exclude, aligned, row, column, M, N, EXCLUDE, BM, BN)
         if losses is not None:
             loss += tl.sum(softplus(x), 1)
         if gradient is not None:
@@ -230,8 +229,8 @@ def accumulate_wide(
     split = pid % splits
     row = pid // splits * BM
     i = row + tl.arange(0, BM)
-    scale2 = load_scale(scale)
-    bias2 = load_scale(bias) if bias is not None else None
+    factor = load_scale(scale)
+    offset = load_scale(bias) if bias is not None else None
     excluded, shift_i, factor_i, to_peak, top, total, loss = begin(
         exclude, row_shift, row_factor, peak, i, M, N, WEIGHT, EXCLUDE, BM
     )
@@ -239,7 +238,7 @@ def accumulate_wide(
     start, stop = span(split, splits, N)
     for column in range(start, stop, BN):
         product = products(left, right, row, column, D, BM, BN, BK, PRECISION)
-        x = exponents(product, scale2, bias2, excluded, exclude, aligned, row, column, M, N, EXCLUDE, BM, BN)
+        x = exponents(product, factor, offset, excluded, exclude, aligned, row, column, M, N, EXCLUDE, BM, BN)
         if losses is not None:
             loss += tl.sum(softplus(x), 1)
         if gradient is not None:
@@ -316,7 +315,7 @@ def accumulate(
         rows: of "both".
         columns: of "both" and "column".
         peak: the largest |factor|, 0-d.
-        aligned: receives the S of NT-Xent's positives, in units of log 2.
+        aligned: receives the S of NT-Xent's positives.
         derive: whether G is wanted.
         loss: whether the losses of the rows are wanted; "sigmoid" has some.
     """

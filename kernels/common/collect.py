@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastssl.kernels.common.accumulate import Sums, power_of_two
 from fastssl.kernels.common.launch import OPTIONS, PEAK, row_block
-from fastssl.kernels.common.tiles import COUNTS, finite, natural
+from fastssl.kernels.common.tiles import COUNTS, finite
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -37,11 +37,9 @@ def collect(
         for split in tl.range(splits, loop_unroll_factor=4):
             to = split * M + row
             top = tl.load(tops + to, mask=inside, other=float("-inf"))
-            acc += tl.load(totals + to, mask=inside, other=0.0) * tl.exp2(top - highest)
+            acc += tl.load(totals + to, mask=inside, other=0.0) * tl.exp(top - highest)
         if WEIGHT == "softmax":
-            rounded, correction = natural(highest, correction)
-            acc *= correction * PEAK
-            tl.store(shift + row, tl.where(acc == acc, rounded, acc), mask=inside)
+            tl.store(shift + row, tl.where(acc == acc, highest, acc), mask=inside)
         tl.store(total + row, acc, mask=inside)
     else:
         correction *= power_of_two(tl.load(peak))
@@ -58,7 +56,7 @@ def collect(
             part = tl.load(from_, mask=mask, other=0.0)
             if WEIGHT == "softmax" or WEIGHT == "sigmoid":
                 top = tl.load(tops + split * M + row, mask=inside, other=float("-inf"))
-                part *= tl.exp2(top - highest)[:, None]
+                part *= tl.exp(top - highest)[:, None]
             g += part
         g *= correction[:, None]
         if share is not None:

@@ -8,7 +8,8 @@ EXCLUDE says which columns j row i leaves out:
     diagonal  i
     partner   i and, apart, (i + N / 2) mod N: NT-Xent's positive, whose S is noted and whose weight the caller adds
 
-Sums, maxima and exponentials are float32, exponents in base 2.
+Sums, maxima and exponentials are float32. Exponents are in natural units, so that a shift that one kernel stores is, to
+the last bit, an entry of the tile that the next one makes again: at any scale their difference is 0 then.
 """
 
 from __future__ import annotations
@@ -17,8 +18,6 @@ import triton
 import triton.language as tl
 
 EPS = tl.constexpr(1e-12)  # torch.nn.functional.normalize's
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
 COUNTS = ["B", "M", "N", "row_blocks", "blocks", "start", "band", "splits"]  # a changing batch must not compile anew
 
 
@@ -46,8 +45,7 @@ def products(
 
 @triton.jit
 def load_scale(scale):
-    """In units of log 2, so that 2^x is the exponential."""
-    return tl.load(scale).to(tl.float32) * LOG2E
+    return tl.load(scale).to(tl.float32)
 
 
 @triton.jit
@@ -64,35 +62,28 @@ def finite(top):
 
 
 @triton.jit
-def natural(shift, total):
-    """(shift, total) in natural units from units of log 2: what rounding takes from the shift goes to the total."""
-    rounded = shift * LN2
-    return rounded, total * tl.exp2(shift - rounded * LOG2E)
-
-
-@triton.jit
 def softplus(x):
-    """log(1 + 2^x): log(1 + t) = 2 artanh(t / (2 + t)), whose odd minimax polynomial is exact to 5e-9."""
-    t = tl.exp2(-tl.abs(x))
+    """log(1 + exp(x)): log(1 + t) = 2 artanh(t / (2 + t)), whose odd minimax polynomial is exact to 5e-9."""
+    t = tl.exp(-tl.abs(x))
     s = t / (2 + t)
     q = s * s
     series = tl.fma(q, 0.14012230, 0.13999570)
     series = tl.fma(series, q, 0.20010850)
     series = tl.fma(series, q, 0.33333207)
-    return tl.maximum(x, 0.0) * LN2 + 2 * (s * (series * q) + s)
+    return tl.maximum(x, 0.0) + 2 * (s * (series * q) + s)
 
 
 @triton.jit
 def exponents(
-    product, scale2, bias2, excluded, exclude, aligned, row, column, M, N,
+    product, scale, bias, excluded, exclude, aligned, row, column, M, N,
     EXCLUDE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """A tile of S in units of log 2, minus infinity where a column is left out. A partner's S goes to `aligned`."""
+    """A tile of S, minus infinity where a column is left out. A partner's S goes to `aligned`."""
     i = row + tl.arange(0, BM)
     j = column + tl.arange(0, BN)
-    x = product * scale2
-    if bias2 is not None:
-        x += bias2
+    x = product * scale
+    if bias is not None:
+        x += bias
     T: tl.constexpr = max(BM, BN)
     if EXCLUDE == "partner":
         half = N // 2

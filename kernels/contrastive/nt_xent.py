@@ -38,10 +38,10 @@ from fastssl.kernels.contrastive.sums import totals_and_shifts
 @triton.jit
 def _positive_weight(shift, coefficient, total, peak, aligned, i, inside, N):
     """g_i (p - 1) of the positive, scaled as W is."""
-    shift2, scaled = load_factors(shift, coefficient, PEAK / power_of_two(tl.load(peak)), i, N)
+    shift_i, scaled = load_factors(shift, coefficient, PEAK / power_of_two(tl.load(peak)), i, N)
     denominator = tl.load(total + i, mask=inside, other=1.0)
     x = tl.load(aligned + i, mask=inside, other=0.0)
-    return scaled * (tl.exp2(x - shift2) - denominator)
+    return scaled * (tl.exp(x - shift_i) - denominator)
 
 
 @triton.jit

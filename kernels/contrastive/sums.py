@@ -25,12 +25,10 @@ from torch import Tensor
 from fastssl.kernels.common.launch import OPTIONS, autotune, configs, input_precision, suits_units
 from fastssl.kernels.common.tiles import (
     COUNTS,
-    LN2,
     exponents,
     finite,
     load_excluded,
     load_scale,
-    natural,
     products,
 )
 
@@ -45,9 +43,9 @@ def _forward_needs(c: dict[str, int], named: dict[str, Any], size: int, capabili
 
 @triton.jit
 def _maximum_and_sum(x, AXIS: tl.constexpr):
-    """max x and sum 2^(x - max x) along an axis; (-inf, 0) where all is masked."""
+    """max x and sum exp(x - max x) along an axis; (-inf, 0) where all is masked."""
     top = tl.max(x, AXIS)
-    return top, tl.sum(tl.exp2(x - tl.expand_dims(finite(top), AXIS)), AXIS)
+    return top, tl.sum(tl.exp(x - tl.expand_dims(finite(top), AXIS)), AXIS)
 
 
 @autotune(
@@ -137,13 +135,12 @@ def _merge(
     sums_ = tl.load(sums + at, mask=written, other=0.0)
     highest = tl.maximum(top, tl.max(tops_, 0))
     base = finite(highest)
-    acc = acc * tl.exp2(top - base) + tl.sum(sums_ * tl.exp2(tops_ - base[None, :]), 0)
+    acc = acc * tl.exp(top - base) + tl.sum(sums_ * tl.exp(tops_ - base[None, :]), 0)
     if last:
         if loss is not None:
             positive = tl.load(aligned + i, mask=inside, other=0.0)
-            tl.store(loss + i, tl.log(acc) + (base - positive) * LN2, mask=inside)
-        rounded, acc = natural(base, acc)
-        tl.store(shift + i, tl.where(acc == acc, rounded, acc), mask=inside)
+            tl.store(loss + i, tl.log(acc) + (base - positive), mask=inside)
+        tl.store(shift + i, tl.where(acc == acc, base, acc), mask=inside)
     else:
         tl.store(shift + i, highest, mask=inside)
     tl.store(total + i, acc, mask=inside)

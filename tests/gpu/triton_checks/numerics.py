@@ -110,6 +110,14 @@ def test_scales(normalize, scale, length, dim, precision):
     compare(z1, z2, random_gradient(33), scale, normalize, precision)
 
 
+@pytest.mark.parametrize("scale", [3e9, -1e20, 1e37])
+def test_huge_scales(scale):
+    """Shifts come back from the forward pass to the last bit: the largest exponential is 1, however large the scale."""
+    inputs = *rows(70, 24), random_gradient(70), scale
+    for mine, exact in zip(fused(*inputs), eager(*inputs, dtype=torch.float64), strict=True):
+        assert (mine.double() - exact).norm() <= 1e-4 * exact.norm()
+
+
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 @pytest.mark.parametrize("dim", [64, 140])
 def test_float32_rows_with_short_products(dim, precision):

@@ -187,6 +187,17 @@ def test_sizes(m, n, dim, operation, precision):
         compare(operation, x, y, exclude=exclude, precision=precision)
 
 
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("scale", [3e9, -1e20, 1e35])
+def test_huge_scales(scale, operation):
+    """Shifts come back from the forward pass to the last bit: the largest exponential is 1, however large the scale."""
+    x, y = both(70, 60, 24)
+    inputs = operation, x, x[:1] if operation == "self" else y, scale, -1.0, None
+    ours, exact = kernel_of(*inputs, "float32"), eager(*inputs, torch.float64)
+    for name in ("loss", "dx", "dy", "dscale"):
+        assert (ours[name].double() - exact[name]).norm() <= 1e-4 * exact[name].norm(), name
+
+
 @pytest.mark.parametrize("operation", OPERATIONS if THOROUGH else ["similarity", "pair"])
 @pytest.mark.parametrize("precision", ["tf32", "float16"] if THOROUGH else ["float16"])
 def test_largest_tiles(precision, operation):
