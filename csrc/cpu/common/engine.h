@@ -1,7 +1,7 @@
 // Products on the CPU: in what precision, and by whom.
 //
-// Products run in oneDNN's micro-kernels (AMX, AVX-512) through ATen, else in common/gemm.h. bfloat16 products read operands
-// rounded once, and weights rounded once; "tf32" and "float16" multiply in float32.
+// Products run in oneDNN's micro-kernels (AMX, AVX-512) through ATen, else in common/gemm.h. bfloat16 products read
+// operands rounded once, and weights rounded once; "tf32" and "float16" multiply in float32.
 #pragma once
 
 #include <ATen/Context.h>

@@ -1,12 +1,12 @@
 // Exponentials of similarities, and their sums: what every softmax is made of.
 //
-// Shifts. Tiles hold X Y^T, unscaled, where a shift is an "origin": shift = scale origin. No entry is further from 0 than
-// M = max |x_i| max |y_j|, which is 1 for unit rows. If |scale| M <= kShared, the largest conceivable entry serves all as
-// the origin: every exponential lies between exp(-2 kShared) and 1, and one of them serves both its row and its column.
-// That covers unit rows at temperatures from 1/32 up. Else each row has its own maximum.
+// Shifts. Tiles hold X Y^T, unscaled, where a shift is an "origin": shift = scale origin. No entry is further from 0
+// than M = max |x_i| max |y_j|, which is 1 for unit rows. If |scale| M <= kShared, the largest conceivable entry serves
+// all as the origin: every exponential lies between exp(-2 kShared) and 1, and one of them serves both its row and its
+// column. That covers unit rows at temperatures from 1/32 up. Else each row has its own maximum.
 //
-// A backward pass finds origins from rounded shifts. Where |scale| M is more than kUnscaled that would move them too far:
-// there tiles hold scale X Y^T, as eager code has it, and shifts are entries of theirs to the last bit.
+// A backward pass finds origins from rounded shifts. Where |scale| M is more than kUnscaled that would move them too
+// far: there tiles hold scale X Y^T, as eager code has it, and shifts are entries of theirs to the last bit.
 #pragma once
 
 #include <cmath>

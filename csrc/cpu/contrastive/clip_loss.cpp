@@ -1,8 +1,8 @@
-// CLIP's loss on the CPU (arXiv:2103.00020): with S = scale X Y^T the mean of the cross-entropies of rows and of columns,
-// the diagonal being positive.
+// CLIP's loss on the CPU (arXiv:2103.00020): with S = scale X Y^T the mean of the cross-entropies of rows and of
+// columns, the diagonal being positive.
 //
-// The positives, whose weights do not average out, do not go through rounded products: they are left out of the tiles, and
-// applied to unrounded rows.
+// The positives, whose weights do not average out, do not go through rounded products: they are left out of the tiles,
+// and applied to unrounded rows.
 #include <torch/library.h>
 
 #include "common/checks.h"

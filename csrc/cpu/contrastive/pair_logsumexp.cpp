@@ -1,5 +1,5 @@
-// log sum_j exp(S_ij) of rows and log sum_i exp(S_ij) of columns on the CPU, S = scale X Y^T, with the column `exclude`[i]
-// of row i left out.
+// log sum_j exp(S_ij) of rows and log sum_i exp(S_ij) of columns on the CPU, S = scale X Y^T, with the column
+// `exclude`[i] of row i left out.
 #include <torch/library.h>
 
 #include "common/checks.h"
@@ -37,7 +37,8 @@ std::tuple<Tensor, Tensor, Tensor> pair_logsumexp_backward(const Tensor& grad_ro
   const Side x(x_, kRows | kWeighing, engine, threads), y(y_, kColumns | kWeighed, engine, threads);
   const Exponent e(scale, x, y);
   const Coefficients rows(grad_row_total, row_shift, x, e), columns(grad_column_total, column_shift, y, e);
-  return differentiate_pair({x, y, e.factor, e.excluded, data_of(exclude), false}, e, rows, columns, nullptr, x_, y_, scale);
+  return differentiate_pair({x, y, e.factor, e.excluded, data_of(exclude), false}, e, rows, columns, nullptr, x_, y_,
+                            scale);
 }
 
 TORCH_LIBRARY_IMPL(fastssl, CPU, m) {

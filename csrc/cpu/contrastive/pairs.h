@@ -1,11 +1,11 @@
 // Sums and gradients of S = scale X Y^T by rows and by columns.
 //
 // Forward, a tile's exponentials go into the sums of its rows and of its columns: 1 U, in units U = 2 M N D of
-// floating-point operations (one product). Backward, the tile is computed again, turned into weights, and multiplied twice,
-// for its rows' gradients, W Y_J, and for its columns', W^T X_I. 4 U in all.
+// floating-point operations (one product). Backward, the tile is computed again, turned into weights, and multiplied
+// twice, for its rows' gradients, W Y_J, and for its columns', W^T X_I. 4 U in all.
 //
-// No two tiles that share a block run at once, and a block's tiles come in one order (`match`): the bits are the same in
-// every run, and depend on the number of threads only where that changes the cut.
+// No two tiles that share a block run at once, and a block's tiles come in one order (`match`): the bits are the same
+// in every run, and depend on the number of threads only where that changes the cut.
 #pragma once
 
 #include <utility>

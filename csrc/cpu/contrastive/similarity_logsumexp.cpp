@@ -1,9 +1,10 @@
 // log sum_j exp(S_ij) of rows on the CPU, S = scale X Y^T, with the column `exclude`[i] of row i left out.
 //
-// As flash attention does, the forward pass takes sum_j E_ij y_j beside sum_j E_ij: dL/dX is then a scaling. 2 U, in units
-// U = 2 M N D of floating-point operations (one product), and nothing of Y is read again, which suits a queue. A thread
-// owns a range of columns, packs one block of them at a time, and meets all rows with it: no copy of the queue is made. The
-// threads' sums are united at the end. Y's own gradient, where wanted, is another 2 U, by threads that own columns.
+// As flash attention does, the forward pass takes sum_j E_ij y_j beside sum_j E_ij: dL/dX is then a scaling. 2 U, in
+// units U = 2 M N D of floating-point operations (one product), and nothing of Y is read again, which suits a queue. A
+// thread owns a range of columns, packs one block of them at a time, and meets all rows with it: no copy of the queue
+// is made. The threads' sums are united at the end. Y's own gradient, where wanted, is another 2 U, by threads that own
+// columns.
 #include <torch/library.h>
 
 #include "common/checks.h"

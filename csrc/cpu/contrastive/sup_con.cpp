@@ -78,7 +78,8 @@ std::tuple<Tensor, Tensor, Tensor> sup_con(const Tensor& z_, const Tensor& label
       double aligned = 0;
       for (int64_t d = 0; d < dim; ++d)
         aligned += double(rows[i * dim + d]) * (of_class[classes.key[i] * dim + d] - rows[i * dim + d]);
-      const double value = std::log(sums.total[i]) + e.step * (sums.extreme[i] - e.factor * aligned / classes.others[i]);
+      const double mean = e.factor * aligned / classes.others[i];
+      const double value = std::log(sums.total[i]) + e.step * (sums.extreme[i] - mean);
       out[i] = classes.others[i] ? static_cast<float>(value) : 0;
     }
   });

@@ -3,8 +3,8 @@
 // Only tiles (I, J) with I <= J are visited, each for its rows and for its columns: the forward pass costs
 // U / 2 and the backward pass 3 U / 2. 2 U in all, where eager PyTorch takes 3 U and keeps several N x N matrices.
 //
-// No two tiles that share a block run at once, and a block's tiles come in one order (`tournament`): the bits are the same
-// in every run, and depend on the number of threads only where that changes the cut.
+// No two tiles that share a block run at once, and a block's tiles come in one order (`tournament`): the bits are the
+// same in every run, and depend on the number of threads only where that changes the cut.
 #pragma once
 
 #include "common/exponents.h"

@@ -24,7 +24,8 @@ std::tuple<Tensor, Tensor> barlow_twins_backward(const Tensor& grad_loss, const 
                                                  double lambda_param, double eps, bool unbiased, bool dual,
                                                  c10::string_view precision) {
   const Views views({z_a, z_b}, true, eps, unbiased);
-  const auto dz = correlation::backward({views, invariance_param, 0, lambda_param}, grad_loss, {kept_a, kept_b}, dual, precision);
+  const auto dz = correlation::backward({views, invariance_param, 0, lambda_param}, grad_loss, {kept_a, kept_b}, dual,
+                                        precision);
   return {dz[0], dz[1]};
 }
 

@@ -1,7 +1,7 @@
 // From the gradients of standardised columns to those of the views, panel by panel.
 //
-// A panel is read once more and its gradient finished, the standardisation's derivative included, since that needs nothing
-// but the column.
+// A panel is read once more and its gradient finished, the standardisation's derivative included, since that needs
+// nothing but the column.
 #pragma once
 
 #include <algorithm>
@@ -11,8 +11,8 @@
 
 namespace fastssl::correlation {
 
-// The gradients of the views, times `factor`, into `out`. `product(v, p, panel, free, out)` makes what P of `finish` is,
-// for panel p of view v; `done` is called by each thread that has made some.
+// The gradients of the views, times `factor`, into `out`. `product(v, p, panel, free, out)` makes what P of `finish`
+// is, for panel p of view v; `done` is called by each thread that has made some.
 template <typename Product, typename Done>
 void derive(const Panels& panels, const Loss& loss, bool dual, const Tensor& diagonals, float factor,
             const std::vector<Tensor>& out, const Product& product, const Done& done) {

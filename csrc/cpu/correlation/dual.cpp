@@ -1,5 +1,5 @@
-// The dual algorithm. The forward pass makes the Gram matrices, of which symmetry leaves half: 1 U for both, in units
-// U = 2 N N D of floating-point operations (one product); the backward pass, dA = 2 (B B^T) A, dB = 2 (A A^T) B, is 2 U.
+// The dual algorithm. The forward pass makes the Gram matrices, of which symmetry leaves half: 1 U for both, in units U
+// = 2 N N D of floating-point operations (one product); the backward pass, dA = 2 (B B^T) A, dB = 2 (A A^T) B, is 2 U.
 // All that is kept between the two is the Gram matrices.
 //
 // Their diagonals do not average out, so they do not go through rounded products: they multiply unrounded rows.

@@ -81,7 +81,8 @@ struct Loss {
       const float* const variance = panels.of(panels.variance[v], p);
       for (int64_t c = 0; c < width; ++c) {
         const double deviation = std::sqrt(variance[c] + views.eps);
-        const double diagonal = subtracted == 0 ? 0 : subtracted * variance[c] * views.divisor;  // which may be infinite
+        // A variance may be infinite.
+        const double diagonal = subtracted == 0 ? 0 : subtracted * variance[c] * views.divisor;
         own[c] = static_cast<float>((deviation < 1 ? -hinge / deviation : 0) - diagonal);
       }
     }

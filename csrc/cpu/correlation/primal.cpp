@@ -1,8 +1,8 @@
 // The primal algorithm. A^T B is made in squares, each computed once and in the forward pass, for the loss and for both
 // gradients: 3 V, in units V = 2 N D D of floating-point operations. A^T A is symmetric: half the tiles, 3/2 V for each
-// view. Squares are forgotten; what is kept are the products A (A^T B) and B (A^T B)^T, which the backward pass finishes,
-// panel by panel. Operands are packed in cells of a block of rows by a block of columns, so that those of every product fit
-// the second-level cache.
+// view. Squares are forgotten; what is kept are the products A (A^T B) and B (A^T B)^T, which the backward pass
+// finishes, panel by panel. Operands are packed in cells of a block of rows by a block of columns, so that those of
+// every product fit the second-level cache.
 #include "correlation/primal.h"
 
 #include <algorithm>

@@ -7,8 +7,8 @@
 
 namespace fastssl::correlation {
 
-// The sums of squares off the diagonals, together; and if `products` are defined, B (A^T B)^T and A (A^T B) into them, or
-// A (A^T A) and B (B^T B), (N, D) each.
+// The sums of squares off the diagonals, together; and if `products` are defined, B (A^T B)^T and A (A^T B) into them,
+// or A (A^T A) and B (B^T B), (N, D) each.
 double primal(const Panels& panels, const Loss& loss, const std::vector<Tensor>& products);
 
 // The gradients of the views, times `factor`, into `out`, from those products.

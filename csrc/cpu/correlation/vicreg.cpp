@@ -24,7 +24,8 @@ std::tuple<Tensor, Tensor> vicreg_backward(const Tensor& grad_loss, const Tensor
                                            double mu_param, double nu_param, double eps, bool unbiased, bool dual,
                                            c10::string_view precision) {
   const Views views({z_a, z_b}, false, eps, unbiased);
-  const auto dz = correlation::backward({views, lambda_param, mu_param, nu_param}, grad_loss, {kept_a, kept_b}, dual, precision);
+  const auto dz = correlation::backward({views, lambda_param, mu_param, nu_param}, grad_loss, {kept_a, kept_b}, dual,
+                                        precision);
   return {dz[0], dz[1]};
 }
 
