@@ -100,7 +100,7 @@ def test_uniformity(t, kernels):
 @pytest.mark.parametrize("size", [1e15, 1e19, 1e30])
 @pytest.mark.parametrize("shape", [(12, 40), (40, 12)])
 def test_huge_views(shape, size, kernels):
-    """Their deviations are above 1, which costs nothing; the squares of their covariances are more than float32 holds."""
+    """Deviations above 1 cost nothing; the squares of the covariances are more than float32 holds."""
     z = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) * size).requires_grad_()
     variance, gradient = _with_gradients(variance_loss, z)
     assert variance == 0 and not gradient.any()
