@@ -14,12 +14,14 @@ from fastssl.functional.contrastive import (
 )
 from fastssl.functional.correlation import (
     barlow_twins,
-    correlation_algorithm,
     covariance_loss,
     cross_correlation,
     redundancy_loss,
     variance_loss,
     vicreg,
+)
+from fastssl.functional.correlation import (
+    correlation_algorithm as correlation_algorithm,
 )
 from fastssl.functional.ema import adamw_ema_step_, ema_update_
 from fastssl.functional.masking import (
@@ -43,7 +45,6 @@ __all__ = [
     "barlow_twins",
     "block_masking_ids",
     "clip_loss",
-    "correlation_algorithm",
     "covariance_loss",
     "cross_correlation",
     "dcl",

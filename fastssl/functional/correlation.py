@@ -265,6 +265,8 @@ def cross_correlation(
     unbiased = check_flag("unbiased", unbiased)
     check_group(group)
     check_batch(group, z_a=z_a, z_b=z_b)
+    if current_backend() == "reference":
+        return of_reference(reference.correlation.cross_correlation(z_a, z_b, eps=eps, unbiased=unbiased), z_a)
     return finish(_cross_correlation(z_a, z_b, eps, unbiased, group), "none", z_a)
 
 

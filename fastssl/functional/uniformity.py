@@ -36,7 +36,7 @@ def uniformity(x: Tensor, *, t: float | Tensor = 2.0) -> Tensor:
     if not isinstance(t, Tensor):
         check_holds("2 t", 2 * t, t, x)
     if current_backend() == "reference":
-        return of_reference(reference.contrastive.uniformity(x, t=t), x)
+        return of_reference(reference.uniformity.uniformity(x, t=t), x)
     scale = 2 * as_scalar(t, x)
     total, shift = contrastive.self_logsumexp(unit(x), scale, product_precision(x))
     potential = (total / (x.shape[0] - 1)).log() + (shift - scale)  # the logarithm of each row's mean

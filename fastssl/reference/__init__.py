@@ -8,7 +8,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastssl.reference import contrastive, correlation, ema, masking, memory_bank, patches, sigmoid
+from fastssl.reference import (
+    contrastive,
+    correlation,
+    ema,
+    masking,
+    memory_bank,
+    patches,
+    sigmoid,
+    topk_similarity,
+    uniformity,
+)
 
 __all__ = [
     "OPS",
@@ -22,6 +32,8 @@ __all__ = [
     "memory_bank",
     "patches",
     "sigmoid",
+    "topk_similarity",
+    "uniformity",
 ]
 
 

@@ -10,8 +10,7 @@ NT-Xent (SimCLR, arXiv:2002.05709). With z the 2B rows of [z1; z2], each divided
 (CPC, arXiv:1807.03748), of MoCo's queue (arXiv:1911.05722), and of NT-Xent over several processes.
 
 The others build their logits, then take the cross-entropy: `info_nce`, `clip_loss` (arXiv:2103.00020; with labels
-UniCL, arXiv:2204.03610), `sup_con` (arXiv:2004.11362) and `dcl` (arXiv:2110.06848). `uniformity` (arXiv:2005.10242) has
-no positives.
+UniCL, arXiv:2204.03610), `sup_con` (arXiv:2004.11362) and `dcl` (arXiv:2110.06848).
 """
 
 from __future__ import annotations
@@ -172,15 +171,6 @@ def dcl(
         negatives = torch.cat([S.masked_fill(own, float("-inf")) for S in (within, across)], 1)
         losses.append(negatives.logsumexp(1) - weight * across.diagonal())
     return reduce(torch.cat(losses), reduction)
-
-
-def uniformity(x: Tensor, *, t: float | Tensor = 2.0) -> Tensor:
-    """The log-mean-exp of all distances between different rows."""
-    z = F.normalize(x, dim=1)
-    rows = z.shape[0]
-    itself = torch.eye(rows, dtype=torch.bool, device=z.device)
-    potential = (-t * (2 - 2 * z @ z.T)).masked_fill(itself, float("-inf"))
-    return potential.flatten().logsumexp(0) - z.new_full((), rows * (rows - 1), dtype=torch.float64).log().to(z.dtype)
 
 
 def _accuracy(logits: Tensor, target: Tensor) -> Tensor:

@@ -17,8 +17,7 @@ def barlow_twins(
     return_metrics: bool = False,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     """The cross-correlation of the views' standardised features, less the identity, squared and weighted."""
-    a, b = (_standardize(z, eps, unbiased) for z in (z_a, z_b))
-    correlation = a.T @ b / len(a)
+    correlation = cross_correlation(z_a, z_b, eps=eps, unbiased=unbiased)
     invariance = (correlation.diagonal() - 1).square().sum()
     redundancy = _off_diagonal(correlation).square().sum()
     loss = invariance + lambda_param * redundancy
@@ -27,8 +26,13 @@ def barlow_twins(
 
 def redundancy_loss(z_a: Tensor, z_b: Tensor, *, eps: float = 1e-5, unbiased: bool = False) -> Tensor:
     """The squares off the diagonal of the cross-correlation."""
+    return _off_diagonal(cross_correlation(z_a, z_b, eps=eps, unbiased=unbiased)).square().sum()
+
+
+def cross_correlation(z_a: Tensor, z_b: Tensor, *, eps: float = 1e-5, unbiased: bool = False) -> Tensor:
+    """(D, D), of the standardised features."""
     a, b = (_standardize(z, eps, unbiased) for z in (z_a, z_b))
-    return _off_diagonal(a.T @ b / len(a)).square().sum()
+    return a.T @ b / len(a)
 
 
 def vicreg(

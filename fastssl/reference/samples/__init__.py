@@ -3,7 +3,48 @@
 The module of a family registers its operations; a new family is one more name in the list below.
 """
 
-from fastssl.reference.samples import contrastive, correlation, patches, sigmoid
-from fastssl.reference.samples._spec import OPS, BadInput, OpSpec, Sample
+from fastssl.reference.samples import (
+    contrastive,
+    correlation,
+    ema,
+    masking,
+    memory_bank,
+    patches,
+    sigmoid,
+    topk_similarity,
+    uniformity,
+)
+from fastssl.reference.samples._spec import (
+    COMPILED,
+    EDGE,
+    OPS,
+    POISONED,
+    RAGGED,
+    SHAPES,
+    TRACED,
+    BadInput,
+    OpSpec,
+    Sample,
+)
 
-__all__ = ["OPS", "BadInput", "OpSpec", "Sample", "contrastive", "correlation", "patches", "sigmoid"]
+__all__ = [
+    "COMPILED",
+    "EDGE",
+    "OPS",
+    "POISONED",
+    "RAGGED",
+    "SHAPES",
+    "TRACED",
+    "BadInput",
+    "OpSpec",
+    "Sample",
+    "contrastive",
+    "correlation",
+    "ema",
+    "masking",
+    "memory_bank",
+    "patches",
+    "sigmoid",
+    "topk_similarity",
+    "uniformity",
+]

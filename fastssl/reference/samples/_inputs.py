@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastssl.reference.samples._spec import BadInput
+from fastssl.reference.samples._spec import COMPILED, POISONED, RAGGED, SHAPES, TRACED, BadInput
 
 
 def leaf(x: Tensor) -> Tensor:
@@ -22,7 +22,7 @@ def generator(dtype: torch.dtype, device: str) -> Callable[..., Tensor]:
 
     def rows(*shape: int, scale: float = 1.0) -> Tensor:
         # Drawn in float32 for every dtype, so that the float64 oracle sees values each dtype can hold.
-        return (scale * torch.randn(*shape, generator=source)).to(device, dtype)
+        return (scale * torch.randn(shape, generator=source)).to(device, dtype)
 
     return rows
 
@@ -57,13 +57,16 @@ def scalar_bad_inputs(name: str, *args: object) -> Iterator[BadInput]:
     yield BadInput(f"{name} text", args, {name: "1"}, TypeError, f"{name} .*number.*str")
 
 
-def scale_of(x: Tensor, scale: float | Tensor) -> Tensor:
-    """A scalar as operations take it beside `x`."""
-    return torch.as_tensor(scale, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-
-
-def precision_of(x: Tensor) -> str:
-    return str(x.dtype).removeprefix("torch.")
+def sized(*sizes: int) -> set[str]:
+    """The tags of a sample of nothing but sizes, rows first."""
+    tags = {
+        TRACED: sizes[0] <= 2 and max(sizes) <= 9,
+        SHAPES: min(sizes) > 1,
+        COMPILED: sizes[0] == 5,
+        RAGGED: max(sizes) >= 64,
+        POISONED: 3 < min(sizes) and 16 <= sizes[-1] and max(sizes) <= 64,
+    }
+    return {tag for tag, holds in tags.items() if holds}
 
 
 def largest_norm(*tensors: Tensor) -> float:

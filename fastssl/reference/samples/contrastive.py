@@ -5,47 +5,47 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fastssl.reference.contrastive import clip_loss, dcl, info_nce, nt_xent, similarity_logsumexp, sup_con, uniformity
+from fastssl.reference.contrastive import clip_loss, dcl, info_nce, nt_xent, similarity_logsumexp, sup_con
 from fastssl.reference.samples._inputs import (
     generator,
     largest_norm,
     leaf,
     pair_bad_inputs,
-    precision_of,
     scalar_bad_inputs,
-    scale_of,
+    sized,
     unit_generator,
 )
-from fastssl.reference.samples._spec import BadInput, OpSpec, Sample
+from fastssl.reference.samples._spec import EDGE, POISONED, TRACED, BadInput, OpSpec, Sample
 
 
 def _nt_xent_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
     rows = generator(dtype, device)
     for batch, dim in [(1, 1), (1, 8), (2, 3), (3, 1), (5, 64), (32, 128), (64, 127), (65, 129), (129, 16), (300, 40)]:
-        yield Sample(f"{batch}x{dim}", (leaf(rows(batch, dim)), leaf(rows(batch, dim))))
+        yield Sample(f"{batch}x{dim}", (leaf(rows(batch, dim)), leaf(rows(batch, dim))), tags=sized(batch, dim))
     z1, z2 = rows(33, 24), rows(33, 24)
     for temperature in (0.07, 0.01, 1.0, -1.0):
         yield Sample(f"temperature={temperature}", (leaf(z1), leaf(z2)), {"temperature": temperature})
     learnable = torch.tensor(0.2, device=device, requires_grad=True)
-    yield Sample("learnable temperature", (leaf(z1[:7, :6]), leaf(z2[:7, :6])), {"temperature": learnable})
+    yield Sample(
+        "learnable temperature", (leaf(z1[:7, :6]), leaf(z2[:7, :6])), {"temperature": learnable}, tags={TRACED}
+    )
     for reduction in ("none", "sum"):
         yield Sample(f"reduction={reduction}", (leaf(z1), leaf(z2)), {"reduction": reduction})
-    yield Sample("not normalized", (leaf(z1), leaf(z2)), {"normalize": False, "temperature": 1.0})
+    yield Sample("not normalized", (leaf(z1), leaf(z2)), {"normalize": False, "temperature": 1.0}, tags={POISONED})
     yield Sample("not normalized, large", (leaf(6 * z1), leaf(6 * z2)), {"normalize": False, "temperature": 0.5})
-    yield Sample("transposed", (leaf(rows(24, 33)).T, leaf(rows(24, 33)).T))
-    yield Sample("sliced", (leaf(rows(66, 50))[::2, 1:25], leaf(rows(66, 50))[1::2, 25:49]))
-    yield Sample("expanded", (leaf(rows(1, 24)).expand(9, 24), leaf(rows(9, 24))))
+    yield Sample("transposed", (leaf(rows(24, 33)).T, leaf(rows(24, 33)).T), tags={TRACED})
+    yield Sample("sliced", (leaf(rows(66, 50))[::2, 1:25], leaf(rows(66, 50))[1::2, 25:49]), tags={TRACED})
+    yield Sample("expanded", (leaf(rows(1, 24)).expand(9, 24), leaf(rows(9, 24))), tags={TRACED})
     yield Sample("only one side differentiable", (leaf(z1), z2))
     zero = z1.clone()
     zero[3] = 0
     yield Sample("identical views", (leaf(z1), leaf(z1)))
     if dtype != torch.float16:  # F.normalize's 1e-12 is 0 in float16, where eager PyTorch divides 0 by 0
-        yield Sample("zero row", (leaf(zero), leaf(z2)))
+        yield Sample("zero row", (leaf(zero), leaf(z2)), tags={EDGE})
         yield Sample("huge and tiny rows", (leaf(1e6 * z1), leaf(1e-6 * z2)))
-    yield Sample("empty", (leaf(rows(0, 24)), leaf(rows(0, 24))), {"reduction": "sum"})
+    yield Sample("empty", (leaf(rows(0, 24)), leaf(rows(0, 24))), {"reduction": "sum"}, tags={TRACED})
 
 
 def _nt_xent_bad_inputs() -> Iterator[BadInput]:
@@ -65,33 +65,36 @@ def _nt_xent_bad_inputs() -> Iterator[BadInput]:
     yield BadInput("reduction", (z, z), {"reduction": "average"}, ValueError, r"reduction .*'average'")
 
 
-def _nt_xent_op_args(sample: Sample) -> tuple:
-    z1, z2 = sample.args
-    scale = scale_of(z1, sample.kwargs.get("temperature", 0.5)).reciprocal()
-    return z1, z2, scale, sample.kwargs.get("normalize", True), precision_of(z1)
-
-
 def _similarity_logsumexp_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
     rows, unit = generator(dtype, device), unit_generator(dtype, device)
     for m, n, dim in [(1, 1, 1), (1, 9, 8), (9, 1, 8), (5, 7, 64), (32, 64, 128), (64, 65, 127), (129, 257, 16)]:
-        yield Sample(f"{m}x{n}x{dim}", (leaf(unit(m, dim)), leaf(unit(n, dim))), {"scale": 2.0})
+        yield Sample(f"{m}x{n}x{dim}", (leaf(unit(m, dim)), leaf(unit(n, dim))), {"scale": 2.0}, tags=sized(m, n, dim))
     x, y = unit(33, 24), unit(65, 24)
     own = torch.arange(33, device=device)
     for scale in (0.0, 14.0, 100.0, -1.0):
-        yield Sample(f"scale={scale}", (leaf(x), leaf(y)), {"scale": scale, "exclude": own})
+        yield Sample(
+            f"scale={scale}",
+            (leaf(x), leaf(y)),
+            {"scale": scale, "exclude": own},
+            tags={EDGE, POISONED} if scale == 14.0 else {EDGE},
+        )
     learnable = torch.tensor(5.0, device=device, requires_grad=True)
     few = leaf(x[:5, :4]), leaf(y[:9, :4])
-    yield Sample("learnable scale", few, {"scale": learnable, "exclude": own[:5] + 2, "offset": leaf(rows(5))})
-    yield Sample("queue", (leaf(x), y), {"scale": 10.0})
+    yield Sample(
+        "learnable scale", few, {"scale": learnable, "exclude": own[:5] + 2, "offset": leaf(rows(5))}, tags={TRACED}
+    )
+    yield Sample("queue", (leaf(x), y), {"scale": 10.0}, tags={POISONED})
     yield Sample("only y differentiable", (x, leaf(y)), {"scale": 10.0})
-    yield Sample("excludes no column", (leaf(x), leaf(y)), {"exclude": 65 - 2 * own})
-    yield Sample("excludes every column", (leaf(x), leaf(y[:1])), {"exclude": own - 3})
+    yield Sample("excludes no column", (leaf(x), leaf(y)), {"exclude": 65 - 2 * own}, tags={EDGE})
+    yield Sample("excludes every column", (leaf(x), leaf(y[:1])), {"exclude": own - 3}, tags={EDGE})
     yield Sample("large rows", (leaf(6 * rows(33, 24)), leaf(rows(65, 24))))
-    yield Sample("transposed", (leaf(rows(24, 33)).T, leaf(rows(24, 65)).T), {"exclude": own})
-    yield Sample("sliced", (leaf(rows(66, 50))[::2, 1:25], leaf(rows(66, 50))[1::2, 25:49]), {"exclude": own})
-    yield Sample("expanded", (leaf(rows(1, 24)).expand(9, 24), leaf(rows(9, 24))))
+    yield Sample("transposed", (leaf(rows(24, 33)).T, leaf(rows(24, 65)).T), {"exclude": own}, tags={TRACED})
+    yield Sample(
+        "sliced", (leaf(rows(66, 50))[::2, 1:25], leaf(rows(66, 50))[1::2, 25:49]), {"exclude": own}, tags={TRACED}
+    )
+    yield Sample("expanded", (leaf(rows(1, 24)).expand(9, 24), leaf(rows(9, 24))), tags={TRACED})
     yield Sample("no columns", (leaf(x), leaf(y[:0])))
-    yield Sample("empty", (leaf(x[:0]), leaf(y)), {"exclude": own[:0]})
+    yield Sample("empty", (leaf(x[:0]), leaf(y)), {"exclude": own[:0]}, tags={TRACED})
 
 
 def _similarity_logsumexp_bad_inputs() -> Iterator[BadInput]:
@@ -114,34 +117,35 @@ def _similarity_logsumexp_bad_inputs() -> Iterator[BadInput]:
     yield BadInput("offset scalar", (x, y), {"offset": torch.ones(())}, ValueError, r"offset .*\(8,\).*\(\)")
 
 
-def _similarity_logsumexp_op_args(sample: Sample) -> tuple:
-    x, y = sample.args
-    scale = scale_of(x, sample.kwargs.get("scale", 1.0))
-    return x, y, scale, sample.kwargs.get("exclude"), True, precision_of(x)
-
-
 def _info_nce_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
     rows, unit = generator(dtype, device), unit_generator(dtype, device)
     for batch, dim in [(1, 1), (1, 8), (2, 3), (3, 1), (5, 64), (32, 128), (65, 129), (129, 16)]:
-        yield Sample(f"{batch}x{dim}", (leaf(rows(batch, dim)), leaf(rows(batch, dim))))
+        yield Sample(f"{batch}x{dim}", (leaf(rows(batch, dim)), leaf(rows(batch, dim))), tags=sized(batch, dim))
     q, k, queue, paired = rows(33, 24), rows(33, 24), rows(127, 24), rows(33, 7, 24)
     keys = leaf(q), leaf(k), leaf(queue)
     unit_keys = leaf(unit(33, 24)), leaf(unit(33, 24)), unit(127, 24)
     for temperature in (0.07, 0.01, -1.0):
         yield Sample(f"temperature={temperature}", (leaf(q), leaf(k)), {"temperature": temperature})
-    yield Sample("queue", unit_keys, {"normalize": False, "temperature": 0.07})
+    yield Sample("queue", unit_keys, {"normalize": False, "temperature": 0.07}, tags={POISONED})
     yield Sample("queue of constant keys", (leaf(q), k, queue), {"temperature": 0.01})
-    yield Sample("queue and batch", keys, {"in_batch_negatives": True})
+    yield Sample("queue and batch", keys, {"in_batch_negatives": True}, tags={TRACED})
     yield Sample("queue, no keys", (leaf(q), leaf(k), leaf(queue[:0])))
     few = tuple(leaf(x[:5, :4]) for x in (q, k, queue))
     learnable = torch.tensor(0.2, device=device, requires_grad=True)
-    yield Sample("learnable temperature", few[:2], {"temperature": learnable, "symmetric": True})
-    yield Sample("learnable temperature, queue", few, {"temperature": learnable, "in_batch_negatives": True})
+    yield Sample("learnable temperature", few[:2], {"temperature": learnable, "symmetric": True}, tags={TRACED})
+    yield Sample(
+        "learnable temperature, queue", few, {"temperature": learnable, "in_batch_negatives": True}, tags={TRACED}
+    )
     few = leaf(q[:2, :4]), leaf(k[:2, :4]), leaf(paired[:2, :3, :4])
     mode = {"negative_mode": "paired"}
-    yield Sample("learnable temperature, paired", few, {**mode, "temperature": learnable})
+    yield Sample("learnable temperature, paired", few, {**mode, "temperature": learnable}, tags={TRACED})
     yield Sample("paired", (leaf(q), leaf(k), leaf(paired)), mode)
-    yield Sample("paired and batch", (leaf(q), leaf(k), leaf(paired)), {**mode, "in_batch_negatives": True})
+    yield Sample(
+        "paired and batch",
+        (leaf(q), leaf(k), leaf(paired)),
+        {**mode, "in_batch_negatives": True},
+        tags={TRACED, POISONED},
+    )
     yield Sample("paired, no keys", (leaf(q), leaf(k), leaf(paired[:, :0])), mode)
     yield Sample("no negatives", (leaf(q), leaf(k)), {"in_batch_negatives": False})
     yield Sample("symmetric", (leaf(q), leaf(k)), {"symmetric": True, "reduction": "sum"})
@@ -152,16 +156,20 @@ def _info_nce_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
     yield Sample("confident, symmetric", confident, {"temperature": 0.01, "symmetric": True})
     large = leaf(6 * q), leaf(6 * k)
     yield Sample("not normalized, large", large, {"normalize": False, "temperature": 0.5})
-    yield Sample("transposed", (leaf(rows(24, 33)).T, leaf(rows(24, 33)).T))
-    yield Sample("sliced", (leaf(rows(66, 50))[::2, 1:25], leaf(rows(66, 50))[1::2, 25:49]), {"symmetric": True})
-    yield Sample("expanded", (leaf(rows(1, 24)).expand(9, 24), leaf(rows(9, 24)), leaf(rows(1, 24)).expand(5, 24)))
+    yield Sample("transposed", (leaf(rows(24, 33)).T, leaf(rows(24, 33)).T), tags={TRACED})
+    yield Sample(
+        "sliced", (leaf(rows(66, 50))[::2, 1:25], leaf(rows(66, 50))[1::2, 25:49]), {"symmetric": True}, tags={TRACED}
+    )
+    yield Sample(
+        "expanded", (leaf(rows(1, 24)).expand(9, 24), leaf(rows(9, 24)), leaf(rows(1, 24)).expand(5, 24)), tags={TRACED}
+    )
     yield Sample("only queries differentiable", (leaf(q), k))
     if dtype != torch.float16:  # F.normalize's 1e-12 is 0 in float16, where eager PyTorch divides 0 by 0
         zero = q.clone()
         zero[3] = 0
-        yield Sample("zero row", (leaf(zero), leaf(k)))
-    yield Sample("empty", (leaf(q[:0]), leaf(k[:0])), {"reduction": "sum"})
-    yield Sample("empty, queue", (leaf(q[:0]), leaf(k[:0]), leaf(queue)), {"reduction": "sum"})
+        yield Sample("zero row", (leaf(zero), leaf(k)), tags={EDGE})
+    yield Sample("empty", (leaf(q[:0]), leaf(k[:0])), {"reduction": "sum"}, tags={TRACED})
+    yield Sample("empty, queue", (leaf(q[:0]), leaf(k[:0]), leaf(queue)), {"reduction": "sum"}, tags={TRACED})
 
 
 def _labels_bad_inputs(*args: object) -> Iterator[BadInput]:
@@ -208,41 +216,38 @@ def _info_nce_bad_inputs() -> Iterator[BadInput]:
         yield BadInput(f"{name} without negatives", (q, k), options, ValueError, match)
 
 
-def _info_nce_op_args(sample: Sample) -> tuple:
-    q, k, *queue = sample.args
-    scale = scale_of(q, sample.kwargs.get("temperature", 0.1)).reciprocal()
-    keys = queue[0] if queue and queue[0].dim() == 2 else k
-    return q, keys, scale, torch.arange(q.shape[0], device=q.device), True, precision_of(q)
-
-
 def _clip_loss_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
     rows, unit = generator(dtype, device), unit_generator(dtype, device)
     for batch, dim in [(1, 1), (1, 8), (2, 3), (3, 1), (5, 64), (32, 128), (65, 129), (129, 16)]:
-        yield Sample(f"{batch}x{dim}", (leaf(unit(batch, dim)), leaf(unit(batch, dim)), 14.0))
+        yield Sample(f"{batch}x{dim}", (leaf(unit(batch, dim)), leaf(unit(batch, dim)), 14.0), tags=sized(batch, dim))
     x, y = unit(33, 24), unit(33, 24)
     for scale in (0.0, 100.0, -1.0):
-        yield Sample(f"scale={scale}", (leaf(x), leaf(y), scale))
+        yield Sample(f"scale={scale}", (leaf(x), leaf(y), scale), tags={EDGE, POISONED} if scale == 14.0 else {EDGE})
     learnable = torch.tensor(5.0, device=device, requires_grad=True)
     labels = torch.arange(33, device=device) // 2 - 5
     labels[3], labels[-2:] = 1 << 40, -(1 << 40)
     few = leaf(x[:5, :4]), leaf(y[:5, :4]), learnable
-    yield Sample("learnable scale", few, {"label_smoothing": 0.1})
-    yield Sample("learnable scale, labels", few, {"labels": labels[:5]})
-    yield Sample("labels", (leaf(x), leaf(y), 14.0), {"labels": labels})
-    yield Sample("labels, smoothed", (leaf(x), leaf(y), 100.0), {"labels": labels, "label_smoothing": 0.1})
+    yield Sample("learnable scale", few, {"label_smoothing": 0.1}, tags={TRACED})
+    yield Sample("learnable scale, labels", few, {"labels": labels[:5]}, tags={TRACED})
+    yield Sample("labels", (leaf(x), leaf(y), 14.0), {"labels": labels}, tags={POISONED})
+    yield Sample(
+        "labels, smoothed", (leaf(x), leaf(y), 100.0), {"labels": labels, "label_smoothing": 0.1}, tags={TRACED}
+    )
     yield Sample("one label", (leaf(x), leaf(y), 14.0), {"labels": torch.zeros_like(labels), "reduction": "none"})
     yield Sample("smoothed", (leaf(x), leaf(y), 14.0), {"label_smoothing": 0.1, "reduction": "sum"})
     yield Sample("confident", (leaf(x), leaf(x + rows(33, 24, scale=1e-3)), 100.0))
     yield Sample("large rows", (leaf(6 * rows(33, 24)), leaf(rows(33, 24)), 1.0))
-    yield Sample("transposed", (leaf(rows(24, 33)).T, leaf(rows(24, 33)).T, 1.0))
-    yield Sample("sliced", (leaf(rows(66, 50))[::2, 1:25], leaf(rows(66, 50))[1::2, 25:49], 1.0))
-    yield Sample("expanded", (leaf(rows(1, 24)).expand(9, 24), leaf(rows(9, 24)), 1.0))
+    yield Sample("transposed", (leaf(rows(24, 33)).T, leaf(rows(24, 33)).T, 1.0), tags={TRACED})
+    yield Sample("sliced", (leaf(rows(66, 50))[::2, 1:25], leaf(rows(66, 50))[1::2, 25:49], 1.0), tags={TRACED})
+    yield Sample("expanded", (leaf(rows(1, 24)).expand(9, 24), leaf(rows(9, 24)), 1.0), tags={TRACED})
     yield Sample("only images differentiable", (leaf(x), y, 14.0))
     zero = x.clone()
     zero[3] = 0
-    yield Sample("zero row", (leaf(zero), leaf(y), 14.0))
-    yield Sample("empty", (leaf(x[:0]), leaf(y[:0]), 14.0), {"reduction": "sum"})
-    yield Sample("empty, labels", (leaf(x[:0]), leaf(y[:0]), 14.0), {"labels": labels[:0], "reduction": "sum"})
+    yield Sample("zero row", (leaf(zero), leaf(y), 14.0), tags={EDGE})
+    yield Sample("empty", (leaf(x[:0]), leaf(y[:0]), 14.0), {"reduction": "sum"}, tags={TRACED})
+    yield Sample(
+        "empty, labels", (leaf(x[:0]), leaf(y[:0]), 14.0), {"labels": labels[:0], "reduction": "sum"}, tags={TRACED}
+    )
 
 
 def _clip_loss_bad_inputs() -> Iterator[BadInput]:
@@ -254,11 +259,6 @@ def _clip_loss_bad_inputs() -> Iterator[BadInput]:
     yield BadInput("reduction", (x, y, 14.0), {"reduction": "average"}, ValueError, r"reduction .*'average'")
 
 
-def _clip_loss_op_args(sample: Sample) -> tuple:
-    x, y, scale = sample.args
-    return x, y, scale_of(x, scale), precision_of(x)
-
-
 def _sup_con_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
     rows = generator(dtype, device)
 
@@ -266,31 +266,31 @@ def _sup_con_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
         return torch.arange(count, device=device) * 7 % (count // 3 + 1)
 
     for count, dim in [(1, 1), (1, 8), (2, 3), (3, 1), (5, 64), (32, 128), (65, 129), (129, 16)]:
-        yield Sample(f"{count}x{dim}", (leaf(rows(count, dim)), classes(count)))
+        yield Sample(f"{count}x{dim}", (leaf(rows(count, dim)), classes(count)), tags=sized(count, dim))
     z, labels = rows(33, 24), classes(33)
     for temperature in (0.07, 0.01, -1.0):
         yield Sample(f"temperature={temperature}", (leaf(z), labels), {"temperature": temperature})
     learnable = torch.tensor(0.2, device=device, requires_grad=True)
-    yield Sample("learnable temperature", (leaf(z[:7, :6]), labels[:7] // 4), {"temperature": learnable})
+    yield Sample("learnable temperature", (leaf(z[:7, :6]), labels[:7] // 4), {"temperature": learnable}, tags={TRACED})
     odd = torch.arange(33, device=device) // 2 - 5
     odd[3], odd[-2:] = 1 << 40, -(1 << 40)
     yield Sample("labels of any size", (leaf(z), odd), {"reduction": "none"})
     yield Sample("one label", (leaf(z), torch.zeros_like(labels)), {"reduction": "sum"})
     yield Sample("no two of a label", (leaf(z), torch.arange(33, device=device)))
-    yield Sample("views", (leaf(rows(9, 3, 24)), labels[:9]), {"reduction": "none"})
+    yield Sample("views", (leaf(rows(9, 3, 24)), labels[:9]), {"reduction": "none"}, tags={TRACED, POISONED})
     yield Sample("one view", (leaf(rows(9, 1, 24)), labels[:9]))
     near = rows(11, 1, 24) + rows(11, 3, 24, scale=1e-3)
     yield Sample("confident", (leaf(near), torch.arange(11, device=device)), {"temperature": 0.05})
     yield Sample("not normalized, large", (leaf(6 * z), labels), {"normalize": False, "temperature": 0.5})
-    yield Sample("transposed", (leaf(rows(24, 33)).T, labels))
-    yield Sample("sliced", (leaf(rows(66, 50))[::2, 1:25], labels.repeat_interleave(2)[::2]))
-    yield Sample("expanded", (leaf(rows(1, 24)).expand(9, 24), labels[:1].expand(9)))
+    yield Sample("transposed", (leaf(rows(24, 33)).T, labels), tags={TRACED})
+    yield Sample("sliced", (leaf(rows(66, 50))[::2, 1:25], labels.repeat_interleave(2)[::2]), tags={TRACED})
+    yield Sample("expanded", (leaf(rows(1, 24)).expand(9, 24), labels[:1].expand(9)), tags={TRACED})
     if dtype != torch.float16:  # F.normalize's 1e-12 is 0 in float16, where eager PyTorch divides 0 by 0
         zero = z.clone()
         zero[3] = 0
-        yield Sample("zero row", (leaf(zero), labels))
-    yield Sample("empty", (leaf(z[:0]), labels[:0]), {"reduction": "sum"})
-    yield Sample("empty, views", (leaf(rows(0, 2, 24)), labels[:0]), {"reduction": "none"})
+        yield Sample("zero row", (leaf(zero), labels), tags={EDGE})
+    yield Sample("empty", (leaf(z[:0]), labels[:0]), {"reduction": "sum"}, tags={TRACED})
+    yield Sample("empty, views", (leaf(rows(0, 2, 24)), labels[:0]), {"reduction": "none"}, tags={TRACED})
 
 
 def _sup_con_bad_inputs() -> Iterator[BadInput]:
@@ -310,32 +310,26 @@ def _sup_con_bad_inputs() -> Iterator[BadInput]:
     yield BadInput("reduction", (z, labels), {"reduction": "average"}, ValueError, r"reduction .*'average'")
 
 
-def _sup_con_op_args(sample: Sample) -> tuple:
-    z, labels = sample.args
-    if z.dim() == 3:
-        z, labels = z.flatten(0, 1), labels.repeat_interleave(z.shape[1])
-    scale = scale_of(z, sample.kwargs.get("temperature", 0.1)).reciprocal()
-    return z, labels, scale, sample.kwargs.get("normalize", True), precision_of(z)
-
-
 def _dcl_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
     rows = generator(dtype, device)
     for batch, dim in [(1, 8), (2, 3), (3, 1), (5, 64), (32, 128), (65, 129), (129, 16)]:
-        yield Sample(f"{batch}x{dim}", (leaf(rows(batch, dim)), leaf(rows(batch, dim))))
+        yield Sample(f"{batch}x{dim}", (leaf(rows(batch, dim)), leaf(rows(batch, dim))), tags=sized(batch, dim))
     z1, z2 = rows(33, 24), rows(33, 24)
     for temperature in (0.07, 0.01, -1.0):
         yield Sample(f"temperature={temperature}", (leaf(z1), leaf(z2)), {"temperature": temperature})
     learnable = torch.tensor(0.2, device=device, requires_grad=True)
-    yield Sample("learnable temperature", (leaf(z1[:5, :4]), leaf(z2[:5, :4])), {"temperature": learnable})
+    yield Sample(
+        "learnable temperature", (leaf(z1[:5, :4]), leaf(z2[:5, :4])), {"temperature": learnable}, tags={TRACED}
+    )
     weighted = {"weight_fn": _von_mises_fisher_weights, "reduction": "sum"}
-    yield Sample("weighted", (leaf(z1), leaf(z2)), weighted)
+    yield Sample("weighted", (leaf(z1), leaf(z2)), weighted, tags={TRACED})
     large = leaf(6 * z1), leaf(6 * z2)
     yield Sample("not normalized, large", large, {"normalize": False, "temperature": 0.5})
-    yield Sample("transposed", (leaf(rows(24, 33)).T, leaf(rows(24, 33)).T), {"reduction": "none"})
-    yield Sample("expanded", (leaf(rows(1, 24)).expand(9, 24), leaf(rows(9, 24))))
+    yield Sample("transposed", (leaf(rows(24, 33)).T, leaf(rows(24, 33)).T), {"reduction": "none"}, tags={TRACED})
+    yield Sample("expanded", (leaf(rows(1, 24)).expand(9, 24), leaf(rows(9, 24))), tags={TRACED})
     yield Sample("only one side differentiable", (leaf(z1), z2))
     yield Sample("confident", (leaf(z1), leaf(z1 + rows(33, 24, scale=1e-3))), {"temperature": 0.05})
-    yield Sample("empty", (leaf(z1[:0]), leaf(z2[:0])), {"reduction": "sum"})
+    yield Sample("empty", (leaf(z1[:0]), leaf(z2[:0])), {"reduction": "sum"}, tags={TRACED})
 
 
 def _von_mises_fisher_weights(x: Tensor, y: Tensor) -> Tensor:
@@ -349,54 +343,6 @@ def _dcl_bad_inputs() -> Iterator[BadInput]:
     yield from scalar_bad_inputs("temperature", z1, z2)
     yield BadInput("temperature zero", (z1, z2), {"temperature": 0.0}, ValueError, r"temperature .*zero.*0\.0")
     yield BadInput("reduction", (z1, z2), {"reduction": "average"}, ValueError, r"reduction .*'average'")
-
-
-def _dcl_op_args(sample: Sample) -> tuple:
-    x, y = sample.args
-    own = torch.arange(x.shape[0], device=x.device)
-    return x, y, scale_of(x, sample.kwargs.get("temperature", 0.1)).reciprocal(), own, precision_of(x)
-
-
-def _uniformity_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
-    rows = generator(dtype, device)
-    for count, dim in [(2, 3), (3, 1), (5, 64), (32, 128), (65, 129), (129, 16)]:
-        yield Sample(f"{count}x{dim}", (leaf(rows(count, dim)),))
-    x = rows(33, 24)
-    for t in (0.5, 40.0, -1.0):
-        yield Sample(f"t={t}", (leaf(x),), {"t": t})
-    learnable = torch.tensor(1.5, device=device, requires_grad=True)
-    yield Sample("learnable t", (leaf(x[:7, :6]),), {"t": learnable})
-    yield Sample("near", (leaf(rows(1, 24) + rows(33, 24, scale=1e-2)),))
-    yield Sample("large", (leaf(100 * x),))
-    yield Sample("transposed", (leaf(rows(24, 33)).T,))
-    yield Sample("sliced", (leaf(rows(66, 50))[::2, 1:25],))
-    yield Sample("expanded", (leaf(rows(1, 24)).expand(9, 24),))
-    if dtype != torch.float16:  # F.normalize's 1e-12 is 0 in float16, where eager PyTorch divides 0 by 0
-        zero = x.clone()
-        zero[3] = 0
-        yield Sample("zero row", (leaf(zero),))
-
-
-def _uniformity_bad_inputs() -> Iterator[BadInput]:
-    x = torch.randn(8, 16)
-    for label, rows, error, match in (
-        ("one dimension", x[0], ValueError, r"x .*\(N, D\).*\(16,\)"),
-        ("no features", x[:, :0], ValueError, r"x .*at least one feature.*\(8, 0\)"),
-        ("integers", x.long(), ValueError, r"x .*floating.*int64"),
-        ("not a tensor", x.tolist(), TypeError, r"x .*Tensor.*list"),
-    ):
-        yield BadInput(label, (rows,), {}, error, match)
-    yield from scalar_bad_inputs("t", x)
-
-
-def _uniformity_op_args(sample: Sample) -> tuple:
-    z = F.normalize(sample.args[0], dim=1)
-    return z, 2 * scale_of(z, sample.kwargs.get("t", 2.0)), precision_of(z)
-
-
-def _uniformity_magnitude(sample: Sample) -> float:
-    """The largest |S_ij|."""
-    return 2 * abs(torch.as_tensor(sample.kwargs.get("t", 2.0)).item())
 
 
 def _temperature_magnitude(default: float) -> Callable[[Sample], float]:
@@ -416,8 +362,8 @@ OpSpec(
     nt_xent,
     _nt_xent_samples,
     _nt_xent_bad_inputs,
-    _nt_xent_op_args,
     _temperature_magnitude(0.5),
+    reductions=("none", "mean", "sum"),
 )
 
 
@@ -433,9 +379,7 @@ OpSpec(
     similarity_logsumexp,
     _similarity_logsumexp_samples,
     _similarity_logsumexp_bad_inputs,
-    _similarity_logsumexp_op_args,
     _similarity_logsumexp_magnitude,
-    reductions=(),
 )
 
 
@@ -451,9 +395,9 @@ OpSpec(
     info_nce,
     _info_nce_samples,
     _info_nce_bad_inputs,
-    _info_nce_op_args,
     _temperature_magnitude(0.1),
     op="similarity_logsumexp",
+    reductions=("none", "mean", "sum"),
 )
 OpSpec(
     "clip_loss",
@@ -461,8 +405,8 @@ OpSpec(
     clip_loss,
     _clip_loss_samples,
     _clip_loss_bad_inputs,
-    _clip_loss_op_args,
     _clip_loss_magnitude,
+    reductions=("none", "mean", "sum"),
 )
 OpSpec(
     "sup_con",
@@ -470,8 +414,8 @@ OpSpec(
     sup_con,
     _sup_con_samples,
     _sup_con_bad_inputs,
-    _sup_con_op_args,
     _temperature_magnitude(0.1),
+    reductions=("none", "mean", "sum"),
 )
 OpSpec(
     "dcl",
@@ -479,18 +423,7 @@ OpSpec(
     dcl,
     _dcl_samples,
     _dcl_bad_inputs,
-    _dcl_op_args,
     _temperature_magnitude(0.1),
     op="pair_logsumexp",  # and self_logsumexp
-)
-OpSpec(
-    "uniformity",
-    "contrastive",
-    uniformity,
-    _uniformity_samples,
-    _uniformity_bad_inputs,
-    _uniformity_op_args,
-    _uniformity_magnitude,
-    reductions=(),
-    op="self_logsumexp",
+    reductions=("none", "mean", "sum"),
 )

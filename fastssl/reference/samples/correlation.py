@@ -8,52 +8,58 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fastssl.reference.correlation import barlow_twins, covariance_loss, variance_loss, vicreg
-from fastssl.reference.samples._inputs import generator, leaf, pair_bad_inputs, precision_of
-from fastssl.reference.samples._spec import BadInput, OpSpec, Sample
+from fastssl.reference.correlation import (
+    barlow_twins,
+    covariance_loss,
+    cross_correlation,
+    redundancy_loss,
+    variance_loss,
+    vicreg,
+)
+from fastssl.reference.samples._inputs import generator, leaf, pair_bad_inputs, sized
+from fastssl.reference.samples._spec import TRACED, BadInput, OpSpec, Sample
 
 
-def _views(dtype: torch.dtype, device: str, size: float = 1.0) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """(label, z_a, z_b), with features whose deviation is about `size`, more rows than features and fewer."""
+def _views(dtype: torch.dtype, device: str, size: float = 1.0) -> Iterator[Sample]:
+    """Two views, with features whose deviation is about `size`, more rows than features and fewer."""
     normal = generator(dtype, device)
 
     def rows(*shape: int, scale: float = 1.0) -> Tensor:
         return normal(*shape, scale=size * scale)
 
     for batch, dim in [(2, 1), (2, 3), (3, 2), (5, 64), (33, 16), (32, 128), (65, 129), (129, 64)]:
-        yield f"{batch}x{dim}", leaf(rows(batch, dim)), leaf(rows(batch, dim))
+        yield Sample(f"{batch}x{dim}", (leaf(rows(batch, dim)), leaf(rows(batch, dim))), tags=sized(batch, dim))
     x = rows(40, 24)
-    yield "identical views", leaf(x), leaf(x.clone())
-    yield "only one view differentiable", leaf(x), x + rows(40, 24, scale=0.5)
-    yield "transposed", leaf(rows(24, 33)).T, leaf(rows(24, 33)).T
-    yield "transposed, of few rows", leaf(rows(33, 24)).T, leaf(rows(33, 24)).T
-    yield "sliced", leaf(rows(66, 50))[::2, 1:25], leaf(rows(66, 50))[1::2, 25:49]
-    yield "expanded", leaf(rows(1, 24)).expand(9, 24), leaf(rows(9, 24))
+    yield Sample("identical views", (leaf(x), leaf(x.clone())))
+    yield Sample("only one view differentiable", (leaf(x), x + rows(40, 24, scale=0.5)))
+    yield Sample("transposed", (leaf(rows(24, 33)).T, leaf(rows(24, 33)).T), tags={TRACED})
+    yield Sample("transposed, of few rows", (leaf(rows(33, 24)).T, leaf(rows(33, 24)).T), tags={TRACED})
+    yield Sample("sliced", (leaf(rows(66, 50))[::2, 1:25], leaf(rows(66, 50))[1::2, 25:49]), tags={TRACED})
+    yield Sample("expanded", (leaf(rows(1, 24)).expand(9, 24), leaf(rows(9, 24))), tags={TRACED})
     dead = x.clone()
     dead[:, 3], dead[:, 7] = 0, 0.3
-    yield "constant columns", leaf(dead), leaf(rows(40, 24))
+    yield Sample("constant columns", (leaf(dead), leaf(rows(40, 24))))
     zero = rows(20, 40)
     zero[3], zero[7] = 0, 0
-    yield "zero rows", leaf(zero), leaf(rows(20, 40))
+    yield Sample("zero rows", (leaf(zero), leaf(rows(20, 40))))
     far = rows(24, 40) + 30 * size
-    yield "far from zero", leaf(far), leaf(rows(24, 40) - 30 * size)
+    yield Sample("far from zero", (leaf(far), leaf(rows(24, 40) - 30 * size)))
     orthogonal = torch.linalg.qr(generator(torch.float32, device)(65, 17))[0][:, 1:] * size * 65**0.5
-    yield "hardly correlated", leaf(orthogonal.to(dtype)), leaf((orthogonal + 1e-3 * size).to(dtype))
+    yield Sample("hardly correlated", (leaf(orthogonal.to(dtype)), leaf((orthogonal + 1e-3 * size).to(dtype))))
     # A float16 loss is at most 65504.
     large = 1e3 if dtype != torch.float16 else 4.0
-    yield "large", leaf(rows(33, 16, scale=large)), leaf(rows(33, 16, scale=large))
-    yield "large, of few rows", leaf(rows(12, 24, scale=large)), leaf(rows(12, 24, scale=large))
-    yield "tiny", leaf(rows(33, 16, scale=1e-3)), leaf(rows(33, 16, scale=1e-3))
-    yield "tiny, of few rows", leaf(rows(12, 24, scale=1e-3)), leaf(rows(12, 24, scale=1e-3))
+    yield Sample("large", (leaf(rows(33, 16, scale=large)), leaf(rows(33, 16, scale=large))))
+    yield Sample("large, of few rows", (leaf(rows(12, 24, scale=large)), leaf(rows(12, 24, scale=large))))
+    yield Sample("tiny", (leaf(rows(33, 16, scale=1e-3)), leaf(rows(33, 16, scale=1e-3))))
+    yield Sample("tiny, of few rows", (leaf(rows(12, 24, scale=1e-3)), leaf(rows(12, 24, scale=1e-3))))
     for label, shape in (("near each other", (40, 24)), ("near each other, of few rows", (24, 40))):
         near = rows(*shape) + 3 * size
-        yield label, leaf(near), leaf(near + rows(*shape, scale=1e-2))
+        yield Sample(label, (leaf(near), leaf(near + rows(*shape, scale=1e-2))))
 
 
 def _pair_samples(options: dict[str, dict], dtype: torch.dtype, device: str, size: float = 1.0) -> Iterator[Sample]:
     """Of two views, and with options by their labels."""
-    for label, z_a, z_b in _views(dtype, device, size):
-        yield Sample(label, (z_a, z_b))
+    yield from _views(dtype, device, size)
     rows = generator(dtype, device)
     for i, (label, kwargs) in enumerate(options.items()):
         batch, dim = ((4, 2), (3, 4))[i % 2]
@@ -65,7 +71,7 @@ def _view_samples(options: dict[str, dict], dtype: torch.dtype, device: str, siz
     """Those of one view."""
     for sample in _pair_samples(options, dtype, device, size):
         if sample.label not in ("identical views", "only one view differentiable", "32x128", "far from zero"):
-            yield Sample(sample.label, sample.args[:1], sample.kwargs)
+            yield Sample(sample.label, sample.args[:1], sample.kwargs, sample.tags)
 
 
 def _number_bad_inputs(name: str, *views: Tensor) -> Iterator[BadInput]:
@@ -98,28 +104,6 @@ def _vicreg_bad_inputs() -> Iterator[BadInput]:
     z = torch.randn(8, 16)
     for name, match in (("invariance_reduction", "'mean' or 'batchmean'"), ("variance_reduction", "'mean' or 'sum'")):
         yield BadInput(name, (z, z), {name: "none"}, ValueError, f"{name} .*{match}.*'none'")
-
-
-def _dual(z: Tensor) -> bool:
-    return 4 * z.shape[0] <= 3 * z.shape[1]
-
-
-def _barlow_twins_op_args(sample: Sample) -> tuple:
-    lambda_param, eps, unbiased = _options(sample, lambda_param=5e-3, eps=1e-5, unbiased=False)
-    z = sample.args[0]
-    return *sample.args, 1.0, lambda_param, eps, unbiased, _dual(z), True, precision_of(z)
-
-
-def _vicreg_op_args(sample: Sample) -> tuple:
-    weights = _options(sample, lambda_param=25.0, mu_param=25.0, nu_param=1.0, eps=1e-4, unbiased=True)
-    z = sample.args[0]
-    return *sample.args, *weights, _dual(z), True, precision_of(z)
-
-
-def _variance_covariance_op_args(mu_param: float, nu_param: float, sample: Sample) -> tuple:
-    eps, unbiased = _options(sample, eps=1e-4, unbiased=True)
-    z = sample.args[0]
-    return z, mu_param, nu_param, eps, unbiased, _dual(z), True, precision_of(z)
 
 
 def _options(sample: Sample, **defaults: float) -> list[float]:
@@ -163,9 +147,7 @@ OpSpec(
         },
     ),
     partial(_bad_inputs, 2, "lambda_param", "eps"),
-    _barlow_twins_op_args,
     _barlow_twins_magnitude,
-    reductions=(),
 )
 OpSpec(
     "vicreg",
@@ -182,9 +164,7 @@ OpSpec(
         size=0.8,
     ),
     _vicreg_bad_inputs,
-    _vicreg_op_args,
     partial(_vicreg_magnitude, 25.0, 25.0, 1.0),
-    reductions=(),
 )
 OpSpec(
     "covariance_loss",
@@ -192,9 +172,7 @@ OpSpec(
     covariance_loss,
     partial(_view_samples, _BIASED),
     partial(_bad_inputs, 1),
-    partial(_variance_covariance_op_args, 0.0, 1.0),
     partial(_vicreg_magnitude, 0.0, 0.0, 1.0),
-    reductions=(),
     op="variance_covariance",
 )
 OpSpec(
@@ -203,8 +181,26 @@ OpSpec(
     variance_loss,
     partial(_view_samples, {**_BIASED, "eps": {"eps": 0.1}}, size=0.8),
     partial(_bad_inputs, 1, "eps"),
-    partial(_variance_covariance_op_args, 1.0, 0.0),
     partial(_vicreg_magnitude, 0.0, 2.0, 0.0),
-    reductions=(),
     op="variance_covariance",
+    multiplies=False,
+)
+OpSpec(
+    "redundancy_loss",
+    "correlation",
+    redundancy_loss,
+    partial(_pair_samples, _UNBIASED),
+    partial(_bad_inputs, 2, "eps"),
+    _barlow_twins_magnitude,
+    op="barlow_twins",
+)
+OpSpec(
+    "cross_correlation",
+    "correlation",
+    cross_correlation,
+    partial(_pair_samples, _UNBIASED),
+    partial(_bad_inputs, 2, "eps"),
+    _barlow_twins_magnitude,
+    op="",
+    multiplies=None,  # which PyTorch computes
 )

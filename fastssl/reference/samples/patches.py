@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 
 import torch
 from torch import Tensor
 
-from fastssl.reference.patches import masked_feature_loss, masked_patch_loss, sizes_of
+from fastssl.reference.patches import masked_feature_loss, masked_patch_loss, patch_embed, sizes_of
 from fastssl.reference.samples._inputs import generator, leaf
-from fastssl.reference.samples._spec import BadInput, OpSpec, Sample
+from fastssl.reference.samples._spec import EDGE, SHAPES, TRACED, BadInput, OpSpec, Sample
 
 
 def _mask(batch: int, length: int, device: str) -> Tensor:
@@ -22,11 +22,17 @@ def _mask(batch: int, length: int, device: str) -> Tensor:
 def _masked_patch_loss_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
     normal = generator(dtype, device)
 
-    def sample(label: str, images: Tensor, patch_size: int | tuple[int, int], **kwargs: object) -> Sample:
+    def sample(
+        label: str,
+        images: Tensor,
+        patch_size: int | tuple[int, int],
+        tags: Set[str] = frozenset(),
+        **kwargs: object,
+    ) -> Sample:
         sizes = sizes_of(patch_size, kwargs.get("tubelet_size"))
         length = math.prod(size // p for size, p in zip(images.shape[2:], sizes, strict=True))
         pred = leaf(normal(images.shape[0], length, images.shape[1] * math.prod(sizes)))
-        return Sample(label, (pred, images, _mask(images.shape[0], length, device), patch_size), kwargs)
+        return Sample(label, (pred, images, _mask(images.shape[0], length, device), patch_size), kwargs, tags)
 
     for batch, channels, height, width, p, q in [
         (1, 1, 4, 4, 2, 2),
@@ -38,7 +44,12 @@ def _masked_patch_loss_samples(dtype: torch.dtype, device: str) -> Iterator[Samp
         (2, 3, 6, 129, 3, 43),
     ]:
         patch_size = p if p == q else (p, q)
-        yield sample(f"{batch}x{channels}x{height}x{width}", normal(batch, channels, height, width), patch_size)
+        tags = {TRACED} if (batch, channels) == (2, 3) else set()
+        if height < 16 and batch > 1:
+            tags |= {SHAPES}
+        yield sample(
+            f"{batch}x{channels}x{height}x{width}", normal(batch, channels, height, width), patch_size, tags=tags
+        )
     images = normal(3, 3, 16, 24)
     yield sample("pixels", images, 8, norm_pix_loss=False)
     yield sample("channels", images, 8, norm_pix_loss="per_channel")
@@ -48,18 +59,18 @@ def _masked_patch_loss_samples(dtype: torch.dtype, device: str) -> Iterator[Samp
     videos = normal(2, 3, 4, 8, 12)
     for norm in (True, False, "per_channel"):
         yield sample(f"video, {norm}", videos, 4, tubelet_size=2, norm_pix_loss=norm)
-    yield sample("transposed images", normal(2, 3, 24, 16).transpose(2, 3), 8)
+    yield sample("transposed images", normal(2, 3, 24, 16).transpose(2, 3), 8, tags={TRACED})
     yield sample("channels last", normal(2, 16, 24, 3).permute(0, 3, 1, 2), (8, 6))
-    yield sample("sliced images", normal(4, 5, 20, 60)[::2, 1:4, 2:18, ::2], (8, 10))
-    yield sample("expanded images", normal(1, 3, 8, 8).expand(3, 3, 8, 8), 4)
+    yield sample("sliced images", normal(4, 5, 20, 60)[::2, 1:4, 2:18, ::2], (8, 10), tags={TRACED})
+    yield sample("expanded images", normal(1, 3, 8, 8).expand(3, 3, 8, 8), 4, tags={TRACED})
     pred, *rest = sample("", images, 8).args
-    yield Sample("transposed", (leaf(normal(3, 192, 6)).transpose(1, 2), *rest))
-    yield Sample("sliced", (leaf(normal(3, 7, 200))[:, 1:, 5:197], *rest))
+    yield Sample("transposed", (leaf(normal(3, 192, 6)).transpose(1, 2), *rest), tags={TRACED})
+    yield Sample("sliced", (leaf(normal(3, 7, 200))[:, 1:, 5:197], *rest), tags={TRACED})
     yield Sample("constant patches", (pred, torch.full_like(images, 0.25), *rest[1:]))
     yield Sample("float mask", (pred, images, rest[1].float(), 8))
     yield Sample("none masked", (pred, images, torch.zeros_like(rest[1]), 8), {"reduction": "sum"})
     yield Sample("all masked", (pred, images, torch.ones_like(rest[1]), 8), {"reduction": "sum"})
-    yield Sample("empty", (leaf(pred[:0]), images[:0], rest[1][:0], 8), {"reduction": "sum"})
+    yield Sample("empty", (leaf(pred[:0]), images[:0], rest[1][:0], 8), {"reduction": "sum"}, tags={TRACED})
 
 
 def _masked_patch_loss_bad_inputs() -> Iterator[BadInput]:
@@ -111,12 +122,6 @@ def _masked_patch_loss_bad_inputs() -> Iterator[BadInput]:
     yield bad("reduction", "reduction must be 'none', 'mean' or 'sum', got 'average'", reduction="average")
 
 
-def _masked_patch_loss_op_args(sample: Sample) -> tuple:
-    pred, images, mask, patch_size = sample.args
-    norm = {True: "patch", False: "none", "per_channel": "channel"}[sample.kwargs.get("norm_pix_loss", True)]
-    return pred, images, mask.bool(), list(sizes_of(patch_size, sample.kwargs.get("tubelet_size"))), norm
-
-
 def _masked_patch_loss_magnitude(sample: Sample) -> float:
     """About the largest mean square."""
     return 10.0
@@ -128,24 +133,31 @@ def _masked_feature_loss_samples(dtype: torch.dtype, device: str) -> Iterator[Sa
         for loss in ("smooth_l1", "cosine", "mse"):
             rows = leaf(normal(batch, length, dim)), normal(batch, length, dim)
             label = f"{batch}x{length}x{dim}, {loss}"
-            yield Sample(label, (*rows, _mask(batch, length, device)), {"loss": loss})
+            tags = {TRACED} if batch == 2 and dim < 9 else set()
+            if loss == "mse" and batch > 1:
+                tags |= {SHAPES}
+            yield Sample(label, (*rows, _mask(batch, length, device)), {"loss": loss}, tags)
     rows, target, mask = normal(2, 6, 24), normal(2, 6, 24), _mask(2, 6, device)
     for beta in (0.0, 0.3, 5.0):
         yield Sample(f"beta={beta}", (leaf(rows), target, mask), {"beta": beta})
     for loss in ("smooth_l1", "cosine", "mse"):
         kwargs = {"loss": loss}
         strided = leaf(normal(2, 24, 6)).transpose(1, 2), normal(2, 24, 6).transpose(1, 2)
-        yield Sample("transposed" if loss == "cosine" else f"transposed, {loss}", (*strided, mask), kwargs)
+        yield Sample(
+            "transposed" if loss == "cosine" else f"transposed, {loss}", (*strided, mask), kwargs, tags={TRACED}
+        )
         sliced = leaf(normal(4, 7, 60))[::2, 1:, 3:51:2], normal(2, 7, 30)[:, 1:, 5:29]
-        yield Sample(f"sliced, {loss}", (*sliced, mask), kwargs)
+        yield Sample(f"sliced, {loss}", (*sliced, mask), kwargs, tags={TRACED})
         expanded = leaf(normal(1, 1, 24)).expand(2, 6, 24), normal(1, 6, 24).expand(2, 6, 24)
-        yield Sample(f"expanded, {loss}", (*expanded, mask), kwargs)
-        yield Sample(f"empty, {loss}", (leaf(rows[:0]), target[:0], mask[:0]), {"reduction": "sum", **kwargs})
+        yield Sample(f"expanded, {loss}", (*expanded, mask), kwargs, tags={TRACED})
+        yield Sample(
+            f"empty, {loss}", (leaf(rows[:0]), target[:0], mask[:0]), {"reduction": "sum", **kwargs}, tags={TRACED}
+        )
     yield Sample("no patches", (leaf(rows[:, :0]), target[:, :0], mask[:, :0]), {"reduction": "sum"})
     zero = rows.clone()
     zero[0, :2] = 0
     if dtype != torch.float16:  # which rounds normalize's 1e-12 to 0
-        yield Sample("zero rows", (leaf(zero), zero.flip(0), torch.ones_like(mask)), {"loss": "cosine"})
+        yield Sample("zero rows", (leaf(zero), zero.flip(0), torch.ones_like(mask)), {"loss": "cosine"}, tags={EDGE})
     yield Sample("integer mask", (leaf(rows), target, mask.int()))
 
 
@@ -172,11 +184,6 @@ def _masked_feature_loss_bad_inputs() -> Iterator[BadInput]:
     yield bad("reduction", "reduction must be 'none', 'mean' or 'sum', got 'average'", reduction="average")
 
 
-def _masked_feature_loss_op_args(sample: Sample) -> tuple:
-    pred, target, mask = sample.args
-    return pred, target, mask.bool(), sample.kwargs.get("loss", "smooth_l1"), sample.kwargs.get("beta", 1.0)
-
-
 def _masked_feature_loss_magnitude(sample: Sample) -> float:
     """About the largest mean of squares; of cosines the rounded 1."""
     return 1.0 if sample.kwargs.get("loss") == "cosine" else 10.0
@@ -188,8 +195,9 @@ OpSpec(
     masked_patch_loss,
     _masked_patch_loss_samples,
     _masked_patch_loss_bad_inputs,
-    _masked_patch_loss_op_args,
     _masked_patch_loss_magnitude,
+    multiplies=False,
+    reductions=("none", "mean", "sum"),
 )
 OpSpec(
     "masked_feature_loss",
@@ -197,6 +205,78 @@ OpSpec(
     masked_feature_loss,
     _masked_feature_loss_samples,
     _masked_feature_loss_bad_inputs,
-    _masked_feature_loss_op_args,
     _masked_feature_loss_magnitude,
+    multiplies=False,
+    reductions=("none", "mean", "sum"),
+)
+
+
+def _patch_embed_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
+    normal = generator(dtype, device)
+    for batch, channels, height, width, p, q, dim in [
+        (1, 1, 4, 4, 2, 2, 1),
+        (2, 3, 8, 12, 4, 4, 5),
+        (3, 3, 15, 14, 5, 7, 64),
+        (2, 3, 48, 32, 16, 16, 33),
+    ]:
+        images, weight = leaf(normal(batch, channels, height, width)), leaf(normal(dim, channels, p, q, scale=0.2))
+        arguments = images, weight, leaf(normal(dim)), _ids(batch, height // p * (width // q), device)
+        tags = {TRACED, SHAPES} if batch == 2 else {SHAPES} if batch > 2 else set()
+        yield Sample(f"{batch}x{channels}x{height}x{width}", arguments, tags=tags)
+    images, weight, bias = normal(3, 3, 16, 24), normal(8, 3, 8, 8, scale=0.2), normal(8)
+    ids = _ids(3, 6, device)
+    yield Sample("every patch", (leaf(images), leaf(weight), leaf(bias)), tags={TRACED})
+    yield Sample("no bias", (leaf(images), leaf(weight), None, ids), tags={TRACED})
+    yield Sample("int32", (leaf(images), leaf(weight), leaf(bias), ids.int()))
+    yield Sample("repeated ids", (leaf(images), leaf(weight), leaf(bias), ids[:, [0, 0, 1]]))
+    yield Sample("constant images", (images, leaf(weight), leaf(bias), ids))
+    video = leaf(normal(2, 3, 4, 8, 12)), leaf(normal(8, 3, 2, 4, 4, scale=0.2)), leaf(bias), _ids(2, 12, device)
+    yield Sample("video", video, tags={TRACED})
+    yield Sample("channels last", (leaf(normal(3, 16, 24, 3)).permute(0, 3, 1, 2), leaf(weight), leaf(bias), ids))
+    yield Sample("sliced", (leaf(normal(6, 3, 20, 60))[::2, :, 2:18, 1:49:2], leaf(weight), leaf(bias), ids))
+    yield Sample("none", (leaf(images), leaf(weight), leaf(bias), ids[:, :0]))
+    yield Sample("empty", (leaf(images[:0]), leaf(weight), leaf(bias), ids[:0]), tags={TRACED})
+
+
+def _ids(batch: int, length: int, device: str) -> Tensor:
+    source = torch.Generator().manual_seed(0)
+    return torch.rand(batch, length, generator=source).argsort(dim=1)[:, : max(1, length // 2)].to(device)
+
+
+def _patch_embed_bad_inputs() -> Iterator[BadInput]:
+    images, weight, bias, ids = torch.randn(2, 3, 8, 8), torch.randn(5, 3, 4, 4), torch.randn(5), _ids(2, 4, "cpu")
+
+    def bad(label: str, match: str, error: type[Exception] = ValueError, **changes: object) -> BadInput:
+        arguments = {"images": images, "weight": weight, "bias": bias, "ids_keep": ids, **changes}
+        return BadInput(label, tuple(arguments.values()), {}, error, match)
+
+    yield bad("images flat", r"images must have shape \(B, C, H, W\).*got \(3, 8, 8\)", images=images[0])
+    yield bad("images bytes", "images must have a floating.*uint8", images=images.byte())
+    yield bad("images list", "images must be a Tensor, got list", TypeError, images=[1.0])
+    yield bad("images ragged", r"sizes of images must be multiples of \(4, 4\).*got \(7, 8\)", images=images[:, :, 1:])
+    yield bad("weight flat", r"weight must have shape \(D, C, .*got \(5, 48\)", weight=weight.flatten(1))
+    yield bad("weight list", "weight must be a Tensor, got list", TypeError, weight=[1.0])
+    yield bad("channels differ", "images and weight must have the same number of channels", weight=weight[:, :2])
+    yield bad("dtypes differ", "images and weight must have the same dtype", weight=weight.double())
+    yield bad("bias short", r"bias must have shape \(5,\).*got \(4,\)", bias=bias[:4])
+    yield bad("bias number", "bias must be a Tensor, got float", TypeError, bias=0.0)
+    yield bad("ids floats", "ids_keep must have dtype torch.int64 or torch.int32", ids_keep=ids.float())
+    yield bad("ids of fewer samples", r"ids_keep must have shape \(2, .*got \(1, 2\)", ids_keep=ids[:1])
+
+
+def _patch_embed_magnitude(sample: Sample) -> float:
+    """About the largest sum of products."""
+    return 4.0
+
+
+OpSpec(
+    "patch_embed",
+    "patches",
+    patch_embed,
+    _patch_embed_samples,
+    _patch_embed_bad_inputs,
+    _patch_embed_magnitude,
+    op="gather_patches",
+    multiplies=None,  # which PyTorch computes
+    autocast="autocast",
 )

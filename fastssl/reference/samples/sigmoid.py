@@ -11,38 +11,39 @@ from fastssl.reference.samples._inputs import (
     largest_norm,
     leaf,
     pair_bad_inputs,
-    precision_of,
     scalar_bad_inputs,
-    scale_of,
+    sized,
     unit_generator,
 )
-from fastssl.reference.samples._spec import BadInput, OpSpec, Sample
+from fastssl.reference.samples._spec import EDGE, TRACED, BadInput, OpSpec, Sample
 from fastssl.reference.sigmoid import siglip_loss
 
 
 def _siglip_loss_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
     rows, unit = generator(dtype, device), unit_generator(dtype, device)
     for batch, dim in [(1, 1), (1, 8), (2, 3), (3, 1), (5, 64), (32, 128), (65, 129), (129, 16)]:
-        yield Sample(f"{batch}x{dim}", (leaf(unit(batch, dim)), leaf(unit(batch, dim)), 10.0, -10.0))
+        yield Sample(
+            f"{batch}x{dim}", (leaf(unit(batch, dim)), leaf(unit(batch, dim)), 10.0, -10.0), tags=sized(batch, dim)
+        )
     x, y = unit(33, 24), unit(33, 24)
     for scale in (0.0, -1.0):
-        yield Sample(f"scale={scale}", (leaf(x), leaf(y), scale))
+        yield Sample(f"scale={scale}", (leaf(x), leaf(y), scale), tags={EDGE})
     for bias in (10.0, -50.0):
         yield Sample(f"bias={bias}", (leaf(x), leaf(y), 10.0, bias), {"reduction": "sum"})
     scalars = (torch.tensor(value, device=device, requires_grad=True) for value in (5.0, -3.0))
-    yield Sample("learnable scale and bias", (leaf(x[:5, :4]), leaf(y[:5, :4]), *scalars))
-    yield Sample("learnable bias", (x, y, 10.0, torch.tensor(-10.0, device=device, requires_grad=True)))
+    yield Sample("learnable scale and bias", (leaf(x[:5, :4]), leaf(y[:5, :4]), *scalars), tags={TRACED})
+    yield Sample("learnable bias", (x, y, 10.0, torch.tensor(-10.0, device=device, requires_grad=True)), tags={TRACED})
     yield Sample("confident", (leaf(x), leaf(x + rows(33, 24, scale=1e-3)), 100.0, -90.0))
-    yield Sample("scale=100.0", (leaf(x), leaf(y), 100.0))
+    yield Sample("scale=100.0", (leaf(x), leaf(y), 100.0), tags={EDGE})
     yield Sample("large rows", (leaf(6 * rows(33, 24)), leaf(rows(33, 24)), 1.0))
-    yield Sample("transposed", (leaf(rows(24, 33)).T, leaf(rows(24, 33)).T, 1.0, -1.0))
-    yield Sample("sliced", (leaf(rows(66, 50))[::2, 1:25], leaf(rows(66, 50))[1::2, 25:49], 1.0))
-    yield Sample("expanded", (leaf(rows(1, 24)).expand(9, 24), leaf(rows(9, 24)), 1.0))
+    yield Sample("transposed", (leaf(rows(24, 33)).T, leaf(rows(24, 33)).T, 1.0, -1.0), tags={TRACED})
+    yield Sample("sliced", (leaf(rows(66, 50))[::2, 1:25], leaf(rows(66, 50))[1::2, 25:49], 1.0), tags={TRACED})
+    yield Sample("expanded", (leaf(rows(1, 24)).expand(9, 24), leaf(rows(9, 24)), 1.0), tags={TRACED})
     yield Sample("only images differentiable", (leaf(x), y, 10.0, -10.0))
     zero = x.clone()
     zero[3] = 0
-    yield Sample("zero row", (leaf(zero), leaf(y), 10.0, -10.0))
-    yield Sample("empty", (leaf(x[:0]), leaf(y[:0]), 10.0), {"reduction": "sum"})
+    yield Sample("zero row", (leaf(zero), leaf(y), 10.0, -10.0), tags={EDGE})
+    yield Sample("empty", (leaf(x[:0]), leaf(y[:0]), 10.0), {"reduction": "sum"}, tags={TRACED})
 
 
 def _siglip_loss_bad_inputs() -> Iterator[BadInput]:
@@ -53,11 +54,6 @@ def _siglip_loss_bad_inputs() -> Iterator[BadInput]:
     for reduction in ("none", "average"):
         match = f"reduction .*'mean' or 'sum'.*'{reduction}'"
         yield BadInput(f"reduction {reduction}", (x, y, 10.0), {"reduction": reduction}, ValueError, match)
-
-
-def _siglip_loss_op_args(sample: Sample) -> tuple:
-    x, y, scale, *bias = sample.args
-    return x, y, scale_of(x, scale), scale_of(x, bias[0] if bias else 0.0), True, precision_of(x)
 
 
 def _siglip_loss_magnitude(sample: Sample) -> float:
@@ -73,7 +69,6 @@ OpSpec(
     siglip_loss,
     _siglip_loss_samples,
     _siglip_loss_bad_inputs,
-    _siglip_loss_op_args,
     _siglip_loss_magnitude,
     reductions=("sum", "mean"),
 )

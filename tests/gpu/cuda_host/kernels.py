@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fastssl.reference import OPS
 from tests.gpu.cuda_host.compile import OPERATIONS
+from tests.recorded import recorded_calls
 
 LIBRARY = os.environ.get("FASTSSL_CUDA_HOST")
 ORDERS = {"forwards": 0, "backwards": 1, "shuffled": 2} if LIBRARY else {"on the GPU": 0}
@@ -347,7 +348,8 @@ def test_losses_of_masked_patches(name, dtype):
     index = DTYPES.index(dtype)
     samples = list(OPS[name].samples(dtype, str(torch.get_default_device())))[index::4]
     for i, sample in enumerate(samples):
-        pred, other, mask, *settings = (x.detach() if isinstance(x, Tensor) else x for x in OPS[name].op_args(sample))
+        ((_, args),) = recorded_calls(OPS[name], sample)
+        pred, other, mask, *settings = (x.detach() if isinstance(x, Tensor) else x for x in args)
         other = other.to(DTYPES[index - i % 2])
         args = pred, other, mask, *settings
         _assert_as_accurate(name, *args)

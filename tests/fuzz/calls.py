@@ -1,0 +1,424 @@
+"""A valid call of everything that is public, its arguments by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fastssl
+from fastssl import functional
+from fastssl import nn as modules
+from fastssl.optim import AdamW
+
+
+@dataclass(frozen=True)
+class Call:
+    """`run(**arguments())` is valid.
+
+    Attributes:
+        name: function, module, or method.
+        arguments: () -> fresh ones, every optional one included that can be.
+        run: what is called; its result, or what it wrote, is compared with the reference backend's.
+        signature: whose annotations say what type an argument may have.
+        random: two calls differ.
+    """
+
+    name: str
+    arguments: Callable[[], dict[str, Any]]
+    run: Callable[..., Any]
+    signature: Callable[..., Any]
+    random: bool = False
+
+
+def _normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _leaf(*shape: int, seed: int = 0) -> Tensor:
+    return _normal(*shape, seed=seed).requires_grad_()
+
+
+def _pair(first: str, second: str, rows: int = 4, dim: int = 8, **others: Any) -> dict[str, Any]:
+    return {first: _leaf(rows, dim), second: _leaf(rows, dim, seed=1), **others}
+
+
+def _weight(x: Tensor, y: Tensor) -> Tensor:
+    return 1 + (x * y).sum(1).abs()
+
+
+def _ids(batch: int = 2, length: int = 6, keep: int = 4) -> Tensor:
+    return torch.stack(
+        [torch.randperm(length, generator=torch.Generator().manual_seed(b))[:keep] for b in range(batch)]
+    )
+
+
+def _mask() -> Tensor:
+    return torch.tensor([[0, 1, 1, 0, 1, 1], [1, 0, 1, 1, 1, 0]], dtype=torch.bool)
+
+
+def _masking(**sizes: Any) -> dict[str, Any]:
+    return {"batch": 2, **sizes, "mask_ratio": 0.5, "generator": torch.Generator().manual_seed(0), "device": "cpu"}
+
+
+def _lists() -> dict[str, Any]:
+    def tensors(seed: int) -> list[Tensor]:
+        return [_normal(3, seed=seed), _normal(2, 4, seed=seed + 1)]
+
+    return {
+        "params": tensors(0),
+        "grads": tensors(1),
+        "exp_avgs": tensors(2),
+        "exp_avg_sqs": [x.square() for x in tensors(3)],
+        "ema_params": tensors(4),
+        "steps": [torch.tensor(3.0), torch.tensor(4.0)],
+        "lr": 1e-3,
+        "betas": (0.9, 0.99),
+        "eps": 1e-8,
+        "weight_decay": 0.01,
+        "momentum": 0.9,
+    }
+
+
+FUNCTIONS: dict[str, Callable[[], dict[str, Any]]] = {
+    "adamw_ema_step_": _lists,
+    "barlow_twins": lambda: _pair(
+        "z_a", "z_b", lambda_param=0.01, eps=1e-5, unbiased=False, return_metrics=True, group=None
+    ),
+    "block_masking_ids": lambda: _masking(height=6, width=5, min_block=2, max_block=9, aspect_ratio=(0.3, 3.3)),
+    "clip_loss": lambda: _pair(
+        "image_features",
+        "text_features",
+        logit_scale=torch.tensor(2.0, requires_grad=True),
+        labels=torch.tensor([0, 1, 0, 2]),
+        label_smoothing=0.1,
+        reduction="mean",
+        return_metrics=True,
+        group=None,
+    ),
+    "correlation_algorithm": lambda: {"batch": 8, "dim": 16},
+    "covariance_loss": lambda: {"z": _leaf(4, 8), "unbiased": True},
+    "cross_correlation": lambda: _pair("z_a", "z_b", eps=1e-5, unbiased=False, group=None),
+    "dcl": lambda: _pair("z1", "z2", temperature=0.2, weight_fn=_weight, normalize=True, reduction="mean"),
+    "ema_update_": lambda: {
+        "targets": [_normal(3), _normal(2, 4)],
+        "sources": [_normal(3, seed=1), _normal(2, 4, seed=1)],
+        "momentum": 0.9,
+    },
+    "enqueue_": lambda: {
+        "keys": _normal(5, 8),
+        "position": torch.tensor(3),
+        "new_keys": _normal(3, 8, seed=1),
+        "normalize": True,
+    },
+    "gather_tokens": lambda: {"x": _leaf(2, 6, 8), "ids": _ids()},
+    "info_nce": lambda: _pair(
+        "query",
+        "positive_key",
+        negative_keys=_leaf(5, 8, seed=2),
+        temperature=0.2,
+        negative_mode="unpaired",
+        in_batch_negatives=True,
+        symmetric=False,
+        normalize=True,
+        label_smoothing=0.0,
+        reduction="mean",
+        return_metrics=True,
+        group=None,
+    ),
+    "masked_feature_loss": lambda: {
+        "pred": _leaf(2, 6, 8),
+        "target": _normal(2, 6, 8, seed=1),
+        "mask": _mask(),
+        "loss": "smooth_l1",
+        "beta": 0.5,
+        "reduction": "mean",
+    },
+    "masked_patch_loss": lambda: {
+        "pred": _leaf(2, 6, 12),
+        "images": _normal(2, 3, 4, 6),
+        "mask": _mask(),
+        "patch_size": 2,
+        "norm_pix_loss": True,
+        "tubelet_size": None,
+        "reduction": "mean",
+    },
+    "nt_xent": lambda: _pair(
+        "z1", "z2", temperature=torch.tensor(0.5, requires_grad=True), normalize=True, reduction="mean"
+    ),
+    "patch_embed": lambda: {
+        "images": _leaf(2, 3, 4, 6),
+        "weight": _leaf(8, 3, 2, 2),
+        "bias": _leaf(8),
+        "ids_keep": _ids(),
+    },
+    "random_masking": lambda: {"x": _leaf(2, 6, 8), "mask_ratio": 0.5, "generator": torch.Generator().manual_seed(0)},
+    "random_masking_ids": lambda: _masking(length=6),
+    "redundancy_loss": lambda: _pair("z_a", "z_b", eps=1e-5, unbiased=False),
+    "restore_tokens": lambda: {
+        "x_visible": _leaf(2, 4, 8),
+        "ids_restore": _ids(keep=6),
+        "mask_token": _leaf(1, 1, 8),
+        "pos_embed": _leaf(1, 6, 8),
+    },
+    "scatter_tokens": lambda: {"tokens": _leaf(2, 4, 8), "ids": _ids(), "length": 6, "fill": 0.5},
+    "siglip_loss": lambda: _pair(
+        "image_features",
+        "text_features",
+        logit_scale=torch.tensor(2.0, requires_grad=True),
+        logit_bias=-1.0,
+        reduction="mean",
+        group=None,
+    ),
+    "similarity_logsumexp": lambda: {
+        "x": _leaf(4, 8),
+        "y": _leaf(5, 8, seed=1),
+        "scale": 2.0,
+        "exclude": torch.tensor([0, 1, -1, 7]),
+        "offset": _leaf(4),
+    },
+    "span_masking_ids": lambda: _masking(length=6, span_length=2),
+    "sup_con": lambda: {
+        "features": _leaf(4, 8),
+        "labels": torch.tensor([0, 1, 0, 2]),
+        "temperature": 0.2,
+        "normalize": True,
+        "reduction": "mean",
+    },
+    "topk_similarity": lambda: {"query": _normal(4, 8), "bank": _normal(5, 8), "k": 2, "normalize": True},
+    "tube_masking_ids": lambda: _masking(frames=2, length=6),
+    "uniformity": lambda: {"x": _leaf(4, 8), "t": 2.0},
+    "variance_loss": lambda: {"z": _leaf(4, 8), "eps": 1e-4, "unbiased": True},
+    "vicreg": lambda: _pair(
+        "z_a",
+        "z_b",
+        lambda_param=2.0,
+        mu_param=3.0,
+        nu_param=1.0,
+        eps=1e-4,
+        unbiased=True,
+        invariance_reduction="mean",
+        variance_reduction="mean",
+        return_metrics=True,
+        group=None,
+    ),
+}
+_WRITTEN = {
+    "adamw_ema_step_": ("params", "exp_avgs", "exp_avg_sqs", "ema_params", "steps"),
+    "ema_update_": ("targets",),
+    "enqueue_": ("keys", "position"),
+}
+_RANDOM = ("block_masking_ids", "random_masking", "random_masking_ids", "span_masking_ids", "tube_masking_ids")
+
+
+def _function(name: str) -> Call:
+    function = getattr(functional, name)
+
+    def run(**arguments: Any) -> Any:
+        result = function(**arguments)
+        return result if name not in _WRITTEN else [arguments[key] for key in _WRITTEN[name]]
+
+    return Call(name, FUNCTIONS[name], run, function, name in _RANDOM)
+
+
+# Constructor arguments, forward arguments.
+MODULES: dict[str, tuple[Callable[[], dict[str, Any]], Callable[[], dict[str, Any]]]] = {
+    "BarlowTwinsLoss": (lambda: {"lambda_param": 0.01, "gather_distributed": False}, lambda: _pair("z_a", "z_b")),
+    "ClipLoss": (
+        lambda: {
+            "local_loss": False,
+            "gather_with_grad": False,
+            "cache_labels": False,
+            "rank": 0,
+            "world_size": 1,
+            "use_horovod": False,
+        },
+        lambda: _pair(
+            "image_features",
+            "text_features",
+            logit_scale=torch.tensor(2.0, requires_grad=True),
+            logit_bias=None,
+            output_dict=False,
+        ),
+    ),
+    "DCLLoss": (
+        lambda: {"temperature": 0.2, "weight_fn": _weight, "gather_distributed": False},
+        lambda: _pair("out0", "out1"),
+    ),
+    "DCLWLoss": (
+        lambda: {"temperature": 0.2, "sigma": 0.4, "gather_distributed": False},
+        lambda: _pair("out0", "out1"),
+    ),
+    "InfoNCELoss": (
+        lambda: {
+            "temperature": 0.2,
+            "negative_mode": "unpaired",
+            "in_batch_negatives": True,
+            "symmetric": False,
+            "normalize": True,
+            "label_smoothing": 0.0,
+            "reduction": "mean",
+            "group": None,
+        },
+        lambda: _pair("query", "positive_key", negative_keys=_leaf(5, 8, seed=2)),
+    ),
+    "MemoryBankModule": (
+        lambda: {"size": (5, 8), "gather_distributed": False, "feature_dim_first": True},
+        lambda: {"output": _leaf(4, 8), "labels": None, "update": True},
+    ),
+    "NTXentLoss": (
+        lambda: {"temperature": 0.5, "memory_bank_size": (5, 8), "gather_distributed": False},
+        lambda: _pair("out0", "out1"),
+    ),
+    "PatchEmbed": (
+        lambda: {
+            "img_size": (4, 6),
+            "patch_size": 2,
+            "in_chans": 3,
+            "embed_dim": 8,
+            "tubelet_size": None,
+            "bias": True,
+        },
+        lambda: {"images": _leaf(2, 3, 4, 6), "ids_keep": _ids()},
+    ),
+    "SigLipLoss": (
+        lambda: {"cache_labels": False, "rank": 0, "world_size": 1, "dist_impl": None},
+        lambda: _pair(
+            "image_features",
+            "text_features",
+            logit_scale=torch.tensor(2.0, requires_grad=True),
+            logit_bias=torch.tensor(-1.0, requires_grad=True),
+            output_dict=False,
+        ),
+    ),
+    "SupConLoss": (
+        lambda: {"temperature": 0.2, "contrast_mode": "all", "base_temperature": 0.07},
+        lambda: {"features": _leaf(4, 2, 8), "labels": torch.tensor([0, 1, 0, 2]), "mask": None},
+    ),
+    "VICRegLoss": (
+        lambda: {"lambda_param": 2.0, "mu_param": 3.0, "nu_param": 1.0, "gather_distributed": False, "eps": 1e-4},
+        lambda: _pair("z_a", "z_b"),
+    ),
+}
+
+
+def _module(name: str) -> list[Call]:
+    build, inputs = MODULES[name]
+    cls = getattr(modules, name)
+
+    def construct(**arguments: Any) -> Any:
+        torch.manual_seed(0)
+        return cls(**arguments)(**inputs())
+
+    def forward(**arguments: Any) -> Any:
+        torch.manual_seed(0)
+        return cls(**build())(**arguments)
+
+    return [Call(name, build, construct, cls.__init__), Call(f"{name}.forward", inputs, forward, cls.forward)]
+
+
+def _encoder() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Linear(8, 8)
+
+
+def _teacher(**arguments: Any) -> Any:
+    student = arguments["model"]
+    teacher = modules.EMA(**arguments)
+    teacher.update(student)
+    return list(teacher.module.parameters())
+
+
+def _update_teacher(model: Any) -> Any:
+    teacher = modules.EMA(_encoder(), momentum=0.9)
+    teacher.update(model)
+    return list(teacher.module.parameters())
+
+
+def _bank(**arguments: Any) -> Any:
+    torch.manual_seed(0)
+    bank = modules.MemoryBank(**arguments)
+    bank.update(_normal(3, 8).to(bank.keys.dtype))
+    return bank.keys
+
+
+def _update_bank(new_keys: Any) -> Any:
+    torch.manual_seed(0)
+    bank = modules.MemoryBank(5, 8)
+    bank.update(new_keys)
+    return bank.keys
+
+
+def _adamw_arguments() -> dict[str, Any]:
+    student = _encoder()
+    return {
+        "params": list(student.parameters()),
+        "lr": 1e-3,
+        "betas": (0.9, 0.99),
+        "eps": 1e-8,
+        "weight_decay": 0.01,
+        "teacher": modules.EMA(student, momentum=0.9),
+        "student": student,
+    }
+
+
+def _adamw(**arguments: Any) -> Any:
+    optimizer = AdamW(**arguments)
+    arguments["student"](_normal(4, 8)).square().mean().backward()
+    optimizer.step()
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _grad_cache_arguments() -> dict[str, Any]:
+    return {
+        "encoders": (_encoder(), _encoder()),
+        "inputs": (_normal(5, 8), _normal(5, 8, seed=1)),
+        "loss_fn": functional.nt_xent,
+        "chunk_size": 2,
+    }
+
+
+def _use_backend(name: Any) -> Any:
+    with fastssl.use_backend(name):
+        return functional.nt_xent(_normal(4, 8), _normal(4, 8, seed=1))
+
+
+CALLS: list[Call] = [
+    *map(_function, FUNCTIONS),
+    *(call for name in MODULES for call in _module(name)),
+    Call(
+        "EMA",
+        lambda: {
+            "model": _encoder(),
+            "momentum": 0.9,
+            "schedule": "cosine",
+            "total_steps": 10,
+            "warmup_gamma": 1.0,
+            "warmup_power": 0.5,
+            "update_buffers": True,
+        },
+        _teacher,
+        modules.EMA.__init__,
+    ),
+    Call("EMA.update", lambda: {"model": _encoder()}, _update_teacher, modules.EMA.update),
+    Call(
+        "MemoryBank",
+        lambda: {
+            "size": 5,
+            "dim": 8,
+            "gather_distributed": False,
+            "normalize": True,
+            "dtype": torch.float32,
+            "device": "cpu",
+        },
+        _bank,
+        modules.MemoryBank.__init__,
+    ),
+    Call("MemoryBank.update", lambda: {"new_keys": _normal(3, 8)}, _update_bank, modules.MemoryBank.update),
+    Call("AdamW", _adamw_arguments, _adamw, AdamW.__init__),
+    Call("grad_cache", _grad_cache_arguments, fastssl.grad_cache, fastssl.grad_cache),
+    Call("use_backend", lambda: {"name": "portable"}, _use_backend, fastssl.use_backend),
+]

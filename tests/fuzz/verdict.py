@@ -1,0 +1,210 @@
+"""What became of a call: a right number, an error that names its argument, or a finding."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import re
+import signal
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import fastssl
+from tests.fuzz.calls import CALLS, Call
+from tests.fuzz.catalogue import substitutes
+
+SECONDS = 20  # that a call may take
+INTERNALS = re.compile(
+    r"internal|fastssl::|aten::|has no attribute|Expected a value of type|not implemented for|Could not run|dispatch"
+    r"|unsupported operand|file an issue|report a bug|unexpected keyword|object is not|not supported between|cast"
+    r"|can't be converted|cannot be converted|argument '|element \d+ of tensors|Expected all tensors|Expected object"
+    r"|Unsupported|NYI|storage|_cpp|NestedTensor|SparseCPU|FakeTensor|symbolic|NotImplemented",
+    re.IGNORECASE,
+)
+ERRORS = (TypeError, ValueError, IndexError)
+
+
+@dataclass(frozen=True)
+class Case:
+    call: Call
+    argument: str
+    label: str
+    make: Callable[[], Any]
+
+    def __str__(self) -> str:
+        return f"{self.call.name}({self.argument}={self.label})"
+
+
+@dataclass(frozen=True)
+class Finding:
+    kind: str
+    text: str
+
+
+def cases() -> Iterator[Case]:
+    for call in CALLS:
+        for argument, valid in call.arguments().items():
+            for label, make in substitutes(valid):
+                yield Case(call, argument, label, make)
+
+
+def judge(case: Case) -> Finding | str:
+    """ "result", "refused" or "impossible"; or what is wrong."""
+    try:
+        with warnings.catch_warnings(), torch.random.fork_rng():
+            warnings.simplefilter("ignore")
+            case.make()
+    except Exception:  # such a tensor cannot be
+        return "impossible"
+    try:
+        results = _results(case, "auto")
+    except TimeoutError:
+        return Finding("hang", f"no result after {SECONDS} s")
+    except Exception as error:
+        return _judge_error(case, error)
+    if not _fits(case):
+        return Finding("accepted", f"of type {type(case.make()).__name__}")
+    if case.call.random:
+        return "result"
+    return _judge_results(case, results)
+
+
+def _judge_error(case: Case, error: Exception) -> Finding | str:
+    text = f"{type(error).__name__}: {str(error).strip()}"
+    documented = "RuntimeError" in (inspect.getdoc(case.call.signature) or "") and type(error) is RuntimeError
+    if _asks_for_memory(error):
+        return "refused"
+    if str(error).startswith("Inference tensors cannot be saved"):  # as by any operation of PyTorch
+        return "refused"
+    if not isinstance(error, ERRORS) and not documented:
+        return Finding("exception", text)
+    if INTERNALS.search(re.split(r",? got ", str(error))[0]):
+        return Finding("internals", text)
+    others = "|".join(re.escape(name) for name in case.call.arguments())
+    if not re.search(rf"\b{re.escape(case.argument)}\b", str(error)) and not re.search(
+        rf"\b({others})\b.* (must|needs)\b", str(error)
+    ):
+        return Finding("unnamed", text)
+    return "refused"
+
+
+def _asks_for_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or "allocate" in str(error)
+
+
+def _fits(case: Case) -> bool:
+    """Whether an argument that was taken is of the type that its annotation names."""
+    annotation = inspect.signature(case.call.signature).parameters[case.argument].annotation
+    value = case.make()
+    fits = {
+        "Tensor": lambda: isinstance(value, Tensor),
+        "float": lambda: isinstance(value, (int, float, np.number)) and not isinstance(value, np.complexfloating)
+        or isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex(),
+        "int": lambda: isinstance(value, (int, np.integer)),
+        "bool": lambda: isinstance(value, (bool, np.bool_)),
+        "str": lambda: isinstance(value, str),
+        "None": lambda: value is None,
+        "nn.Module": lambda: isinstance(value, nn.Module),
+    }  # fmt: skip
+    names = [name for name in re.split(r"\s*\|\s*", str(annotation)) if name]
+    return any(name not in fits or fits[name]() for name in names)
+
+
+def _judge_results(case: Case, results: list[Any]) -> Finding | str:
+    """Near the reference's in float64, or where that is none, in the dtype at hand."""
+    if any(isinstance(x, Tensor) and not _has_values(x) for x in results):
+        return "result"
+    differences = []
+    for change in (_as_double, lambda x: x):
+        try:
+            differences.append(_difference(results, _results(case, "reference", change)))
+        except Exception as error:
+            differences.append(f"the reference raises {type(error).__name__}: {error}")
+        if not differences[-1]:
+            return "result"
+    return Finding("reference" if all("raises" in d for d in differences) else "number", "; ".join(differences))
+
+
+def _has_values(x: Tensor) -> bool:
+    return x.device.type == "cpu" and type(x).__name__ != "FakeTensor"
+
+
+def _difference(results: list[Any], expected: list[Any]) -> str:
+    if len(results) != len(expected):
+        return f"{len(results)} results, of the reference {len(expected)}"
+    for result, right in zip(results, expected, strict=True):
+        if not isinstance(result, Tensor) or not isinstance(right, Tensor):
+            if result is not right and result != right:
+                return f"{result!r}, of the reference {right!r}"
+            continue
+        if result.shape != right.shape:
+            return f"shape {tuple(result.shape)}, of the reference {tuple(right.shape)}"
+        if result.is_complex() or right.is_complex():
+            return "" if torch.equal(result.to(right.dtype), right) else "complex numbers"
+        x, y = result.detach().to_dense().double(), right.detach().to_dense().double()
+        largest = torch.finfo(result.dtype).max if result.is_floating_point() else float("inf")
+        y = torch.where(y.abs() > largest, y.sign() * float("inf"), y)
+        unit = {torch.bfloat16: 0.05, torch.float16: 0.01}.get(result.dtype, 1e-3)
+        size = y[y.isfinite()].abs().max().item() if y.isfinite().any() else 0.0
+        close = (x == y) | (x.isnan() & y.isnan()) | ((x - y).abs() <= unit * (size + 1e-3))
+        if not close.all():
+            i = (~close).flatten().nonzero()[0].item()
+            return f"{x.flatten()[i].item():.6g}, of the reference {y.flatten()[i].item():.6g}"
+    return ""
+
+
+def _results(case: Case, backend: str, change: Callable[[Any], Any] = lambda x: x) -> list[Any]:
+    """Of the call, and its gradients."""
+    with _time_limit(), warnings.catch_warnings(), torch.random.fork_rng():
+        warnings.simplefilter("ignore")
+        arguments = case.call.arguments()
+        arguments[case.argument] = case.make()
+        arguments = {name: change(x) for name, x in arguments.items()}
+        leaves = [x for x in arguments.values() if isinstance(x, Tensor) and x.requires_grad and x.is_leaf]
+        torch.manual_seed(0)
+        if case.call.name == "use_backend":
+            return _flat(case.call.run(**arguments))
+        with fastssl.use_backend(backend):
+            outputs = _flat(case.call.run(**arguments))
+            differentiable = [x for x in outputs if isinstance(x, Tensor) and x.requires_grad]
+            if differentiable and leaves:
+                total = sum(x.sum() for x in differentiable)
+                outputs += torch.autograd.grad(total, leaves, allow_unused=True)
+        return outputs
+
+
+def _flat(x: Any) -> list[Any]:
+    if isinstance(x, dict):
+        x = list(x.values())
+    return [y for part in x for y in _flat(part)] if isinstance(x, (list, tuple)) else [x]
+
+
+def _as_double(x: Any) -> Any:
+    if isinstance(x, nn.Module):
+        return copy.deepcopy(x).double()
+    if isinstance(x, (list, tuple)) and type(x) in (list, tuple):
+        return type(x)(map(_as_double, x))
+    if isinstance(x, Tensor) and x.is_floating_point() and x.layout == torch.strided:
+        return x.detach().double().requires_grad_(x.requires_grad)
+    return x
+
+
+@contextlib.contextmanager
+def _time_limit() -> Iterator[None]:
+    def late(*_: Any) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(SECONDS)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
