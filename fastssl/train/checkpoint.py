@@ -7,6 +7,7 @@ the checksum. So torch.load and every other reader of zip archives take it as th
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from fastssl.train.files import open_regular
 
+_NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK}  # a cluster's file system may have none
 _SEAL_LENGTH = len(b"SHA-256 ") + 64
 
 
@@ -85,7 +87,8 @@ def reserved(path: Path, resume: bool) -> Iterator[None]:
     """In this block `path` is the checkpoint of one run, which has made sure that it can be written.
 
     The folder is made if need be, and what dead runs have left beside it is cleared away. What keeps others out is a
-    lock on a file beside it; it ends with the process, however that ends.
+    lock on a file beside it; it ends with the process, however that ends. Where the file system has no locks, others
+    are not kept out.
 
     Args:
         path: of the checkpoint.
@@ -98,7 +101,7 @@ def reserved(path: Path, resume: bool) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_dir():
         raise IsADirectoryError(f"{path} must be a file, and is a directory")
-    place = path.with_name(path.name + ".lock")
+    place, alone = path.with_name(path.name + ".lock"), True
     with contextlib.ExitStack() as stack:
         while True:
             lock = stack.enter_context(open(place, "ab"))
@@ -106,11 +109,15 @@ def reserved(path: Path, resume: bool) -> Iterator[None]:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise BlockingIOError(f"{path} is the checkpoint of another run, which has not ended") from None
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
+                alone = False  # nobody knows
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(lock.fileno()), os.stat(place)):  # not removed by the run before
                     break
         stack.callback(place.unlink, missing_ok=True)
-        for partial in path.parent.iterdir():
+        for partial in path.parent.iterdir() if alone else ():
             if re.fullmatch(rf"{re.escape(path.name)}\.[0-9a-f]{{32}}\.partial", partial.name):
                 partial.unlink(missing_ok=True)
         if path.exists() and not resume:

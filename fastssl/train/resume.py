@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -24,13 +25,26 @@ def describe(run: Run, learners: Sequence[Learner], examples: int) -> dict[str, 
         learner.name: {"class": type(learner.method).__name__, "impl": learner.method.impl, **learner.method.options}
         for learner in learners
     }
-    return {
+    return _plain({
         "methods": methods, "examples": examples, "batch_size": run.batch_size, "steps": run.steps,
         "optimizer": run.optimizer, "clip": run.clip,
         "learning_rate": {learner.name: learner.rate for learner in learners},
         "weight_decay": {learner.name: learner.decay for learner in learners},
         "layer_decay": run.layer_decay, "amp": run.amp, "chunk_size": run.chunk_size, "seed": run.seed,
-    }  # fmt: skip
+    })  # fmt: skip
+
+
+def _plain(value: Any) -> Any:
+    """What torch.load takes from a file that nobody vouches for: numpy's numbers as Python's, other objects as text."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(part) for key, part in value.items()}
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        return str(value)
+    if isinstance(value, Integral):
+        return int(value)
+    return float(value) if isinstance(value, Real) else repr(value)
 
 
 def save(path: Path, about: dict[str, Any], learners: Sequence[Learner]) -> None:

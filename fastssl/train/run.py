@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
+import operator
 import os
 import random
 from dataclasses import dataclass
+from types import NoneType
 
+from fastssl._checks import check_flag, check_number, check_positive
 from fastssl.train.method import Method
 from fastssl.train.optimizers import check_optimizer, defaults
+
+_MAY_BE_NONE = {"learning_rate", "weight_decay", "clip", "chunk_size"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +40,7 @@ class Run:
         resume: go on from the checkpoint.
 
     Raises:
+        TypeError: if one of them is of another type.
         ValueError: if one of them is out of range, the optimizer is unknown, or there is no checkpoint to resume.
     """
 
@@ -53,12 +59,20 @@ class Run:
     resume: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "steps", "save_every"):
-            if (value := getattr(self, name)) < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        checks = {
+            **dict.fromkeys(("batch_size", "steps", "save_every", "chunk_size"), check_positive),
+            **dict.fromkeys(("amp", "resume"), check_flag),
+            **dict.fromkeys(("learning_rate", "weight_decay"), _check_not_negative),
+            "layer_decay": check_number,
+            "clip": _check_clip,
+            "seed": _check_seed,
+        }
+        for name, check in checks.items():
+            if (value := getattr(self, name)) is not None or name not in _MAY_BE_NONE:
+                object.__setattr__(self, name, check(name, value))
         check_optimizer(self.optimizer, self.layer_decay)
-        if self.clip is not None and not self.clip > 0:
-            raise ValueError(f"clip must be positive, got {self.clip}")
+        if not isinstance(self.checkpoint, (str, os.PathLike, NoneType)):
+            raise TypeError(f"checkpoint must be a path or None, got {type(self.checkpoint).__name__}")
         if self.resume and self.checkpoint is None:
             raise ValueError("resume needs a checkpoint, got None")
 
@@ -77,3 +91,23 @@ class Run:
     def seed_for(self, purpose: str, number: int) -> int:
         """The seed of the random numbers for one purpose in one step or epoch."""
         return random.Random(f"{self.seed} {purpose} {number}").getrandbits(63)
+
+
+def _check_not_negative(name: str, number: float) -> float:
+    number = check_number(name, number)
+    if number < 0:
+        raise ValueError(f"{name} must not be negative, got {number}")
+    return number
+
+
+def _check_clip(name: str, norm: float) -> float:
+    if norm != norm or check_number(name, norm) <= 0:
+        raise ValueError(f"{name} must be positive, got {norm}")
+    return float(norm)
+
+
+def _check_seed(name: str, seed: int) -> int:
+    try:
+        return operator.index(seed)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {type(seed).__name__}") from None

@@ -1,5 +1,6 @@
 """Runs that stop: exact resume, checkpoints that are never half written, Ctrl-C, NaN; and how runs are optimised."""
 
+import errno
 import functools
 import operator
 import os
@@ -12,6 +13,7 @@ import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -363,6 +365,55 @@ def test_one_of_many_gets_a_checkpoint_at_a_time(tmp_path):
         for future in [pool.submit(enter) for _ in range(4)]:
             future.result()
     assert max(most) == 1 and len(most) + len(refused) == 800 and not list(tmp_path.iterdir())
+
+
+def test_a_file_system_without_locks_keeps_nobody_out(tmp_path, monkeypatch):
+    def flock(file, operation):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    path = tmp_path / "run.pt"
+    partial = path.with_name(f"run.pt.{'0' * 32}.partial")
+    partial.touch()
+    monkeypatch.setattr("fcntl.flock", flock)
+    with checkpoint.reserved(path, False):
+        run(tiny(), 1, checkpoint=path)
+    assert set(tmp_path.iterdir()) == {path, partial}  # which may be of a run that is alive
+
+
+def test_numpys_numbers_are_numbers_in_a_checkpoint_too(tmp_path):
+    path, options = tmp_path / "run.pt", {"learning_rate": np.float32(0.25), "seed": np.int64(3), "clip": np.float64(1)}
+    method = tiny()
+    method.options = {"momentum": np.float32(0.5), "name": np.str_("byol"), "widths": (1, 2)}
+    losses = run(method, np.int64(2), checkpoint=path, **options)
+    again = tiny()
+    again.options = {"momentum": 0.5, "name": "byol", "widths": (1, 2)}
+    assert run(again, 2, checkpoint=path, resume=True, learning_rate=0.25, seed=3, clip=1.0) == losses
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"steps": "many"}, TypeError, "steps must be an integer, got str"),
+        ({"batch_size": 2.5}, TypeError, "batch_size must be an integer, got float"),
+        ({"save_every": 0}, ValueError, "save_every must be positive, got 0"),
+        ({"chunk_size": -1}, ValueError, "chunk_size must be positive, got -1"),
+        ({"learning_rate": "fast"}, TypeError, "learning_rate must be a number, got str"),
+        ({"learning_rate": float("nan")}, ValueError, "learning_rate must be finite, got nan"),
+        ({"weight_decay": -1}, ValueError, "weight_decay must not be negative, got -1"),
+        ({"layer_decay": None}, TypeError, "layer_decay must be a number, got NoneType"),
+        ({"layer_decay": 2}, ValueError, "layer_decay must be above 0 and at most 1, got 2"),
+        ({"clip": "short"}, TypeError, "clip must be a number, got str"),
+        ({"amp": "yes"}, TypeError, "amp must be True or False, got 'yes'"),
+        ({"seed": 1.5}, TypeError, "seed must be an integer, got float"),
+        ({"optimizer": 3}, ValueError, "optimizer must be one of 'adamw', 'lars', got 3"),
+        ({"checkpoint": 3}, TypeError, "checkpoint must be a path or None, got int"),
+        ({"resume": True}, ValueError, "resume needs a checkpoint, got None"),
+    ],
+    ids=str,
+)
+def test_a_run_that_cannot_be_names_what_is_wrong(options, error, message):
+    with pytest.raises(error, match=f"^{message}"):
+        Run(**{"batch_size": 8, "steps": 1, **options})
 
 
 def test_two_savers_do_not_mix_their_tensors(tmp_path):
