@@ -10,17 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastssl import reference
+from fastssl.ops._numbers import as_tensor
 from fastssl.ops._precision import accumulate_dtype, autocast_enabled
-
-
-def as_tensor(number: float | Tensor, dtype: torch.dtype, device: torch.device | str | None = None) -> Tensor:
-    """0-d; device None: where the tensor is, or the CPU."""
-    if isinstance(number, Tensor):
-        return number.to(device=device, dtype=dtype)
-    if torch.compiler.is_compiling():
-        # A number that varies is compiled once where it multiplies a tensor, and elsewhere anew for each value.
-        return torch.ones((), dtype=dtype, device=device or "cpu") * number
-    return torch.full((), number, dtype=dtype, device=device or "cpu")
 
 
 def as_scalar(scalar: float | Tensor, x: Tensor) -> Tensor:

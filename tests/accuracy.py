@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -87,6 +87,11 @@ def leaves_of(sample: Sample) -> list[Tensor]:
 def cotangent_for(output: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     return torch.randn(output.shape, generator=generator).to(output.dtype)
+
+
+def with_tensors(args: Iterable[Any]) -> tuple[Any, ...]:
+    """Arguments of an operation of `torch.ops.fastssl`, whose numbers are tensors."""
+    return tuple(torch.tensor(x, dtype=torch.float64, device="cpu") if isinstance(x, float) else x for x in args)
 
 
 def evaluate(function: Callable[..., Tensor], sample: Sample) -> Results:

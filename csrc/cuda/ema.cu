@@ -400,8 +400,8 @@ void ema_update_(const Tensors& targets, const Tensors& sources, const Tensor& m
 }
 
 void adamw_ema_step_(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs, const Tensors& exp_avg_sqs,
-                     const Tensors& ema_params, const Tensors& steps, const Tensor& lr_, double beta1, double beta2,
-                     double eps, double weight_decay, const Tensor& momentum) {
+                     const Tensors& ema_params, const Tensors& steps, const Tensor& lr_, const Tensor& beta1_,
+                     const Tensor& beta2_, const Tensor& eps, const Tensor& weight_decay, const Tensor& momentum) {
   check_steps(steps, params);
   check_lists({{"params", params, true, false},
                {"grads", grads, false, false},
@@ -422,6 +422,7 @@ void adamw_ema_step_(const Tensors& params, const Tensors& grads, const Tensors&
                list.tensors[i].scalar_type());
   }
   const double lr = *to_dtype(lr_, ScalarType::Double).const_data_ptr<double>();
+  const double beta1 = number_in(beta1_), beta2 = number_in(beta2_);
   std::vector<Parameter> parameters;
   Tensors held;                                    // copies
   std::vector<std::pair<Tensor, Tensor>> strided;  // what is written, and what is to be copied into it
@@ -447,7 +448,7 @@ void adamw_ema_step_(const Tensors& params, const Tensors& grads, const Tensors&
   }
   if (parameters.empty()) return;
   const auto [number, kept] = read_momentum(momentum, params[0]);
-  const AdamW adamw{1 - beta1, beta2, 1 - beta2, eps, 1 - lr * weight_decay};
+  const AdamW adamw{1 - beta1, beta2, 1 - beta2, number_in(eps), 1 - lr * number_in(weight_decay)};
   constexpr int kFew = kFewBytes / sizeof(Parameter), kMany = kManyBytes / sizeof(Parameter);
   if (parameters.size() <= kFew)
     launch_all(step<kFew>, parameters, params[0], adamw, number);

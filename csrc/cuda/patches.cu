@@ -405,13 +405,13 @@ Tensor masked_patch_loss_backward(const Tensor& grad_losses, const Tensor& pred,
 }
 
 Tensor masked_feature_loss(const Tensor& pred, const Tensor& target, const Tensor& mask, const std::string& kind,
-                           double beta) {
-  return feature_losses(nullptr, pred, target, mask, kind, beta);
+                           const Tensor& beta) {
+  return feature_losses(nullptr, pred, target, mask, kind, number_in(beta));
 }
 
 Tensor masked_feature_loss_backward(const Tensor& grad_losses, const Tensor& pred, const Tensor& target,
-                                    const Tensor& mask, const std::string& kind, double beta) {
-  return feature_losses(&grad_losses, pred, target, mask, kind, beta);
+                                    const Tensor& mask, const std::string& kind, const Tensor& beta) {
+  return feature_losses(&grad_losses, pred, target, mask, kind, number_in(beta));
 }
 
 Tensor checked_ids(const Tensor& ids, int64_t batch, const Tensor& x) {

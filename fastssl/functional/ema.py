@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from fastssl import reference
-from fastssl._arithmetic import as_tensor
 from fastssl._checks import check_adamw, check_same_kind, check_scalar, check_share, check_tensor, check_tensors
 from fastssl.ops import current_backend, ema
+from fastssl.ops._numbers import as_tensor
 
 
 @torch.no_grad()
@@ -141,7 +141,7 @@ def _step_(
     if len(devices) > 1 or not all(step.is_cpu for step in steps):
         ema.check_parameters(**lists)
     for part in _by_device(devices, list(lists.values())):
-        ema.adamw_ema_step_(*part, lr, *map(float, (*betas, eps, weight_decay)), momentum)
+        ema.adamw_ema_step_(*part, lr, *betas, eps, weight_decay, momentum)
     torch.autograd.graph.increment_version(written)
 
 

@@ -121,7 +121,8 @@ class Derivative:
             ctx.others = [values[name] for name in other_names]
 
         def formula(ctx: Any, *directions: Tensor) -> tuple:
-            values = dict(zip((*tensor_names, *other_names), (*ctx.saved_tensors, *ctx.others), strict=True))
+            others = (x.item() if isinstance(x, Tensor) else x for x in ctx.others)  # numbers
+            values = dict(zip((*tensor_names, *other_names), (*ctx.saved_tensors, *others), strict=True))
             cotangents, point = ([values[name] for name in names] for names in (self._cotangents, self._point))
             needed = [values.get(f"needs_{name}", True) for name in self._point]
             directions = [u if n else torch.zeros_like(x) for u, n, x in zip(directions, needed, point, strict=True)]

@@ -28,6 +28,7 @@ kernel's arguments have the names that they have here.
 
 What is not regular, and why:
 
+- What a signature calls `float` is a 0-d tensor to PyTorch, see `_numbers.py`.
 - An operation in place, whose name ends in "_", and one that has no floating-point inputs, has no `backward`.
 - `gather_tokens` and `scatter_tokens`, `gather_patches` and `scatter_patches` are each other's derivatives, and need no
   backward operations: their `derivative` is written by hand.
@@ -39,7 +40,7 @@ What is not regular, and why:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -50,6 +51,7 @@ from torch import Tensor
 
 from fastssl.ops._backend import current_backend
 from fastssl.ops._derivative import Derivative
+from fastssl.ops._numbers import as_tensors, numbers_in, taking_tensors, with_tensors
 from fastssl.ops._precision import autocast_available
 
 _library = torch.library.Library("fastssl", "DEF")
@@ -94,9 +96,10 @@ class Op:
     ) -> None:
         self.name = name = schema.split("(", 1)[0]
         (fake, backward_fake), (portable, backward_portable), (cuda, backward_cuda) = map(_pair, (fake, portable, cuda))
+        self._numbers = numbers_in(schema)
         if triton is not None:
-            cuda = triton_launcher(triton, name)
-            backward_cuda = triton_launcher(triton, f"{name}_backward")
+            cuda = triton_launcher(triton, name, self._numbers)
+            backward_cuda = triton_launcher(triton, f"{name}_backward", numbers_in(f"{name}_backward{backward}"))
         self.auto, self.portable = _register(schema, fake or _nothing, portable, cuda)
         if backward is not None:
             names = Derivative(schema, f"{name}_backward{backward}")
@@ -113,7 +116,7 @@ class Op:
         setattr(self, variant, _differentiable(getattr(self, variant), setup_context, formula))
 
     def __call__(self, *args: Any) -> Any:
-        return (self.portable if current_backend() == "portable" else self.auto)(*args)
+        return (self.portable if current_backend() == "portable" else self.auto)(*as_tensors(args, self._numbers))
 
 
 _VARIANTS = "auto", "portable"
@@ -140,10 +143,10 @@ def _register(
 ) -> tuple[torch._ops.OpOverload, torch._ops.OpOverload]:
     """Both variants of an operation, without derivatives."""
     name, signature = schema.split("(", 1)
-    portable = _without_autocast(portable)
+    portable = _without_autocast(taking_tensors(portable, numbers_in(schema)))
     variants = name, portable_name(name)
     for variant in variants:
-        _library.define(f"{variant}({signature}")
+        _library.define(f"{variant}({with_tensors(signature)}")
         _library.impl(variant, portable, "CompositeExplicitAutograd")
         torch.library.register_fake(f"fastssl::{variant}", fake, lib=_library)
     if cuda is not None:
@@ -156,7 +159,7 @@ def portable_name(name: str) -> str:
     return f"{name}portable_" if name.endswith("_") else f"{name}_portable"
 
 
-def triton_launcher(family: str, name: str) -> Function | None:
+def triton_launcher(family: str, name: str, numbers: Sequence[int] = ()) -> Function | None:
     """The launcher `name` of fastssl.kernels' `family`, imported at its first call; None where Triton is not installed.
 
     float64 goes to the portable variant: the last argument is the precision of products.
@@ -167,7 +170,7 @@ def triton_launcher(family: str, name: str) -> Function | None:
     def launch(*args: Any) -> Any:
         if args[-1] == "float64":
             return getattr(torch.ops.fastssl, portable_name(name))(*args)
-        return getattr(import_module(f"fastssl.kernels.{family}"), name)(*args)
+        return taking_tensors(getattr(import_module(f"fastssl.kernels.{family}"), name), numbers)(*args)
 
     return launch
 

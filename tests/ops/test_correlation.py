@@ -30,7 +30,7 @@ from fastssl.functional import (
 from fastssl.ops import _portable, correlation
 from fastssl.ops._op import Op
 from fastssl.reference import OPS, Sample
-from tests.accuracy import Results, assert_as_accurate_as_eager, evaluate, truth_and_eager
+from tests.accuracy import Results, assert_as_accurate_as_eager, evaluate, truth_and_eager, with_tensors
 
 SIZES = (2, 3, 17, 33, 64, 129, 257)
 DIMS = (1, 2, 15, 33, 64, 130, 257)
@@ -151,8 +151,8 @@ def test_opcheck_of_both_algorithms(dtype, dual, variant):
         ("variance_covariance", (views[0], 2.0, 3.0, 1e-4, True)),
     ):
         op = getattr(torch.ops.fastssl, name + variant).default
-        torch.library.opcheck(op, (*args, dual, True, precision))
-        detached = (x.detach() if isinstance(x, Tensor) else x for x in args)
+        torch.library.opcheck(op, (*with_tensors(args), dual, True, precision))
+        detached = (x.detach() if isinstance(x, Tensor) else x for x in with_tensors(args))
         torch.library.opcheck(op, (*detached, dual, False, precision))
 
 

@@ -14,6 +14,7 @@ from torch.optim.adamw import adamw
 import fastssl
 from fastssl.functional import adamw_ema_step_, ema_update_
 from fastssl.reference import ema as reference
+from tests.accuracy import with_tensors
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MOMENTA = (0.3, 0.996)  # on either side of where lerp changes its starting point
@@ -395,7 +396,7 @@ def test_step_is_a_proper_operation():
     states = [list(x) for x in _small().values()]
     lr, momentum = torch.tensor(0.1, dtype=torch.float64), torch.tensor(0.9, dtype=torch.float64)
     for op in (torch.ops.fastssl.adamw_ema_step_, torch.ops.fastssl.adamw_ema_step_portable_):
-        torch.library.opcheck(op.default, (*states, lr, 0.9, 0.99, 1e-8, 0.1, momentum))
+        torch.library.opcheck(op.default, with_tensors((*states, lr, 0.9, 0.99, 1e-8, 0.1, momentum)))
 
 
 @pytest.mark.parametrize("chosen", ["auto", "portable", "reference"])

@@ -14,6 +14,7 @@ from fastssl.functional import masked_feature_loss, masked_patch_loss, patch_emb
 from fastssl.nn import PatchEmbed
 from fastssl.ops import patches
 from fastssl.reference import patches as reference
+from tests.accuracy import with_tensors
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SIZES = (  # of images, and of their patches
@@ -344,7 +345,7 @@ def test_opcheck(suffix):
         "masked_patch_loss_backward": (grad, pred, images.detach(), mask, [2, 2], "patch"),
         "masked_feature_loss_backward": (grad, pred, pred, mask, "cosine", 1.0),
     }.items():
-        torch.library.opcheck(getattr(torch.ops.fastssl, name + suffix).default, args)
+        torch.library.opcheck(getattr(torch.ops.fastssl, name + suffix).default, with_tensors(args))
 
 
 def test_threads_change_nothing(kernels):
@@ -454,7 +455,7 @@ PRED, MASK = torch.randn(2, 4, 48), torch.ones(2, 4, dtype=torch.bool)
 @pytest.mark.sanitized
 def test_kernels_refuse_what_does_not_fit(name, args, error, match):
     with pytest.raises(error, match=match):
-        getattr(torch.ops.fastssl, name)(*args)
+        getattr(torch.ops.fastssl, name)(*with_tensors(args))
 
 
 @pytest.mark.parametrize("beta", [1e-40, 1e-50])

@@ -3,6 +3,7 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/scalar_tensor.h>
 #include <torch/library.h>
 
 #include <string>
@@ -22,6 +23,26 @@ bool is_double(const First& first, const Rest&... rest) {
   return false;
 }
 
+// A number is a tensor to PyTorch, see fastssl/ops/_numbers.py.
+template <typename T>
+using Taken = std::conditional_t<std::is_same_v<T, double>, const at::Tensor&, T>;
+
+template <typename T>
+T given(Taken<T> x) {
+  if constexpr (std::is_same_v<T, double>)
+    return x.template item<double>();
+  else
+    return x;
+}
+
+template <typename T>
+decltype(auto) taken(T&& x) {
+  if constexpr (std::is_same_v<std::decay_t<T>, double>)
+    return at::scalar_tensor(x, at::kDouble);
+  else
+    return std::forward<T>(x);
+}
+
 template <auto F>
 struct Kernel;
 
@@ -30,10 +51,10 @@ template <typename Result, typename... Args, Result (*F)(Args...)>
 struct Kernel<F> {
   inline static const char* name = nullptr;  // no string: that would be made anew after `implement` had set it
 
-  static Result portable(Args... args) {
+  static Result portable(Taken<Args>... args) {
     static const auto op = c10::Dispatcher::singleton()
         .findSchemaOrThrow(portable_name().c_str(), "")
-        .template typed<Result(Args...)>();
+        .template typed<Result(Taken<Args>...)>();
     return op.call(args...);
   }
 
@@ -44,15 +65,17 @@ struct Kernel<F> {
   }
 
   template <int Operands>
-  static Result call(Args... args) {
-    return is_double<Operands>(args...) ? portable(args...) : F(args...);
+  static Result call(Taken<Args>... args) {
+    if constexpr (Operands > 0)
+      if (is_double<Operands>(args...)) return portable(args...);
+    return F(given<Args>(args)...);
   }
 };
 
 // What F computes, by the portable variant of its operation.
 template <auto F, typename... Args>
 auto portable(Args&&... args) {
-  return Kernel<F>::portable(std::forward<Args>(args)...);
+  return Kernel<F>::portable(taken(std::forward<Args>(args))...);
 }
 
 // Makes F the kernel of the operation `name`, which hands on to the portable variant where one of the first
@@ -60,11 +83,7 @@ auto portable(Args&&... args) {
 template <auto F, int Operands = 1>
 void implement(torch::Library& library, const char* name) {
   Kernel<F>::name = name;
-  if constexpr (Operands > 0) {
-    library.impl(name, &Kernel<F>::template call<Operands>);
-  } else {
-    library.impl(name, F);
-  }
+  library.impl(name, &Kernel<F>::template call<Operands>);
 }
 
 }  // namespace fastssl

@@ -41,6 +41,13 @@ inline bool same(torch::headeronly::IntHeaderOnlyArrayRef x, torch::headeronly::
   return std::equal(x.begin(), x.end(), y.begin(), y.end());
 }
 
+// A number is a tensor to PyTorch, see fastssl/ops/_numbers.py.
+inline double number_in(const Tensor& x) {
+  if (!x.is_cpu() || x.scalar_type() != ScalarType::Double || x.numel() != 1)
+    refuse("a number must be a 0-d float64 tensor on the CPU, got shape ", text(x.sizes()));
+  return *x.const_data_ptr<double>();
+}
+
 inline int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
 
 // For the y and z of a grid, where blocks take several turns if there is more to do.

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fastssl.reference import OPS
+from tests.accuracy import with_tensors
 from tests.gpu.cuda_host.compile import OPERATIONS
 from tests.recorded import recorded_calls
 
@@ -249,7 +250,7 @@ def test_moving_averages_write_targets_only():
 
 
 LR, MOMENTUM = torch.tensor(0.02, dtype=torch.float64), torch.tensor(0.9, dtype=torch.float64)
-ADAMW = LR, 0.9, 0.99, 1e-8, 0.1, MOMENTUM
+ADAMW = with_tensors((LR, 0.9, 0.99, 1e-8, 0.1, MOMENTUM))
 
 
 def _parameters(dtype: torch.dtype, ema: torch.dtype) -> list[list[Tensor]]:
@@ -401,8 +402,8 @@ IMAGES, PRED, MASK = torch.randn(2, 3, 8, 8), torch.randn(2, 4, 48), torch.ones(
             lambda: cuda.masked_patch_loss_backward(PRED[0], PRED, IMAGES, MASK, [4, 4], "none"),
             "grad_losses must have mask's shape",
         ),
-        (lambda: cuda.masked_feature_loss(PRED, PRED[..., 1:], MASK, "mse", 0.0), "the same shape"),
-        (lambda: cuda.masked_feature_loss(PRED, PRED, MASK, "l1", 0.0), "loss must be .*got 'l1'"),
+        (lambda: cuda.masked_feature_loss(PRED, PRED[..., 1:], MASK, "mse", *with_tensors((0.0,))), "the same shape"),
+        (lambda: cuda.masked_feature_loss(PRED, PRED, MASK, "l1", *with_tensors((0.0,))), "loss must be .*got 'l1'"),
         (lambda: cuda.gather_patches(IMAGES, MASK.long()[:1], [4, 4]), r"ids must have shape \(2, K\).*got \[1, 4\]"),
         (lambda: cuda.gather_patches(IMAGES, MASK, [4, 4]), "ids must be int64 or int32, got Bool"),
         (lambda: cuda.scatter_patches(PRED, MASK.long(), [2, 3, 8, -8], [4, 4]), "size must not be negative"),

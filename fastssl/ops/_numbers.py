@@ -1,0 +1,50 @@
+"""Numbers among the arguments of operations: what a signature calls `float` is a 0-d float64 tensor to PyTorch.
+
+torch.compile makes one program for all values of a number that varies from call to call if operations take it as a
+tensor, and else one for each. The tensor is on the CPU; kernels get Python's float, C++'s double.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def as_tensor(number: float | Tensor, dtype: torch.dtype, device: torch.device | str | None = None) -> Tensor:
+    """0-d; device None: where the tensor is, or the CPU."""
+    if isinstance(number, Tensor):
+        return number.to(device=device, dtype=dtype)
+    if torch.compiler.is_compiling():
+        # A number that varies is compiled once where it multiplies a tensor, and elsewhere anew for each value.
+        return torch.ones((), dtype=dtype, device=device or "cpu") * number
+    return torch.full((), number, dtype=dtype, device=device or "cpu")
+
+
+def numbers_in(schema: str) -> list[int]:
+    """Which of an operation's arguments are numbers."""
+    arguments = torch._C.parse_schema(f"fastssl::{schema}").arguments
+    return [i for i, argument in enumerate(arguments) if argument.type.kind() == "FloatType"]
+
+
+def with_tensors(signature: str) -> str:
+    """A signature as PyTorch sees it."""
+    return re.sub(r"\bfloat (?=\w)", "Tensor ", signature)
+
+
+def as_tensors(args: Sequence[Any], numbers: Sequence[int]) -> Sequence[Any]:
+    return [as_tensor(x, torch.float64) if i in numbers else x for i, x in enumerate(args)] if numbers else args
+
+
+def taking_tensors(function: Callable[..., Any], numbers: Sequence[int]) -> Callable[..., Any]:
+    """`function`, which takes numbers, of the tensors that stand for them."""
+    if not numbers:
+        return function
+
+    def run(*args: Any) -> Any:
+        return function(*(x.item() if i in numbers else x for i, x in enumerate(args)))
+
+    return run
