@@ -63,7 +63,7 @@ class Run:
             **dict.fromkeys(("batch_size", "steps", "save_every", "chunk_size"), check_positive),
             **dict.fromkeys(("amp", "resume"), check_flag),
             **dict.fromkeys(("learning_rate", "weight_decay"), _check_not_negative),
-            "layer_decay": check_number,
+            "layer_decay": _check_layer_decay,
             "clip": _check_clip,
             "seed": _check_seed,
         }
@@ -104,6 +104,10 @@ def _check_clip(name: str, norm: float) -> float:
     if norm != norm or check_number(name, norm) <= 0:
         raise ValueError(f"{name} must be positive, got {norm}")
     return float(norm)
+
+
+def _check_layer_decay(name: str, decay: float) -> float:
+    return decay if decay != decay else check_number(name, decay)  # `check_optimizer` knows the range
 
 
 def _check_seed(name: str, seed: int) -> int:
