@@ -81,7 +81,7 @@ def test_patch_embed_compiles(backend):
         {},
         {"bias": False, "patch_size": (8, 4)},
         {"flatten": False},
-        {"flatten": False, "norm_layer": lambda dim, **place: nn.GroupNorm(4, dim, **place)},
+        {"flatten": False, "norm_layer": partial(nn.GroupNorm, 4)},
         {"norm_layer": partial(nn.LayerNorm, eps=1e-6)},
         *({"output_fmt": output_fmt} for output_fmt in ("NCHW", "NHWC", "NCL", "NLC")),
         {"output_fmt": "NHWC", "norm_layer": nn.LayerNorm, "dtype": torch.float64, "device": "cpu"},
