@@ -41,9 +41,6 @@ def _ema_update_bad_inputs() -> Iterator[BadInput]:
         arguments = {"targets": x, "sources": y, "momentum": 0.9, **changes}
         return BadInput(label, tuple(arguments.values()), {}, error, match)
 
-    yield bad("lengths differ", "targets and sources .*same length", sources=[*y, *y])
-    yield bad("shapes differ", r"targets\[0\] and sources\[0\] .*shape", sources=[torch.randn(4)])
-    yield bad("integers", r"targets\[0\] .*dtype.*int64|targets.*floating", targets=[x[0].long()])
     yield bad("no list", "targets must be a list of tensors, got float", TypeError, targets=1.0)
     yield bad("no tensor", r"sources\[0\] must be a Tensor, got float", TypeError, sources=[1.0])
     yield bad("momentum large", "momentum must be from 0 to 1, got 1.5", momentum=1.5)
@@ -85,8 +82,6 @@ def _adamw_ema_step_bad_inputs() -> Iterator[BadInput]:
     yield bad("eps nan", "eps must .*nan", eps=float("nan"))
     yield bad("weight decay text", "weight_decay must be a number, got str", TypeError, weight_decay="0")
     yield bad("momentum large", "momentum must be from 0 to 1, got 2", momentum=2.0)
-    short = BadInput("short", (*lists[:5], []), hyper, ValueError, "params and steps .*same length")
-    yield short
 
 
 OpSpec(
