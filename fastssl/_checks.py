@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastssl import distributed
 from fastssl.distributed import ProcessGroup
@@ -38,6 +38,15 @@ def check_tensor(name: str, x: Tensor) -> None:
         raise TypeError(f"{name} must be a Tensor, got {type(x).__name__}")
     if x.layout is not torch.strided or x.is_nested:
         raise ValueError(f"{name} must be a dense tensor, got {'a nested one' if x.is_nested else x.layout}")
+    if type(x) in (Tensor, nn.Parameter) and not x.is_meta and x.numel() and not _has_memory(x):
+        raise ValueError(f"{name} must have memory, got a tensor whose storage was freed")
+
+
+def _has_memory(x: Tensor) -> bool:
+    """Whether its storage was not freed, as FSDP frees that of parameters. Tracers and torch.func hide it."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return True
+    return x.untyped_storage().nbytes() > 0
 
 
 def check_tensors(name: str, tensors: Iterable[Tensor]) -> list[Tensor]:

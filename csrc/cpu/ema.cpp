@@ -103,6 +103,8 @@ void check_lists(const std::vector<List>& lists, const char* written, at::Tensor
       TORCH_CHECK_VALUE(is_supported(x), list.name, "[", i, "] must be of 16, 32 or 64 bits, floating-point, got ",
                         x.dtype());
       if (x.numel() == 0) continue;
+      TORCH_CHECK_VALUE(x.const_data_ptr(), list.name, "[", i,
+                        "] must have memory, got a tensor whose storage was freed");
       TORCH_CHECK_VALUE(!list.written || elements(x) >= x.numel(), list.name, "[", i,
                         "] must have no two elements in one place, got strides ", x.strides());
       if (list.may_be_first && x.const_data_ptr() == like.const_data_ptr() && x.strides() == like.strides() &&

@@ -345,10 +345,10 @@ def _bank(**arguments: Any) -> Any:
     return bank.keys
 
 
-def _update_bank(new_keys: Any) -> Any:
+def _update_bank(keys: Any) -> Any:
     torch.manual_seed(0)
     bank = modules.MemoryBank(5, 8)
-    bank.update(new_keys)
+    bank.update(keys)
     return bank.keys
 
 
@@ -394,8 +394,8 @@ CALLS: list[Call] = [
         lambda: {
             "model": _encoder(),
             "momentum": 0.9,
-            "schedule": "cosine",
-            "total_steps": 10,
+            "schedule": "warmup",
+            "total_steps": None,
             "warmup_gamma": 1.0,
             "warmup_power": 0.5,
             "update_buffers": True,
@@ -417,7 +417,7 @@ CALLS: list[Call] = [
         _bank,
         modules.MemoryBank.__init__,
     ),
-    Call("MemoryBank.update", lambda: {"new_keys": _normal(3, 8)}, _update_bank, modules.MemoryBank.update),
+    Call("MemoryBank.update", lambda: {"keys": _normal(3, 8)}, _update_bank, modules.MemoryBank.update),
     Call("AdamW", _adamw_arguments, _adamw, AdamW.__init__),
     Call("grad_cache", _grad_cache_arguments, fastssl.grad_cache, fastssl.grad_cache),
     Call("use_backend", lambda: {"name": "portable"}, _use_backend, fastssl.use_backend),

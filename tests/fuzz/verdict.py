@@ -28,6 +28,7 @@ INTERNALS = re.compile(
     r"|Unsupported|NYI|storage|_cpp|NestedTensor|SparseCPU|FakeTensor|symbolic|NotImplemented",
     re.IGNORECASE,
 )
+FUNCTIONS = ("encoders", "loss_fn", "weight_fn")  # arguments whose errors are their own
 ERRORS = (TypeError, ValueError, IndexError)
 
 
@@ -79,7 +80,7 @@ def judge(case: Case) -> Finding | str:
 def _judge_error(case: Case, error: Exception) -> Finding | str:
     text = f"{type(error).__name__}: {str(error).strip()}"
     documented = "RuntimeError" in (inspect.getdoc(case.call.signature) or "") and type(error) is RuntimeError
-    if _asks_for_memory(error):
+    if _asks_for_memory(error) or case.argument in FUNCTIONS:
         return "refused"
     if str(error).startswith("Inference tensors cannot be saved"):  # as by any operation of PyTorch
         return "refused"
@@ -103,18 +104,19 @@ def _fits(case: Case) -> bool:
     """Whether an argument that was taken is of the type that its annotation names."""
     annotation = inspect.signature(case.call.signature).parameters[case.argument].annotation
     value = case.make()
+    number = isinstance(value, (np.number, np.bool_)) or (isinstance(value, np.ndarray) and value.ndim == 0)
+    element = isinstance(value, Tensor) and value.numel() == 1
     fits = {
-        "Tensor": lambda: isinstance(value, Tensor),
-        "float": lambda: isinstance(value, (int, float, np.number)) and not isinstance(value, np.complexfloating)
-        or isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex(),
-        "int": lambda: isinstance(value, (int, np.integer)),
-        "bool": lambda: isinstance(value, (bool, np.bool_)),
-        "str": lambda: isinstance(value, str),
-        "None": lambda: value is None,
-        "nn.Module": lambda: isinstance(value, nn.Module),
-    }  # fmt: skip
+        "Tensor": isinstance(value, Tensor),
+        "float": (isinstance(value, (int, float)) or number or element) and not np.iscomplexobj(value),
+        "int": isinstance(value, int) or (number and np.issubdtype(value.dtype, np.integer)) or type(value) is np.bool_,
+        "bool": isinstance(value, (bool, np.bool_)),
+        "str": isinstance(value, str),
+        "None": value is None,
+        "nn.Module": isinstance(value, nn.Module),
+    }
     names = [name for name in re.split(r"\s*\|\s*", str(annotation)) if name]
-    return any(name not in fits or fits[name]() for name in names)
+    return any(fits.get(name, True) for name in names)
 
 
 def _judge_results(case: Case, results: list[Any]) -> Finding | str:
@@ -124,7 +126,7 @@ def _judge_results(case: Case, results: list[Any]) -> Finding | str:
     differences = []
     for change in (_as_double, lambda x: x):
         try:
-            differences.append(_difference(results, _results(case, "reference", change)))
+            differences.append(difference(results, _results(case, "reference", change)))
         except Exception as error:
             differences.append(f"the reference raises {type(error).__name__}: {error}")
         if not differences[-1]:
@@ -136,7 +138,8 @@ def _has_values(x: Tensor) -> bool:
     return x.device.type == "cpu" and type(x).__name__ != "FakeTensor"
 
 
-def _difference(results: list[Any], expected: list[Any]) -> str:
+def difference(results: list[Any], expected: list[Any]) -> str:
+    """What differs, if anything does."""
     if len(results) != len(expected):
         return f"{len(results)} results, of the reference {len(expected)}"
     for result, right in zip(results, expected, strict=True):
@@ -161,23 +164,23 @@ def _difference(results: list[Any], expected: list[Any]) -> str:
 
 
 def _results(case: Case, backend: str, change: Callable[[Any], Any] = lambda x: x) -> list[Any]:
-    """Of the call, and its gradients."""
-    with _time_limit(), warnings.catch_warnings(), torch.random.fork_rng():
+    arguments = {**case.call.arguments(), case.argument: case.make()}
+    return results_of(case.call, {name: change(x) for name, x in arguments.items()}, backend)
+
+
+def results_of(call: Call, arguments: dict[str, Any], backend: str) -> list[Any]:
+    """Outputs, and the gradients of the leaves among the arguments."""
+    leaves = [x for x in arguments.values() if isinstance(x, Tensor) and x.requires_grad and x.is_leaf]
+    chosen = contextlib.nullcontext() if call.name == "use_backend" else fastssl.use_backend(backend)
+    with _time_limit(), warnings.catch_warnings(), torch.random.fork_rng(), chosen:
         warnings.simplefilter("ignore")
-        arguments = case.call.arguments()
-        arguments[case.argument] = case.make()
-        arguments = {name: change(x) for name, x in arguments.items()}
-        leaves = [x for x in arguments.values() if isinstance(x, Tensor) and x.requires_grad and x.is_leaf]
         torch.manual_seed(0)
-        if case.call.name == "use_backend":
-            return _flat(case.call.run(**arguments))
-        with fastssl.use_backend(backend):
-            outputs = _flat(case.call.run(**arguments))
-            differentiable = [x for x in outputs if isinstance(x, Tensor) and x.requires_grad]
-            if differentiable and leaves:
-                total = sum(x.sum() for x in differentiable)
-                outputs += torch.autograd.grad(total, leaves, allow_unused=True)
-        return outputs
+        outputs = _flat(call.run(**arguments))
+        differentiable = [x for x in outputs if isinstance(x, Tensor) and x.requires_grad]
+        if differentiable and leaves:
+            total = sum(x.sum() for x in differentiable)
+            outputs += torch.autograd.grad(total, leaves, allow_unused=True)
+    return outputs
 
 
 def _flat(x: Any) -> list[Any]:
