@@ -30,7 +30,7 @@ def test_functions():
 
 def test_tensors_whose_storage_was_freed():
     """As FSDP frees that of parameters: reading them would end the process."""
-    found = [(case, judge(case)) for case in cases() if case.label.endswith("tensor, without storage")]
-    of_functions = [(str(case), verdict) for case, verdict in found if hasattr(functional, case.call.name)]
-    assert not [pair for pair in of_functions if isinstance(pair[1], Finding)]
-    assert len(of_functions) > 50
+    freed = [case for case in cases() if case.label.endswith("tensor, without storage")]
+    verdicts = {str(case): judge(case) for case in freed if hasattr(functional, case.call.name)}
+    assert len(verdicts) > 50
+    assert not {case: verdict for case, verdict in verdicts.items() if isinstance(verdict, Finding)}

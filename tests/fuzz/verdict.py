@@ -105,10 +105,11 @@ def _fits(case: Case) -> bool:
     annotation = inspect.signature(case.call.signature).parameters[case.argument].annotation
     value = case.make()
     number = isinstance(value, (np.number, np.bool_)) or (isinstance(value, np.ndarray) and value.ndim == 0)
-    element = isinstance(value, Tensor) and value.numel() == 1
+    element = isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex()
+    real = isinstance(value, (int, float)) or (number and not np.issubdtype(value.dtype, np.complexfloating))
     fits = {
         "Tensor": isinstance(value, Tensor),
-        "float": (isinstance(value, (int, float)) or number or element) and not np.iscomplexobj(value),
+        "float": real or element,
         "int": isinstance(value, int) or (number and np.issubdtype(value.dtype, np.integer)) or type(value) is np.bool_,
         "bool": isinstance(value, (bool, np.bool_)),
         "str": isinstance(value, str),
@@ -194,7 +195,7 @@ def _as_double(x: Any) -> Any:
         return copy.deepcopy(x).double()
     if isinstance(x, (list, tuple)) and type(x) in (list, tuple):
         return type(x)(map(_as_double, x))
-    if isinstance(x, Tensor) and x.is_floating_point() and x.layout == torch.strided:
+    if type(x) in (Tensor, nn.Parameter) and x.is_floating_point() and x.layout == torch.strided and x.data_ptr():
         return x.detach().double().requires_grad_(x.requires_grad)
     return x
 

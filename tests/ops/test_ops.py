@@ -33,7 +33,7 @@ from tests.accuracy import (
     values,
     weighted_error,
 )
-from tests.recorded import recorded_calls
+from tests.recorder import recorded_calls
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -18,7 +18,7 @@ from fastssl import _native
 from fastssl.reference import OPS
 from fastssl.reference import contrastive as reference
 from tests.accuracy import tensors_of
-from tests.recorded import recorded_calls
+from tests.recorder import recorded_calls
 
 PACKAGE = Path(fastssl.__file__).parent
 WHY_NOT = _native.status()["_C"]

@@ -21,7 +21,7 @@ from torch import Tensor
 from fastssl.reference import OPS
 from tests.accuracy import with_tensors
 from tests.gpu.cuda_host.compile import OPERATIONS
-from tests.recorded import recorded_calls
+from tests.recorder import recorded_calls
 
 LIBRARY = os.environ.get("FASTSSL_CUDA_HOST")
 ORDERS = {"forwards": 0, "backwards": 1, "shuffled": 2} if LIBRARY else {"on the GPU": 0}
