@@ -20,14 +20,20 @@ DIMS = (1, 2, 15, 16, 17, 31, 33, 100, 130, 257, 768)
 SPEC = OPS["siglip_loss"]
 
 
+def _rows(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
 def _unit(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=1).to(dtype)
+    return F.normalize(_rows(*shape, seed=seed), dim=1).to(dtype)
 
 
 @functools.cache
 def _ragged(rows: int, dim: int) -> tuple[Sample, tuple[Results, Results]]:
     scalars = (torch.tensor(value, requires_grad=True) for value in (10.0, -3.0))
-    leaves = (_unit(rows, dim).requires_grad_(), _unit(rows, dim, seed=1).requires_grad_(), *scalars)
+    # Unit rows of one feature are 1 or -1, and a sum of equal terms is always rounded to the same side.
+    leaves = [_unit(rows, dim, seed=seed) if dim > 1 else _rows(rows, dim, seed=seed) for seed in (0, 1)]
+    leaves = (*(x.requires_grad_() for x in leaves), *scalars)
     sample = unreduced(SPEC, Sample("ragged", leaves))
     return sample, truth_and_eager(SPEC, sample)
 
