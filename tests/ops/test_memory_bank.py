@@ -338,3 +338,10 @@ def test_bad_output_for_lightlys_module(output, error):
     with pytest.raises(error, match="output must "):
         bank(output, update=True)
     assert torch.equal(bank.bank, before)
+
+
+def test_a_position_that_is_a_negated_view_is_refused():
+    """It used to end the process."""
+    position = torch._neg_view(torch.tensor(0))
+    with pytest.raises(ValueError, match="position must not be a negated view"):
+        enqueue_(torch.zeros(4, 2), position, torch.ones(1, 2))
