@@ -78,7 +78,7 @@ def _check_lists(
                 raise ValueError(f"{name}[{i}] must be of 16, 32 or 64 bits, floating-point, got {x.dtype}")
             if x.device.type == "meta" or x.numel() == 0:
                 continue
-            if x.data_ptr() == 0:
+            if x.untyped_storage().nbytes() == 0:
                 raise ValueError(f"{name}[{i}] must have memory, got a tensor whose storage was freed")
             if name in written and _elements(x) < x.numel():
                 raise ValueError(f"{name}[{i}] must have no two elements in one place, got strides {x.stride()}")
