@@ -2,11 +2,11 @@
 
 The arguments of the backward operation are called
 
-    grad_<output>   the gradient of an output; outputs without one are not differentiable needs_<input>   whether that
-    input needs its gradient. If not, the values of the input are not read, and may have
+    grad_<output>   the gradient of an output; outputs without one are not differentiable
+    needs_<input>   whether that input needs its gradient. If not, the values of the input are not read, and may have
                     changed since the forward pass; what is returned for it is empty, of no rows
-    size_<input>    the shape of an input, which need not be kept for its shape alone others          the input or the
-    output of that name
+    size_<input>    the shape of an input, which need not be kept for its shape alone
+    others          the input or the output of that name
 
 and it returns grad_<input> of some inputs, each of that input's shape and dtype (autograd rounds a wider one). What
 follows from that is said here for Python, and in csrc/cpu/autograd.cpp for C++.
