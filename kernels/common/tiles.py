@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 
 EPS = tl.constexpr(1e-12)  # torch.nn.functional.normalize's
-COUNTS = ["B", "M", "N", "row_blocks", "blocks", "start", "band", "splits"]  # a changing batch must not compile anew
+# A changing batch must not compile anew.
+COUNTS = ["B", "M", "N", "row_blocks", "blocks", "start", "band", "distances", "splits"]
 
 
 @triton.jit

@@ -108,7 +108,7 @@ def _forward_tile(
 
 @triton.jit(do_not_specialize=COUNTS)
 def _merge(
-    tops, sums, aligned, loss, shift, total, N, row_blocks, blocks, start, band, last,
+    tops, sums, aligned, loss, shift, total, N, row_blocks, blocks, start, band, distances,
     SYMMETRIC: tl.constexpr, T: tl.constexpr, SLOTS: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """Fold a band's maxima and sums of N rows (or columns) into (shift, total); after the last band, finish."""
@@ -136,7 +136,7 @@ def _merge(
     highest = tl.maximum(top, tl.max(tops_, 0))
     base = finite(highest)
     acc = acc * tl.exp(top - base) + tl.sum(sums_ * tl.exp(tops_ - base[None, :]), 0)
-    if last:
+    if start + band == distances:
         if loss is not None:
             positive = tl.load(aligned + i, mask=inside, other=0.0)
             tl.store(loss + i, tl.log(acc) + (base - positive), mask=inside)
@@ -198,7 +198,7 @@ def totals_and_shifts(
         for tops, sums, heard, shift, total in sides:
             count = shift.shape[0]
             _merge[(triton.cdiv(count, 16),)](
-                tops, sums, aligned, loss, shift, total, count, heard, blocks, start, width, start + width == distances,
+                tops, sums, aligned, loss, shift, total, count, heard, blocks, start, width, distances,
                 SYMMETRIC=symmetric, T=tile, SLOTS=max(triton.next_power_of_2(slots), 8), BR=16, **OPTIONS,
             )  # fmt: skip
     return [(total, shift) for _, _, _, shift, total in sides]

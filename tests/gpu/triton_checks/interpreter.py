@@ -44,6 +44,15 @@ def patch() -> None:
     InterpreterBuilder.create_fp_to_fp = lambda self, x, dtype, rounding: cast_impl(self, x, dtype)
     InterpreterBuilder.create_dot = create_dot
 
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch_lang_tensor(tensor, scope):
+        patch_tensor(tensor, scope)
+        # Before Triton 3.8 this is int(array), which numpy 2.5 refuses where the array has a dimension.
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch_lang_tensor
+
 
 def hurry() -> None:
     """One configuration of each kernel, as there is nothing to time; row kernels in few programs, as the interpreter's
