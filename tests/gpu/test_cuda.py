@@ -11,18 +11,28 @@ import pytest
 import torch
 
 from fastssl import _native
-from tests.gpu.cuda_host.compile import ARCHITECTURES, OPERATIONS, cuda_library, host_library, nvcc, run, sanitizers
+from tests.gpu.cuda_host.common.compile import (
+    ARCHITECTURES,
+    OPERATIONS,
+    SOURCES,
+    cuda_library,
+    host_library,
+    nvcc,
+    run,
+    sanitizers,
+)
 
 ROOT = Path(__file__).parents[2]
-KERNELS = "tests/gpu/cuda_host/kernels.py"
+FAMILIES = [source.stem for source in SOURCES]  # each has its tests in cuda_host/<family>.py
 SANITIZERS = sanitizers()
 pytestmark = pytest.mark.xdist_group("cuda")  # which compiles once
 needs_nvcc = pytest.mark.skipif(nvcc() is None, reason="nvcc not found")
 
 
-def _run_kernels(**environment: str) -> None:
+def _run_kernels(family: str, **environment: str) -> None:
+    tests = f"tests/gpu/cuda_host/{family}.py"
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-pno:cacheprovider", "-pno:faulthandler", KERNELS],
+        [sys.executable, "-m", "pytest", "-q", "-pno:cacheprovider", "-pno:faulthandler", tests],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), **environment},
         capture_output=True,
@@ -31,10 +41,17 @@ def _run_kernels(**environment: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.fixture(scope="module")
+def compiled_for_the_cpu(tmp_path_factory):
+    return host_library(tmp_path_factory.mktemp("cuda_host"))
+
+
 @pytest.mark.skipif(SANITIZERS is None, reason="no g++ with AddressSanitizer and UBSan")
-def test_kernels_on_the_cpu(tmp_path):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_kernels_on_the_cpu(family, compiled_for_the_cpu):
     _run_kernels(
-        FASTSSL_CUDA_HOST=str(host_library(tmp_path)),
+        family,
+        FASTSSL_CUDA_HOST=str(compiled_for_the_cpu),
         LD_PRELOAD=" ".join(SANITIZERS),
         ASAN_OPTIONS="detect_leaks=0",  # Python and torch free little of what they hold at exit
         OMP_NUM_THREADS="1",
@@ -42,8 +59,9 @@ def test_kernels_on_the_cpu(tmp_path):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_kernels_on_the_gpu():
-    _run_kernels(CUBLAS_WORKSPACE_CONFIG=":4096:8")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_kernels_on_the_gpu(family):
+    _run_kernels(family, CUBLAS_WORKSPACE_CONFIG=":4096:8")
 
 
 @pytest.fixture(scope="module")

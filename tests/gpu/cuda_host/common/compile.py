@@ -1,6 +1,6 @@
 """Compiles csrc/cuda: with the C++ compiler to run on the CPU, and with nvcc for every architecture.
 
-`python -m tests.gpu.cuda_host.compile` prints what each kernel takes of each GPU.
+`python -m tests.gpu.cuda_host.common.compile` prints what each kernel takes of each GPU.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 
 HERE = Path(__file__).parent
-ROOT = HERE.parents[2]
+ROOT = HERE.parents[3]
 TORCH = Path(torch.__file__).parent
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 OPERATIONS = re.findall(r'm\.impl\("(\w+)"', "".join(source.read_text() for source in SOURCES))
