@@ -91,13 +91,16 @@ def _is_fake(x: Tensor) -> bool:
 def check_alike(name1: str, z1: Tensor, name2: str, z2: Tensor) -> tuple[Tensor, Tensor]:
     """Both in one dtype. Under autocast they may be of unlike dtypes: the narrower becomes as wide as the other, which
     loses nothing and copies nothing wide, and its gradient comes back in its own dtype."""
+    check_compatible(name1, z1, name2, z2)
+    dtype = torch.promote_types(z1.dtype, z2.dtype)
+    return z1.to(dtype), z2.to(dtype)
+
+
+def check_compatible(name1: str, z1: Tensor, name2: str, z2: Tensor) -> None:
+    """On one device, and of one dtype, or under autocast of two."""
     check_same_device(name1, z1, name2, z2)
-    if z1.dtype != z2.dtype:
-        if not (z1.dtype in _AUTOCASTABLE and z2.dtype in _AUTOCASTABLE and autocast_enabled(z1)):
-            raise ValueError(f"{name1} and {name2} must have the same dtype, got {z1.dtype} and {z2.dtype}")
-        dtype = torch.promote_types(z1.dtype, z2.dtype)
-        return z1.to(dtype), z2.to(dtype)
-    return z1, z2
+    if z1.dtype != z2.dtype and not (z1.dtype in _AUTOCASTABLE and z2.dtype in _AUTOCASTABLE and autocast_enabled(z1)):
+        raise ValueError(f"{name1} and {name2} must have the same dtype, got {z1.dtype} and {z2.dtype}")
 
 
 def check_pair(z1: Tensor, z2: Tensor, name1: str = "z1", name2: str = "z2") -> tuple[Tensor, Tensor]:
@@ -234,12 +237,22 @@ def check_divisor(name: str, number: float | Tensor) -> float | Tensor:
     return number
 
 
-def check_temperature(temperature: float | Tensor, x: Tensor) -> float | Tensor:
+def check_temperature(temperature: float | Tensor, x: Tensor, name: str = "temperature") -> float | Tensor:
     """Likewise; x's dtype of sums must hold its inverse."""
     if isinstance(temperature, Tensor):
-        return _check_element("temperature", temperature, x)
-    temperature = check_divisor("temperature", temperature)
-    check_holds("1 / temperature", 1 / temperature, temperature, x)
+        return _check_element(name, temperature, x)
+    temperature = check_divisor(name, temperature)
+    check_holds(f"1 / {name}", 1 / temperature, temperature, x)
+    return temperature
+
+
+def check_positive_temperature(name: str, temperature: float | Tensor, x: Tensor) -> float | Tensor:
+    """Likewise, and above 0; NaN where a tensor, which is not waited for, is not."""
+    temperature = check_temperature(temperature, x, name)
+    if isinstance(temperature, Tensor):
+        return temperature.where(temperature > 0, math.nan)
+    if temperature < 0:
+        raise ValueError(f"{name} must be positive, got {temperature}")
     return temperature
 
 

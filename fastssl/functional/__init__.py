@@ -23,6 +23,7 @@ from fastssl.functional.correlation import (
 from fastssl.functional.correlation import (
     correlation_algorithm as correlation_algorithm,
 )
+from fastssl.functional.distillation import dino_loss, ibot_loss
 from fastssl.functional.ema import adamw_ema_step_, ema_update_
 from fastssl.functional.masking import (
     block_masking_ids,
@@ -48,9 +49,11 @@ __all__ = [
     "covariance_loss",
     "cross_correlation",
     "dcl",
+    "dino_loss",
     "ema_update_",
     "enqueue_",
     "gather_tokens",
+    "ibot_loss",
     "info_nce",
     "masked_feature_loss",
     "masked_patch_loss",

@@ -1,16 +1,18 @@
 """The contract of every operation: schema, fake kernel, autograd formula, portable code."""
 
-from fastssl.ops import contrastive, correlation, ema, masking, memory_bank, patches, sigmoid
+from fastssl.ops import contrastive, correlation, distillation, ema, masking, memory_bank, patches, scale, sigmoid
 from fastssl.ops._backend import current_backend, use_backend
 
 __all__ = [
     "contrastive",
     "correlation",
     "current_backend",
+    "distillation",
     "ema",
     "masking",
     "memory_bank",
     "patches",
+    "scale",
     "sigmoid",
     "use_backend",
 ]

@@ -29,6 +29,7 @@ kernel's arguments have the names that they have here.
 What is not regular, and why:
 
 - What a signature calls `float` is a 0-d tensor to PyTorch, see `_numbers.py`.
+- `distillation_loss` takes lists of tensors, and takes gradients in the forward pass; see `_derivative.py`.
 - An operation in place, whose name ends in "_", and one that has no floating-point inputs, has no `backward`.
 - `gather_tokens` and `scatter_tokens`, `gather_patches` and `scatter_patches` are each other's derivatives, and need no
   backward operations: their `derivative` is written by hand.
@@ -50,7 +51,7 @@ import torch
 from torch import Tensor
 
 from fastssl.ops._backend import current_backend
-from fastssl.ops._derivative import Derivative
+from fastssl.ops._derivative import Derivative, flattened, nested
 from fastssl.ops._numbers import as_tensors, numbers_in, taking_tensors, with_tensors
 from fastssl.ops._precision import autocast_available
 
@@ -106,7 +107,8 @@ class Op:
             backward_ops = _register(names.backward, backward_fake or names.fake, backward_portable, backward_cuda)
             for variant, backward_op in zip(_VARIANTS, backward_ops, strict=True):
                 second = names.of_linear(partial(_call, self, variant)) if linear else names.second(share, blocks)
-                self._differentiate(variant, *names.first(_differentiable(backward_op, *second)))
+                scale_ = partial(_scale_, variant)
+                self._differentiate(variant, *names.first(_differentiable(backward_op, *second), scale_))
         elif derivative is not None:
             setup_context, formula = derivative
             for variant in _VARIANTS:
@@ -132,6 +134,11 @@ def _nothing(*_: Any) -> None:
 
 def _call(op: Op, variant: str, *args: Any) -> Any:
     return getattr(op, variant)(*args)
+
+
+def _scale_(variant: str, tensors: list[Tensor], factor: Tensor) -> None:
+    """`scale_` of its own file, as the operation that calls it is registered."""
+    getattr(torch.ops.fastssl, "scale_" if variant == "auto" else portable_name("scale_"))(tensors, factor)
 
 
 def _in_variant(formula: Function, variant: str, ctx: Any, *grads: Tensor) -> Any:
@@ -196,15 +203,47 @@ def _differentiable(op: torch._ops.OpOverload, setup_context: Function, formula:
     the same formula serves both.
     """
     torch.library.register_autograd(op._name, formula, setup_context=setup_context, lib=_library)
-    function = type(
-        op._opname,
-        (torch.autograd.Function,),
-        {"forward": staticmethod(op), "setup_context": staticmethod(setup_context), "backward": staticmethod(formula)},
-    )
 
     def call(*args: Any) -> Any:
         if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-            return function.apply(*args)
+            return _apply(op, setup_context, formula, args)
         return op(*args)
 
     return call
+
+
+def _apply(op: torch._ops.OpOverload, setup_context: Function, formula: Function, args: Sequence[Any]) -> Any:
+    """`op` as a torch.autograd.Function, which takes tensors, but no lists of them."""
+    flat, inputs = flattened(args)
+    outputs: list[int | None] = []
+    single = len(op._schema.returns) == 1
+
+    def forward(*flat: Any) -> Any:
+        result = op(*nested(flat, inputs))
+        tensors, outputs[:] = flattened([result] if single else result)
+        return tuple(tensors)
+
+    def setup(ctx: Any, flat: tuple, output: Any) -> None:
+        result = nested(output, outputs)
+        setup_context(ctx, tuple(nested(flat, inputs)), result[0] if single else tuple(result))
+
+    def backward(ctx: Any, *grads: Tensor) -> tuple:
+        needs = tuple(nested(ctx.needs_input_grad, inputs))
+        gradients = formula(_Context(ctx, needs), *nested(grads, outputs))
+        pairs = zip(gradients, inputs, strict=True)
+        return tuple(flattened(g if n is None else g or [None] * n for g, n in pairs)[0])
+
+    methods = {"forward": forward, "setup_context": setup, "backward": backward}
+    function = type(op._opname, (torch.autograd.Function,), {k: staticmethod(f) for k, f in methods.items()})
+    result = nested(function.apply(*flat), outputs)
+    return result[0] if single else tuple(result)
+
+
+class _Context:
+    """That of a torch.autograd.Function, but that `needs_input_grad` is as the arguments are, with lists."""
+
+    def __init__(self, ctx: Any, needs_input_grad: tuple) -> None:
+        self._ctx, self.needs_input_grad = ctx, needs_input_grad
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)

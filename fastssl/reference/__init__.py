@@ -11,6 +11,7 @@ from typing import Any
 from fastssl.reference import (
     contrastive,
     correlation,
+    distillation,
     ema,
     masking,
     memory_bank,
@@ -27,6 +28,7 @@ __all__ = [
     "Sample",
     "contrastive",
     "correlation",
+    "distillation",
     "ema",
     "masking",
     "memory_bank",

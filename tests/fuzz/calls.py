@@ -83,6 +83,15 @@ def _lists() -> dict[str, Any]:
     }
 
 
+def _distillation() -> dict[str, Any]:
+    return {
+        "student_temperature": torch.tensor(0.1, requires_grad=True),
+        "teacher_temperature": 0.04,
+        "center": _normal(8, seed=3),
+        "reduction": "mean",
+    }
+
+
 FUNCTIONS: dict[str, Callable[[], dict[str, Any]]] = {
     "adamw_ema_step_": _lists,
     "barlow_twins": lambda: _pair(
@@ -103,6 +112,11 @@ FUNCTIONS: dict[str, Callable[[], dict[str, Any]]] = {
     "covariance_loss": lambda: {"z": _leaf(4, 8), "unbiased": True},
     "cross_correlation": lambda: _pair("z_a", "z_b", eps=1e-5, unbiased=False, group=None),
     "dcl": lambda: _pair("z1", "z2", temperature=0.2, weight_fn=_weight, normalize=True, reduction="mean"),
+    "dino_loss": lambda: {
+        "student_logits": [_leaf(4, 8), _leaf(2, 4, 8, seed=1)],
+        "teacher_logits": _normal(2, 4, 8, seed=2),
+        **_distillation(),
+    },
     "ema_update_": lambda: {
         "targets": [_normal(3), _normal(2, 4)],
         "sources": [_normal(3, seed=1), _normal(2, 4, seed=1)],
@@ -115,6 +129,12 @@ FUNCTIONS: dict[str, Callable[[], dict[str, Any]]] = {
         "normalize": True,
     },
     "gather_tokens": lambda: {"x": _leaf(2, 6, 8), "ids": _ids()},
+    "ibot_loss": lambda: {
+        "student_logits": _leaf(4, 8),
+        "teacher_logits": _normal(4, 8, seed=1),
+        **_distillation(),
+        "weights": torch.tensor([0.5, 1.0, 0.0, 2.0]),
+    },
     "info_nce": lambda: _pair(
         "query",
         "positive_key",

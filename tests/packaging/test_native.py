@@ -127,7 +127,8 @@ def test_import_brings_no_inputs_of_tests():
 @needs_library
 def test_autograd_knows_every_operation_with_a_backward_operation():
     names = {n.removeprefix("fastssl::") for n in torch._C._dispatch_get_all_op_names() if n.startswith("fastssl::")}
-    expected = {name for name in names if f"{name}_backward" in names}
+    lists = {name for name in names if "Tensor[]" in str(getattr(torch.ops.fastssl, name).default._schema)}
+    expected = {name for name in names - lists if f"{name}_backward" in names}
     assert "nt_xent" in expected
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     assert {name for name in names if has_kernel(f"fastssl::{name}", "AutogradCPU")} == expected

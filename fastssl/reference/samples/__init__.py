@@ -6,6 +6,7 @@ The module of a family registers its operations; a new family is one more name i
 from fastssl.reference.samples import (
     contrastive,
     correlation,
+    distillation,
     ema,
     masking,
     memory_bank,
@@ -40,6 +41,7 @@ __all__ = [
     "Sample",
     "contrastive",
     "correlation",
+    "distillation",
     "ema",
     "masking",
     "memory_bank",

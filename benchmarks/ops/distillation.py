@@ -1,0 +1,168 @@
+"""Self-distillation, against the code of DINO and iBOT, and lightly's losses.
+
+Logits are given, as the last layer delivers them: the loss reads them and writes the student's gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from benchmarks.ops import peers
+from benchmarks.ops.registry import Benchmark, Inputs, LossAndGradients, Size
+
+STUDENT_TEMPERATURE, TEACHER_TEMPERATURE = 0.1, 0.04  # DINO's, before its warm-up ends
+MODES = ("float32", "bfloat16")
+_BLOCK_ELEMENTS = 1 << 22
+
+
+def _logits(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:
+    """About as wide as the cosines that DINO's head delivers."""
+    return (0.25 * torch.randn(shape, generator=torch.Generator().manual_seed(seed))).to(dtype)
+
+
+def _center(columns: int) -> Tensor:
+    return _logits(1, columns, dtype=torch.float32, seed=1) / 4
+
+
+def _dino_inputs(size: Size, dtype: torch.dtype) -> Inputs:
+    """The student's views, which require gradients, those of the teacher, the center."""
+    student, teacher, batch, columns = size
+    views = [_logits(batch, columns, dtype=dtype, seed=2 + i) for i in range(student + teacher)]
+    return *(x.requires_grad_() for x in views[:student]), *views[student:], _center(columns)
+
+
+def _views(loss: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    *views, center = inputs
+    student, teacher = ([x for x in views if x.requires_grad is needed] for needed in (True, False))
+    return loss(student, teacher, center=center)
+
+
+def _dino_eager(student: list[Tensor], teacher: list[Tensor], center: Tensor) -> Tensor:
+    """As DINO's code has it."""
+    student = [x / STUDENT_TEMPERATURE for x in student]
+    teacher = [((x - center) / TEACHER_TEMPERATURE).softmax(-1).detach() for x in teacher]
+    total, terms = 0, 0
+    for t, q in enumerate(teacher):
+        for s, x in enumerate(student):
+            if s != t:
+                total, terms = total + torch.sum(-q * x.log_softmax(-1), dim=-1).mean(), terms + 1
+    return total / terms
+
+
+def _dino_lightly() -> Callable[..., Tensor]:
+    """Its step moves the center, too; its student is float32."""
+    loss, start = None, None
+
+    def run(*inputs: Tensor) -> Tensor:
+        nonlocal loss, start
+        if loss is None:
+            loss = peers.lightly().DINOLoss(inputs[-1].shape[-1], TEACHER_TEMPERATURE, TEACHER_TEMPERATURE)
+            start = inputs[-1][None].clone()
+        loss.center.data = start
+        return _views(lambda student, teacher, center: loss(teacher, [x.float() for x in student]), *inputs)
+
+    peers.lightly()
+    return run
+
+
+def _exact(student: list[Tensor], teacher: list[Tensor], center: Tensor, unlike: bool) -> LossAndGradients:
+    """The mean over pairs and rows in float64, some rows at a time, and its gradients."""
+    batch, columns = student[0].shape
+    pairs = [(s, t) for s in range(len(student)) for t in range(len(teacher)) if not unlike or s != t]
+    loss, gradients = torch.zeros((), dtype=torch.float64), [torch.zeros_like(x) for x in student]
+    for rows in torch.arange(batch).split(max(1, _BLOCK_ELEMENTS // columns)):
+        teachers = [((x[rows].double() - center.double()) / TEACHER_TEMPERATURE).softmax(-1) for x in teacher]
+        for s, x in enumerate(student):
+            logs = (x[rows].detach().double() / STUDENT_TEMPERATURE).log_softmax(-1)
+            taught_by = [teachers[t] for i, t in pairs if i == s]
+            target = sum(taught_by)
+            loss -= (target * logs).sum()
+            gradient = (len(taught_by) * logs.exp() - target) / (STUDENT_TEMPERATURE * len(pairs) * batch)
+            gradients[s][rows] = gradient.to(x.dtype)
+    return loss / (len(pairs) * batch), tuple(gradients)
+
+
+@torch.no_grad()
+def _dino_oracle(*inputs: Tensor) -> LossAndGradients:
+    return _views(lambda student, teacher, center: _exact(student, teacher, center, unlike=True), *inputs)
+
+
+def _dino_needs(size: Size, itemsize: int) -> dict[str, float]:
+    """The log-softmax of every pair, and its product with the teacher's distribution."""
+    student, teacher, batch, columns = size
+    return dict.fromkeys(("naive", "compile", "lightly"), 4.0 * student * teacher * batch * columns * itemsize)
+
+
+Benchmark(
+    "dino_loss",
+    sizes=(
+        (10, 2, 64, 65536),
+        (10, 2, 8, 65536),
+        (2, 2, 256, 4096),
+    ),  # views of student and teacher, images, prototypes
+    memory_sizes=(),
+    inputs=_dino_inputs,
+    # The student's logits are read, their gradient is written, the teacher's logits are read.
+    traffic=lambda size, itemsize: (2 * size[0] + size[1]) * size[2] * size[3] * itemsize,
+    needs=_dino_needs,
+    call=_views,
+    naive=_dino_eager,
+    peers={"lightly": _dino_lightly},
+    timed="forward + backward, from logits",
+    oracle=_dino_oracle,
+    modes=MODES,
+)
+
+
+def _ibot_inputs(size: Size, dtype: torch.dtype) -> Inputs:
+    student, teacher = (_logits(*size, dtype=dtype, seed=seed) for seed in (2, 3))
+    return student.requires_grad_(), teacher, _center(size[1])
+
+
+def _rows(loss: Callable[..., Tensor], student: Tensor, teacher: Tensor, center: Tensor) -> Tensor:
+    return loss(student, teacher, center=center)
+
+
+def _ibot_eager(student: Tensor, teacher: Tensor, center: Tensor) -> Tensor:
+    """As the code of iBOT and DINOv2 has it, with equal weights."""
+    target = ((teacher - center) / TEACHER_TEMPERATURE).softmax(-1).detach()
+    return -(target * (student / STUDENT_TEMPERATURE).log_softmax(-1)).sum(-1).mean()
+
+
+def _ibot_lightly() -> Callable[..., Tensor]:
+    """Its step moves the center, too. All rows are those of one image: the weights are 1 / N."""
+    loss = None
+
+    def run(student: Tensor, teacher: Tensor, center: Tensor) -> Tensor:
+        nonlocal loss
+        if loss is None:
+            loss = peers.lightly().IBOTPatchLoss(center.shape[-1], TEACHER_TEMPERATURE, STUDENT_TEMPERATURE)
+        loss.center.center = center
+        return loss(teacher, student, torch.ones(1, len(student), 1, dtype=torch.bool))
+
+    peers.lightly()
+    return run
+
+
+@torch.no_grad()
+def _ibot_oracle(student: Tensor, teacher: Tensor, center: Tensor) -> LossAndGradients:
+    return _exact([student], [teacher], center, unlike=False)
+
+
+Benchmark(
+    "ibot_loss",
+    sizes=((4096, 65536), (1024, 65536), (4096, 4096)),  # masked patches x prototypes
+    memory_sizes=(),
+    inputs=_ibot_inputs,
+    traffic=lambda size, itemsize: 3 * size[0] * size[1] * itemsize,
+    needs=lambda size, itemsize: dict.fromkeys(("naive", "compile", "lightly"), 5.0 * size[0] * size[1] * itemsize),
+    call=_rows,
+    naive=_ibot_eager,
+    peers={"lightly": _ibot_lightly},
+    timed="forward + backward, from logits",
+    oracle=_ibot_oracle,
+    modes=MODES,
+)
