@@ -1,7 +1,8 @@
 """The Triton kernels, on any machine: their values in the interpreter, their code for GPUs that are not there.
 
-FASTSSL_TRITON_SWEEP=1 compiles every configuration of every kernel for every architecture instead of a selection, and
-has the assembler count spills:
+A family of kernels has its checks in triton_checks/<family>.py, or <family>/<op>.py: tests of values, and `cases`, the
+specialisations to compile. FASTSSL_TRITON_SWEEP=1 compiles every configuration of every kernel for every architecture
+instead of a selection, and has the assembler count spills:
 
     FASTSSL_TRITON_SWEEP=1 python -m pytest tests/gpu/test_triton.py -k compile
 """
@@ -11,39 +12,51 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
-from tests.gpu.triton_checks.compile_gate import (  # noqa: E402
-    MATRICES,
-    PRECISIONS,
-    PRODUCTS,
+from tests.gpu.triton_checks.common.compile_gate import (  # noqa: E402
     SHARED_MEMORY,
-    SUMS,
     TENSOR_CORES,
-    Case,
-    column_cases,
     compile_case,
-    product_cases,
-    row_cases,
-    suited,
 )
+from tests.gpu.triton_checks.contrastive.logsumexp import FORWARD  # noqa: E402
 
 SWEEP = os.environ.get("FASTSSL_TRITON_SWEEP") == "1"
 ROOT = Path(__file__).parents[2]
+CHECKS = Path(__file__).parent / "triton_checks"
 
 
-@pytest.mark.parametrize("file", ["numerics", "numerics_sums", "numerics_correlation"])
+def _checks() -> dict[str, Path]:
+    """The files of every family of kernels, by their names."""
+    found = {}
+    for kernels in sorted((ROOT / "kernels").iterdir()):
+        family = kernels.stem
+        if family.startswith("_") or family == "common":
+            continue
+        files = [CHECKS / f"{family}.py", *sorted((CHECKS / family).glob("[!_]*.py"))]
+        of_family = {".".join(f.relative_to(CHECKS).with_suffix("").parts): f for f in files if f.exists()}
+        assert of_family, f"the Triton kernels of {family} have no checks in {CHECKS}"
+        found |= of_family
+    return found
+
+
+FILES = _checks()
+MODULES = [import_module(f"tests.gpu.triton_checks.{name}") for name in FILES]
+
+
+@pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("interpret", ["1", "0"])
-def test_numerics(interpret, file):
+def test_numerics(interpret, name):
     if interpret == "0" and not torch.cuda.is_available():
         pytest.skip("needs a GPU")
     environment = os.environ | {"TRITON_INTERPRET": interpret, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/gpu/triton_checks/{file}.py"],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", FILES[name]],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -52,32 +65,10 @@ def test_numerics(interpret, file):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def _cases() -> list[Case]:
-    if SWEEP:
-        everything = [c for capability in SHARED_MEMORY for p in PRECISIONS for c in product_cases(capability, p)]
-        return everything + [
-            c for f in (row_cases, column_cases) for capability in SHARED_MEMORY for c in f(capability)
-        ]
-    # The first configuration of each kernel: of all for Hopper's bfloat16, else of those that use most. Tiles of 64 and
-    # rows of 64 use less than those of 128.
-    cases = []
-    for capability, precision in [(90, "bfloat16"), (80, "float32"), (80, "bfloat16"), (90, "tf32"), (100, "float16"),
-                                  (120, "tf32")]:  # fmt: skip
-        first = {}
-        for case in product_cases(capability, precision):
-            constants = dict(case.constants)
-            first.setdefault((case.kernel, case.variant, constants.get("D"), constants.get("T")), case)
-        everything = (capability, precision) == (90, "bfloat16")
-        for (_, variant, d, t), case in first.items():
-            largest = 64 not in (d, t) or precision == "float32"
-            if largest and (everything or variant in ("nt_xent", "sigmoid", "panel")):
-                cases.append(case)
-    others = [c for c in row_cases(80, (128,)) if ("NORMALIZE", False) not in c.constants]
-    others += [c for c in column_cases(90) if c.precision == "float16"]
-    return cases + [c for c in others if c.rows == PRECISIONS[c.precision]]
+CASES = [case for module in MODULES for capability in SHARED_MEMORY for case in module.cases(capability, SWEEP)]
 
 
-@pytest.mark.parametrize("case", _cases(), ids=str)
+@pytest.mark.parametrize("case", dict.fromkeys(CASES), ids=str)
 def test_compiles_without_spills_and_within_the_card(case):
     usage = compile_case(case, count_spills=SWEEP)
     assert usage.stack == usage.local == 0
@@ -87,15 +78,13 @@ def test_compiles_without_spills_and_within_the_card(case):
         assert TENSOR_CORES[case.capability] in usage.ptx
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("capability", SHARED_MEMORY)
-def test_every_card_keeps_a_configuration(capability, precision):
-    kept = {(case.kernel, case.variant, dict(case.constants).get("T"), dict(case.constants).get("D"))
-            for case in product_cases(capability, precision)}  # fmt: skip
-    of_rows = len(SUMS) + len(PRODUCTS) if precision == "float32" else 2 * len(SUMS) + 3 * len(PRODUCTS)
-    assert len(kept) == of_rows + len(MATRICES)
+def test_every_card_keeps_a_configuration(capability):
+    """`product_cases` refuses a kernel of which no configuration suits the card."""
+    for module in MODULES:
+        assert list(module.cases(capability, sweep=True))
 
 
 def test_shared_memory_prunes():
-    wide = [len(suited("_forward_tile", c, "tf32", T=128, PRECISION="tf32")) for c in (90, 120)]
+    wide = [len(FORWARD.suited(c, "tf32", T=128, PRECISION="tf32")) for c in (90, 120)]
     assert wide == [2, 1]

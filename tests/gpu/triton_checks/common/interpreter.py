@@ -3,17 +3,16 @@ products whose bits do not depend on the shape of the tile they are in, as numpy
 
 from __future__ import annotations
 
-from importlib import import_module
+from types import ModuleType
 
 import numpy as np
 import torch
 import triton.language as tl
-from triton.runtime import interpreter
+from triton.runtime import Autotuner, interpreter
 from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
 
 from fastssl.kernels.common import accumulate, collect, rows
-from fastssl.kernels.contrastive import sums
-from fastssl.kernels.correlation import columns, dual, primal, products
+from fastssl.kernels.common.launch import row_block
 
 
 def _widen(x: TensorHandle) -> TensorHandle:
@@ -56,7 +55,9 @@ def patch() -> None:
 
 def hurry() -> None:
     """One configuration of each kernel, as there is nothing to time; row kernels in few programs, as the interpreter's
-    time goes by programs and not by elements; and Triton's functions replaced once, not at every call of a function."""
+    time goes by programs and not by elements; and Triton's functions replaced once, not at every call of a function.
+
+    This for the kernels of kernels/common; a family's checks say the same of its own."""
     prepared = set()
 
     def call(self, *args, **kwargs):
@@ -66,11 +67,15 @@ def hurry() -> None:
         return self.rewrite()(*args, **kwargs)
 
     InterpretedFunction.__call__ = call
-    row_block = rows.row_block
-    for module in (rows, collect, import_module("fastssl.kernels.contrastive.nt_xent")):
+    few_programs(rows, collect)
+    one_configuration(accumulate.accumulate_narrow, accumulate.accumulate_wide)
+
+
+def few_programs(*modules: ModuleType) -> None:
+    for module in modules:
         module.row_block = lambda padded: row_block(padded) | {"BR": 32}
-    columns.BLOCK.update(BR=128, BD=128)
-    dual.TILE = primal.TILE = 128
-    tuned = sums._forward_tile, accumulate.accumulate_narrow, accumulate.accumulate_wide, products._multiply
-    for kernel in tuned:
+
+
+def one_configuration(*kernels: Autotuner) -> None:
+    for kernel in kernels:
         kernel.configs = [c for c in kernel.configs if c.kwargs.get("BK", 32) == 32][:1]

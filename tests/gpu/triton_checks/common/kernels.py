@@ -1,0 +1,58 @@
+"""The kernels of kernels/common in the compile gate: several families launch them, each with variants of its own."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from fastssl.kernels.common import accumulate, collect, launch, rows
+from tests.gpu.triton_checks.common.compile_gate import DTYPES, PRECISIONS, Case, Kernel, product_cases
+
+# Of all kernels over tiles of S.
+POINTERS = {
+    "exclude": "i64",
+    **dict.fromkeys(("inverse", "dscale", "share"), "fp64"),
+    **dict.fromkeys(("z", "left", "right"), "product"),
+    **dict.fromkeys(("z1", "z2", "dz1", "dz2", "x", "out"), "rows"),
+    **dict.fromkeys(("scale", "bias", "aligned", "loss", "losses", "shift", "total", "coefficient"), "fp32"),
+    **dict.fromkeys(("tops", "sums", "totals", "row_tops", "row_sums", "column_tops", "column_sums"), "fp32"),
+    **dict.fromkeys(("row_shift", "row_factor", "column_shift", "column_factor", "peak", "gradient"), "fp32"),
+}
+PADDED = ("PADDED", "padded_rows")
+PREPARE = Kernel(rows.prepare, POINTERS, multiples=PADDED)
+COLLECT = Kernel(collect.collect, POINTERS, multiples=PADDED)
+NARROW = Kernel(accumulate.accumulate_narrow, POINTERS, multiples=PADDED, needs=accumulate.narrow_needs)
+WIDE = Kernel(accumulate.accumulate_wide, POINTERS, multiples=(*PADDED, "D"), needs=accumulate.wide_needs)
+
+# What a launcher does not pass. With `exclude` the variants compute more, so those without it are left out.
+NO_EXCLUDE = {"exclude": None}
+NO_RUNNING = {"tops": None, "totals": None, "losses": None}
+NO_ROWS = {"row_shift": None, "row_factor": None}
+NO_FACTORS = {**NO_ROWS, "column_shift": None, "column_factor": None, "peak": None}
+
+
+def accumulate_cases(
+    variants: Mapping[str, Mapping[str, Any]], capability: int, sweep: bool, largest: str | None = None
+) -> Iterator[Case]:
+    """D is a constant of the narrow kernel; of the wide one a runtime argument, so one specialisation serves all."""
+    yield from product_cases(WIDE, variants, capability, sweep, largest=largest)
+    narrow = {"D": 64}, {"D": 128}
+    yield from product_cases(NARROW, variants, capability, sweep, narrow, float32_shapes=(), largest=largest)
+
+
+def row_cases(
+    kernel: Kernel, variant: str, constants: Mapping[str, Any], capability: int, sweep: bool, warps: int = 4
+) -> Iterator[Case]:
+    """Of a kernel over rows: one for each width that rows can need; without `sweep` one width, on one card."""
+    if not sweep and capability != 80:
+        return
+    dims = (64, 128, 256, 512, 768, 1024) if sweep else (128,)
+    blocks = {tuple(launch.row_block(dim).items()) for dim in dims}
+    for block, (precision, dtype) in itertools.product(sorted(blocks), DTYPES):
+        if sweep or dtype == PRECISIONS[precision]:
+            yield Case(kernel, variant, capability, precision, dtype, (*constants.items(), *block), warps)
+
+
+def collect_cases(weight: str, absent: Mapping[str, None], capability: int, sweep: bool) -> Iterator[Case]:
+    yield from row_cases(COLLECT, weight, {"WEIGHT": weight, **absent}, capability, sweep, warps=8)
