@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -116,6 +117,26 @@ def values(results: Results, sample: Sample) -> Results:
 def truth_and_eager(spec: OpSpec, sample: Sample) -> tuple[Results, Results]:
     """What the reference makes of the sample in float64, and in the sample's dtype."""
     return evaluate(reference(spec), as_double(sample)), evaluate(reference(spec), sample)
+
+
+def with_gradients(function: Callable[..., Tensor], *inputs: Tensor) -> Results:
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    output = function(*leaves)
+    return output.detach(), *torch.autograd.grad(output.sum(), leaves)
+
+
+def relative_error(x: Tensor, truth: Tensor) -> float:
+    return ((x.double() - truth).norm() / truth.norm()).item()
+
+
+def worst_error(results: Iterable[Tensor], truths: Iterable[Tensor]) -> float:
+    return max((x.double() - y).abs().max().item() for x, y in zip(results, truths, strict=True) if y.numel())
+
+
+def same_bits(x: Tensor, y: Tensor) -> bool:
+    """-0 is not 0, and any NaN is NaN."""
+    signs = (z.signbit() & ~z.isnan() for z in (x, y))
+    return torch.equal(*(z.nan_to_num(7, math.inf, -math.inf) for z in (x, y))) and torch.equal(*signs)
 
 
 def natural_sizes(spec: OpSpec, sample: Sample, truth: Results) -> list[tuple[Tensor | float, float]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import subprocess
 import sys
 import textwrap
@@ -23,28 +22,22 @@ from fastssl.functional import (
     nt_xent,
     similarity_logsumexp,
     sup_con,
-    topk_similarity,
-    uniformity,
 )
 from fastssl.reference import OPS, Sample
-from tests.accuracy import Results, assert_as_accurate_as_eager, evaluate, public, truth_and_eager, unreduced
+from tests.accuracy import (
+    Results,
+    assert_as_accurate_as_eager,
+    evaluate,
+    public,
+    relative_error,
+    truth_and_eager,
+    unreduced,
+    with_gradients,
+)
+from tests.inputs import normal
 
 SIZES = (1, 3, 63, 64, 65, 127, 128, 129, 255, 256, 257, 511, 513)
 DIMS = (1, 2, 15, 16, 17, 31, 33, 100, 128, 130, 257, 768)
-
-
-def _rows(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def _with_gradients(function, *inputs):
-    leaves = [x.detach().requires_grad_() for x in inputs]
-    output = function(*leaves)
-    return output.detach(), *torch.autograd.grad(output.sum(), leaves)
-
-
-def _relative_error(x: torch.Tensor, truth: torch.Tensor) -> float:
-    return ((x.double() - truth).norm() / truth.norm()).item()
 
 
 def _sample(name: str, *args, **kwargs) -> Sample:
@@ -59,7 +52,7 @@ def _assert_as_accurate_as_eager(name: str, *args, **kwargs) -> None:
 
 @functools.cache
 def _ragged(name: str, rows: int, columns: int, dim: int) -> tuple[Sample, tuple[Results, Results]]:
-    x, y = _rows(rows, dim), _rows(columns, dim, seed=1)
+    x, y = normal(rows, dim), normal(columns, dim, seed=1)
     if name == "similarity_logsumexp":
         sample = _sample(name, F.normalize(x), F.normalize(y), exclude=torch.arange(rows) + columns // 2)
     elif name == "clip_loss":
@@ -84,15 +77,15 @@ def test_every_edge_of_a_tile(name, rows, kernels):
 @pytest.mark.parametrize("clusters", [None, 16])
 @pytest.mark.parametrize("precision, bound", [("highest", 2e-6), ("high", 2e-3), ("medium", 5e-3)])
 def test_gradient_error_of_each_precision(precision, bound, clusters, kernels):
-    z1 = _rows(512, 128)
-    z2 = z1 + 0.5 * _rows(512, 128, seed=1)
+    z1 = normal(512, 128)
+    z2 = z1 + 0.5 * normal(512, 128, seed=1)
     if clusters:
-        z1, z2 = (z + 2 * _rows(clusters, 128, seed=2).repeat(512 // clusters, 1) for z in (z1, z2))
+        z1, z2 = (z + 2 * normal(clusters, 128, seed=2).repeat(512 // clusters, 1) for z in (z1, z2))
     torch.set_float32_matmul_precision(precision)
-    results = _with_gradients(nt_xent, z1, z2)
-    truth = _with_gradients(reference.contrastive.nt_xent, z1.double(), z2.double())
+    results = with_gradients(nt_xent, z1, z2)
+    truth = with_gradients(reference.contrastive.nt_xent, z1.double(), z2.double())
     for gradient, true in zip(results[1:], truth[1:], strict=True):
-        assert _relative_error(gradient, true) < bound
+        assert relative_error(gradient, true) < bound
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -100,7 +93,7 @@ def test_antipodal_pair_at_low_temperature(dtype, backend):
     """B = 1: the one similarity is exp(-100), or exp(100), which float32 cannot hold, and the loss is 0."""
     z = torch.ones(1, 4, dtype=dtype)
     for other in (-z, z):
-        loss, dz1, dz2 = _with_gradients(lambda a, b: nt_xent(a, b, temperature=0.01), z, other)
+        loss, dz1, dz2 = with_gradients(lambda a, b: nt_xent(a, b, temperature=0.01), z, other)
         assert loss == 0
         assert dz1.abs().max() < 1e-5 and dz2.abs().max() < 1e-5
 
@@ -108,21 +101,21 @@ def test_antipodal_pair_at_low_temperature(dtype, backend):
 def test_a_pair_alone_has_no_loss(backend):
     for seed in range(20):
         for temperature in (0.1, 1.0, 7.0):
-            assert nt_xent(_rows(1, 2, seed=seed), _rows(1, 2, seed=99 - seed), temperature=temperature) == 0
+            assert nt_xent(normal(1, 2, seed=seed), normal(1, 2, seed=99 - seed), temperature=temperature) == 0
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.1, 0.01, -0.01])
 def test_antipodal_clusters(temperature, kernels):
     """Similarities from -1 / T to 1 / T in one row: a shift that is fixed for all rows under- or overflows."""
-    pole = _rows(1, 8)
-    z1 = torch.cat([pole.expand(40, 8), -pole.expand(1, 8)]) + 1e-3 * _rows(41, 8, seed=1)
-    z2 = torch.cat([pole.expand(40, 8), pole]) + 1e-3 * _rows(41, 8, seed=2)
+    pole = normal(1, 8)
+    z1 = torch.cat([pole.expand(40, 8), -pole.expand(1, 8)]) + 1e-3 * normal(41, 8, seed=1)
+    z2 = torch.cat([pole.expand(40, 8), pole]) + 1e-3 * normal(41, 8, seed=2)
     _assert_as_accurate_as_eager("nt_xent", z1, z2, temperature=temperature)
 
 
 def test_long_rows_that_are_not_normalised(kernels):
     """Similarities of up to a thousand, and of both signs."""
-    rows = 5 * _rows(70, 40), 5 * _rows(70, 40, seed=1)
+    rows = 5 * normal(70, 40), 5 * normal(70, 40, seed=1)
     _assert_as_accurate_as_eager("nt_xent", *rows, temperature=1.0, normalize=False)
     _assert_as_accurate_as_eager("similarity_logsumexp", *rows)
 
@@ -131,9 +124,9 @@ def test_long_rows_that_are_not_normalised(kernels):
 @pytest.mark.parametrize("batch", [1, 2, 33, 150])
 def test_identical_rows(batch, dtype, backend):
     """Every row is every other: log(2B - 1), never below 0, and no gradient."""
-    z = _rows(1, 16, dtype=dtype).expand(batch, 16)
+    z = normal(1, 16, dtype=dtype).expand(batch, 16)
     for temperature in (0.5, 0.05, 0.01):
-        loss, dz1, _ = _with_gradients(lambda a, b, t=temperature: nt_xent(a, b, temperature=t, reduction="none"), z, z)
+        loss, dz1, _ = with_gradients(lambda a, b, t=temperature: nt_xent(a, b, temperature=t, reduction="none"), z, z)
         assert (loss >= 0).all()
         expected = torch.full_like(loss, 2 * batch - 1).log()
         torch.testing.assert_close(loss, expected, rtol=torch.finfo(dtype).eps, atol=2e-5)
@@ -142,9 +135,9 @@ def test_identical_rows(batch, dtype, backend):
 
 @pytest.mark.parametrize("scale", [1e-10, 1e15, 1e30])
 def test_length_of_rows_does_not_matter(scale, kernels):
-    z1, z2 = _rows(17, 24), _rows(17, 24, seed=1)
-    loss, dz1, _ = _with_gradients(nt_xent, z1, z2)
-    scaled_loss, scaled_dz1, _ = _with_gradients(nt_xent, z1 * scale, z2)
+    z1, z2 = normal(17, 24), normal(17, 24, seed=1)
+    loss, dz1, _ = with_gradients(nt_xent, z1, z2)
+    scaled_loss, scaled_dz1, _ = with_gradients(nt_xent, z1 * scale, z2)
     torch.testing.assert_close(scaled_loss, loss)
     torch.testing.assert_close(scaled_dz1.double() * scale, dz1.double(), rtol=1e-4, atol=1e-7)
 
@@ -152,14 +145,14 @@ def test_length_of_rows_does_not_matter(scale, kernels):
 @pytest.mark.parametrize("scale", [3e-13, 1e-14, 1e-30])
 def test_rows_too_short_to_normalise(scale, kernels):
     """Divided by 1e-12 as they are, they keep a length, and their gradient is not projected."""
-    _assert_as_accurate_as_eager("nt_xent", scale * F.normalize(_rows(17, 24)), _rows(17, 24, seed=1))
+    _assert_as_accurate_as_eager("nt_xent", scale * F.normalize(normal(17, 24)), normal(17, 24, seed=1))
 
 
 def test_all_rows_zero(backend):
     """S = 0: the loss of a guess, and F.normalize's gradient, which is not projected."""
     for result, expected in zip(
-        _with_gradients(nt_xent, torch.zeros(9, 8), torch.zeros(9, 8)),
-        _with_gradients(reference.contrastive.nt_xent, torch.zeros(9, 8), torch.zeros(9, 8)),
+        with_gradients(nt_xent, torch.zeros(9, 8), torch.zeros(9, 8)),
+        with_gradients(reference.contrastive.nt_xent, torch.zeros(9, 8), torch.zeros(9, 8)),
         strict=True,
     ):
         torch.testing.assert_close(result, expected)
@@ -171,7 +164,7 @@ def test_mean_of_an_empty_batch_is_nan(backend):
 
 @pytest.mark.parametrize("value, expected", [(0.0, "nan"), (float("inf"), "finite"), (float("nan"), "nan")])
 def test_a_tensor_temperature_without_meaning(value, expected, backend):
-    loss = nt_xent(_rows(5, 8), _rows(5, 8, seed=1), temperature=torch.tensor(value))
+    loss = nt_xent(normal(5, 8), normal(5, 8, seed=1), temperature=torch.tensor(value))
     assert loss.isnan() if expected == "nan" else loss.isfinite()
 
 
@@ -179,7 +172,7 @@ def test_a_tensor_temperature_without_meaning(value, expected, backend):
 @given(batch=st.integers(1, 80), dim=st.integers(1, 70), temperature=st.floats(0.05, 2.0), seed=st.integers(0, 2**30))
 def test_symmetries(batch, dim, temperature, seed):
     """Of the losses under a permutation of the samples, a rotation of all rows, and a change of their lengths."""
-    z1, z2 = _rows(batch, dim, seed=seed), _rows(batch, dim, seed=seed + 1)
+    z1, z2 = normal(batch, dim, seed=seed), normal(batch, dim, seed=seed + 1)
 
     def losses(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return nt_xent(a, b, temperature=temperature, reduction="none").view(2, batch)
@@ -190,7 +183,7 @@ def test_symmetries(batch, dim, temperature, seed):
     torch.testing.assert_close(losses(z2, z1), expected.flip(0), **close)
     order = torch.randperm(batch, generator=torch.Generator().manual_seed(seed))
     torch.testing.assert_close(losses(z1[order], z2[order]), expected[:, order], **close)
-    rotation = torch.linalg.qr(_rows(dim, dim, seed=seed).double())[0].float()
+    rotation = torch.linalg.qr(normal(dim, dim, seed=seed).double())[0].float()
     torch.testing.assert_close(losses(z1 @ rotation, z2 @ rotation), expected, **close)
     lengths = torch.logspace(-3, 3, batch)[:, None]
     torch.testing.assert_close(losses(z1 * lengths, z2 / lengths), expected, **close)
@@ -199,13 +192,13 @@ def test_symmetries(batch, dim, temperature, seed):
 @settings(max_examples=30, deadline=None)
 @given(rows=st.integers(1, 60), first=st.integers(1, 90), second=st.integers(1, 90), seed=st.integers(0, 2**30))
 def test_logsumexp_of_two_queues_is_that_of_both(rows, first, second, seed):
-    x, y = _rows(rows, 20, seed=seed), _rows(first + second, 20, seed=seed + 1)
+    x, y = normal(rows, 20, seed=seed), normal(first + second, 20, seed=seed + 1)
     apart = torch.logaddexp(similarity_logsumexp(x, y[:first]), similarity_logsumexp(x, y[first:]))
     torch.testing.assert_close(similarity_logsumexp(x, y), apart, rtol=1e-5, atol=1e-5)
 
 
 def test_nt_xent_is_a_logsumexp(backend):
-    z1, z2 = F.normalize(_rows(70, 30)), F.normalize(_rows(70, 30, seed=1))
+    z1, z2 = F.normalize(normal(70, 30)), F.normalize(normal(70, 30, seed=1))
 
     def loss(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         z = torch.cat([a, b])
@@ -213,15 +206,15 @@ def test_nt_xent_is_a_logsumexp(backend):
         return similarity_logsumexp(z, z, scale=2.0, exclude=torch.arange(140), offset=positive)
 
     for result, expected in zip(
-        _with_gradients(loss, z1, z2),
-        _with_gradients(lambda a, b: nt_xent(a, b, normalize=False, reduction="none"), z1, z2),
+        with_gradients(loss, z1, z2),
+        with_gradients(lambda a, b: nt_xent(a, b, normalize=False, reduction="none"), z1, z2),
         strict=True,
     ):
         torch.testing.assert_close(result, expected)
 
 
 def test_a_queue_may_move_on_before_the_backward_pass(backend):
-    x, queue = _rows(9, 8).requires_grad_(), _rows(20, 8, seed=1)
+    x, queue = normal(9, 8).requires_grad_(), normal(20, 8, seed=1)
     expected = torch.autograd.grad(similarity_logsumexp(x, queue).sum(), x)
     output = similarity_logsumexp(x, queue).sum()
     queue.fill_(7)
@@ -231,7 +224,7 @@ def test_a_queue_may_move_on_before_the_backward_pass(backend):
 
 
 def test_a_y_that_needs_its_gradient_may_not(backend):
-    x, y = _rows(9, 8), _rows(20, 8, seed=1).requires_grad_()
+    x, y = normal(9, 8), normal(20, 8, seed=1).requires_grad_()
     output = similarity_logsumexp(x, y).sum()
     with torch.no_grad():
         y.fill_(7)
@@ -253,21 +246,21 @@ CONFIDENT = {
 @pytest.mark.parametrize("loss", CONFIDENT.values(), ids=CONFIDENT)
 def test_confident_losses_keep_their_digits(loss, kernels):
     """Losses of 1e-12 to 1e-4, where log(sum) - positive would have lost every digit."""
-    q, queue = _rows(33, 40), _rows(70, 40, seed=2)
-    k = q + 0.05 * _rows(33, 40, seed=1)
-    results = _with_gradients(lambda q, k: loss(q, k, queue), q, k)
+    q, queue = normal(33, 40), normal(70, 40, seed=2)
+    k = q + 0.05 * normal(33, 40, seed=1)
+    results = with_gradients(lambda q, k: loss(q, k, queue), q, k)
     with fastssl.use_backend("reference"):
-        truth = _with_gradients(lambda q, k: loss(q, k, queue.double()), q.double(), k.double())
+        truth = with_gradients(lambda q, k: loss(q, k, queue.double()), q.double(), k.double())
     assert truth[0].max() < 1e-4 and truth[0].min() > 0
     torch.testing.assert_close(results[0].double(), truth[0], rtol=1e-4, atol=0)
     for gradient, true in zip(results[1:], truth[1:], strict=True):
-        assert _relative_error(gradient, true) < 1e-4
+        assert relative_error(gradient, true) < 1e-4
 
 
 @settings(max_examples=30, deadline=None)
 @given(batch=st.integers(1, 80), dim=st.integers(1, 70), temperature=st.floats(0.05, 2.0), seed=st.integers(0, 2**30))
 def test_losses_that_are_one_another(batch, dim, temperature, seed):
-    z1, z2 = _rows(batch, dim, seed=seed), _rows(batch, dim, seed=seed + 1)
+    z1, z2 = normal(batch, dim, seed=seed), normal(batch, dim, seed=seed + 1)
     x, y = F.normalize(z1), F.normalize(z2)
     close = {"rtol": 1e-4, "atol": 1e-5 / temperature}
     options = {"temperature": temperature, "reduction": "none"}
@@ -293,7 +286,7 @@ def test_losses_that_are_one_another(batch, dim, temperature, seed):
 @settings(max_examples=20, deadline=None)
 @given(batch=st.integers(1, 60), keys=st.integers(0, 50), seed=st.integers(0, 2**30), smoothing=st.floats(0, 1))
 def test_permuted_rows_have_permuted_losses(batch, keys, seed, smoothing):
-    z1, z2, queue = _rows(batch, 20, seed=seed), _rows(batch, 20, seed=seed + 1), _rows(keys, 20, seed=seed + 2)
+    z1, z2, queue = normal(batch, 20, seed=seed), normal(batch, 20, seed=seed + 1), normal(keys, 20, seed=seed + 2)
     labels = torch.randint(-2, 2 + batch // 3, (batch,), generator=torch.Generator().manual_seed(seed))
     order = torch.randperm(batch, generator=torch.Generator().manual_seed(seed))
     scale, options = 3.0, {"reduction": "none"}
@@ -311,12 +304,12 @@ def test_permuted_rows_have_permuted_losses(batch, keys, seed, smoothing):
 
 METRICS = {
     "in batch": (info_nce, {}),
-    "queue": (info_nce, {"negative_keys": _rows(65, 8, seed=2)}),
-    "queue and batch": (info_nce, {"negative_keys": _rows(65, 8, seed=2), "in_batch_negatives": True}),
-    "paired": (info_nce, {"negative_keys": _rows(33, 7, 8, seed=2), "negative_mode": "paired"}),
+    "queue": (info_nce, {"negative_keys": normal(65, 8, seed=2)}),
+    "queue and batch": (info_nce, {"negative_keys": normal(65, 8, seed=2), "in_batch_negatives": True}),
+    "paired": (info_nce, {"negative_keys": normal(33, 7, 8, seed=2), "negative_mode": "paired"}),
     "paired and batch": (
         info_nce,
-        {"negative_keys": _rows(33, 7, 8, seed=2), "negative_mode": "paired", "in_batch_negatives": True},
+        {"negative_keys": normal(33, 7, 8, seed=2), "negative_mode": "paired", "in_batch_negatives": True},
     ),
     "negative temperature": (info_nce, {"temperature": -0.5}),
     "not normalized": (info_nce, {"normalize": False}),
@@ -330,8 +323,8 @@ METRICS = {
 @pytest.mark.parametrize("loss, options", METRICS.values(), ids=METRICS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_metrics(loss, options, dtype, kernels):
-    x = _rows(33, 8, dtype=dtype).requires_grad_()
-    y = (x + 1.5 * _rows(33, 8, seed=1, dtype=dtype)).detach().requires_grad_()
+    x = normal(33, 8, dtype=dtype).requires_grad_()
+    y = (x + 1.5 * normal(33, 8, seed=1, dtype=dtype)).detach().requires_grad_()
     options = {k: v.to(dtype) if k == "negative_keys" else v for k, v in options.items()}
     value, metrics = loss(x, y, return_metrics=True, **options)
     torch.testing.assert_close(value, loss(x, y, **options), rtol=0, atol=0)
@@ -367,15 +360,15 @@ def test_metrics_are_what_they_say(backend):
 
 def test_metrics_of_one_pair_and_of_none(backend):
     for loss in (info_nce, lambda a, b, **kw: clip_loss(a, b, 2.0, **kw)):
-        _, metrics = loss(_rows(1, 4), -_rows(1, 4), return_metrics=True)
+        _, metrics = loss(normal(1, 4), -normal(1, 4), return_metrics=True)
         assert all(metric == 1 for name, metric in metrics.items() if name.endswith("accuracy"))
-        _, metrics = loss(_rows(0, 4), _rows(0, 4), return_metrics=True)
+        _, metrics = loss(normal(0, 4), normal(0, 4), return_metrics=True)
         assert all(metric.isnan() for metric in metrics.values())
 
 
 def test_metrics_compile():
     torch._dynamo.reset()
-    q, k, queue = _rows(9, 8), _rows(9, 8, seed=1), _rows(20, 8, seed=2)
+    q, k, queue = normal(9, 8), normal(9, 8, seed=1), normal(20, 8, seed=2)
     for function in (
         lambda: info_nce(q, k, queue, in_batch_negatives=True, return_metrics=True),
         lambda: info_nce(q, k, symmetric=True, return_metrics=True),
@@ -390,15 +383,15 @@ def test_metrics_compile():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_opcheck_of_rectangles(dtype, exclude, variant):
     """pair_logsumexp, which a ring of processes runs on its own rows and another's."""
-    x, y = _rows(9, 8, dtype=dtype).requires_grad_(), _rows(8, 5, seed=1, dtype=dtype).T.requires_grad_()
+    x, y = normal(9, 8, dtype=dtype).requires_grad_(), normal(8, 5, seed=1, dtype=dtype).T.requires_grad_()
     scale = torch.tensor(2.0, dtype=torch.float64 if dtype == torch.float64 else torch.float32, requires_grad=True)
     op = getattr(torch.ops.fastssl, f"pair_logsumexp{variant}").default
     torch.library.opcheck(op, (x, y, scale, exclude, str(dtype).removeprefix("torch.")))
 
 
 def test_a_moco_queue_may_move_on_before_the_backward_pass(backend):
-    q, k = _rows(9, 8).requires_grad_(), _rows(9, 8, seed=1)
-    queue = _rows(20, 8, seed=2)
+    q, k = normal(9, 8).requires_grad_(), normal(9, 8, seed=1)
+    queue = normal(20, 8, seed=2)
 
     def loss() -> torch.Tensor:
         return info_nce(q, k, queue, normalize=False)
@@ -407,65 +400,6 @@ def test_a_moco_queue_may_move_on_before_the_backward_pass(backend):
     output = loss()
     queue[:9] = k
     torch.testing.assert_close(torch.autograd.grad(output, q)[0], expected)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("normalize", [True, False])
-def test_topk_similarity(dtype, normalize, monkeypatch):
-    query, bank = _rows(37, 12, dtype=dtype), _rows(101, 12, seed=1, dtype=dtype)
-    exact = [F.normalize(z.double()) if normalize else z.double() for z in (query, bank)]
-    S = exact[0] @ exact[1].T
-    module = importlib.import_module(topk_similarity.__module__)  # the package has a function of that name
-    for columns, elements in ((1 << 14, 1 << 22), (7, 50), (13, 1)):
-        monkeypatch.setattr(module, "_TOPK_COLUMNS", columns)
-        monkeypatch.setattr(module, "_TOPK_ELEMENTS", elements)
-        for k in (1, 5, 100, 101):
-            values, indices = topk_similarity(query, bank, k, normalize=normalize)
-            assert values.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-            assert indices.dtype == torch.int64 and values.shape == indices.shape == (37, k)
-            close = {"rtol": 1e-5, "atol": 1e-5}
-            torch.testing.assert_close(values.double(), S.topk(k).values, **close)
-            torch.testing.assert_close(S.gather(1, indices), S.topk(k).values, **close)
-            assert (indices.sort(1).values.diff(dim=1) > 0).all()  # none twice
-
-
-def test_topk_similarity_of_equal_rows_and_none():
-    values, indices = topk_similarity(_rows(3, 4), _rows(1, 4).expand(9, 4), 9)
-    torch.testing.assert_close(values, values[:, :1].expand(3, 9))
-    assert torch.equal(indices.sort(1).values, torch.arange(9).expand(3, 9))
-    values, indices = topk_similarity(_rows(0, 4), _rows(9, 4), 2)
-    assert values.shape == indices.shape == (0, 2)
-    values, _ = topk_similarity(_rows(3, 4).requires_grad_(), _rows(9, 4).requires_grad_(), 2)
-    assert not values.requires_grad
-
-
-def test_topk_similarity_under_autocast_and_compile():
-    query, bank = _rows(9, 16), _rows(50, 16, seed=1)
-    expected = topk_similarity(query, bank, 3)
-    with torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(topk_similarity(query, bank, 3), expected)
-    torch._dynamo.reset()
-    compiled = torch.compile(topk_similarity, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(query, bank, 3), expected)
-
-
-@pytest.mark.parametrize(
-    "args, error, match",
-    [
-        ((_rows(8, 4), _rows(9, 5), 1), ValueError, r"query and bank .*same number of features.*\(8, 4\) and \(9, 5\)"),
-        ((_rows(8, 4), _rows(9, 4).half(), 1), ValueError, "query and bank .*same dtype.*float32 and torch.float16"),
-        ((_rows(8, 4), _rows(9, 4).to("meta"), 1), ValueError, "query and bank .*same device.*cpu and meta"),
-        ((_rows(4), _rows(9, 4), 1), ValueError, r"query .*\(M, D\).*\(4,\)"),
-        ((_rows(8, 4), [1.0], 1), TypeError, "bank .*Tensor.*list"),
-        ((_rows(8, 4), _rows(9, 4), 0), ValueError, "k must be from 1 to .*9, got 0"),
-        ((_rows(8, 4), _rows(9, 4), 10), ValueError, "k must be from 1 to .*9, got 10"),
-        ((_rows(8, 4), _rows(0, 4), 1), ValueError, "k must be from 1 to .*0, got 1"),
-        ((_rows(8, 4), _rows(9, 4), 1.0), TypeError, "k must be an integer, got float"),
-    ],
-)
-def test_topk_similarity_refuses(args, error, match):
-    with pytest.raises(error, match=match):
-        topk_similarity(*args)
 
 
 MEMORY = """
@@ -517,7 +451,7 @@ def test_memory_is_linear_in_the_batch(backend, rows, losses, bound):
 def test_compile_follows_a_schedule():
     """A temperature, or scale, that is another number at every step."""
     torch._dynamo.reset()
-    x, y = _rows(5, 8), _rows(5, 8, seed=1)
+    x, y = normal(5, 8), normal(5, 8, seed=1)
     named = {nt_xent: "temperature", similarity_logsumexp: "scale", info_nce: "temperature", clip_loss: "logit_scale"}
     for function, name in named.items():
         compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
@@ -526,25 +460,6 @@ def test_compile_follows_a_schedule():
 
 
 def test_use_backend_reference_is_the_formula():
-    z1, z2 = _rows(9, 8), _rows(9, 8, seed=1)
+    z1, z2 = normal(9, 8), normal(9, 8, seed=1)
     with fastssl.use_backend("reference"):
         assert torch.equal(nt_xent(z1, z2), reference.contrastive.nt_xent(z1, z2))
-
-
-def test_uniformity_of_fewer_than_two_rows_is_nan(backend):
-    for rows in (0, 1):
-        assert uniformity(_rows(rows, 8)).isnan()
-
-
-def test_uniformity_of_one_direction_is_zero(backend):
-    """Whatever the lengths, and without the rounding of a logarithm of the number of rows."""
-    x = _rows(1, 8) * torch.logspace(-3, 3, 200)[:, None]
-    for t in (2.0, 50.0):
-        assert uniformity(x, t=t).abs() < 4 * t * torch.finfo(torch.float32).eps
-
-
-def test_uniformity_is_the_authors(backend):
-    """Theirs is of the distances that `torch.pdist` gives."""
-    x = _rows(200, 16)
-    expected = torch.pdist(F.normalize(x.double())).square().mul(-2).exp().mean().log()
-    torch.testing.assert_close(uniformity(x).double(), expected, rtol=1e-6, atol=0)

@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import functools
-import subprocess
-import sys
-import textwrap
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -20,42 +15,28 @@ import fastssl
 from fastssl import functional, reference
 from fastssl.functional import (
     barlow_twins,
-    correlation_algorithm,
     covariance_loss,
     cross_correlation,
     redundancy_loss,
     variance_loss,
     vicreg,
 )
-from fastssl.ops import _portable, correlation
-from fastssl.ops._op import Op
+from fastssl.ops import correlation
 from fastssl.reference import OPS, Sample
-from tests.accuracy import Results, assert_as_accurate_as_eager, evaluate, truth_and_eager, with_tensors
+from tests.accuracy import (
+    Results,
+    assert_as_accurate_as_eager,
+    evaluate,
+    relative_error,
+    truth_and_eager,
+    with_gradients,
+    with_tensors,
+)
+from tests.inputs import FLOATS, alike, normal
 
 SIZES = (2, 3, 17, 33, 64, 129, 257)
 DIMS = (1, 2, 15, 33, 64, 130, 257)
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 LOSSES = {"barlow_twins": barlow_twins, "vicreg": vicreg}
-
-
-def _rows(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def _views(batch: int, dim: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """With something in common, and deviations about 1."""
-    common = _rows(batch, dim, seed=seed)
-    return tuple((0.7 * (common + _rows(batch, dim, seed=seed + i)) + 0.5).to(dtype) for i in (1, 2))
-
-
-def _with_gradients(function: Callable[..., Tensor], *inputs: Tensor) -> Results:
-    leaves = [x.detach().requires_grad_() for x in inputs]
-    output = function(*leaves)
-    return output.detach(), *torch.autograd.grad(output, leaves)
-
-
-def _relative_error(x: Tensor, truth: Tensor) -> float:
-    return ((x.double() - truth).norm() / truth.norm()).item()
 
 
 def _run(name: str, dual: bool, *views: Tensor, derive: bool = True, options: tuple = ()) -> tuple[Tensor, ...]:
@@ -76,7 +57,7 @@ def _run(name: str, dual: bool, *views: Tensor, derive: bool = True, options: tu
 
 @functools.cache
 def _ragged(name: str, rows: int, dim: int, dtype: torch.dtype) -> tuple[Sample, tuple[Results, Results]]:
-    views = (z.requires_grad_() for z in _views(rows, dim, dtype=dtype))
+    views = (z.requires_grad_() for z in alike(rows, dim, dtype=dtype))
     sample = Sample("ragged", tuple(views) if name in LOSSES else (next(views),))
     return sample, truth_and_eager(OPS[name], sample)
 
@@ -113,7 +94,7 @@ def test_edges_of_tiles_of_one_view(name, kernels):
 @pytest.mark.parametrize("rows, dim", [(300, 400), (30, 1200), (1200, 30)])
 def test_the_algorithms_agree(name, rows, dim, kernels):
     """On every output, and in every run."""
-    views = [z.requires_grad_() for z in _views(rows, dim)]
+    views = [z.requires_grad_() for z in alike(rows, dim)]
     results = []
     for dual in (True, True, False, False):
         loss, *parts = (x for x in _run(name, dual, *views) if x.dim() == 0)
@@ -130,7 +111,7 @@ def test_the_algorithms_agree(name, rows, dim, kernels):
 @pytest.mark.parametrize("unbiased", [True, False])
 def test_derivatives_of_both_algorithms(rows, dim, dual, unbiased):
     """First and second ones, with weights that tell the arguments apart."""
-    views = [z.requires_grad_() for z in _views(rows, dim, dtype=torch.float64)]
+    views = [z.requires_grad_() for z in alike(rows, dim, dtype=torch.float64)]
     for name, options in (("barlow_twins", (0.7, 0.3, 0.1)), ("vicreg", (3.0, 5.0, 2.0, 0.1))):
         run = functools.partial(_run, name, dual, options=(*options, unbiased))
         assert torch.autograd.gradcheck(lambda *z, run=run: run(*z)[0], views)
@@ -143,7 +124,7 @@ def test_derivatives_of_both_algorithms(rows, dim, dual, unbiased):
 @pytest.mark.parametrize("dtype, variant", [(torch.float32, ""), (torch.bfloat16, "_portable")])
 @pytest.mark.parametrize("dual", [True, False])
 def test_opcheck_of_both_algorithms(dtype, dual, variant):
-    views = [z.requires_grad_() for z in _views(9, 8, dtype=dtype)]
+    views = [z.requires_grad_() for z in alike(9, 8, dtype=dtype)]
     precision = str(dtype).removeprefix("torch.")
     for name, args in (
         ("barlow_twins", (*views, 1.0, 0.1, 1e-5, False)),
@@ -159,37 +140,37 @@ def test_opcheck_of_both_algorithms(dtype, dual, variant):
 @pytest.mark.parametrize("rows, dim", [(100, 300), (300, 100)])
 @pytest.mark.parametrize("precision, bound", [("highest", 2e-6), ("high", 2e-3), ("medium", 5e-3)])
 def test_gradient_error_of_each_precision(precision, bound, rows, dim, kernels):
-    views = _views(rows, dim)
+    views = alike(rows, dim)
     torch.set_float32_matmul_precision(precision)
     for function, naive in (
         (redundancy_loss, reference.correlation.redundancy_loss),
         (vicreg, reference.correlation.vicreg),
         (lambda a, b: covariance_loss(a + b), lambda a, b: reference.correlation.covariance_loss(a + b)),
     ):
-        results = _with_gradients(function, *views)
-        truth = _with_gradients(naive, *(z.double() for z in views))
+        results = with_gradients(function, *views)
+        truth = with_gradients(naive, *(z.double() for z in views))
         for result, true in zip(results, truth, strict=True):
-            assert _relative_error(result, true) < bound
+            assert relative_error(result, true) < bound
         if precision == "medium":  # and the products are indeed of bfloat16
-            assert _relative_error(results[1], truth[1]) > 1e-5
+            assert relative_error(results[1], truth[1]) > 1e-5
 
 
 @pytest.mark.parametrize("rows, dim", [(10, 30), (30, 10)])
 def test_autocast_rounds_the_products(rows, dim, kernels):
     """Of the forward pass, and of the backward pass."""
-    views = _views(rows, dim)
+    views = alike(rows, dim)
     for function in (redundancy_loss, lambda a, b: covariance_loss(a + b)):
-        exact = _with_gradients(function, *views)
+        exact = with_gradients(function, *views)
         with torch.autocast("cpu", torch.bfloat16):
-            rounded = _with_gradients(function, *views)
-        assert all(1e-6 < _relative_error(x, y.double()) < 1e-2 for x, y in zip(rounded, exact, strict=True))
+            rounded = with_gradients(function, *views)
+        assert all(1e-6 < relative_error(x, y.double()) < 1e-2 for x, y in zip(rounded, exact, strict=True))
 
 
 def test_what_is_off_the_diagonal_keeps_its_digits(kernels):
     """Correlations of 1e-4 beside a diagonal of 1."""
-    z = torch.cat([torch.ones(4096, 1), _rows(4096, 64)], 1)
+    z = torch.cat([torch.ones(4096, 1), normal(4096, 64)], 1)
     z = torch.linalg.qr(z.double())[0][:, 1:] * 64
-    views = [(z + 1e-4 * _rows(4096, 64, seed=seed)).float() for seed in (1, 2)]
+    views = [(z + 1e-4 * normal(4096, 64, seed=seed)).float() for seed in (1, 2)]
     for function, naive in (
         (redundancy_loss, reference.correlation.redundancy_loss),
         (lambda a, b: covariance_loss(a), lambda a, b: reference.correlation.covariance_loss(a)),
@@ -201,9 +182,9 @@ def test_what_is_off_the_diagonal_keeps_its_digits(kernels):
 
 def test_one_feature_has_no_redundancy(kernels):
     for batch in (2, 3, 50):
-        z_a, z_b = _views(batch, 1)
+        z_a, z_b = alike(batch, 1)
         assert redundancy_loss(z_a, z_b) == 0 and covariance_loss(z_a) == 0
-        for gradient in _with_gradients(redundancy_loss, z_a, z_b)[1:]:
+        for gradient in with_gradients(redundancy_loss, z_a, z_b)[1:]:
             assert not gradient.any()
 
 
@@ -211,7 +192,7 @@ def test_one_feature_has_no_redundancy(kernels):
 @pytest.mark.parametrize("value", [0.0, 0.1, -1000.1])
 def test_a_constant_feature_correlates_with_none(value, rows, dim, kernels):
     """It adds 1 to the invariance, and nothing else: not even rounding, magnified by 1 / sqrt(eps)."""
-    views = _views(rows, dim)
+    views = alike(rows, dim)
     constant = torch.full((rows, 1), value)
     wider = [torch.cat([z[:, :3], constant, z[:, 3:]], 1) for z in views]
     loss, metrics = barlow_twins(*wider, return_metrics=True)
@@ -222,18 +203,18 @@ def test_a_constant_feature_correlates_with_none(value, rows, dim, kernels):
     torch.testing.assert_close(covariance_loss(wider[0]) * (dim + 1), covariance_loss(views[0]) * dim)
     torch.testing.assert_close(variance_loss(wider[0]) * (dim + 1), variance_loss(views[0]) * dim + 0.99)
     for name, function in LOSSES.items():
-        truth = _with_gradients(OPS[name].reference, *(z.double() for z in wider))
-        for x, y in zip(_with_gradients(function, *wider), truth, strict=True):
+        truth = with_gradients(OPS[name].reference, *(z.double() for z in wider))
+        for x, y in zip(with_gradients(function, *wider), truth, strict=True):
             torch.testing.assert_close(x.double(), y, rtol=1e-4, atol=1e-5 * y.abs().max().item())
 
 
 @pytest.mark.parametrize("rows, dim", [(33, 20), (12, 40)])
 @pytest.mark.parametrize("scale", [1e-15, 1e-4, 1e4, 1e15])
 def test_length_of_features_does_not_matter(scale, rows, dim, kernels):
-    views = _views(rows, dim)
+    views = alike(rows, dim)
     loss = functools.partial(barlow_twins, eps=0.0, lambda_param=0.1)
-    value, *gradients = _with_gradients(loss, *views)
-    scaled_value, *scaled = _with_gradients(loss, *(z * scale for z in views))
+    value, *gradients = with_gradients(loss, *views)
+    scaled_value, *scaled = with_gradients(loss, *(z * scale for z in views))
     torch.testing.assert_close(scaled_value, value)
     for x, y in zip(scaled, gradients, strict=True):
         torch.testing.assert_close(x.double() * scale, y.double(), rtol=1e-4, atol=1e-5 * y.abs().max().item())
@@ -242,10 +223,10 @@ def test_length_of_features_does_not_matter(scale, rows, dim, kernels):
 @pytest.mark.parametrize("rows, dim", [(40, 24), (24, 40)])
 def test_far_from_zero(rows, dim, kernels):
     """The columns' means are subtracted before anything is squared; of 4096 a float32 has 11 bits left."""
-    views = [z.mul(2**11).round().div(2**11) for z in _views(rows, dim)]  # which have no more
+    views = [z.mul(2**11).round().div(2**11) for z in alike(rows, dim)]  # which have no more
     far = [z + 4096.0 for z in views]
     for function in (*LOSSES.values(), redundancy_loss):
-        for x, y in zip(_with_gradients(function, *far), _with_gradients(function, *views), strict=True):
+        for x, y in zip(with_gradients(function, *far), with_gradients(function, *views), strict=True):
             torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-3 * y.abs().max().item())
 
 
@@ -254,7 +235,7 @@ def test_far_from_zero(rows, dim, kernels):
 def test_nan_wherever_it_is(value, rows, dim, kernels):
     """Also where the weight is 0 of what would have met it."""
     for row, column in ((0, 0), (rows - 1, dim - 1)):
-        z_a, z_b = _views(rows, dim)
+        z_a, z_b = alike(rows, dim)
         z_a[row, column] = value
         for loss in (
             barlow_twins(z_a, z_b),
@@ -272,7 +253,7 @@ def test_nan_wherever_it_is(value, rows, dim, kernels):
 @given(batch=st.integers(2, 70), dim=st.integers(1, 70), seed=st.integers(0, 2**30))
 def test_symmetries(batch, dim, seed):
     """Under permutations of samples and features, exchanged views, and shifts; of Barlow Twins, scales too."""
-    z_a, z_b = _views(batch, dim, seed=seed)
+    z_a, z_b = alike(batch, dim, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     samples, features = (torch.randperm(n, generator=generator) for n in (batch, dim))
     shift = torch.randn(dim, generator=generator)
@@ -300,7 +281,7 @@ def test_symmetries(batch, dim, seed):
 @settings(max_examples=20, deadline=None)
 @given(batch=st.integers(2, 60), dim=st.integers(1, 60), seed=st.integers(0, 2**30))
 def test_losses_that_are_one_another(batch, dim, seed):
-    z_a, z_b = _views(batch, dim, seed=seed)
+    z_a, z_b = alike(batch, dim, seed=seed)
     close = {"rtol": 1e-4, "atol": 1e-5 * dim}
     C = cross_correlation(z_a, z_b)
     squares = C.square().sum() - C.diagonal().square().sum()
@@ -321,7 +302,7 @@ def test_losses_that_are_one_another(batch, dim, seed):
 @pytest.mark.parametrize("rows, dim", [(20, 10), (10, 20)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_metrics(dtype, rows, dim, kernels):
-    views = [z.requires_grad_() for z in _views(rows, dim, dtype=dtype)]
+    views = [z.requires_grad_() for z in alike(rows, dim, dtype=dtype)]
     paper = {"invariance_reduction": "batchmean", "variance_reduction": "sum"}
     for function, weights, options in (
         (barlow_twins, {"invariance": 1.0, "redundancy": 0.2}, {"lambda_param": 0.2}),
@@ -349,7 +330,7 @@ def test_metrics(dtype, rows, dim, kernels):
 def test_metrics_compile():
     torch._dynamo.reset()
     for rows, dim in ((20, 10), (10, 20)):
-        views = _views(rows, dim)
+        views = alike(rows, dim)
         for function in LOSSES.values():
             compiled = torch.compile(
                 functools.partial(function, return_metrics=True), fullgraph=True, backend="aot_eager"
@@ -360,7 +341,7 @@ def test_metrics_compile():
 def test_compile_follows_a_schedule():
     """A weight that is another number at every step."""
     torch._dynamo.reset()
-    views = _views(7, 10)
+    views = alike(7, 10)
     for function in LOSSES.values():
         compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
         for value in (0.5, 0.4, 0.3):
@@ -370,7 +351,7 @@ def test_compile_follows_a_schedule():
 
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_cross_correlation(dtype):
-    views = _views(30, 12, dtype=dtype)
+    views = alike(30, 12, dtype=dtype)
     wide = [z.double() for z in views]
     for unbiased in (False, True):
         C = cross_correlation(*views, eps=0.1, unbiased=unbiased)
@@ -384,7 +365,7 @@ def test_cross_correlation(dtype):
 
 
 def test_cross_correlation_is_differentiable():
-    views = [z.requires_grad_() for z in _views(5, 3, dtype=torch.float64)]
+    views = [z.requires_grad_() for z in alike(5, 3, dtype=torch.float64)]
     assert torch.autograd.gradcheck(cross_correlation, views)
     assert torch.autograd.gradgradcheck(cross_correlation, views)
     torch.testing.assert_close(
@@ -399,15 +380,15 @@ def test_cross_correlation_is_differentiable():
 @pytest.mark.parametrize("rows, dim", [(20, 10), (10, 20)])
 def test_redundancy_of_a_view_with_itself(rows, dim, kernels):
     """Both gradients are its."""
-    z = _views(rows, dim)[0]
-    result = _with_gradients(lambda z: redundancy_loss(z, z, unbiased=True), z)
-    truth = _with_gradients(lambda z: reference.correlation.redundancy_loss(z, z, unbiased=True), z.double())
+    z = alike(rows, dim)[0]
+    result = with_gradients(lambda z: redundancy_loss(z, z, unbiased=True), z)
+    truth = with_gradients(lambda z: reference.correlation.redundancy_loss(z, z, unbiased=True), z.double())
     for x, y in zip(result, truth, strict=True):
-        assert _relative_error(x, y) < 1e-5
+        assert relative_error(x, y) < 1e-5
 
 
 def test_redundancy_refuses():
-    z = _rows(4, 3)
+    z = normal(4, 3)
     with pytest.raises(ValueError, match=r"z_a and z_b must have the same shape, got \(4, 3\) and \(4, 2\)"):
         redundancy_loss(z, z[:, :2])
     with pytest.raises(ValueError, match=r"z_a must have at least 2 rows, got shape \(1, 3\)"):
@@ -416,111 +397,18 @@ def test_redundancy_refuses():
         redundancy_loss(z, z, eps="0")
 
 
-def _spy(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """The arguments after the tensors of every operation that is called from now on."""
-    calls, call = [], Op.__call__
-
-    def spy(self: Op, *args: Any) -> Any:
-        calls.append(tuple(x for x in args if not isinstance(x, Tensor)))
-        return call(self, *args)
-
-    monkeypatch.setattr(Op, "__call__", spy)
-    return calls
-
-
-FUNCTIONS = {
-    "barlow_twins": barlow_twins,
-    "vicreg": vicreg,
-    "redundancy_loss": redundancy_loss,
-    "covariance_loss": lambda a, b: covariance_loss(a),
-    "variance_loss": lambda a, b: variance_loss(a),
-}
-
-
-@pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
-def test_gradients_are_made_only_where_they_are_wanted(function, monkeypatch, backend):
-    """The value is the same."""
-    calls, views = _spy(monkeypatch), _views(9, 5)
-    values = [function(*views)]
-    with torch.no_grad():
-        values.append(function(*(z.requires_grad_() for z in views)))
-    values.append(function(*views).detach())
-    assert [derive for *_, derive, _ in calls] == [False, False, True]
-    assert all(torch.equal(x, values[0]) for x in values)
-
-
-@pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
-def test_the_algorithm_is_chosen_by_cost(function, monkeypatch):
-    calls = _spy(monkeypatch)
-    for shape, algorithm in {
-        (3, 4): "dual",
-        (4, 5): "primal",
-        (4, 6): "dual",
-        (9, 9): "primal",
-        (2, 1): "primal",
-    }.items():
-        assert correlation_algorithm(*shape) == algorithm
-        function(*_views(*shape))
-    assert [dual for *_, dual, _, _ in calls] == [True, False, True, False, False]
-
-
 @pytest.mark.parametrize("name", ["barlow_twins", "vicreg", "covariance_loss"])
 @pytest.mark.parametrize("dual", [True, False])
 def test_what_is_kept(name, dual, kernels):
-    views = _views(9, 5)[: 2 if name in LOSSES else 1]
+    views = alike(9, 5)[: 2 if name in LOSSES else 1]
     for derive in (True, False):
         kept = [x for x in _run(name, dual, *views, derive=derive) if x.dim()]
         assert [tuple(x.shape) for x in kept] == [(9 if derive else 0, 9 if dual else 5)] * len(views)
         assert all(x.dtype == torch.float32 for x in kept)
 
 
-@pytest.mark.parametrize("name", ["barlow_twins", "vicreg"])
-@pytest.mark.parametrize("rows, dim", [(200, 256), (60, 256)])
-def test_portable_blocks_are_all_that_is_added(name, rows, dim, monkeypatch):
-    """No D x D matrix is allocated, of which the first shape's would be larger than its rows."""
-    views = _views(rows, dim)
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with fastssl.use_backend("portable"):
-        expected = _with_gradients(LOSSES[name], *views)
-        monkeypatch.setattr(_portable, "_BLOCK_ELEMENTS", 1 << 12)
-        with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-            results = _with_gradients(LOSSES[name], *views)
-    allocated = [event.self_cpu_memory_usage for event in profile.events() if event.name.startswith("aten::")]
-    assert max(allocated) == views[0].nbytes
-    for result, right in zip(results, expected, strict=True):
-        torch.testing.assert_close(result, right, rtol=1e-5, atol=1e-5 * right.abs().max().item())
-
-
-MEMORY = """
-    import sys, torch, fastssl
-    from fastssl.functional import barlow_twins, covariance_loss, redundancy_loss, vicreg
-    def peak():
-        return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) / 1024
-    def step(rows, dim):
-        x, y = (torch.randn(rows, dim).requires_grad_() for _ in range(2))
-        for loss in (barlow_twins, vicreg, redundancy_loss, lambda x, y: covariance_loss(x)):
-            loss(x, y).backward()
-    for backend in ("auto", "portable"):
-        with fastssl.use_backend(backend):
-            step(300, 20)
-            step(20, 300)
-            before = peak()
-            step(32, 8192)
-            step(8192, 32)
-        print(peak() - before)
-"""
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
-def test_memory_is_that_of_the_rows():
-    """D x D, and B x B, would take 256 MiB; the views and their gradients take 1 MiB each."""
-    command = [sys.executable, "-c", textwrap.dedent(MEMORY)]
-    run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
-    assert all(float(line) < 60 for line in run.stdout.split())
-
-
 def test_use_backend_reference_is_the_formula():
-    z_a, z_b = _views(9, 8)
+    z_a, z_b = alike(9, 8)
     naive = reference.correlation
     with fastssl.use_backend("reference"):
         for name in ("barlow_twins", "vicreg", "redundancy_loss"):
@@ -532,7 +420,7 @@ def test_use_backend_reference_is_the_formula():
 
 
 def test_barlow_twins_standardises_as_batch_norm_does():
-    views = _views(30, 12)
+    views = alike(30, 12)
     a, b = (F.batch_norm(z, None, None, training=True) for z in views)
     torch.testing.assert_close(cross_correlation(*views), a.T @ b / 30)
 

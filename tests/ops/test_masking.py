@@ -1,4 +1,4 @@
-"""Masking and moving tokens: permutations, gather, scatter, restore."""
+"""Random masks, and moving tokens: permutations, gather, scatter, restore."""
 
 from __future__ import annotations
 
@@ -14,43 +14,31 @@ import fastssl
 from benchmarks.ops.measure import extra_memory
 from fastssl import _native
 from fastssl.functional import (
-    block_masking_ids,
     gather_tokens,
     random_masking,
     random_masking_ids,
     restore_tokens,
     scatter_tokens,
-    span_masking_ids,
-    tube_masking_ids,
 )
 from fastssl.reference import masking as reference
+from tests.inputs import DTYPES, seeded, some_ids
 
 chisquare = pytest.importorskip("scipy.stats").chisquare
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SHAPES = ((3, 7, 5), (1, 1, 1), (2, 196, 16), (5, 33, 1), (70, 40, 24), (9, 6, 1030), (0, 4, 3), (2, 0, 3))  # B, L, D
-
-
-def _seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def _layouts(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Tensor]:
     """The same numbers contiguous, transposed, and with gaps."""
-    x = torch.randn(*shape, generator=_seeded()).to(dtype)
+    x = torch.randn(*shape, generator=seeded()).to(dtype)
     gaps = torch.full((shape[0], 2 * shape[1] + 1, shape[2] + 3), math.nan, dtype=dtype)
     gaps[:, 1::2, 1:-2] = x
     return [x, x.transpose(1, 2).contiguous().transpose(1, 2), gaps[:, 1::2, 1:-2]]
 
 
-def _ids(batch: int, count: int, below: int, dtype: torch.dtype = torch.int64) -> Tensor:
-    """With repetitions."""
-    return torch.randint(below, (batch, count), generator=_seeded(1)).to(dtype)
-
-
 @pytest.mark.parametrize("mask_ratio", [0.0, 0.3, 0.75, 1.0])
 @pytest.mark.parametrize("batch, length", [(4, 1), (3, 2), (7, 64), (2, 65), (300, 196), (0, 5), (5, 0)])
 def test_ids_are_permutations(batch, length, mask_ratio, backend):
-    ids_keep, mask, ids_restore = random_masking_ids(batch, length, mask_ratio, generator=_seeded())
+    ids_keep, mask, ids_restore = random_masking_ids(batch, length, mask_ratio, generator=seeded())
     keep = int(length * (1 - mask_ratio))
     assert ids_keep.shape == (batch, keep) and mask.shape == ids_restore.shape == (batch, length)
     assert ids_keep.dtype == ids_restore.dtype == torch.int64 and mask.dtype == torch.float32
@@ -64,12 +52,12 @@ def test_a_seed_draws_the_same_masks_with_all_kernels():
         results = []
         for name in ("auto", "portable"):
             with fastssl.use_backend(name):
-                results.append(random_masking_ids(9, length, 0.75, generator=_seeded(seed)))
+                results.append(random_masking_ids(9, length, 0.75, generator=seeded(seed)))
         assert all(map(torch.equal, *results))
 
 
 def test_seeds_and_samples_and_calls_differ(backend):
-    draws = [random_masking_ids(8, 196, 0.75, generator=_seeded(seed))[0] for seed in range(5)]
+    draws = [random_masking_ids(8, 196, 0.75, generator=seeded(seed))[0] for seed in range(5)]
     rows = torch.cat(draws)
     assert torch.unique(rows, dim=0).shape[0] == len(rows)
     torch.manual_seed(3)
@@ -83,7 +71,7 @@ def test_seeds_and_samples_and_calls_differ(backend):
 def test_every_order_is_as_likely(length, ratio):
     """Of what stays, in its order: chi-square over all length! / masked! outcomes, at a level of one in a million."""
     count = 200_000
-    ids_keep = random_masking_ids(count, length, ratio, generator=_seeded(11))[0]
+    ids_keep = random_masking_ids(count, length, ratio, generator=seeded(11))[0]
     code = sum(ids_keep[:, k] * length**k for k in range(ids_keep.shape[1]))
     _, observed = torch.unique(code, return_counts=True)
     assert len(observed) == math.perm(length, ids_keep.shape[1])
@@ -91,161 +79,12 @@ def test_every_order_is_as_likely(length, ratio):
 
 
 def test_every_token_is_masked_as_often_in_any_sample():
-    mask = random_masking_ids(20_000, 49, 0.75, generator=_seeded(12))[1]
+    mask = random_masking_ids(20_000, 49, 0.75, generator=seeded(12))[1]
     assert chisquare(mask.sum(0).tolist(), [mask.sum().item() / 49] * 49).pvalue > 1e-6
     neighbours = (mask[:, 1:] * mask[:, :-1]).mean().item()
     assert neighbours == pytest.approx(37 / 49 * 36 / 48, abs=3e-3)
     samples = (mask[1:] * mask[:-1]).mean().item()
     assert samples == pytest.approx((37 / 49) ** 2, abs=3e-3)
-
-
-def _one_square(*args, **kwargs) -> tuple[Tensor, Tensor, Tensor]:
-    return block_masking_ids(*args, min_block=9, max_block=9, aspect_ratio=(1, 1), **kwargs)
-
-
-GENERATORS = {  # and the arguments between batch and mask_ratio, and behind it
-    "spans": (span_masking_ids, (40,), (5,)),
-    "spans of all": (span_masking_ids, (7,), (7,)),
-    "spans of one": (span_masking_ids, (33,), (1,)),
-    "tubes": (tube_masking_ids, (3, 14), ()),
-    "tube": (tube_masking_ids, (1, 9), ()),
-    "tubes, no frames": (tube_masking_ids, (0, 9), ()),
-    "blocks": (block_masking_ids, (14, 14), ()),
-    "wide blocks": (block_masking_ids, (5, 33), ()),
-    "squares": (_one_square, (6, 7), ()),
-    "blocks, no tokens": (block_masking_ids, (0, 3), ()),
-    "blocks, one token": (block_masking_ids, (1, 1), ()),
-}
-
-
-@pytest.mark.parametrize("mask_ratio", [0.0, 0.4, 0.75, 1.0])
-@pytest.mark.parametrize("name", GENERATORS)
-def test_structured_masks_keep_the_contract(name, mask_ratio, backend):
-    """As many tokens masked in every sample as in those of random_masking_ids, of each frame."""
-    function, size, rest = GENERATORS[name]
-    frames = size[0] if function is tube_masking_ids else 1
-    per_frame = math.prod(size) if frames == 1 else size[1]
-    length, keep = frames * per_frame, frames * int(per_frame * (1 - mask_ratio))
-    for batch in (0, 1, 300):
-        ids_keep, mask, ids_restore = function(batch, *size, mask_ratio, *rest, generator=_seeded())
-        assert ids_keep.shape == (batch, keep) and mask.shape == ids_restore.shape == (batch, length)
-        assert ids_keep.dtype == ids_restore.dtype == torch.int64 and mask.dtype == torch.float32
-        assert torch.equal(ids_restore.sort(1).values, torch.arange(length).expand(batch, length))
-        assert torch.equal(ids_restore.gather(1, ids_keep), torch.arange(keep).expand(batch, keep))
-        assert torch.equal(mask, (ids_restore >= keep).float())
-        if function is not tube_masking_ids:
-            assert (ids_keep.diff(dim=1) > 0).all()
-
-
-@pytest.mark.parametrize("name", GENERATORS)
-def test_structured_masks_follow_the_seed(name):
-    function, size, rest = GENERATORS[name]
-    for seed in range(5):
-        results = []
-        for backend, threads in (("auto", 1), ("auto", 2), ("portable", 1)):
-            torch.set_num_threads(threads)
-            with fastssl.use_backend(backend):
-                results.append(function(150, *size, 0.5, *rest, generator=_seeded(seed)))
-        assert all(torch.equal(x, y) for other in results[1:] for x, y in zip(results[0], other, strict=True))
-        if math.prod(size) > 20 and name != "squares":
-            masks = torch.cat([results[0][1], function(150, *size, 0.5, *rest, generator=_seeded(seed + 5))[1]])
-            assert torch.unique(masks, dim=0).shape[0] > 270
-
-
-def test_tubes_are_one_mask_in_all_frames():
-    ids_keep, mask, ids_restore = tube_masking_ids(50, 4, 30, 0.7, generator=_seeded())
-    one = random_masking_ids(50, 30, 0.7, generator=_seeded())
-    assert torch.equal(mask.view(50, 4, 30), one[1][:, None].expand(50, 4, 30))
-    assert torch.equal(ids_keep.view(50, 4, 9), one[0][:, None] + 30 * torch.arange(4)[:, None])
-
-
-def test_spans_are_added_in_a_random_order_and_the_last_is_cut():
-    """One after another, as the docstring says, from the order in which the same seed puts their first steps."""
-    batch, length = 100, 23
-    for span_length, ratio in itertools.product((1, 2, 3, 4, 5, 8, 22, 23), (0.1, 0.5, 0.8)):
-        mask = span_masking_ids(batch, length, ratio, span_length, generator=_seeded(7))[1]
-        seed = torch.randint(1 << 62, (), generator=_seeded(7))
-        order = torch.ops.fastssl.masking_ids(seed, batch, length - span_length + 1, length - span_length + 1)[0]
-        for sample, starts in zip(mask, order.tolist(), strict=True):
-            steps = dict.fromkeys(start + i for start in starts for i in range(span_length))
-            masked = list(steps)[: length - int(length * (1 - ratio))]
-            assert sample.nonzero().flatten().tolist() == sorted(masked)
-
-
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
-@pytest.mark.parametrize("ratio", [0.0, 0.3, 0.65, 1.0])
-@pytest.mark.parametrize("span_length", [1, 4, 23])
-def test_spans_lie_within_the_lengths_of_sequences(span_length, ratio, dtype, backend):
-    """They are those of the same seed whose first steps leave room for them; of a short sequence there is one."""
-    length = 23
-    lengths = torch.arange(2 * (length + 1), dtype=dtype).remainder(length + 1)
-    options = dict(lengths=lengths, generator=_seeded(7))
-    ids_keep, mask, ids_restore = span_masking_ids(len(lengths), length, ratio, span_length, **options)
-    seed = torch.randint(1 << 62, (), generator=_seeded(7))
-    places = length - span_length + 1
-    order = torch.ops.fastssl.masking_ids(seed, len(lengths), places, places)[0].tolist()
-    keep = int(length * (1 - ratio))
-    assert ids_keep.shape == (len(lengths), keep) and mask.dtype == torch.float32
-    for end, sample, kept, starts in zip(lengths.tolist(), mask, ids_keep.tolist(), order, strict=True):
-        starts = [start for start in starts if start <= max(end - span_length, 0)]
-        steps = dict.fromkeys(start + i for start in starts for i in range(span_length) if start + i < end)
-        masked = list(steps)[: end - int(end * (1 - ratio))]
-        assert sample.nonzero().flatten().tolist() == sorted(masked)
-        visible = [step for step in range(end) if step not in masked]
-        assert kept == visible + list(range(end, end + keep - len(visible)))
-    assert torch.equal(ids_restore.sort(1).values, torch.arange(length).expand(len(lengths), length))
-    assert torch.equal(ids_restore.gather(1, ids_keep), torch.arange(keep).expand(len(lengths), keep))
-    whole = torch.full((3,), length, dtype=dtype)
-    results = [span_masking_ids(3, length, ratio, span_length, lengths=x, generator=_seeded()) for x in (whole, None)]
-    assert all(map(torch.equal, *results))
-
-
-def test_blocks_are_rectangles_anywhere_of_any_shape():
-    """One block of 9 tokens: a square with 3 x 3 tokens in all 4 x 5 places alike, or as often upright as lying."""
-    masks = _one_square(20_000, 6, 7, 8.5 / 42, generator=_seeded(8))[1].view(-1, 6, 7)
-    rows, columns = masks.amax(2), masks.amax(1)
-    assert (rows.sum(1) == 3).all() and (columns.sum(1) == 3).all()
-    assert chisquare(torch.bincount(rows.argmax(1) * 5 + columns.argmax(1)).tolist()).pvalue > 1e-6
-    masks = block_masking_ids(20_000, 14, 14, 8.5 / 196, min_block=9, max_block=9, generator=_seeded(9))[1]
-    masks = masks.view(-1, 14, 14)
-    height, width = masks.amax(2).sum(1), masks.amax(1).sum(1)
-    whole = height * width == 9  # others: rectangles of 8 or 10 that a single token makes up for, or that did not fit
-    shapes = [((height == h) & (width == 9 // h) & whole).sum().item() for h in (9, 3, 1)]
-    assert shapes[0] == shapes[2] == 0 and shapes[1] > 2000
-    tall, wide = (height > width).sum().item(), (height < width).sum().item()
-    assert chisquare([tall, wide]).pvalue > 1e-6 and tall > 2000
-
-
-def test_blocks_mask_all_tokens_alike_but_for_the_border():
-    """Upside down and mirrored the same frequencies; many neighbours, as blocks have."""
-    mask = block_masking_ids(20_000, 14, 14, 0.4, generator=_seeded(10))[1].view(-1, 14, 14)
-    assert (mask.sum((1, 2)) == 196 - int(196 * 0.6)).all()
-    often = mask.mean(0)
-    for turned in (often.flip(0), often.flip(1), often.T):
-        torch.testing.assert_close(often, turned, rtol=0, atol=0.025)
-    assert 0.02 < often.min() < often.mean() < often[5:9, 5:9].mean()
-    assert (mask[:, 1:] * mask[:, :-1]).mean() > 0.3 > 0.4**2
-
-
-def test_single_tokens_make_up_what_blocks_leave():
-    """A block of 4 x 4 does not fit into 10 tokens: those are single ones, any as likely."""
-    mask = block_masking_ids(20_000, 5, 8, 10 / 40, min_block=16, aspect_ratio=(1, 1), generator=_seeded(13))[1]
-    singles = block_masking_ids(20_000, 1, 40, 10 / 40, aspect_ratio=(1, 1), generator=_seeded(14))[1]
-    assert (mask.sum(1) == 10).all() and (singles.sum(1) == 10).all()
-    assert chisquare(singles.sum(0).tolist()).pvalue > 1e-6
-    assert (singles[:, 1:] * singles[:, :-1]).mean().item() == pytest.approx(10 / 40 * 9 / 39, abs=3e-3)
-
-
-def test_structured_masks_compile():
-    def masks() -> tuple[Tensor, ...]:
-        spans = *span_masking_ids(2, 9, 0.5, 3), *span_masking_ids(2, 9, 0.5, 3, lengths=torch.tensor([7, 2]))
-        return *spans, *tube_masking_ids(2, 3, 8, 0.5), *block_masking_ids(2, 6, 6, 0.5)
-
-    results = []
-    for function in (masks, torch.compile(masks, fullgraph=True, backend="aot_eager")):
-        torch.manual_seed(0)
-        results.append(function())
-    assert all(map(torch.equal, *results))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -255,12 +94,12 @@ def test_gather_and_scatter(shape, dtype, kernels):
     batch, length, dim = shape
     count = 0 if length == 0 else length + 2
     for x, kind in itertools.product(_layouts(shape, dtype), (torch.int64, torch.int32)):
-        ids = _ids(batch, count, max(length, 1), kind)
+        ids = some_ids(batch, count, max(length, 1), kind)
         gathered = gather_tokens(x, ids)
         assert torch.equal(gathered, x.gather(1, ids.long()[:, :, None].expand(-1, -1, dim)))
         assert gathered.dtype == dtype and gathered.is_contiguous()
     for tokens in _layouts((batch, count, dim), dtype):
-        fill = torch.randn(dim, generator=_seeded(2))
+        fill = torch.randn(dim, generator=seeded(2))
         expected = torch.zeros(shape, dtype=torch.float64)
         expected.scatter_add_(1, ids.long()[:, :, None].expand(-1, -1, dim), tokens.double())
         taken = torch.zeros(batch, length, dtype=torch.bool).scatter_(1, ids.long(), True)
@@ -281,14 +120,14 @@ def test_restore_undoes_masking(shape, dtype, positions, kernels):
         leaves = x.detach().requires_grad_(), torch.randn(1, 1, dim), torch.randn(1, length, dim)
         leaves = tuple(t.requires_grad_() for t in leaves)
         image, mask_token, pos_embed = leaves
-        visible, mask, ids_restore = random_masking(image, 0.6, generator=_seeded())
+        visible, mask, ids_restore = random_masking(image, 0.6, generator=seeded())
         result = restore_tokens(visible, ids_restore.int(), mask_token, pos_embed if positions else None)
         expected = torch.where(mask[:, :, None] > 0, mask_token.to(dtype), image)
         if positions:
             expected = expected + pos_embed.to(dtype)
         assert torch.equal(result, expected) and result.is_contiguous()
         used = leaves[: 3 if positions else 2]
-        cotangent = torch.randn(shape, generator=_seeded(3)).to(dtype)
+        cotangent = torch.randn(shape, generator=seeded(3)).to(dtype)
         gradients = torch.autograd.grad(result, used, cotangent)
         assert torch.equal(gradients[0], cotangent * (mask == 0)[:, :, None])  # each token's own, masked ones' 0
         exact = cotangent.double() * (mask > 0)[:, :, None], cotangent.double()
@@ -302,9 +141,9 @@ def test_restore_undoes_masking(shape, dtype, positions, kernels):
 def test_gradients_are_as_accurate_as_eager(dtype, kernels):
     """Sums over all samples and masked places, not only their last digits apart from each other."""
     batch, length, dim = 300, 60, 40
-    ids_restore = random_masking_ids(batch, length, 0.75, generator=_seeded())[2]
-    inputs = [torch.randn(*shape, generator=_seeded(5)) for shape in ((batch, 15, dim), (dim,), (length, dim))]
-    cotangent = torch.randn(batch, length, dim, generator=_seeded(6)).to(dtype)
+    ids_restore = random_masking_ids(batch, length, 0.75, generator=seeded())[2]
+    inputs = [torch.randn(*shape, generator=seeded(5)) for shape in ((batch, 15, dim), (dim,), (length, dim))]
+    cotangent = torch.randn(batch, length, dim, generator=seeded(6)).to(dtype)
 
     def gradients(function, dtype: torch.dtype) -> tuple[Tensor, ...]:
         x, mask_token, pos_embed = (t.to(dtype).requires_grad_() for t in inputs)
@@ -320,23 +159,23 @@ def test_gradients_are_as_accurate_as_eager(dtype, kernels):
 
 def _expanded(shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
     """Gradients as reductions send them: of everything, of each sample, of each token, of each feature."""
-    g = torch.randn(*shape, generator=_seeded(4)).to(dtype)
+    g = torch.randn(*shape, generator=seeded(4)).to(dtype)
     return [part.expand(shape) for part in (g[:1, :1, :1], g[:, :1, :1], g[:, :, :1], g[:1, :1], g[:1])]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_expanded_gradients(dtype, kernels):
     batch, length, keep, dim = 6, 9, 4, 37
-    ids_keep, _, ids_restore = random_masking_ids(batch, length, 0.55, generator=_seeded())
+    ids_keep, _, ids_restore = random_masking_ids(batch, length, 0.55, generator=seeded())
     x, visible, mask_token, pos_embed = (
-        torch.randn(*shape, generator=_seeded(5)).to(dtype).requires_grad_()
+        torch.randn(*shape, generator=seeded(5)).to(dtype).requires_grad_()
         for shape in ((batch, length, dim), (batch, keep, dim), (dim,), (length, dim))
     )
     for out, leaves in (
         (restore_tokens(visible, ids_restore, mask_token, pos_embed), (visible, mask_token, pos_embed)),
         (gather_tokens(x, ids_keep), (x,)),
-        (gather_tokens(x, _ids(batch, 7, length)), (x,)),
-        (scatter_tokens(visible, _ids(batch, keep, length), length), (visible,)),
+        (gather_tokens(x, some_ids(batch, 7, length)), (x,)),
+        (scatter_tokens(visible, some_ids(batch, keep, length), length), (visible,)),
     ):
         for cotangent in _expanded(out.shape, dtype):
             gradients = torch.autograd.grad(out, leaves, cotangent, retain_graph=True)
@@ -358,9 +197,9 @@ def test_expanded_gradients_are_not_copied():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_fill_of_any_dtype_gets_its_gradient_unrounded(dtype, backend):
-    tokens, fill = torch.randn(300, 2, 3, generator=_seeded()).to(dtype), torch.zeros(3, requires_grad=True)
-    cotangent = torch.randn(300, 4, 3, generator=_seeded(1)).to(dtype)
-    ids = _ids(300, 2, 4)
+    tokens, fill = torch.randn(300, 2, 3, generator=seeded()).to(dtype), torch.zeros(3, requires_grad=True)
+    cotangent = torch.randn(300, 4, 3, generator=seeded(1)).to(dtype)
+    ids = some_ids(300, 2, 4)
     (gradient,) = torch.autograd.grad(scatter_tokens(tokens, ids, 4, fill), fill, cotangent)
     empty = torch.ones(300, 4).scatter_(1, ids, 0.0)[:, :, None]
     torch.testing.assert_close(gradient.double(), (cotangent.double() * empty).sum((0, 1)), rtol=1e-5, atol=1e-5)
@@ -374,9 +213,9 @@ def test_the_steps_of_mae(dtype, mask_ratio, kernels):
     batch, length, dim = 12, 20, 24
     shapes = (batch, length, dim), (1, 1, dim), (1, 1, dim), (1, length + 1, dim)
     x, class_token, mask_token, pos_embed = leaves = [
-        torch.randn(*shape, generator=_seeded(i)).to(dtype).requires_grad_() for i, shape in enumerate(shapes)
+        torch.randn(*shape, generator=seeded(i)).to(dtype).requires_grad_() for i, shape in enumerate(shapes)
     ]
-    visible, mask, ids_restore = random_masking(x, mask_ratio, generator=_seeded())
+    visible, mask, ids_restore = random_masking(x, mask_ratio, generator=seeded())
     restored = restore_tokens(visible, ids_restore, mask_token, pos_embed[:, 1:])
     ours = torch.cat([class_token.expand(batch, 1, dim) + pos_embed[:, :1], restored], 1)
 
@@ -393,7 +232,7 @@ def test_the_steps_of_mae(dtype, mask_ratio, kernels):
     theirs = torch.cat([encoded[:, :1], tokens], 1) + pos_embed
     assert torch.equal(ours, theirs)
 
-    cotangent = torch.randn(ours.shape, generator=_seeded(9)).to(dtype)
+    cotangent = torch.randn(ours.shape, generator=seeded(9)).to(dtype)
     gradients = [torch.autograd.grad(out, leaves, cotangent, allow_unused=True) for out in (ours, theirs)]
     torch.testing.assert_close(*gradients)
 
@@ -419,9 +258,9 @@ def test_a_token_that_is_restored_twice_or_nowhere(backend):
 
 def test_derivatives_are_numerically_right(backend):
     def double(*shape: int) -> Tensor:
-        return torch.randn(*shape, dtype=torch.float64, generator=_seeded(4), requires_grad=True)
+        return torch.randn(*shape, dtype=torch.float64, generator=seeded(4), requires_grad=True)
 
-    ids, restore = _ids(2, 5, 3), torch.tensor([[3, 0, 2, 1], [1, 2, 3, 0]])
+    ids, restore = some_ids(2, 5, 3), torch.tensor([[3, 0, 2, 1], [1, 2, 3, 0]])
     for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
         assert check(lambda x: gather_tokens(x, ids), (double(2, 3, 2),))
         assert check(lambda t, fill: scatter_tokens(t, ids, 4, fill), (double(2, 5, 2), double(2)))
@@ -432,7 +271,7 @@ def test_derivatives_are_numerically_right(backend):
 @pytest.mark.parametrize("suffix", ["", "_portable"])
 def test_opcheck(suffix):
     ops, leaf = torch.ops.fastssl, torch.randn(2, 5, 4, requires_grad=True)
-    ids, feature = _ids(2, 3, 5), torch.randn(4, requires_grad=True)
+    ids, feature = some_ids(2, 3, 5), torch.randn(4, requires_grad=True)
     restore = torch.tensor([[3, 0, 2, 1], [1, 2, 3, 0]])
     for name, args in {
         "masking_ids": (torch.tensor(5), 3, 7, 2),
@@ -461,7 +300,7 @@ def test_compiles(backend):
 
 def test_backends_agree():
     visible, feature, pos_embed = torch.randn(2, 3, 4), torch.randn(4), torch.randn(5, 4)
-    ids, restore = _ids(2, 3, 6), torch.tensor([[3, 0, 2, 1, 4], [1, 2, 3, 0, 4]])
+    ids, restore = some_ids(2, 3, 6), torch.tensor([[3, 0, 2, 1, 4], [1, 2, 3, 0, 4]])
     results = []
     for name in ("auto", "portable", "reference"):
         with fastssl.use_backend(name):
@@ -482,16 +321,12 @@ def test_threads_change_nothing(kernels):
     results = []
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        visible, mask, ids_restore = random_masking(x, 0.5, generator=_seeded())
+        visible, mask, ids_restore = random_masking(x, 0.5, generator=seeded())
         results.append((visible, mask, ids_restore, restore_tokens(visible, ids_restore, mask_token, pos_embed)))
     assert all(map(torch.equal, *results))
 
 
 X, IDS = torch.randn(2, 4, 3), torch.zeros(2, 3, dtype=torch.int64)
-
-
-def _spans(lengths: object) -> tuple[Tensor, ...]:
-    return span_masking_ids(2, 4, 0.5, 2, lengths=lengths)
 
 
 @pytest.mark.parametrize(
@@ -525,28 +360,6 @@ def _spans(lengths: object) -> tuple[Tensor, ...]:
         (lambda: random_masking(X, "a"), TypeError, "mask_ratio must be a number, got str"),
         (lambda: random_masking_ids(2, -1, 0.5), ValueError, "length must not be negative, got -1"),
         (lambda: random_masking_ids(2.0, 1, 0.5), TypeError, "batch must be an integer, got float"),
-        (lambda: tube_masking_ids(2, -1, 4, 0.5), ValueError, "frames must not be negative, got -1"),
-        (lambda: tube_masking_ids(2, 1, 4, 2), ValueError, "mask_ratio must be from 0 to 1, got 2"),
-        (lambda: span_masking_ids(2, 4, 0.5, 5), ValueError, "span_length must be from 1 to length, 4, got 5"),
-        (lambda: span_masking_ids(2, 4, 0.5, 0), ValueError, "span_length must be from 1 to length, 4, got 0"),
-        (lambda: span_masking_ids(2, 4, 0.5, 2.0), TypeError, "span_length must be an integer, got float"),
-        (lambda: _spans([2, 2]), TypeError, "lengths must be a Tensor, got list"),
-        (lambda: _spans(torch.tensor([2.0, 2.0])), ValueError, "lengths must be int64 or int32 of .*got torch.float32"),
-        (lambda: _spans(torch.tensor([2])), ValueError, r"lengths must be .* of shape \(2,\), got .* shape \(1,\)"),
-        (lambda: _spans(torch.tensor([2, 5])), ValueError, "lengths must be from 0 to length, 4, got 5"),
-        (lambda: _spans(torch.tensor([2, -1])), ValueError, "lengths must be from 0 to length, 4, got -1"),
-        (lambda: block_masking_ids(2, 4, -4, 0.5), ValueError, "width must not be negative, got -4"),
-        (lambda: block_masking_ids(2, 4, 4, 0.5, min_block=0), ValueError, "min_block must be from 1 to .* got 0"),
-        (lambda: block_masking_ids(2, 4, 4, 0.5, max_block=9), ValueError, "min_block must be from 1 to .*9, got 16"),
-        (lambda: block_masking_ids(2, 4, 4, 0.5, max_block="9"), TypeError, "max_block must be an integer, got str"),
-        (lambda: block_masking_ids(2, 4, 4, 0.5, aspect_ratio=(2, 1)), ValueError, r"in ascending order, got \(2, 1\)"),
-        (lambda: block_masking_ids(2, 4, 4, 0.5, aspect_ratio=(0, 1)), ValueError, r"1/1000 to 1000.*got \(0, 1\)"),
-        (lambda: block_masking_ids(2, 4, 4, 0.5, aspect_ratio=("a", 1)), TypeError, "aspect_ratio must be a number"),
-        (
-            lambda: block_masking_ids(2, 4, 4, 0.5, aspect_ratio=3),
-            TypeError,
-            "aspect_ratio must be two numbers, got int",
-        ),
     ],
 )
 def test_bad_input(call, error, match, backend):

@@ -14,13 +14,9 @@ import fastssl
 from fastssl.functional import enqueue_, info_nce, similarity_logsumexp
 from fastssl.nn import InfoNCELoss, MemoryBank, MemoryBankModule
 from fastssl.reference import memory_bank as reference
+from tests.inputs import DTYPES, unit
 
 pytestmark = pytest.mark.sanitized
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-def _unit(*shape: int, seed: int = 0) -> Tensor:
-    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
 
 
 @pytest.mark.parametrize("size", [1, 4, 7, 64])
@@ -29,7 +25,7 @@ def test_the_last_keys_are_kept(size):
     bank = MemoryBank(size, 3)
     expected, position = bank.keys.clone(), 0
     for seed, batch in enumerate([4, 4, 3, 1, 0, 17, 5, 7, 2, 64, 15]):
-        keys = _unit(batch, 3, seed=seed)
+        keys = unit(batch, 3, seed=seed)
         for key in keys:
             expected[position] = key
             position = (position + 1) % size
@@ -145,17 +141,17 @@ def test_bad_queues(args, error, match, chosen):
 
 def test_may_normalise_what_it_is_given():
     bank = MemoryBank(4, 3, normalize=True)
-    keys = 5 * _unit(2, 3)
+    keys = 5 * unit(2, 3)
     bank.update(keys)
-    torch.testing.assert_close(bank.keys[:2], _unit(2, 3))
+    torch.testing.assert_close(bank.keys[:2], unit(2, 3))
 
 
 def test_is_updated_in_place():
     bank = MemoryBank(8, 3)
     keys, address = bank.keys, bank.keys.data_ptr()
-    bank.update(_unit(5, 3).requires_grad_())
+    bank.update(unit(5, 3).requires_grad_())
     assert bank.keys is keys and keys.data_ptr() == address and not keys.requires_grad
-    assert torch.equal(keys[:5], _unit(5, 3))
+    assert torch.equal(keys[:5], unit(5, 3))
 
 
 def test_starts_with_random_unit_rows():
@@ -168,13 +164,13 @@ def test_starts_with_random_unit_rows():
 def test_state_dict():
     """Goes on where it was."""
     first, second = MemoryBank(7, 3), MemoryBank(7, 3)
-    first.update(_unit(5, 3))
+    first.update(unit(5, 3))
     file = io.BytesIO()
     torch.save(first.state_dict(), file)
     file.seek(0)
     second.load_state_dict(torch.load(file))
     for bank in (first, second):
-        bank.update(_unit(4, 3, seed=1))
+        bank.update(unit(4, 3, seed=1))
     assert torch.equal(first.keys, second.keys) and first.position == second.position == 2
     assert sorted(nn.ModuleDict({"bank": first}).state_dict()) == ["bank.keys", "bank.position"]
 
@@ -192,7 +188,7 @@ def _losses_of_similarities(query: Tensor, key: Tensor, keys: Tensor) -> Tensor:
 def test_may_be_overwritten_before_the_backward_pass(loss, chosen):
     """The queue that a loss saw counts, not the one that is there when it is differentiated."""
     bank = MemoryBank(8, 6)
-    steps = [(_unit(3, 6, seed=2 * s).requires_grad_(), _unit(3, 6, seed=2 * s + 1)) for s in range(4)]
+    steps = [(unit(3, 6, seed=2 * s).requires_grad_(), unit(3, 6, seed=2 * s + 1)) for s in range(4)]
     expected = []
     losses = 0
     for query, key in steps:
@@ -205,7 +201,7 @@ def test_may_be_overwritten_before_the_backward_pass(loss, chosen):
 
 
 def test_keys_that_need_a_gradient_must_not_be_overwritten(backend):
-    query, keys = _unit(3, 6).requires_grad_(), _unit(8, 6, seed=1).requires_grad_()
+    query, keys = unit(3, 6).requires_grad_(), unit(8, 6, seed=1).requires_grad_()
     loss = similarity_logsumexp(query, keys, scale=5.0).sum()
     with torch.no_grad():
         keys[0] = 0
@@ -216,7 +212,7 @@ def test_keys_that_need_a_gradient_must_not_be_overwritten(backend):
 def test_no_copy_of_the_queue(backend):
     """A step with a queue of 64 MiB allocates less than 8, or in the portable code the blocks it works in."""
     bank, loss = MemoryBank(1 << 17, 128), InfoNCELoss(0.2, normalize=False)
-    query, key = _unit(2, 128).requires_grad_(), _unit(2, 128, seed=1)
+    query, key = unit(2, 128).requires_grad_(), unit(2, 128, seed=1)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         value = loss(query, key, bank.keys)
         bank.update(key)
@@ -239,7 +235,7 @@ def test_compile(size):
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     for seed in range(4):
-        query, key = _unit(5, 6, seed=2 * seed).requires_grad_(), _unit(5, 6, seed=2 * seed + 1)
+        query, key = unit(5, 6, seed=2 * seed).requires_grad_(), unit(5, 6, seed=2 * seed + 1)
         pairs = [(step, bank), (compiled, other)]
         values = [(f(b, query, key), b) for f, b in pairs]
         gradients = [torch.autograd.grad(value, query)[0] for value, _ in values]
@@ -268,9 +264,9 @@ def test_a_position_beyond_the_last_row_goes_round(name, place):
 
 def test_dtypes():
     bank = MemoryBank(4, 3, dtype=torch.bfloat16)
-    bank.update(_unit(2, 3))
-    assert bank.keys.dtype == torch.bfloat16 and torch.equal(bank.keys[:2], _unit(2, 3).bfloat16())
-    bank.double().update(_unit(2, 3))
+    bank.update(unit(2, 3))
+    assert bank.keys.dtype == torch.bfloat16 and torch.equal(bank.keys[:2], unit(2, 3).bfloat16())
+    bank.double().update(unit(2, 3))
     assert bank.keys.dtype == torch.float64 and bank.position.dtype == torch.int64 and bank.position == 0
 
 
@@ -305,7 +301,7 @@ def test_lightlys_module(feature_dim_first, lightly):
     ours, theirs = modules
     assert ours.size == theirs.size == (7, 3) and not ours.state_dict() and not theirs.state_dict()
     for seed, batch in enumerate([3, 3, 3, 7, 1, 2]):
-        output = _unit(batch, 3, seed=seed).requires_grad_()
+        output = unit(batch, 3, seed=seed).requires_grad_()
         before = ours.bank.clone()
         for update in (False, True):
             results = [module(output, labels=None, update=update) for module in modules]

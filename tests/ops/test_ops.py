@@ -33,9 +33,8 @@ from tests.accuracy import (
     values,
     weighted_error,
 )
+from tests.inputs import FLOATS
 from tests.recorder import recorded_calls
-
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @functools.cache

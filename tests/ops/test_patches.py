@@ -15,8 +15,8 @@ from fastssl.nn import PatchEmbed
 from fastssl.ops import patches
 from fastssl.reference import patches as reference
 from tests.accuracy import with_tensors
+from tests.inputs import DTYPES, normal, seeded, some_ids
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SIZES = (  # of images, and of their patches
     ((2, 3, 8, 12), (4, 4)),
     ((3, 1, 3, 17), (3, 17)),
@@ -27,25 +27,12 @@ SIZES = (  # of images, and of their patches
 )
 
 
-def _seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def _normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=_seeded(seed)).to(dtype)
-
-
 def _layouts(x: Tensor) -> list[Tensor]:
     """The same images contiguous, with channels last, turned, with gaps of NaN, and one element off alignment."""
     gaps = x.new_full((*x.shape[:-1], 2 * x.shape[-1] + 3), math.nan)[..., 1:-2:2]
     shifted = x.new_full((x.numel() + 1,), math.nan)[1:].view(x.shape)
     last = x.movedim(1, -1).contiguous().movedim(-1, 1)
     return [x, last, x.transpose(-1, -2).contiguous().transpose(-1, -2), gaps.copy_(x), shifted.copy_(x)]
-
-
-def _ids(batch: int, count: int, below: int, dtype: torch.dtype = torch.int64) -> Tensor:
-    """With repetitions."""
-    return torch.randint(below, (batch, count), generator=_seeded(1)).to(dtype)
 
 
 def _length(size: tuple[int, ...], patch: tuple[int, ...]) -> int:
@@ -66,13 +53,13 @@ def _relative(result: Tensor, truth: Tensor) -> float:
 @pytest.mark.sanitized
 def test_patch_loss_of_images_in_any_layout(size, patch, norm, kernels):
     length = _length(size, patch)
-    pred = _normal(size[0], length, size[1] * math.prod(patch), seed=1).requires_grad_()
-    mask = torch.rand(size[0], length, generator=_seeded(2)) < 0.6
+    pred = normal(size[0], length, size[1] * math.prod(patch), seed=1).requires_grad_()
+    mask = torch.rand(size[0], length, generator=seeded(2)) < 0.6
     arguments = {**_of_patch(patch), "norm_pix_loss": norm, "reduction": "none"}
-    images = _normal(*size)
+    images = normal(*size)
     exact = pred.detach().double().requires_grad_()
     truth = reference.masked_patch_loss(exact, images.double(), mask, **arguments)
-    cotangent = _normal(*mask.shape, seed=3)
+    cotangent = normal(*mask.shape, seed=3)
     (gradient,) = torch.autograd.grad(truth, exact, cotangent.double())
     for layout in _layouts(images):
         loss = masked_patch_loss(pred, layout, mask, **arguments)
@@ -85,10 +72,10 @@ def test_patch_loss_of_images_in_any_layout(size, patch, norm, kernels):
 @pytest.mark.parametrize("dtype, other", list(itertools.product(DTYPES, DTYPES)), ids=str)
 def test_dtypes_may_differ(dtype, other, kernels):
     """Every input is exact in its dtype, sums are float32: so accurate is the loss, and the gradient in its dtype."""
-    mask = torch.rand(3, 6, generator=_seeded(2)) < 0.6
-    pred = _normal(3, 6, 48, dtype=dtype, seed=1).requires_grad_()
+    mask = torch.rand(3, 6, generator=seeded(2)) < 0.6
+    pred = normal(3, 6, 48, dtype=dtype, seed=1).requires_grad_()
     exact = pred.detach().double().requires_grad_()
-    images, features = _normal(3, 3, 8, 12, dtype=other), _normal(3, 6, 48, dtype=other)
+    images, features = normal(3, 3, 8, 12, dtype=other), normal(3, 6, 48, dtype=other)
     for function, target, arguments in (
         (masked_patch_loss, images, {"patch_size": 4}),
         (masked_feature_loss, features, {"loss": "smooth_l1", "beta": 0.7}),
@@ -107,8 +94,8 @@ def test_dtypes_may_differ(dtype, other, kernels):
 @pytest.mark.parametrize("loss", ["patch", "smooth_l1", "cosine", "mse"])
 @pytest.mark.sanitized
 def test_predictions_and_masks_in_any_layout(loss, kernels):
-    mask = (torch.rand(12, 4, generator=_seeded(2)) < 0.6).T
-    images, pred, cotangent = _normal(4, 3, 12, 16), _normal(4, 13, 50, seed=1)[:, 1:, 1:49], _normal(12, 4, seed=3).T
+    mask = (torch.rand(12, 4, generator=seeded(2)) < 0.6).T
+    images, pred, cotangent = normal(4, 3, 12, 16), normal(4, 13, 50, seed=1)[:, 1:, 1:49], normal(12, 4, seed=3).T
     results = []
     for x, m, grad in (
         (pred, mask.contiguous(), cotangent.contiguous()),
@@ -127,11 +114,11 @@ def test_predictions_and_masks_in_any_layout(loss, kernels):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_expanded_gradients_of_patches(dtype, kernels):
     images, ids = (
-        _normal(4, 3, 12, 16).to(dtype).requires_grad_(),
+        normal(4, 3, 12, 16).to(dtype).requires_grad_(),
         torch.tensor([[1, 5, 5], [0, 1, 2], [9, 3, 9], [2, 2, 2]]),
     )
     out = patches.gather_patches(images, ids, (4, 4))
-    for part in (_normal(1, 1, 1), _normal(4, 1, 1), _normal(4, 3, 1), _normal(1, 1, 48)):
+    for part in (normal(1, 1, 1), normal(4, 1, 1), normal(4, 3, 1), normal(1, 1, 48)):
         cotangent = part.to(dtype).expand(out.shape)
         gradients = (
             torch.autograd.grad(out, images, g, retain_graph=True)[0] for g in (cotangent, cotangent.contiguous())
@@ -142,9 +129,9 @@ def test_expanded_gradients_of_patches(dtype, kernels):
 @pytest.mark.parametrize("loss", ["patch", "smooth_l1", "cosine", "mse"])
 def test_what_is_not_masked_is_not_used(loss, kernels):
     """NaN there changes nothing, and gets the gradient 0; NaN where masked comes through, in its patch."""
-    mask = torch.rand(4, 12, generator=_seeded(2)) < 0.6
+    mask = torch.rand(4, 12, generator=seeded(2)) < 0.6
     mask[1], mask[2, :4] = False, False  # a sample, and a row of patches
-    images, pred = _normal(4, 3, 12, 16), _normal(4, 12, 48, seed=1)
+    images, pred = normal(4, 3, 12, 16), normal(4, 12, 48, seed=1)
     by_patches = patches._by_patches(images, (4, 4))  # a view
 
     def evaluate() -> tuple[Tensor, Tensor]:
@@ -172,7 +159,7 @@ def test_what_is_not_masked_is_not_used(loss, kernels):
 
 
 def test_reductions(backend):
-    pred, images, mask = _normal(2, 6, 48), _normal(2, 3, 8, 12), torch.rand(2, 6) < 0.5
+    pred, images, mask = normal(2, 6, 48), normal(2, 3, 8, 12), torch.rand(2, 6) < 0.5
     mask[0, 0] = True
     for function, arguments in (
         (masked_patch_loss, (pred, images, mask, 4)),
@@ -189,7 +176,7 @@ def test_reductions(backend):
 @pytest.mark.sanitized
 def test_rows_of_any_length(elements, kernels):
     """About a vector's and a run of vectors' length."""
-    pred, target, mask = _normal(2, 3, elements), _normal(2, 3, elements, seed=1), torch.ones(2, 3)
+    pred, target, mask = normal(2, 3, elements), normal(2, 3, elements, seed=1), torch.ones(2, 3)
     leaf, exact = pred.requires_grad_(), pred.detach().double().requires_grad_()
     for loss in ("smooth_l1", "cosine", "mse"):
         values = masked_feature_loss(leaf, target, mask, loss=loss, reduction="none")
@@ -204,7 +191,7 @@ def test_rows_of_any_length(elements, kernels):
 
 def test_an_image_with_an_offset(kernels):
     """The variance is not the difference of two large numbers."""
-    images, pred, mask = _normal(2, 3, 32, 32) + 1000, _normal(2, 4, 768), torch.ones(2, 4)
+    images, pred, mask = normal(2, 3, 32, 32) + 1000, normal(2, 4, 768), torch.ones(2, 4)
     for norm in (True, "per_channel"):
         truth, eager = (
             reference.masked_patch_loss(pred.to(dtype), images.to(dtype), mask, 16, norm_pix_loss=norm)
@@ -215,7 +202,7 @@ def test_an_image_with_an_offset(kernels):
 
 
 def test_images_without_a_graph_may_require_grad():
-    pred, images, mask = _normal(2, 6, 48), _normal(2, 3, 8, 12).requires_grad_(), torch.ones(2, 6)
+    pred, images, mask = normal(2, 6, 48), normal(2, 3, 8, 12).requires_grad_(), torch.ones(2, 6)
     with torch.no_grad():
         assert masked_patch_loss(pred, images, mask, 4) == masked_patch_loss(pred, images.detach(), mask, 4)
 
@@ -225,12 +212,12 @@ def test_images_without_a_graph_may_require_grad():
 @pytest.mark.sanitized
 def test_gather_and_scatter(size, patch, dtype, backend):
     length = _length(size, patch)
-    for images, kind in itertools.product(_layouts(_normal(*size, dtype=dtype)), (torch.int64, torch.int32)):
-        ids = _ids(size[0], length + 2, length, kind)
+    for images, kind in itertools.product(_layouts(normal(*size, dtype=dtype)), (torch.int64, torch.int32)):
+        ids = some_ids(size[0], length + 2, length, kind)
         gathered = patches.gather_patches(images, ids, patch)
         assert torch.equal(gathered, reference.gather_patches(images, ids, patch)) and gathered.is_contiguous()
-    cotangent = _normal(*gathered.shape, dtype=dtype, seed=3)
-    leaf = _normal(*size).double().requires_grad_()
+    cotangent = normal(*gathered.shape, dtype=dtype, seed=3)
+    leaf = normal(*size).double().requires_grad_()
     (truth,) = torch.autograd.grad(reference.gather_patches(leaf, ids, patch), leaf, cotangent.double())
     for grad in (cotangent, cotangent.transpose(0, 2).contiguous().transpose(0, 2)):
         scattered = patches.scatter_patches(grad, ids, size, patch)
@@ -241,23 +228,23 @@ def test_gather_and_scatter(size, patch, dtype, backend):
 
 
 def test_no_patches_are_gathered(backend):
-    images, ids = _normal(2, 3, 4, 4), torch.empty(2, 0, dtype=torch.int64)
+    images, ids = normal(2, 3, 4, 4), torch.empty(2, 0, dtype=torch.int64)
     assert patches.gather_patches(images, ids, [2, 2]).shape == (2, 0, 12)
-    assert (patches.scatter_patches(_normal(2, 0, 12), ids, [2, 3, 4, 4], [2, 2]) == 0).all()
+    assert (patches.scatter_patches(normal(2, 0, 12), ids, [2, 3, 4, 4], [2, 2]) == 0).all()
 
 
 @pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("size, patch", SIZES, ids=str)
 def test_patch_embed(size, patch, keep, backend):
     """A convolution, then a gather, with all gradients."""
-    leaves = _normal(*size), _normal(7, size[1], *patch, seed=1), _normal(7, seed=2)
-    ids = _ids(size[0], 3, _length(size, patch)) if keep else None
+    leaves = normal(*size), normal(7, size[1], *patch, seed=1), normal(7, seed=2)
+    ids = some_ids(size[0], 3, _length(size, patch)) if keep else None
 
     def evaluate(function, dtype, bias=True):
         images, weight, b = (x.to(dtype).requires_grad_() for x in leaves)
         inputs = (images, weight, b) if bias else (images, weight)
         tokens = function(images, weight, b if bias else None, ids)
-        return tokens, *torch.autograd.grad(tokens, inputs, _normal(*tokens.shape, dtype=dtype, seed=3))
+        return tokens, *torch.autograd.grad(tokens, inputs, normal(*tokens.shape, dtype=dtype, seed=3))
 
     for bias in (True, False):
         results, truth = (
@@ -270,7 +257,11 @@ def test_patch_embed(size, patch, keep, backend):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_patch_embed_is_as_accurate_as_eager(dtype, backend):
-    images, weight, ids = _normal(4, 3, 32, 32, dtype=dtype), _normal(64, 3, 16, 16, dtype=dtype, seed=1), _ids(4, 2, 4)
+    images, weight, ids = (
+        normal(4, 3, 32, 32, dtype=dtype),
+        normal(64, 3, 16, 16, dtype=dtype, seed=1),
+        some_ids(4, 2, 4),
+    )
     truth = reference.patch_embed(images.double(), weight.double(), None, ids)
     eager = _relative(reference.patch_embed(images, weight, None, ids), truth)
     assert _relative(patch_embed(images, weight, None, ids), truth) <= 2 * eager
@@ -287,15 +278,15 @@ def _gradient(pred: Tensor, target: Tensor, **options) -> Tensor:
 
 
 def test_what_is_equal_has_no_gradient_in_l1(kernels):
-    pred, target = _normal(1, 2, 37), _normal(1, 2, 37, seed=1)
-    equal = torch.rand(pred.shape, generator=_seeded()) < 0.5
+    pred, target = normal(1, 2, 37), normal(1, 2, 37, seed=1)
+    equal = torch.rand(pred.shape, generator=seeded()) < 0.5
     gradient = _gradient(pred, target.where(~equal, pred), beta=0.0)
     torch.testing.assert_close(gradient, (pred - target).sign().where(~equal, 0) / 37)
 
 
 def test_simmim(backend):
     """Its code's loss: absolute differences of masked pixels, through channels of a convolution that are shuffled."""
-    images, pred, mask = _normal(2, 3, 16, 24), _normal(2, 48, 4, 6, seed=1), _normal(2, 4, 6, seed=2) > 0
+    images, pred, mask = normal(2, 3, 16, 24), normal(2, 48, 4, 6, seed=1), normal(2, 4, 6, seed=2) > 0
     pixels = torch.nn.functional.pixel_shuffle(pred, 4)
     masked = mask.float().repeat_interleave(4, 1).repeat_interleave(4, 2)[:, None]
     expected = ((images - pixels).abs() * masked).sum() / masked.sum() / 3
@@ -305,14 +296,14 @@ def test_simmim(backend):
 
 
 def test_gradient_of_the_cosine_of_a_row_below_its_clamp(kernels):
-    target = _normal(1, 1, 37)
-    gradient = _gradient(1e-14 * (target + _normal(1, 1, 37, seed=1)), target, loss="cosine")
+    target = normal(1, 1, 37)
+    gradient = _gradient(1e-14 * (target + normal(1, 1, 37, seed=1)), target, loss="cosine")
     torch.testing.assert_close(gradient, -target / target.norm() / 1e-12)
 
 
 @pytest.mark.parametrize("loss", ["smooth_l1", "cosine", "mse"])
 def test_a_gradient_in_bfloat16_is_that_in_float32_rounded(kernels, loss):
-    pred, target = _normal(1, 5, 37, dtype=torch.bfloat16), _normal(1, 5, 37, seed=1)
+    pred, target = normal(1, 5, 37, dtype=torch.bfloat16), normal(1, 5, 37, seed=1)
     gradient, exact = (_gradient(x, target, loss=loss) for x in (pred, pred.float()))
     assert gradient.dtype == torch.bfloat16
     torch.testing.assert_close(gradient, exact.bfloat16(), rtol=0, atol=0)
@@ -320,25 +311,25 @@ def test_a_gradient_in_bfloat16_is_that_in_float32_rounded(kernels, loss):
 
 def test_derivatives_are_numerically_right(backend):
     def double(*shape: int) -> Tensor:
-        return _normal(*shape, seed=4).double().requires_grad_()
+        return normal(*shape, seed=4).double().requires_grad_()
 
-    ids, mask = _ids(2, 5, 6), torch.tensor([[True, False, True]])
+    ids, mask = some_ids(2, 5, 6), torch.tensor([[True, False, True]])
     for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
         assert check(lambda x: patches.gather_patches(x, ids, [2, 1]), (double(2, 2, 4, 3),))
         assert check(lambda x: patches.scatter_patches(x, ids, [2, 2, 4, 3], [2, 1]), (double(2, 5, 4),))
         assert check(lambda x, w, b: patch_embed(x, w, b, ids), (double(2, 1, 4, 3), double(2, 1, 2, 1), double(2)))
         for norm in (True, "per_channel"):
-            images = _normal(1, 2, 2, 6).double()
+            images = normal(1, 2, 2, 6).double()
             assert check(lambda x: masked_patch_loss(x, images, mask, 2, norm_pix_loss=norm), (double(1, 3, 8),))  # noqa: B023
         for loss in ("smooth_l1", "cosine", "mse"):
-            target = _normal(1, 3, 5, seed=5).double()
+            target = normal(1, 3, 5, seed=5).double()
             assert check(lambda x: masked_feature_loss(x, target, mask, loss=loss, beta=0.7), (double(1, 3, 5),))  # noqa: B023
 
 
 @pytest.mark.parametrize("suffix", ["", "_portable"])
 def test_opcheck(suffix):
-    images, ids, mask = _normal(2, 3, 4, 6).requires_grad_(), _ids(2, 4, 6), torch.rand(2, 6) < 0.5
-    pred, grad = _normal(2, 6, 12), _normal(2, 6)  # whose second derivatives nothing traces
+    images, ids, mask = normal(2, 3, 4, 6).requires_grad_(), some_ids(2, 4, 6), torch.rand(2, 6) < 0.5
+    pred, grad = normal(2, 6, 12), normal(2, 6)  # whose second derivatives nothing traces
     for name, args in {
         "gather_patches": (images, ids, [2, 2]),
         "scatter_patches": (pred[:, :4].clone().requires_grad_(), ids, [2, 3, 4, 6], [2, 2]),
@@ -349,8 +340,8 @@ def test_opcheck(suffix):
 
 
 def test_threads_change_nothing(kernels):
-    images, pred, mask = _normal(20, 3, 32, 48), _normal(20, 6, 768), torch.rand(20, 6) < 0.7
-    ids, leaf = _ids(20, 3, 6), pred.requires_grad_()
+    images, pred, mask = normal(20, 3, 32, 48), normal(20, 6, 768), torch.rand(20, 6) < 0.7
+    ids, leaf = some_ids(20, 3, 6), pred.requires_grad_()
     results = []
     for threads in (1, 2):
         torch.set_num_threads(threads)
@@ -364,13 +355,13 @@ def test_threads_change_nothing(kernels):
 def test_reads_no_uninitialised_memory(kernels):
     """New tensors come filled with NaN."""
     torch.use_deterministic_algorithms(True)
-    images, ids = _normal(3, 3, 8, 12), _ids(3, 2, 6)
+    images, ids = normal(3, 3, 8, 12), some_ids(3, 2, 6)
     gathered = patches.gather_patches(images, ids, [4, 4])
     assert gathered.isfinite().all()
     assert patches.scatter_patches(gathered, ids, images.shape, [4, 4]).isfinite().all()
-    pred = _normal(3, 6, 48).requires_grad_()
+    pred = normal(3, 6, 48).requires_grad_()
     for share in (0.0, 0.5, 1.0):
-        mask = torch.rand(3, 6, generator=_seeded(2)) < share
+        mask = torch.rand(3, 6, generator=seeded(2)) < share
         for loss in (
             masked_patch_loss(pred, images, mask, 4, reduction="none"),
             masked_feature_loss(pred, pred.detach() + 1, mask, reduction="none"),
@@ -380,7 +371,7 @@ def test_reads_no_uninitialised_memory(kernels):
 
 
 def test_backends_agree():
-    images, weight, bias, ids = _normal(2, 3, 8, 12), _normal(5, 3, 4, 4), _normal(5), _ids(2, 3, 6)
+    images, weight, bias, ids = normal(2, 3, 8, 12), normal(5, 3, 4, 4), normal(5), some_ids(2, 3, 6)
     results = []
     for name in ("auto", "portable", "reference"):
         with fastssl.use_backend(name):

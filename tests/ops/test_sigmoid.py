@@ -13,26 +13,26 @@ from hypothesis import strategies as st
 import fastssl
 from fastssl.functional import siglip_loss
 from fastssl.reference import OPS, Sample
-from tests.accuracy import Results, assert_as_accurate_as_eager, evaluate, public, truth_and_eager, unreduced
+from tests.accuracy import (
+    Results,
+    assert_as_accurate_as_eager,
+    evaluate,
+    public,
+    truth_and_eager,
+    unreduced,
+)
+from tests.inputs import normal, unit
 
 SIZES = (1, 3, 63, 64, 65, 127, 128, 129, 255, 257, 513)
 DIMS = (1, 2, 15, 16, 17, 31, 33, 100, 130, 257, 768)
 SPEC = OPS["siglip_loss"]
 
 
-def _rows(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def _unit(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return F.normalize(_rows(*shape, seed=seed), dim=1).to(dtype)
-
-
 @functools.cache
 def _ragged(rows: int, dim: int) -> tuple[Sample, tuple[Results, Results]]:
     scalars = (torch.tensor(value, requires_grad=True) for value in (10.0, -3.0))
     # Unit rows of one feature are 1 or -1, and a sum of equal terms is always rounded to the same side.
-    leaves = [_unit(rows, dim, seed=seed) if dim > 1 else _rows(rows, dim, seed=seed) for seed in (0, 1)]
+    leaves = [unit(rows, dim, seed=seed) if dim > 1 else normal(rows, dim, seed=seed) for seed in (0, 1)]
     leaves = (*(x.requires_grad_() for x in leaves), *scalars)
     sample = unreduced(SPEC, Sample("ragged", leaves))
     return sample, truth_and_eager(SPEC, sample)
@@ -56,7 +56,7 @@ def test_every_edge_of_a_tile(name, rows, kernels):
     seed=st.integers(0, 2**30),
 )
 def test_is_a_binary_cross_entropy(batch, dim, scale, bias, seed):
-    x, y = _unit(batch, dim, seed=seed), _unit(batch, dim, seed=seed + 1)
+    x, y = unit(batch, dim, seed=seed), unit(batch, dim, seed=seed + 1)
     expected = F.binary_cross_entropy_with_logits(scale * x @ y.T + bias, torch.eye(batch), reduction="sum")
     close = {"rtol": 1e-4, "atol": 1e-5 * batch}
     torch.testing.assert_close(siglip_loss(x, y, scale, bias, reduction="sum"), expected, **close)
@@ -70,7 +70,7 @@ def test_is_a_binary_cross_entropy(batch, dim, scale, bias, seed):
 @pytest.mark.parametrize("name", ["siglip_loss"])
 def test_decisions_that_are_certain(name, bias, kernels):
     """Sigmoids of 0 and 1: no overflow, and the gradients of a line."""
-    x, y = _unit(33, 8).requires_grad_(), _unit(33, 8, seed=1).requires_grad_()
+    x, y = unit(33, 8).requires_grad_(), unit(33, 8, seed=1).requires_grad_()
     loss = siglip_loss(x, y, 5.0, bias, reduction="sum")
     positive, negative = (33, 0) if bias < 0 else (0, 33 * 32)
     S = 5 * x.detach().double() @ y.detach().double().T + bias
@@ -93,7 +93,7 @@ def test_a_small_loss_keeps_its_digits(kernels):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_opcheck_of_rectangles(dtype, exclude, variant):
     """similarity_softplus, which a ring of processes runs on its own rows and another's."""
-    x, y = _unit(9, 8, dtype=dtype).requires_grad_(), _unit(8, 5, seed=1, dtype=dtype).T.requires_grad_()
+    x, y = unit(9, 8, dtype=dtype).requires_grad_(), unit(8, 5, seed=1, dtype=dtype).T.requires_grad_()
     sums = torch.float64 if dtype == torch.float64 else torch.float32
     scalars = (torch.tensor(value, dtype=sums, requires_grad=True) for value in (10.0, -3.0))
     op = getattr(torch.ops.fastssl, f"similarity_softplus{variant}").default
@@ -101,7 +101,7 @@ def test_opcheck_of_rectangles(dtype, exclude, variant):
 
 
 def test_the_value_is_the_same_without_gradients(backend):
-    x, y = _unit(70, 20), _unit(70, 20, seed=1)
+    x, y = unit(70, 20), unit(70, 20, seed=1)
     value = siglip_loss(x, y, 10.0, -10.0)
     assert not value.requires_grad
     assert torch.equal(value, siglip_loss(x.requires_grad_(), y, 10.0, -10.0).detach())
@@ -110,7 +110,7 @@ def test_the_value_is_the_same_without_gradients(backend):
 
 
 def test_bias_is_zero_by_default(backend):
-    x, y = _unit(9, 8), _unit(9, 8, seed=1)
+    x, y = unit(9, 8), unit(9, 8, seed=1)
     assert torch.equal(siglip_loss(x, y, 10.0), siglip_loss(x, y, 10.0, 0.0))
 
 
@@ -119,7 +119,7 @@ def test_mean_of_an_empty_batch_is_nan(backend):
 
 
 def test_use_backend_reference_is_the_formula():
-    x, y = _unit(9, 8), _unit(9, 8, seed=1)
+    x, y = unit(9, 8), unit(9, 8, seed=1)
     with fastssl.use_backend("reference"):
         assert torch.equal(siglip_loss(x, y, 10.0, -1.0), SPEC.reference(x, y, 10.0, -1.0))
 
