@@ -195,7 +195,7 @@ struct Autograd : c10::OperatorKernel {
 
 TORCH_LIBRARY_IMPL(fastssl, AutogradCPU, m) {
   for (const char* name : {"nt_xent", "similarity_logsumexp", "pair_logsumexp", "self_logsumexp", "clip_loss",
-                           "sup_con", "similarity_softplus", "siglip_loss", "barlow_twins", "vicreg",
+                           "info_nce", "sup_con", "similarity_softplus", "siglip_loss", "barlow_twins", "vicreg",
                            "variance_covariance", "masked_patch_loss", "masked_feature_loss", "restore_tokens"})
     m.impl(name, torch::CppFunction::makeFromBoxedFunctor(std::make_unique<Autograd>(name)));
 }

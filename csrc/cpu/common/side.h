@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <utility>
 #include <vector>
 
@@ -157,15 +158,22 @@ struct Gathered {
   }
 };
 
-// <x_i, y_i> for all rows of two sides, unrounded.
+// <x_i, y_i> of row i of two sides, (normalised but) unrounded. `spare`: 2 x.dim floats.
+inline double dot_row(const Side& x, const Side& y, int64_t i, float* spare) {
+  const float* const to_x = x.inverse_norm.const_data_ptr<float>();
+  const float* const to_y = y.inverse_norm.const_data_ptr<float>();
+  const double dot = x.engine.tile.dot(x.rows[i], y.rows[i], x.rows.element, x.rows.dim, spare);
+  return dot * std::abs(to_x[i]) * std::abs(to_y[i]);
+}
+
+// The same of all rows.
 inline Tensor dot_rows(const Side& x, const Side& y) {
   const Tensor dots = at::empty({x.count}, at::kFloat);
   float* const dot = dots.mutable_data_ptr<float>();
   const Blocks scratch(x.threads, 2 * x.dim * 4);
   run(x.threads, x.cut.blocks, [&](int64_t b) {
     for (int64_t i = x.first(b); i < x.first(b) + x.size(b); ++i)
-      dot[i] = static_cast<float>(
-          x.engine.tile.dot(x.rows[i], y.rows[i], x.rows.element, x.rows.dim, scratch.floats(slot(x.threads))));
+      dot[i] = static_cast<float>(dot_row(x, y, i, scratch.floats(slot(x.threads))));
   });
   return dots;
 }
@@ -186,13 +194,14 @@ inline double finish_side(const Gathered& gathered, const Positives* positives, 
   char* const out = static_cast<char*>(dx.mutable_data_ptr());
   const int64_t row_bytes = side.rows.dim * dx.element_size();
   const float* const inverse_norm = side.inverse_norm.const_data_ptr<float>();
+  const float* const other_norm = positives ? positives->other.inverse_norm.const_data_ptr<float>() : nullptr;
   run(side.threads, side.cut.blocks, [&](int64_t b) {
     float* const row = scratch.floats(slot(side.threads));
     float* const sums = gathered(b, row + side.dim);
     for (int64_t r = 0; r < side.size(b); ++r) {
       const int64_t i = side.first(b) + r;
       along[b] += side.engine.tile.finish(side.rows[i], inverse_norm[i],
-                                          positives ? positives->other.rows[i] : nullptr, 1,
+                                          positives ? positives->other.rows[i] : nullptr, positives ? other_norm[i] : 1,
                                           positives ? positives->weight[i] : 0, scale, side.normalize,
                                           side.rows.element, side.rows.dim, sums + r * side.dim, row,
                                           element_of(dx), out + i * row_bytes);

@@ -1,5 +1,5 @@
-// CLIP's loss on the CPU (arXiv:2103.00020): with S = scale X Y^T the mean of the cross-entropies of rows and of
-// columns, the diagonal being positive.
+// CLIP's loss on the CPU (arXiv:2103.00020): with S = scale X Y^T of (normalised) rows the mean of the
+// cross-entropies of rows and of columns, the diagonal being positive.
 //
 // The positives, whose weights do not average out, do not go through rounded products: they are left out of the tiles,
 // and applied to unrounded rows.
@@ -7,24 +7,20 @@
 
 #include "common/checks.h"
 #include "common/portable.h"
-#include "common/softplus.h"
+#include "contrastive/cross_entropy.h"
 #include "contrastive/pairs.h"
 
 namespace fastssl {
 namespace {
 
-// One row of CLIP's loss is the softplus of n - p, n = shift + log(total) being that of the negatives and p the
-// positive's S. Its slope is the derivative by n, and minus that by p.
-Softplus cross_entropy(float total, float shift, float p) {
-  return Softplus(total == 0 ? -std::numeric_limits<double>::infinity() : std::log(double(total)) + shift - p);
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> clip_loss(const Tensor& x_, const Tensor& y_,
-                                                                     const Tensor& scale, c10::string_view precision) {
+                                                                     const Tensor& scale, bool normalize,
+                                                                     c10::string_view precision) {
   check_pairs("image_features and text_features", x_, y_, scale);
   const Engine engine(precision);
   const int threads = threads_for(x_.size(0), y_.size(0), x_.size(1));
-  const Side x(x_, kRows, engine, threads), y(y_, kColumns, engine, threads);
+  const Side x(x_, x_.narrow(0, 0, 0), normalize, kRows, engine, threads);
+  const Side y(y_, y_.narrow(0, 0, 0), normalize, kColumns, engine, threads);
   const Exponent e(scale, x, y);
   const auto [rows, columns] = sum_pair({x, y, e.factor, e.excluded, nullptr, true}, e);
   const auto [row_total, row_shift] = finish_sums(rows, x.count, e);
@@ -45,13 +41,14 @@ std::tuple<Tensor, Tensor, Tensor> clip_loss_backward(const Tensor& grad_loss, c
                                                       const Tensor& scale, const Tensor& positive,
                                                       const Tensor& row_total, const Tensor& row_shift,
                                                       const Tensor& column_total, const Tensor& column_shift,
-                                                      c10::string_view precision) {
+                                                      bool normalize, c10::string_view precision) {
   check_pairs("image_features and text_features", x_, y_, scale);
   check_vectors("grad_loss, positive, totals and shifts", x_.size(0),
                 {grad_loss, positive, row_total, row_shift, column_total, column_shift});
   const Engine engine(precision);
   const int threads = threads_for(x_.size(0), y_.size(0), x_.size(1));
-  const Side x(x_, kRows | kWeighing, engine, threads), y(y_, kColumns | kWeighed, engine, threads);
+  const Side x(x_, x_.narrow(0, 0, 0), normalize, kRows | kWeighing, engine, threads);
+  const Side y(y_, y_.narrow(0, 0, 0), normalize, kColumns | kWeighed, engine, threads);
   const Exponent e(scale, x, y);
   const Tensor g = grad_loss.contiguous(), p = positive.contiguous();
   const float *const gradients = g.const_data_ptr<float>(), *const positives = p.const_data_ptr<float>();

@@ -12,7 +12,7 @@
 #include "common/exponents.h"
 #include "common/similarities.h"
 #include "common/softmax_tiles.h"
-#include "common/softmax_weights.h"
+#include "contrastive/columns.h"
 
 namespace fastssl {
 namespace {
@@ -109,16 +109,8 @@ std::tuple<Tensor, Tensor, Tensor> similarity_logsumexp_backward(
   const Side x(x_, kRows | kWeighing, engine, threads), y(y_, kColumns, engine, threads, true);
   const Exponent e(scale, x, y);
   const Coefficients rows(gradient, shift, x, e);
-  const Similarities S{x, y, e.factor, e.excluded, data_of(exclude), false};
-  const Weights weights(S, e, &rows, nullptr);
   Gathered gathered(y, false, &x);
-  run(threads, y.cut.blocks, [&](int64_t J) {
-    y.prepare(J);
-    for (int64_t I = 0; I < x.cut.blocks; ++I) {
-      S(I, J, weights.tile_of());
-      weights.multiply(I, J, nullptr, &gathered);
-    }
-  }, [&] { engine.release(); });
+  gather_columns({x, y, e.factor, e.excluded, data_of(exclude), false}, e, rows, gathered);
   finish_side(gathered, nullptr, e.scale, dy);
   return {dx, dy, dscale};
 }

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastssl import reference
-from fastssl._arithmetic import cross_entropy, dot, finish, inverse, kept, logsumexp, unit
+from fastssl._arithmetic import cross_entropy, dot, finish, inverse, kept, logsumexp, needs_gradient, unit
 from fastssl._checks import (
     check_flag,
     check_group,
@@ -18,10 +18,10 @@ from fastssl._checks import (
     check_share,
     check_temperature,
 )
-from fastssl._exponential_sums import row_sums, sum_exponentials
+from fastssl._exponential_sums import Sums, row_sums, sum_exponentials
 from fastssl.distributed import ProcessGroup, Ring
 from fastssl.functional.contrastive.pairs import mean_row, pair_loss, pair_metrics
-from fastssl.ops import current_backend
+from fastssl.ops import contrastive, current_backend
 from fastssl.ops._precision import product_precision
 
 
@@ -48,8 +48,8 @@ def info_nce(
     arXiv:1911.05722), the positive keys of the other queries (SimCSE, arXiv:2104.08821; MoCo v3, arXiv:2104.02057),
     or both (SimCSE with hard negatives).
 
-    The similarities with shared keys are never stored: memory is O((B + K) D). Keys without `requires_grad` cost
-    nothing in the backward pass, and may be overwritten before it if `normalize` is False.
+    The similarities with shared keys are never stored: memory is O((B + K) D). Keys without `requires_grad`
+    cost nothing in the backward pass, and may be overwritten before it, unless `symmetric`.
 
     Args:
         query: (B, D) float32, bfloat16, float16 or float64.
@@ -97,40 +97,68 @@ def info_nce(
     check_reduction(reduction)
     check_group(group)
     if current_backend() == "reference":
-        negative_keys = None if negative_keys is None else kept(negative_keys)
+        positive_key, negative_keys = (None if x is None else kept(x) for x in (positive_key, negative_keys))
         return reference.contrastive.info_nce(
             query, positive_key, negative_keys, temperature=temperature, negative_mode=negative_mode,
             in_batch_negatives=in_batch_negatives, symmetric=symmetric, normalize=normalize,
             label_smoothing=label_smoothing, reduction=reduction, return_metrics=return_metrics,
         )  # fmt: skip
     precision, scale = product_precision(query), inverse(temperature, query)
-    q, k, others = (unit(x) if normalize and x is not None else x for x in (query, positive_key, negative_keys))
     ring = None
     if group is not None and in_batch_negatives:
         ring = Ring(group, query=query, positive_key=positive_key, temperature=scale)
+    in_batch = negative_keys is None and in_batch_negatives and ring is None  # one operation
+    whole = in_batch and label_smoothing == 0  # which is all there is to do, norms included
+    q, k, others = query, positive_key, negative_keys
+    if not whole and normalize:
+        q, k, others = (None if x is None else unit(x) for x in (q, k, others))
+    elif not whole:
+        k, others = kept(k), kept(others) if negative_mode == "paired" and others is not None else others
     if symmetric:
-        loss, sums = pair_loss(q, k, scale, None, label_smoothing, precision, ring)
+        loss, sums = pair_loss(q, k, scale, None, label_smoothing, precision, ring, whole and normalize)
         directions = [[pair] for pair in sums]
     else:
-        sums, shared = [], [k] if in_batch_negatives and ring is None else []
-        if negative_mode == "unpaired" and others is not None:
-            shared.append(others)
-        elif others is not None:
-            sums.append(sum_exponentials(dot(q[:, None], others) * scale))
-        own = torch.arange(q.shape[0], device=q.device) if in_batch_negatives else None
-        if ring is not None:
-            sums.append(row_sums(q, k, scale, own, precision, ring))
-        if shared:
-            keys = torch.cat(shared) if len(shared) > 1 else shared[0]  # a queue is not to be copied
-            sums.append(row_sums(q, keys, scale, own if ring is None else None, precision))
-        similarity = dot(q, k)
-        negatives = [logsumexp(*pair) for pair in sums] or [torch.full_like(similarity, float("-inf"))]
-        loss = cross_entropy(functools.reduce(torch.logaddexp, negatives), similarity * scale)
+        if in_batch:
+            weigh = needs_gradient(q, k, scale)
+            loss, _, *sums = contrastive.info_nce(q, k, scale, whole and normalize, weigh, precision)[:4]
+            directions = [[sums]]
+        else:
+            keys = k if in_batch_negatives else None
+            sums = _sums_of_negatives(q, keys, others, negative_mode, scale, precision, ring)
+            positive = dot(q, k) * scale
+            negatives = [logsumexp(*pair) for pair in sums] or [torch.full_like(positive, float("-inf"))]
+            loss = cross_entropy(functools.reduce(torch.logaddexp, negatives), positive)
+            directions = [sums]
         if label_smoothing:
-            loss = loss + label_smoothing * scale * (similarity - dot(q, mean_row(k, ring)))
-        directions = [sums]
+            loss = loss + label_smoothing * scale * (dot(q, k) - dot(q, mean_row(k, ring)))
     loss = finish(loss, reduction, query)
     if not return_metrics:
         return loss
+    if whole and normalize:
+        q, k = unit(q.detach()), unit(k.detach())
     accuracy, metrics = pair_metrics(q, k, scale, directions)
     return loss, {"accuracy": torch.stack(accuracy).mean(), **metrics}
+
+
+def _sums_of_negatives(
+    q: Tensor,
+    keys: Tensor | None,
+    others: Tensor | None,
+    mode: str,
+    scale: Tensor,
+    precision: str,
+    ring: Ring | None,
+) -> list[Sums]:
+    """Of `keys`, those of the batch without a query's own, and of `others`, in as few parts as there are."""
+    sums, shared = [], [keys] if keys is not None and ring is None else []
+    if others is not None and mode == "unpaired":
+        shared.append(others)
+    elif others is not None:
+        sums.append(sum_exponentials(dot(q[:, None], others) * scale))
+    own = None if keys is None else torch.arange(q.shape[0], device=q.device)
+    if ring is not None:
+        sums.append(row_sums(q, keys, scale, own, precision, ring))
+    if shared:
+        columns = torch.cat(shared) if len(shared) > 1 else shared[0]  # a queue is not to be copied
+        sums.append(row_sums(q, columns, scale, own if ring is None else None, precision))
+    return sums

@@ -20,13 +20,14 @@ def pair_loss(
     label_smoothing: float,
     precision: str,
     ring: Ring | None = None,
+    normalize: bool = False,
 ) -> tuple[Tensor, tuple[Sums, Sums]]:
     """The mean of the cross-entropies of row i and of column i of scale x y^T, and the sums over the negatives of both.
     The positive is the diagonal, or with labels all rows and columns of the same label alike; the sums are then over
-    all.
+    all. Rows are normalised here only where this process is alone, without labels and smoothing.
     """
     if labels is None and ring is None:
-        loss, _, *sums = contrastive.clip_loss(x, y, scale, precision)
+        loss, _, *sums = contrastive.clip_loss(x, y, scale, normalize, precision)
         sums = sums[:2], sums[2:]
         aligned = dot(x, y) if label_smoothing else None
     else:

@@ -26,8 +26,9 @@ negatives, InfoNCE is softplus(n_i - S_ip), which loses nothing where a confiden
     pair_logsumexp         of each row and of each column of S (CLIP)
     self_logsumexp         of each row of S = scale z z^T without the diagonal (SupCon, DCL)
 
-and clip_loss and sup_con, which do that in one operation: in a small batch the elementwise steps cost most. SupCon's
-positives are the other rows of row i's label, c_i of them, and need no product either:
+and clip_loss, info_nce and sup_con, which do that in one operation, the norms of rows included: in a small batch the
+elementwise steps cost most. info_nce is the loss of one direction, clip_loss that of both. SupCon's positives are the
+other rows of row i's label, c_i of them, and need no product either:
 
     loss_i = lse_i - <z_i, sum_j z_j - z_i> scale / c_i,  j of row i's label,    0 where there are none
 
@@ -41,14 +42,25 @@ h_j exp(S_ij - shift'_j),
 
 Where only rows are summed, W y = g (E y): as flash attention does, the forward pass takes the weighted sum E y beside
 the total (`weigh`), so the backward pass recomputes S for y alone, and reads nothing of a y without gradient: a
-queue may move on between the two.
+queue may move on between the two. So does info_nce, whose forward pass ends with the derivatives of each row's loss by
+the row (but for the factor scale) and by scale: for keys without gradients the backward pass is their product with g.
 """
 
 from fastssl.ops.contrastive.clip_loss import clip_loss
+from fastssl.ops.contrastive.info_nce import info_nce
 from fastssl.ops.contrastive.nt_xent import nt_xent
 from fastssl.ops.contrastive.pair_logsumexp import pair_logsumexp
 from fastssl.ops.contrastive.self_logsumexp import self_logsumexp
 from fastssl.ops.contrastive.similarity_logsumexp import similarity_logsumexp
 from fastssl.ops.contrastive.sup_con import class_sums, sup_con
 
-__all__ = ["class_sums", "clip_loss", "nt_xent", "pair_logsumexp", "self_logsumexp", "similarity_logsumexp", "sup_con"]
+__all__ = [
+    "class_sums",
+    "clip_loss",
+    "info_nce",
+    "nt_xent",
+    "pair_logsumexp",
+    "self_logsumexp",
+    "similarity_logsumexp",
+    "sup_con",
+]

@@ -1,4 +1,4 @@
-"""Shared by several of the operations: normalised rows, sums of exponentials."""
+"""Shared by several of the operations: normalised rows, sums of exponentials, cross-entropies."""
 
 from __future__ import annotations
 
@@ -33,3 +33,9 @@ def sums_of_exponentials(S: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     largest = S.amax(dim, keepdim=True)
     shift = largest.where(largest != float("-inf"), 0)
     return (S - shift).exp().sum(dim), shift.squeeze(dim)
+
+
+def margin(total: Tensor, shift: Tensor, positive: Tensor) -> Tensor:
+    """n - positive, n the log-sum-exp of the negatives: the cross-entropy is its softplus. NaN where positive is
+    infinite."""
+    return total.log() + (shift - positive) + 0 * positive

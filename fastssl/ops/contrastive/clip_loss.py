@@ -1,4 +1,4 @@
-"""CLIP's loss (arXiv:2103.00020), over pair_logsumexp."""
+"""CLIP's loss (arXiv:2103.00020), which is InfoNCE in both directions, over pair_logsumexp."""
 
 from __future__ import annotations
 
@@ -13,23 +13,22 @@ from torch import Tensor
 from fastssl.ops._op import Op
 from fastssl.ops._portable import pair_blocks, similarity
 from fastssl.ops._precision import accumulate_dtype
+from fastssl.ops.contrastive._shared import EPS, margin, normalized_rows, through_norms
 from fastssl.ops.contrastive.pair_logsumexp import pair_logsumexp_portable, pair_logsumexp_portable_backward
 
 
-def _margin(total: Tensor, shift: Tensor, positive: Tensor) -> Tensor:
-    """n - positive, n the log-sum-exp of the negatives: the cross-entropy is its softplus."""
-    return total.log() + (shift - positive)
-
-
-def _fake(x: Tensor, y: Tensor, scale: Tensor, precision: str) -> tuple[Tensor, ...]:
+def _fake(x: Tensor, y: Tensor, scale: Tensor, normalize: bool, precision: str) -> tuple[Tensor, ...]:
     return tuple(x.new_empty(x.shape[0], dtype=accumulate_dtype(x.dtype)) for _ in range(6))
 
 
-def _forward(pair: Callable[..., Any], x: Tensor, y: Tensor, scale: Tensor, precision: str) -> tuple[Tensor, ...]:
-    dtype, own = accumulate_dtype(x.dtype), torch.arange(x.shape[0], device=x.device)
-    positive = torch.linalg.vecdot(x.to(dtype), y.to(dtype)) * scale
-    sums = pair(x, y, scale, own, precision)
-    margins = _margin(*sums[:2], positive), _margin(*sums[2:], positive)
+def _forward(
+    pair: Callable[..., Any], x: Tensor, y: Tensor, scale: Tensor, normalize: bool, precision: str
+) -> tuple[Tensor, ...]:
+    wide_x, wide_y = (normalized_rows(z, normalize)[0] for z in (x, y))
+    own = torch.arange(x.shape[0], device=x.device)
+    positive = torch.linalg.vecdot(wide_x, wide_y) * scale
+    sums = pair(*((wide_x, wide_y) if normalize else (x, y)), scale, own, precision)
+    margins = margin(*sums[:2], positive), margin(*sums[2:], positive)
     loss = -(F.logsigmoid(-margins[0]) + F.logsigmoid(-margins[1])) / 2
     return loss, positive, *sums
 
@@ -45,25 +44,29 @@ def _backward(
     row_shift: Tensor,
     column_total: Tensor,
     column_shift: Tensor,
+    normalize: bool,
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dtype, own = positive.dtype, torch.arange(x.shape[0], device=x.device)
     slopes, grad_totals = [], []
     for total, shift in ((row_total, row_shift), (column_total, column_shift)):
-        slopes.append(_margin(total, shift, positive).sigmoid() * grad_loss / 2)
+        slopes.append(margin(total, shift, positive).sigmoid() * grad_loss / 2)
         grad_totals.append((slopes[-1] / total).where(total != 0, 0))
     # In the dtype of sums, where the positives' terms are still to be added.
-    wide_x, wide_y = x.to(dtype), y.to(dtype)
+    (wide_x, norms_x), (wide_y, norms_y) = (normalized_rows(z, normalize) for z in (x, y))
+    own = torch.arange(x.shape[0], device=x.device)
     grad_x, grad_y, grad_scale = pair_backward(
         *grad_totals, wide_x, wide_y, scale, own, row_shift, column_shift, precision
     )
     weight = -(slopes[0] + slopes[1])
     grad_scale = grad_scale + (weight * torch.linalg.vecdot(wide_x, wide_y)).sum()
     weight = (weight * scale)[:, None]
-    return (grad_x + weight * wide_y).to(x.dtype), (grad_y + weight * wide_x).to(y.dtype), grad_scale
+    grad_x = through_norms(grad_x + weight * wide_y, wide_x, norms_x)
+    grad_y = through_norms(grad_y + weight * wide_x, wide_y, norms_y)
+    return grad_x.to(x.dtype), grad_y.to(y.dtype), grad_scale
 
 
-def _share(rows: slice, grad_loss: Tensor, x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+def _share(rows: slice, grad_loss: Tensor, x: Tensor, y: Tensor, scale: Tensor, normalize: bool) -> Tensor:
+    x, y = (F.normalize(z, dim=1, eps=EPS) if normalize else z for z in (x, y))
     target = torch.arange(x.shape[0], device=x.device)[rows]
     sides = [similarity(rows, a, b, scale, None) for a, b in ((x, y), (y, x))]
     losses = [S.logsumexp(1) - S.gather(1, target[:, None]).squeeze(1) for S in sides]
@@ -71,10 +74,11 @@ def _share(rows: slice, grad_loss: Tensor, x: Tensor, y: Tensor, scale: Tensor) 
 
 
 clip_loss = Op(
-    "clip_loss(Tensor x, Tensor y, Tensor scale, str precision) -> (Tensor loss, Tensor positive, Tensor row_total,"
-    " Tensor row_shift, Tensor column_total, Tensor column_shift)",
+    "clip_loss(Tensor x, Tensor y, Tensor scale, bool normalize, str precision) -> (Tensor loss, Tensor positive,"
+    " Tensor row_total, Tensor row_shift, Tensor column_total, Tensor column_shift)",
     backward="(Tensor grad_loss, Tensor x, Tensor y, Tensor scale, Tensor positive, Tensor row_total, Tensor row_shift,"
-    " Tensor column_total, Tensor column_shift, str precision) -> (Tensor grad_x, Tensor grad_y, Tensor grad_scale)",
+    " Tensor column_total, Tensor column_shift, bool normalize, str precision)"
+    " -> (Tensor grad_x, Tensor grad_y, Tensor grad_scale)",
     fake=_fake,
     portable=(partial(_forward, pair_logsumexp_portable), partial(_backward, pair_logsumexp_portable_backward)),
     share=_share,

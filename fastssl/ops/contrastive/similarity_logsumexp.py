@@ -19,7 +19,7 @@ def _fake(
     return *(x.new_empty(rows, dtype=dtype) for _ in range(2)), x.new_empty((rows if weigh else 0, dim), dtype=dtype)
 
 
-def _portable(
+def row_sums(
     x: Tensor, y: Tensor, scale: Tensor, exclude: Tensor | None, weigh: bool, precision: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     x, y = (round_operand(t.to(accumulate_dtype(t.dtype)), precision) for t in (x, y))
@@ -33,7 +33,7 @@ def _portable(
     return total, shift, weighted
 
 
-def _portable_backward(
+def row_sums_backward(
     grad_total: Tensor,
     x: Tensor,
     y: Tensor,
@@ -69,7 +69,7 @@ similarity_logsumexp = Op(
     backward="(Tensor grad_total, Tensor x, Tensor y, Tensor scale, Tensor? exclude, Tensor shift, Tensor weighted,"
     " bool needs_y, str precision) -> (Tensor grad_x, Tensor grad_y, Tensor grad_scale)",
     fake=_fake,
-    portable=(_portable, _portable_backward),
+    portable=(row_sums, row_sums_backward),
     share=_share,
     blocks=pair_blocks,
     triton="contrastive",

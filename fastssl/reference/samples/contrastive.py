@@ -119,8 +119,11 @@ def _similarity_logsumexp_bad_inputs() -> Iterator[BadInput]:
 
 def _info_nce_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
     rows, unit = generator(dtype, device), unit_generator(dtype, device)
-    for batch, dim in [(1, 1), (1, 8), (2, 3), (3, 1), (5, 64), (32, 128), (65, 129), (129, 16)]:
+    for batch, dim in [(1, 1), (1, 8), (2, 3), (3, 1), (5, 64), (32, 128), (65, 129), (129, 16), (300, 40)]:
         yield Sample(f"{batch}x{dim}", (leaf(rows(batch, dim)), leaf(rows(batch, dim))), tags=sized(batch, dim))
+        if batch > 100:
+            both = {"symmetric": True}
+            yield Sample(f"{batch}x{dim}, symmetric", (leaf(rows(batch, dim)), leaf(rows(batch, dim))), both)
     q, k, queue, paired = rows(33, 24), rows(33, 24), rows(127, 24), rows(33, 7, 24)
     keys = leaf(q), leaf(k), leaf(queue)
     unit_keys = leaf(unit(33, 24)), leaf(unit(33, 24)), unit(127, 24)
@@ -156,6 +159,10 @@ def _info_nce_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
     yield Sample("confident, symmetric", confident, {"temperature": 0.01, "symmetric": True})
     large = leaf(6 * q), leaf(6 * k)
     yield Sample("not normalized, large", large, {"normalize": False, "temperature": 0.5})
+    yield Sample("not normalized, symmetric", unit_keys[:2], {"normalize": False, "symmetric": True}, tags={POISONED})
+    few = leaf(q[:5, :4]), leaf(k[:5, :4])
+    yield Sample("few", few, {"temperature": learnable}, tags={TRACED})
+    yield Sample("few, not normalized", few, {"temperature": learnable, "normalize": False}, tags={TRACED})
     yield Sample("transposed", (leaf(rows(24, 33)).T, leaf(rows(24, 33)).T), tags={TRACED})
     yield Sample(
         "sliced", (leaf(rows(66, 50))[::2, 1:25], leaf(rows(66, 50))[1::2, 25:49]), {"symmetric": True}, tags={TRACED}
@@ -163,12 +170,20 @@ def _info_nce_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
     yield Sample(
         "expanded", (leaf(rows(1, 24)).expand(9, 24), leaf(rows(9, 24)), leaf(rows(1, 24)).expand(5, 24)), tags={TRACED}
     )
-    yield Sample("only queries differentiable", (leaf(q), k))
+    constant = leaf(q), k
+    yield Sample("only queries differentiable", constant, tags={TRACED})
+    yield Sample("only queries differentiable, symmetric", constant, {"symmetric": True})
+    yield Sample("only queries differentiable, not normalized", constant, {"normalize": False}, tags={POISONED})
+    yield Sample("only keys differentiable", (q, leaf(k)))
     if dtype != torch.float16:  # F.normalize's 1e-12 is 0 in float16, where eager PyTorch divides 0 by 0
         zero = q.clone()
         zero[3] = 0
         yield Sample("zero row", (leaf(zero), leaf(k)), tags={EDGE})
+        yield Sample("zero key, symmetric", (leaf(q), leaf(zero)), {"symmetric": True}, tags={EDGE})
+        yield Sample("huge and tiny rows", (leaf(1e6 * q), leaf(1e-6 * k)))
+        yield Sample("huge and tiny rows, symmetric", (leaf(1e-6 * q), leaf(1e6 * k)), {"symmetric": True})
     yield Sample("empty", (leaf(q[:0]), leaf(k[:0])), {"reduction": "sum"}, tags={TRACED})
+    yield Sample("empty, symmetric", (leaf(q[:0]), leaf(k[:0])), {"symmetric": True, "reduction": "sum"}, tags={TRACED})
     yield Sample("empty, queue", (leaf(q[:0]), leaf(k[:0]), leaf(queue)), {"reduction": "sum"}, tags={TRACED})
 
 
@@ -396,7 +411,6 @@ OpSpec(
     _info_nce_samples,
     _info_nce_bad_inputs,
     _temperature_magnitude(0.1),
-    op="similarity_logsumexp",
     reductions=("none", "mean", "sum"),
 )
 OpSpec(

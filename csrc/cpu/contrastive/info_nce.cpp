@@ -1,0 +1,137 @@
+// InfoNCE within a batch on the CPU (CPC, arXiv:1807.03748): with S = scale Q K^T of (normalised) queries and keys,
+//
+//     loss_i = log sum_j exp(S_ij) - S_ii.
+//
+// As flash attention does, the forward pass takes sum_j E_ij k_j beside sum_j E_ij, and ends with the derivatives of
+// loss_i by q_i and by scale: 2 U, in units U = 2 N N D of floating-point operations (one product). What the backward
+// pass has to do for the queries is a scaling. The keys' own gradient, where wanted, is another 2 U.
+//
+// The positive, whose weight does not average out, does not go through rounded products: it is left out of the tiles,
+// and applied to unrounded rows. A thread owns rows, backward columns: the bits do not depend on which.
+#include <torch/library.h>
+
+#include "common/checks.h"
+#include "common/portable.h"
+#include "contrastive/columns.h"
+#include "contrastive/cross_entropy.h"
+
+namespace fastssl {
+namespace {
+
+constexpr char kNames[] = "query and positive_key";
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> info_nce(const Tensor& query, const Tensor& key,
+                                                                    const Tensor& scale, bool normalize, bool weigh,
+                                                                    c10::string_view precision) {
+  check_pairs(kNames, query, key, scale);
+  const Engine engine(precision);
+  const int threads = threads_for(query.size(0), key.size(0), query.size(1));
+  const Side x(query, query.narrow(0, 0, 0), normalize, kRows, engine, threads);
+  const Side y(key, key.narrow(0, 0, 0), normalize, kColumns | (weigh ? kWeighed : 0), engine, threads);
+  const Exponent e(scale, x, y);
+  const Similarities S{x, y, e.factor, e.excluded, nullptr, true};
+  const SoftmaxTiles& f = FASTSSL_TABLE_IN_USE(softmax_tiles);
+  const int64_t count = x.count, dim = x.rows.dim, tile = x.cut.block * y.cut.block;
+  const Sums sums(x.padded_count(), e);
+  const Blocks tiles(threads, tile * 4), narrow(threads, weigh && engine.half() ? tile * 2 : 0);
+  const Blocks weighted(threads * x.cut.group, weigh ? x.cut.block * x.dim * 4 : 0), scratch(threads, 2 * x.dim * 4);
+
+  const Tensor loss = at::empty({count}, at::kFloat), positive = at::empty({count}, at::kFloat);
+  const Tensor total = at::empty({count}, at::kFloat), shift = at::empty({count}, at::kFloat);
+  const Tensor query_slope = at::empty({weigh ? count : 0, dim}, at::kFloat);
+  const Tensor scale_slope = at::empty({weigh ? count : 0}, at::kFloat);
+  float *const out_loss = loss.mutable_data_ptr<float>(), *const out_positive = positive.mutable_data_ptr<float>();
+  float *const out_total = total.mutable_data_ptr<float>(), *const out_shift = shift.mutable_data_ptr<float>();
+  float* const out_query_slope = query_slope.mutable_data_ptr<float>();
+  float* const out_scale_slope = scale_slope.mutable_data_ptr<float>();
+  const float *const x_inverse = x.inverse_norm.const_data_ptr<float>(),
+              *const y_inverse = y.inverse_norm.const_data_ptr<float>();
+
+  // Row i, of which `sum` is sum_j E_ij k_j about the origin of its total.
+  const auto finish = [&](int64_t i, float* sum, float* spare) {
+    out_positive[i] = static_cast<float>(dot_row(x, y, i, spare)) * e.scale;
+    out_shift[i] = shift_of(sums.extreme[i], e);
+    out_total[i] = static_cast<float>(sums.about(i, e, origin_of(out_shift[i], e)));
+    const Softplus found = cross_entropy(out_total[i], out_shift[i], out_positive[i]);
+    out_loss[i] = static_cast<float>(found.value);
+    if (!weigh) return;
+    const float mean = sums.total[i] == 0 ? 0 : static_cast<float>(1 / sums.total[i]);
+    for (int64_t d = 0; d < x.dim; ++d) sum[d] = mean ? sum[d] * mean : 0;
+    const double along = engine.tile.finish(x.rows[i], x_inverse[i], y.rows[i], y_inverse[i], -1,
+                                            static_cast<float>(found.slope), normalize, x.rows.element, dim, sum, spare,
+                                            Element::Float32, out_query_slope + i * dim);
+    out_scale_slope[i] = static_cast<float>(found.slope * along);
+  };
+
+  run(threads, x.cut.groups(), [&](int64_t g) {
+    const int at = slot(threads);
+    float* const s = tiles.floats(at);
+    void* const half = narrow[at];
+    const auto weighted_of = [&](int64_t I) { return weighted.floats(at * x.cut.group + I % x.cut.group); };
+    for (int64_t J = 0; J < y.cut.blocks; ++J)
+      x.cut.each(g, [&](int64_t I) {
+        const int64_t m = x.padded(I), n = y.padded(J);
+        S(I, J, s);
+        if (weigh && J == 0) std::fill_n(weighted_of(I), m * x.dim, 0.f);
+        f.exponentials(s, n, m, n, e.c, e.shared ? &e.origin : nullptr, sums.total + x.first(I),
+                       sums.extreme + x.first(I), weighted_of(I), weigh ? x.dim : 0, half);
+        if (weigh) engine.multiply(m, x.dim, n, true, half ? half : s, y.weighed(J), weighted_of(I));
+      });
+    x.cut.each(g, [&](int64_t I) {
+      for (int64_t r = 0; r < x.size(I); ++r)
+        finish(x.first(I) + r, weigh ? weighted_of(I) + r * x.dim : nullptr, scratch.floats(at));
+    });
+  }, [&] { engine.release(); });
+  return {loss, positive, total, shift, query_slope, scale_slope};
+}
+
+std::tuple<Tensor, Tensor, Tensor> info_nce_backward(const Tensor& grad_loss, const Tensor& query, const Tensor& key,
+                                                     const Tensor& scale, const Tensor& positive_,
+                                                     const Tensor& total_, const Tensor& shift_,
+                                                     const Tensor& query_slope, const Tensor& scale_slope_,
+                                                     bool needs_key, bool normalize, c10::string_view precision) {
+  check_pairs(kNames, query, key, scale);
+  const int64_t count = query.size(0);
+  check_vectors("grad_loss, positive, total, shift and scale_slope", count,
+                {grad_loss, positive_, total_, shift_, scale_slope_});
+  TORCH_CHECK_VALUE(query_slope.scalar_type() == at::kFloat && query_slope.sizes() == query.sizes(),
+                    "query_slope must be float32 of shape ", query.sizes(), ", got ", query_slope.scalar_type(),
+                    " of shape ", query_slope.sizes());
+  const Tensor gradient = grad_loss.contiguous(), scale_slope = scale_slope_.contiguous();
+  const float *const g = gradient.const_data_ptr<float>(), *const by_scale = scale_slope.const_data_ptr<float>();
+  double dscale = 0;
+  for (int64_t i = 0; i < count; ++i) dscale += double(g[i]) * by_scale[i];
+  const Tensor dquery = query_slope.mul(gradient.mul(scale).unsqueeze(1)).to(query.scalar_type());
+  const Tensor dkey = at::zeros({needs_key ? count : 0, key.size(1)}, key.options());
+  if (!needs_key || count == 0) return {dquery, dkey, scalar(dscale, scale.options())};
+
+  const Engine engine(precision);
+  const int threads = threads_for(count, count, query.size(1));
+  const Side x(query, query.narrow(0, 0, 0), normalize, kRows | kWeighing, engine, threads);
+  const Side y(key, key.narrow(0, 0, 0), normalize, kColumns, engine, threads);
+  const Exponent e(scale, x, y);
+  const Tensor positive = positive_.contiguous(), total = total_.contiguous(), shift = shift_.contiguous();
+  const float *const p = positive.const_data_ptr<float>(), *const t = total.const_data_ptr<float>(),
+              *const s = shift.const_data_ptr<float>();
+  const Tensor grad_total = at::empty({count}, at::kFloat), positive_weight = at::empty({count}, at::kFloat);
+  float* const of_total = grad_total.mutable_data_ptr<float>();
+  float* const of_positive = positive_weight.mutable_data_ptr<float>();
+  for (int64_t i = 0; i < count; ++i) {
+    const double slope = cross_entropy(t[i], s[i], p[i]).slope * g[i];
+    of_total[i] = t[i] == 0 ? 0 : static_cast<float>(slope / t[i]);
+    of_positive[i] = static_cast<float>(-slope);
+  }
+  Gathered gathered(y, false, &x);
+  gather_columns({x, y, e.factor, e.excluded, nullptr, true}, e, Coefficients(grad_total, shift, x, e), gathered);
+  const Positives queries{x, of_positive};
+  finish_side(gathered, &queries, e.scale, dkey);
+  return {dquery, dkey, scalar(dscale, scale.options())};
+}
+
+TORCH_LIBRARY_IMPL(fastssl, CPU, m) {
+  implement<&info_nce>(m, "info_nce");
+  implement<&info_nce_backward>(m, "info_nce_backward");
+}
+
+}  // namespace
+}  // namespace fastssl

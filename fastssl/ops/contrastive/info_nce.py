@@ -1,0 +1,100 @@
+"""InfoNCE within a batch (CPC, arXiv:1807.03748), over similarity_logsumexp."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastssl.ops._op import Op
+from fastssl.ops._portable import row_blocks, similarity
+from fastssl.ops._precision import accumulate_dtype
+from fastssl.ops.contrastive._shared import EPS, margin, normalized_rows, through_norms
+from fastssl.ops.contrastive.similarity_logsumexp import row_sums, row_sums_backward
+
+
+def _fake(
+    query: Tensor, positive_key: Tensor, scale: Tensor, normalize: bool, weigh: bool, precision: str
+) -> tuple[Tensor, ...]:
+    rows, dim = query.shape
+    shapes = *([(rows,)] * 4), (rows if weigh else 0, dim), (rows if weigh else 0,)
+    return tuple(query.new_empty(shape, dtype=accumulate_dtype(query.dtype)) for shape in shapes)
+
+
+def _forward(
+    logsumexp: Callable[..., Any],
+    query: Tensor,
+    positive_key: Tensor,
+    scale: Tensor,
+    normalize: bool,
+    weigh: bool,
+    precision: str,
+) -> tuple[Tensor, ...]:
+    (q, norms), (k, _) = (normalized_rows(z, normalize) for z in (query, positive_key))
+    own = torch.arange(q.shape[0], device=q.device)
+    total, shift, weighted = logsumexp(q, k, scale, own, weigh, precision)
+    positive = torch.linalg.vecdot(q, k) * scale
+    n = margin(total, shift, positive)
+    loss = -F.logsigmoid(-n)
+    if not weigh:
+        return loss, positive, total, shift, weighted, weighted.new_empty(0)
+    # The mean of the negatives, as the softmax weighs them, less the positive.
+    pull = n.sigmoid()[:, None] * ((weighted / total[:, None]).where(total[:, None] != 0, 0) - k)
+    return loss, positive, total, shift, through_norms(pull, q, norms), torch.linalg.vecdot(q, pull)
+
+
+def _backward(
+    logsumexp_backward: Callable[..., Any],
+    grad_loss: Tensor,
+    query: Tensor,
+    positive_key: Tensor,
+    scale: Tensor,
+    positive: Tensor,
+    total: Tensor,
+    shift: Tensor,
+    query_slope: Tensor,
+    scale_slope: Tensor,
+    needs_positive_key: bool,
+    normalize: bool,
+    precision: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad_query = ((grad_loss * scale)[:, None] * query_slope).to(query.dtype)
+    grad_scale = (grad_loss * scale_slope).sum(dtype=torch.float64).to(scale.dtype)
+    if not needs_positive_key:
+        return grad_query, positive_key.new_empty((0, positive_key.shape[1])), grad_scale
+    (q, _), (k, norms) = (normalized_rows(z, normalize) for z in (query, positive_key))
+    own = torch.arange(q.shape[0], device=q.device)
+    slope = margin(total, shift, positive).sigmoid() * grad_loss
+    grad_total = (slope / total).where(total != 0, 0)
+    grad_k = logsumexp_backward(grad_total, q, k, scale, own, shift, torch.zeros_like(q), True, precision)[1]
+    grad_positive_key = through_norms(grad_k - (slope * scale)[:, None] * q, k, norms)
+    return grad_query, grad_positive_key.to(positive_key.dtype), grad_scale
+
+
+def _share(
+    rows: slice, grad_loss: Tensor, query: Tensor, positive_key: Tensor, scale: Tensor, normalize: bool
+) -> Tensor:
+    q, k = (F.normalize(z, dim=1, eps=EPS) if normalize else z for z in (query, positive_key))
+    own = torch.arange(q.shape[0], device=q.device)[rows]
+    return (grad_loss[rows] * F.cross_entropy(similarity(rows, q, k, scale, None), own, reduction="none")).sum()
+
+
+info_nce = Op(
+    "info_nce(Tensor query, Tensor positive_key, Tensor scale, bool normalize, bool weigh, str precision)"
+    " -> (Tensor loss, Tensor positive, Tensor total, Tensor shift, Tensor query_slope, Tensor scale_slope)",
+    backward="(Tensor grad_loss, Tensor query, Tensor positive_key, Tensor scale, Tensor positive, Tensor total,"
+    " Tensor shift, Tensor query_slope, Tensor scale_slope, bool needs_positive_key, bool normalize, str precision)"
+    " -> (Tensor grad_query, Tensor grad_positive_key, Tensor grad_scale)",
+    fake=_fake,
+    portable=(partial(_forward, row_sums), partial(_backward, row_sums_backward)),
+    share=_share,
+    blocks=lambda query: row_blocks(query.shape[0], query.shape[0]),
+    cuda=(
+        partial(_forward, torch.ops.fastssl.similarity_logsumexp),
+        partial(_backward, torch.ops.fastssl.similarity_logsumexp_backward),
+    ),
+)
