@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from rich.console import Console
 from fastssl.distributed import rank
 from fastssl.train import METHODS, Run, checkpoint, cli, create, fit, parallel
 from fastssl.train.cli import Parser, RunParser, not_negative_float, positive_float, positive_int, share
+from fastssl.train.data.augment import Augmentation
 from fastssl.train.files import check_writable, open_regular
 from fastssl.train.method import GIVEN, IMPLEMENTATIONS
 from fastssl.train.optimizers import OPTIMIZERS
@@ -51,6 +53,9 @@ def _parser() -> Parser:
             "--weight-decay",
             type=not_negative_float,
             help=f"of weights that are matrices (default: {method.weight_decay}, with LARS 1e-6)",
+        )
+        command.add_argument(
+            "--final-weight-decay", type=not_negative_float, help="where a cosine takes it (default: see the method)"
         )
         command.add_argument(
             "--layer-decay",
@@ -89,6 +94,8 @@ def _parser() -> Parser:
         if hasattr(method, "pictures"):
             command.add_argument("--pictures", type=Path, metavar="FILE", help="draw what it has learnt (PNG)")
         command.add_arguments_of(method)
+        if method.augmentations:
+            command.add_arguments_of(Augmentation, "the method's", command.add_argument_group("of all its views"))
     return parser
 
 
@@ -116,6 +123,8 @@ def main() -> None:
 def _train(args: argparse.Namespace) -> None:
     kind = METHODS[args.method]
     options = {name: getattr(args, name) for name in inspect.signature(kind).parameters.keys() - GIVEN}
+    strengths = {field.name: getattr(args, field.name, None) for field in fields(Augmentation)}
+    options["augment"] = {name: value for name, value in strengths.items() if value is not None}
     parallel.check_shares(args.batch_size, args.chunk_size)
     create(args.method, 1, **options)  # raises now rather than after the data have been fetched
     if args.encoder is not None:
@@ -148,6 +157,7 @@ def _train(args: argparse.Namespace) -> None:
         optimizer=args.optimizer,
         learning_rate=args.learning_rate,
         weight_decay=args.weight_decay,
+        final_weight_decay=args.final_weight_decay,
         layer_decay=args.layer_decay,
         clip=args.clip,
         amp=args.amp,
@@ -164,8 +174,8 @@ def _train(args: argparse.Namespace) -> None:
         console.print(f"{test} {value:.1%}, with random weights {untrained[test]:.1%}")
     if pictures is not None:
         parallel.in_first_process(lambda: method.pictures(dataset, pictures))
-    if history[args.method][-1].health.collapsed:
-        console.print("The run has collapsed: all inputs have nearly the same embedding.")
+    if collapse := history[args.method][-1].health.collapse:
+        console.print(f"The run has collapsed: {collapse}.")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import inspect
 import re
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from fastssl.train.data.packages import DataError
 from fastssl.train.method import GIVEN
@@ -45,22 +45,24 @@ class RunParser(Parser):
             "images and captions; python, for sentences (default: found or fetched; images: FASTSSL_DATA)",
         )
 
-    def add_arguments_of(self, constructor: type) -> None:
+    def add_arguments_of(self, constructor: type, default: str | None = None, group: Any = None) -> None:
         """An option for each argument of a class except those in GIVEN; its help is taken from the docstring of the
-        class."""
+        class. With `default`, which says what holds where an option is not given, its value is then None. With `group`,
+        the options belong to that group of the parser."""
         for argument in inspect.signature(constructor, eval_str=True).parameters.values():
             if argument.name in GIVEN:
                 continue
             lines = re.search(rf"^ +{argument.name}: (.*(?:\n {{12}}.*)*)", constructor.__doc__, re.MULTILINE)[1]
+            zero = default is not None or argument.default == 0
             kinds = {
-                int: {"type": positive_int},
-                float: {"type": positive_float},
+                int: {"type": not_negative_int if zero else positive_int},
+                float: {"type": not_negative_float if zero else positive_float},
                 bool: {"action": argparse.BooleanOptionalAction},
             }
-            self.add_argument(
+            (group or self).add_argument(
                 f"--{argument.name.replace('_', '-')}",
-                default=argument.default,
-                help=f"{' '.join(lines.split()).replace('%', '%%').rstrip('.')} (default: %(default)s)",
+                default=argument.default if default is None else None,
+                help=f"{' '.join(lines.split()).replace('%', '%%').rstrip('.')} (default: {default or '%(default)s'})",
                 **kinds[argument.annotation],
             )
 
@@ -89,7 +91,11 @@ def share(text: str) -> float:
 
 
 def not_negative_float(text: str) -> float:
-    return 0.0 if text == "0" else _positive(float, text)
+    return 0.0 if _number(float, text) == 0 else _positive(float, text)
+
+
+def not_negative_int(text: str) -> int:
+    return 0 if _number(int, text) == 0 else _positive(int, text)
 
 
 def _positive(kind: type, text: str):

@@ -71,7 +71,7 @@ def probe_accuracy(train: Tensor, test: Tensor, train_labels: Tensor, test_label
 
 @dataclass(frozen=True)
 class Health:
-    """How embeddings are spread.
+    """How embeddings are spread, and a teacher's distributions over prototypes.
 
     Attributes:
         rank: the effective rank, exp of the entropy of the singular values' shares (RankMe, arXiv:2210.02885): from 1,
@@ -80,28 +80,50 @@ class Health:
             and the lower, the more evenly they are spread.
         alignment: mean squared distance of the unit embeddings of two views of one image, from the same paper; None
             where there is one view.
+        used: the prototypes that the teacher assigns inputs to, as the perplexity (exp of the entropy) of its mean
+            distribution: from 1 to their number; None where there are none.
+        each: those that a single input is assigned to, as the perplexity of the mean entropy: from 1 to `used`.
     """
 
     rank: float
     uniformity: float
     alignment: float | None
+    used: float | None = None
+    each: float | None = None
 
     @property
-    def collapsed(self) -> bool:
-        """Whether all inputs have nearly the same direction, within about 2 degrees, or its opposite; or are NaN."""
-        return not (self.uniformity < -1e-3 and self.rank > 1.2)
+    def collapse(self) -> str | None:
+        """What has become of the embeddings, or of the distributions; None where neither has collapsed.
+
+        All inputs may have nearly the same direction, within about 2 degrees, or its opposite; or be NaN. Or the
+        teacher's distributions say nothing of the input, with less than 0.05 nats of mutual information: all inputs
+        have the same one, be it one prototype, which a center prevents, or all prototypes alike, which a low
+        temperature prevents (DINO, arXiv:2104.14294, figure 7).
+        """
+        if not (self.uniformity < -1e-3 and self.rank > 1.2):
+            return "all inputs have nearly the same embedding"
+        if self.used is None or self.used > 1.05 * self.each:
+            return None  # of NaN, no comparison is true
+        return f"all inputs have nearly the same distribution, over {self.used:.1f} prototypes"
 
     def __str__(self) -> str:
         alignment = "" if self.alignment is None else f", alignment {self.alignment:.3f}"
-        return f"effective rank {self.rank:.1f}, uniformity {self.uniformity:.3f}{alignment}"
+        used = "" if self.used is None else f"\n  {self.used:.1f} prototypes in use, {self.each:.1f} by a single input"
+        return f"effective rank {self.rank:.1f}, uniformity {self.uniformity:.3f}{alignment}{used}"
 
 
 @torch.no_grad()
-def health(views: Sequence[Tensor]) -> Health:
-    """Of (B, D) embeddings of one view of B inputs, or of two or more, the first of which count."""
+def health(views: Sequence[Tensor], assignments: Tensor | None = None) -> Health:
+    """Of (B, D) embeddings of one view of B inputs, or of two or more, the first of which count; and of distributions
+    (B, K) over prototypes."""
     units = [F.normalize(view.float(), dim=1) for view in views[:2]]
     spectrum = torch.linalg.svdvals(views[0].float().nan_to_num())
     shares = spectrum / spectrum.sum()
     rank = torch.special.entr(shares).sum().exp()
     alignment = (units[0] - units[1]).square().sum(1).mean().item() if len(units) > 1 else None
-    return Health(rank.item(), uniformity(units[0]).item(), alignment)
+    used = each = None
+    if assignments is not None:
+        assignments = assignments.float()
+        used = torch.special.entr(assignments.mean(0)).sum().exp().item()
+        each = torch.special.entr(assignments).sum(1).mean().exp().item()
+    return Health(rank.item(), uniformity(units[0]).item(), alignment, used, each)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from fastssl.functional import topk_similarity
 from fastssl.train.data import pairs
-from fastssl.train.data.augment import color_jitter, random_resized_crop_flip, to_float
+from fastssl.train.data.augment import MILD, to_float
 from fastssl.train.data.pairs import Pairs
 from fastssl.train.data.text import VOCABULARY, tokenize
 from fastssl.train.method import Method
@@ -44,16 +45,16 @@ class ImageText(Method):
         self.text_projection = nn.Linear(self.text_encoder.features, features, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(1 / temperature).log())
 
+    augmentations = (replace(MILD, saturation=0, grey=0),)  # names have colours
+
     @staticmethod
     def load(directory: str | os.PathLike[str] | None) -> Pairs:
         return pairs.load(directory)
 
-    @staticmethod
-    def views(batch: tuple[Tensor, Tensor], generator: torch.Generator) -> tuple[Tensor, ...]:
+    def views(self, batch: tuple[Tensor, Tensor], generator: torch.Generator) -> tuple[Tensor, ...]:
         """(B, 3, H, W) uint8 images, and tokens -> a random view of each image, its text without some words."""
         images, tokens = batch
-        view = random_resized_crop_flip(to_float(images), generator)
-        return color_jitter(view, generator), tokens * (torch.rand(tokens.shape, generator=generator) > 0.2)
+        return *super().views(images, generator), tokens * (torch.rand(tokens.shape, generator=generator) > 0.2)
 
     def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
         """The model's inputs -> unit vectors (B, features) of images and of texts."""

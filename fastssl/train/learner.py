@@ -26,7 +26,7 @@ class Learner:
         parallel.start_alike(method)
         self.name, self.method, self.run = name, method, run
         self.rate, self.decay = run.rates(method)
-        self.optimizer = make_optimizer(run.optimizer, method, self.rate, self.decay, run.layer_decay)
+        self.optimizer = make_optimizer(run.optimizer, method, self.rate.peak, self.decay.first, run.layer_decay)
         self.history: list[Step] = []
 
     def learn(self, views: tuple[Tensor, ...]) -> Step:
@@ -36,8 +36,10 @@ class Learner:
             FloatingPointError: if the loss or a gradient is NaN or infinite; the weights are then as they were.
         """
         step, run = len(self.history), self.run
+        self.method.progress = progress = run.progress(step)
         for group in self.optimizer.param_groups:
-            group["lr"] = group["scale"] * self.rate * run.schedule(step)
+            group["lr"] = group["scale"] * self.rate(progress)
+            group["weight_decay"] = group["decays"] * self.decay(progress)
         torch.manual_seed(run.seed_for("dropout", step) + rank())
         memory = step % _MEMORY_EVERY == 1  # not in step 0, which also pays for the optimiser's state
         report = step % max(1, run.steps // _REPORTS) == 0 or step == run.steps - 1

@@ -117,8 +117,8 @@ def _status(learner: Learner) -> str:
 def _report(console: Console, name: str, step: int, done: Step) -> None:
     """On lines that fit a terminal of 80 columns."""
     console.print(f"{name} step {step}: loss {done.loss:.4f}\n  {done.health}", highlight=False)
-    if done.health.collapsed:
-        console.print("  COLLAPSED: all inputs have nearly the same embedding", highlight=False)
+    if done.health.collapse:
+        console.print(f"  COLLAPSED: {done.health.collapse}", highlight=False)
 
 
 def _write(writer: Any, name: str, step: int, done: Step) -> None:

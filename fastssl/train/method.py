@@ -2,7 +2,7 @@
 
 A method is a `Method`, a torch.nn.Module. One step of `fastssl.train.fit` calls, in this order,
 
-    views(batch, generator) -> inputs       a batch of the data -> the model's inputs, random; a static method
+    views(batch, generator) -> inputs       a batch of the data -> the model's inputs, random
     forward(*inputs) -> embeddings          the networks: a tuple of tensors, of which at least one has a gradient;
                                             others are constants of the loss, such as a teacher's output or labels
     loss(*embeddings) -> 0-d tensor         what the method is about, separate so that it can be measured alone
@@ -40,6 +40,7 @@ from torch import Tensor, nn
 
 from fastssl.train import evaluate
 from fastssl.train.data import images
+from fastssl.train.data.augment import Augmentation
 
 IMPLEMENTATIONS = {"fastssl": "auto", "naive": "reference"}  # name -> the backend of fastssl.use_backend
 GIVEN = {"total_steps", "size", "colours", "classes"}  # a constructor's arguments that the run and the images decide
@@ -59,7 +60,10 @@ class Method(nn.Module):
             Views and measurements are the same.
         options: the arguments with which `fastssl.train.create` made it. A checkpoint fits only a method with the same
             ones.
-        learning_rate, weight_decay: AdamW's defaults for this method.
+        learning_rate, weight_decay, final_weight_decay: AdamW's defaults for this method; the last None: the decay
+            does not change.
+        augmentations: what `views` makes of an image, view by view; empty where it takes none of them.
+        progress: the share of the run that is done, which the loop sets before each step, for schedules.
     """
 
     encoder: nn.Module
@@ -67,6 +71,9 @@ class Method(nn.Module):
     options: Mapping[str, Any] = MappingProxyType({})
     learning_rate = 2e-3
     weight_decay = 1e-4
+    final_weight_decay: float | None = None
+    augmentations: tuple[Augmentation, ...] = ()
+    progress = 0.0
 
     @staticmethod
     def load(directory: str | None) -> Any:
@@ -82,10 +89,10 @@ class Method(nn.Module):
         """What the encoder is worth: shares, by the name of the test."""
         return evaluate.accuracies(self.encoder, dataset)
 
-    @staticmethod
-    def views(batch: Any, generator: torch.Generator) -> tuple[Tensor, ...]:
-        """A batch of the data -> the model's inputs, random under the generator."""
-        raise NotImplementedError
+    def views(self, batch: Any, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """A batch of the data -> the model's inputs, random under the generator; by default (B, H, W) grey or
+        (B, 3, H, W) uint8 images -> a view by each of the augmentations."""
+        return tuple(augment(batch, generator) for augment in self.augmentations)
 
     def loss(self, *embeddings: Tensor) -> Tensor:
         """What `forward` returned -> 0-d loss."""
@@ -97,6 +104,11 @@ class Method(nn.Module):
     def monitored(self, *embeddings: Tensor) -> Sequence[Tensor]:
         """What `loss` was given -> (B, D) embeddings of one view or of two, in which `fit` looks for a collapse."""
         return embeddings[:2]
+
+    def assignments(self, *embeddings: Tensor) -> Tensor | None:
+        """What `loss` was given -> (B, K), the teacher's distributions over prototypes, where `fit` does so too; None
+        for methods that have none."""
+        return None
 
 
 def twins(method: Method) -> dict[str, Method]:

@@ -10,9 +10,13 @@ from fastssl.train.method import Method
 OPTIMIZERS = ("adamw", "lars")
 
 
-def defaults(name: str, method: Method, batch_size: int) -> tuple[float, float]:
-    """Learning rate and weight decay: with AdamW the method's own, with LARS those of SimCLR (arXiv:2002.05709)."""
-    return (0.3 * batch_size / 256, 1e-6) if name == "lars" else (method.learning_rate, method.weight_decay)
+def defaults(name: str, method: Method, batch_size: int) -> tuple[float, float, float]:
+    """Learning rate, weight decay at first and at the end: with AdamW the method's own, with LARS those of SimCLR
+    (arXiv:2002.05709)."""
+    if name == "lars":
+        return 0.3 * batch_size / 256, 1e-6, 1e-6
+    final = method.final_weight_decay
+    return method.learning_rate, method.weight_decay, method.weight_decay if final is None else final
 
 
 def check_optimizer(name: str, layer_decay: float) -> None:
@@ -32,7 +36,7 @@ def make_optimizer(
         name: of OPTIMIZERS.
         module: with layer_decay a method whose encoder has `stages()`.
         learning_rate: the highest.
-        weight_decay: of matrices.
+        weight_decay: of matrices. Their groups have "decays": True, for whoever changes their "weight_decay".
         layer_decay: stage l of the encoder's n, counted from 0, has the share layer_decay^(n - l) of the learning rate,
             and everything else the whole (BEiT, arXiv:2106.08254). The share is the group's "scale", to be multiplied
             into its "lr" by whoever sets that.
@@ -45,14 +49,20 @@ def make_optimizer(
         raise ValueError(f"layer_decay must be 1 with an encoder that has no stages(), got {layer_decay}")
     stages = module.encoder.stages() if layer_decay != 1 else []
     scales = {p: layer_decay ** (len(stages) - place) for place, stage in enumerate(stages) for p in stage.parameters()}
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for p in module.parameters():
         if p.requires_grad:
-            groups.setdefault((scales.get(p, 1.0), weight_decay if p.dim() > 1 else 0.0), []).append(p)
+            groups.setdefault((scales.get(p, 1.0), p.dim() > 1), []).append(p)
     return {"adamw": torch.optim.AdamW, "lars": LARS}[name](
         [
-            {"params": params, "weight_decay": decay, "scale": scale, "lr": scale * learning_rate}
-            for (scale, decay), params in groups.items()
+            {
+                "params": params,
+                "weight_decay": weight_decay * decays,
+                "decays": decays,
+                "scale": scale,
+                "lr": scale * learning_rate,
+            }
+            for (scale, decays), params in groups.items()
         ],
         learning_rate,
     )

@@ -28,8 +28,9 @@ def describe(run: Run, learners: Sequence[Learner], examples: int) -> dict[str, 
     return _plain({
         "methods": methods, "examples": examples, "batch_size": run.batch_size, "steps": run.steps,
         "optimizer": run.optimizer, "clip": run.clip,
-        "learning_rate": {learner.name: learner.rate for learner in learners},
-        "weight_decay": {learner.name: learner.decay for learner in learners},
+        "learning_rate": {learner.name: learner.rate.peak for learner in learners},
+        "weight_decay": {learner.name: learner.decay.first for learner in learners},
+        "final_weight_decay": {learner.name: learner.decay.last for learner in learners},
         "layer_decay": run.layer_decay, "amp": run.amp, "chunk_size": run.chunk_size, "seed": run.seed,
     })  # fmt: skip
 

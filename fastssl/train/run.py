@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 import os
 import random
@@ -12,8 +11,9 @@ from types import NoneType
 from fastssl._checks import check_flag, check_number, check_positive
 from fastssl.train.method import Method
 from fastssl.train.optimizers import check_optimizer, defaults
+from fastssl.train.schedules import Schedule
 
-_MAY_BE_NONE = {"learning_rate", "weight_decay", "clip", "chunk_size"}
+_MAY_BE_NONE = {"learning_rate", "weight_decay", "final_weight_decay", "clip", "chunk_size"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,9 @@ class Run:
         steps: number of batches, at least 1.
         optimizer: "adamw" or "lars".
         learning_rate: the schedule's highest; None: each method's own, with LARS 0.3 batch_size / 256.
-        weight_decay: of weights that are matrices; None: each method's own, with LARS 1e-6.
+        weight_decay: of weights that are matrices, at first; None: each method's own, with LARS 1e-6.
+        final_weight_decay: at the end, to which it moves along half a cosine; None: each method's own, or weight_decay
+            where that is given, and with LARS.
         layer_decay: the learning rate of each of the encoder's stages, as a share of the next one's, for fine-tuning.
         clip: the norm, of the gradients of all parameters together, to which longer ones are cut; None: they are not
             cut.
@@ -49,6 +51,7 @@ class Run:
     optimizer: str = "adamw"
     learning_rate: float | None = None
     weight_decay: float | None = None
+    final_weight_decay: float | None = None
     layer_decay: float = 1.0
     clip: float | None = None
     amp: bool = False
@@ -62,7 +65,7 @@ class Run:
         checks = {
             **dict.fromkeys(("batch_size", "steps", "save_every", "chunk_size"), check_positive),
             **dict.fromkeys(("amp", "resume"), check_flag),
-            **dict.fromkeys(("learning_rate", "weight_decay"), _check_not_negative),
+            **dict.fromkeys(("learning_rate", "weight_decay", "final_weight_decay"), _check_not_negative),
             "layer_decay": _check_layer_decay,
             "clip": _check_clip,
             "seed": _check_seed,
@@ -76,17 +79,20 @@ class Run:
         if self.resume and self.checkpoint is None:
             raise ValueError("resume needs a checkpoint, got None")
 
-    def rates(self, method: Method) -> tuple[float, float]:
-        """The method's highest learning rate, and its weight decay."""
-        rate, decay = defaults(self.optimizer, method, self.batch_size)
-        return (
-            rate if self.learning_rate is None else self.learning_rate,
-            decay if self.weight_decay is None else self.weight_decay,
-        )
+    def rates(self, method: Method) -> tuple[Schedule, Schedule]:
+        """The learning rate in the course of the run, a warm-up, then half a cosine; and the weight decay."""
+        rate, decay, final_decay = defaults(self.optimizer, method, self.batch_size)
+        if self.learning_rate is not None:
+            rate = self.learning_rate
+        if self.weight_decay is not None:
+            decay = final_decay = self.weight_decay
+        if self.final_weight_decay is not None:
+            final_decay = self.final_weight_decay
+        return Schedule(0.0, rate, 0.0, warmup=0.1), Schedule(decay, decay, final_decay)
 
-    def schedule(self, step: int, warmup: float = 0.1) -> float:
-        """The learning rate in a step, as a share of its highest: a warm-up, then half a cosine."""
-        return min(1, (step + 1) / (warmup * self.steps)) * 0.5 * (1 + math.cos(math.pi * step / self.steps))
+    def progress(self, step: int) -> float:
+        """The share of the run that is done in the middle of a step, which is what schedules go by."""
+        return (step + 0.5) / self.steps
 
     def seed_for(self, purpose: str, number: int) -> int:
         """The seed of the random numbers for one purpose in one step or epoch."""

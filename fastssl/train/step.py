@@ -80,11 +80,16 @@ def train_step(
                 method.after_step(*(z.detach() for z in embeddings))
     meters.append(update)
     peak = max(m.peak for m in meters) - meters[0].before if update.peak is not None else None
-    found = health([z.detach() for z in method.monitored(*embeddings)]) if report else None
+    found = _health(method, [z.detach() for z in embeddings]) if report else None
     seconds, loss_seconds, loss_peak = sum(m.seconds for m in meters), None, None
     if objective is not None:
         loss_seconds, loss_peak = objective.seconds, objective.extra
     return Step(loss, seconds, loss_seconds, after.seconds, peak, loss_peak, found)
+
+
+def _health(method: Method, embeddings: Sequence[Tensor]) -> Health:
+    with torch.no_grad(), use_backend(IMPLEMENTATIONS[method.impl]):
+        return health(method.monitored(*embeddings), method.assignments(*embeddings))
 
 
 Differentiated = tuple[Sequence[Tensor], float, list[Meter], Meter | None]

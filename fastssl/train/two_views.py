@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fastssl.train.data.augment import random_view
+from fastssl.train.data.augment import MILD
 from fastssl.train.method import Method
 from fastssl.train.networks.models import image_encoder, mlp
 
@@ -18,6 +18,8 @@ class TwoViews(Method):
         last_norm: whether its output is batch-normalised.
     """
 
+    augmentations = MILD, MILD
+
     def __init__(self, *widths: int, last_norm: bool = False) -> None:
         super().__init__()
         self.encoder = image_encoder()
@@ -27,11 +29,6 @@ class TwoViews(Method):
     def student(self) -> nn.Module:
         """The networks that a teacher follows: images -> projections."""
         return nn.Sequential(self.encoder, self.projector)
-
-    @staticmethod
-    def views(batch: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
-        """(B, H, W) grey or (B, 3, H, W) uint8 images -> the model's inputs."""
-        return random_view(batch, generator), random_view(batch, generator)
 
     def forward(self, view1: Tensor, view2: Tensor) -> tuple[Tensor, ...]:
         """The model's inputs -> the loss's inputs, (B, outputs) each."""

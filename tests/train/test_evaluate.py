@@ -98,7 +98,7 @@ def test_effective_rank_uniformity_and_alignment_of_known_embeddings():
     ids=["one", "nearly one", "one or its opposite", "zeros", "nan", "a cone", "all over", "a plane"],
 )
 def test_collapse_is_told_from_its_like(embeddings, collapsed):
-    assert health([embeddings]).collapsed is collapsed
+    assert (health([embeddings]).collapse is not None) is collapsed
 
 
 class Attract(Method):
@@ -132,7 +132,7 @@ def test_a_collapsed_run_says_so(method, collapses):
     reports = console.file.getvalue().split("mine step")[1:]
     assert len(reports) == 11 and reports[-1].startswith(" 199: loss") and "effective rank" in reports[-1]
     assert ("COLLAPSED" in reports[-1]) is collapses and "COLLAPSED" not in reports[0]
-    assert history["mine"][-1].health.collapsed is collapses
+    assert (history["mine"][-1].health.collapse is not None) is collapses
     assert sum(step.health is not None for step in history["mine"]) == 11
 
 
@@ -145,3 +145,24 @@ def test_reports_fit_a_terminal_of_80_columns():
     )
     _report(console, "byol", 1, replace(done, health=Health(1.0, -0.0, 0.0)))
     assert console.file.getvalue().splitlines()[-1] == "  COLLAPSED: all inputs have nearly the same embedding"
+
+
+@pytest.mark.parametrize(
+    "distributions, used, each, collapse",
+    [
+        (torch.eye(64), 64, 1, None),
+        (torch.eye(4).repeat(16, 1), 4, 1, None),
+        (torch.full((64, 32), 1 / 32), 32, 32, "the same distribution, over 32.0 prototypes"),
+        (torch.eye(32)[:1].expand(64, 32), 1, 1, "the same distribution, over 1.0 prototypes"),
+        (torch.tensor([0.5, 0.5, 0, 0]).expand(64, 4), 2, 2, "the same distribution, over 2.0 prototypes"),
+        ((0.5 * torch.eye(2) + 0.25).repeat(32, 1), 2, math.exp(0.5623351), None),
+        (torch.full((64, 4), math.nan), math.nan, math.nan, "the same distribution, over nan prototypes"),
+    ],
+    ids=["all", "few", "uniform", "one", "two alike", "soft", "nan"],
+)
+def test_a_teacher_that_says_nothing_of_the_input_has_collapsed(distributions, used, each, collapse):
+    """Though its logits may be as different as they like."""
+    found = health([torch.randn(64, 16)], distributions)
+    assert [found.used, found.each] == pytest.approx([used, each], rel=1e-3, nan_ok=True)
+    assert found.collapse is None if collapse is None else found.collapse.endswith(collapse)
+    assert str(found).splitlines()[1] == f"  {found.used:.1f} prototypes in use, {found.each:.1f} by a single input"

@@ -69,7 +69,7 @@ def test_a_collapse_is_one_of_features(images):
         method.head.bias.zero_()
     labelled = method.training_data(images)[torch.arange(64)]
     embeddings = method(*method.views(labelled, torch.Generator().manual_seed(0)))
-    assert not health(method.monitored(*embeddings)).collapsed
+    assert not health(method.monitored(*embeddings)).collapse
 
 
 def test_accuracy_of_a_known_head(images):
@@ -118,7 +118,7 @@ def test_the_schedule_keeps_the_ratios(images, monkeypatch):
     assert len(rates) == STEPS and len({max(step) for step in rates}) > 3
     for step in rates:
         assert sorted(step) == pytest.approx([max(step) * 0.5**n for n in range(5, -1, -1)])
-    assert max(map(max, rates)) == pytest.approx(0.01, rel=0.01)
+    assert 0.009 < max(map(max, rates)) <= 0.01
 
 
 def test_what_is_next_to_the_input_moves_less(images):

@@ -1,4 +1,4 @@
-"""The reference trainer: augmentation, the loop, what it measures, its twins on real images, the demo."""
+"""The reference trainer: the loop, what it measures, its twins on real images, the demo."""
 
 import copy
 import importlib
@@ -23,7 +23,6 @@ from rich.console import Console
 import fastssl.train
 import fastssl.train.__main__ as command_line
 from fastssl.train import METHODS, DataError, Images, Method, Run, cli, create, fit, load, twins
-from fastssl.train.data import augment
 from fastssl.train.data import images as data
 from fastssl.train.evaluate import accuracies
 from fastssl.train.meter import Meter, available_memory
@@ -55,37 +54,6 @@ def new_twins(seed: int = 0, name: str = "simclr", steps: int = 12) -> dict[str,
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
-
-
-def test_views_are_reproducible_and_differ_within_a_batch(images):
-    batch = images.train[:1].expand(16, 28, 28)
-    view = augment.random_view(batch, generator())
-    assert view.shape == (16, 1, 28, 28) and view.dtype == torch.float32
-    assert 0 <= view.min() and view.max() <= 1
-    assert torch.equal(view, augment.random_view(batch, generator()))
-    assert not torch.equal(view, augment.random_view(batch, generator(1)))
-    assert torch.unique(view, dim=0).shape[0] == 16
-
-
-def test_full_crop_is_the_image_or_its_mirror():
-    x = torch.rand(32, 1, 28, 28, generator=generator())
-    view = augment.random_resized_crop_flip(x, generator(), scale=(1, 1), ratio=(1, 1))
-    same = (view - x).abs().amax((1, 2, 3)) < 1e-5
-    mirrored = (view - x.flip(3)).abs().amax((1, 2, 3)) < 1e-5
-    assert (same ^ mirrored).all() and same.any() and mirrored.any()
-
-
-def test_crop_covers_the_area_asked_for_and_stays_inside():
-    x = torch.linspace(0, 1, 280).expand(64, 1, 280, 280)  # values tell columns
-    view = augment.random_resized_crop_flip(x, generator(), scale=(0.25, 0.25), ratio=(1, 1))
-    left, right = view.amin((1, 2, 3)), view.amax((1, 2, 3))
-    torch.testing.assert_close(right - left, torch.full((64,), 0.5), atol=0.01, rtol=0)
-    assert left.min() < 0.1 and right.max() > 0.9
-
-
-def test_color_jitter_of_nothing_changes_nothing():
-    x = torch.rand(4, 1, 28, 28, generator=generator())
-    torch.testing.assert_close(augment.color_jitter(x, generator(), brightness=0, contrast=0), x)
 
 
 @pytest.mark.parametrize("method", ["simclr", "barlow_twins", "vicreg"])

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
+from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 from fastssl.train.method import Method
@@ -40,10 +43,19 @@ METHODS: dict[str, type[Method]] = {
 }
 
 
-def create(name: str, total_steps: int, dataset: Any = None, *, backbone: str | None = None, **options: Any) -> Method:
+def create(
+    name: str,
+    total_steps: int,
+    dataset: Any = None,
+    *,
+    backbone: str | None = None,
+    augment: Mapping[str, float] = MappingProxyType({}),
+    **options: Any,
+) -> Method:
     """The method of that name for a run of `total_steps` on `dataset`, which tells its constructor what it asks for.
 
     Without a data set it is for images such as Fashion-MNIST's. `backbone` names a model of timm as image encoder.
+    `augment` has arguments of `fastssl.train.data.augment.Augmentation` that all of the method's views are to have.
     """
     given = {"total_steps": total_steps, **getattr(dataset, "facts", {})}
     constructor = inspect.signature(METHODS[name])
@@ -52,4 +64,9 @@ def create(name: str, total_steps: int, dataset: Any = None, *, backbone: str | 
     with models.backbone(backbone, given.get("size", 28)):
         method = METHODS[name](**arguments.kwargs)
     method.options = arguments.kwargs if backbone is None else {**arguments.kwargs, "backbone": backbone}
+    if augment:
+        if not method.augmentations:
+            raise ValueError(f"augment must be empty for a method that has no views of images, got {dict(augment)}")
+        method.augmentations = tuple(replace(view, **augment) for view in method.augmentations)
+        method.options = {**method.options, "augment": dict(augment)}
     return method

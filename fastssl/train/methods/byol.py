@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastssl.nn import EMA
-from fastssl.train.data.augment import strong_view
+from fastssl.train.data.augment import STRONG
 from fastssl.train.networks.models import mlp
 from fastssl.train.two_views import TwoViews
 
@@ -22,6 +22,8 @@ class BYOL(TwoViews):
         momentum: of the teacher at first; the paper's 0.996 is for longer runs.
     """
 
+    augmentations = STRONG, STRONG
+
     def __init__(self, *, total_steps: int, momentum: float = 0.9) -> None:
         super().__init__(512, 128, last_norm=True)
         self.predictor = mlp(128, 512, 128)
@@ -29,10 +31,6 @@ class BYOL(TwoViews):
         self.teacher = EMA(
             self.student, momentum, schedule="cosine", total_steps=total_steps, update_buffers=False
         ).train()
-
-    @staticmethod
-    def views(batch: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        return strong_view(batch, generator), strong_view(batch, generator)
 
     def forward(self, view1: Tensor, view2: Tensor) -> tuple[Tensor, ...]:
         views = torch.cat([view1, view2])

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastssl.functional import masked_patch_loss, random_masking_ids, restore_tokens
-from fastssl.train.data.augment import random_resized_crop_flip, to_float
+from fastssl.train.data.augment import CROPPED, to_float
 from fastssl.train.data.images import Images
 from fastssl.train.method import Method
 from fastssl.train.networks.vit import ViT, layers, position_embedding
@@ -26,6 +26,7 @@ class MAE(Method):
 
     learning_rate = 1e-3
     weight_decay = 0.05
+    augmentations = (CROPPED,)
     patch_size = 4
 
     def __init__(
@@ -44,7 +45,7 @@ class MAE(Method):
 
     def views(self, batch: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
         """uint8 images -> cropped and mirrored images; which patches stay, all patches' places, and mask."""
-        images = random_resized_crop_flip(to_float(batch), generator)
+        (images,) = super().views(batch, generator)
         return images, *self.mask(len(images), generator)
 
     def mask(self, images: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:

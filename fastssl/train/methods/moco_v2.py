@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-
-from fastssl.train.data.augment import strong_view
+from fastssl.train.data.augment import STRONG
 from fastssl.train.methods.moco_v1 import MoCoV1
 
 
@@ -20,11 +17,8 @@ class MoCoV2(MoCoV1):
         queue: number of keys.
     """
 
+    augmentations = STRONG, STRONG
     head = (256, 128)
 
     def __init__(self, *, temperature: float = 0.2, momentum: float = 0.97, queue: int = 4096) -> None:
         super().__init__(temperature=temperature, momentum=momentum, queue=queue)
-
-    @staticmethod
-    def views(batch: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        return strong_view(batch, generator), strong_view(batch, generator)

@@ -33,8 +33,7 @@ class SimCSE(Method):
     def load(directory: str | os.PathLike[str] | None) -> Sentences:
         return text.load(directory)
 
-    @staticmethod
-    def views(batch: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
+    def views(self, batch: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
         """(B, LENGTH) tokens, as they are: what is random is dropout."""
         return (batch,)
 

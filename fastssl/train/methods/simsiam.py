@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastssl.train.data.augment import strong_view
+from fastssl.train.data.augment import STRONG
 from fastssl.train.networks.models import mlp
 from fastssl.train.two_views import TwoViews
 
@@ -17,13 +17,11 @@ class SimSiam(TwoViews):
     This stop-gradient is what keeps all images from getting the same projection.
     """
 
+    augmentations = STRONG, STRONG
+
     def __init__(self) -> None:
         super().__init__(512, 512, 512, last_norm=True)
         self.predictor = mlp(512, 128, 512)
-
-    @staticmethod
-    def views(batch: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        return strong_view(batch, generator), strong_view(batch, generator)
 
     def forward(self, view1: Tensor, view2: Tensor) -> tuple[Tensor, ...]:
         projections = self.student(torch.cat([view1, view2]))

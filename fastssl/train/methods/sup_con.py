@@ -26,10 +26,9 @@ class SupCon(TwoViews):
     def training_data(dataset: Images) -> TensorDataset:
         return dataset.labelled()
 
-    @staticmethod
-    def views(batch: tuple[Tensor, Tensor], generator: torch.Generator) -> tuple[Tensor, ...]:
+    def views(self, batch: tuple[Tensor, Tensor], generator: torch.Generator) -> tuple[Tensor, ...]:
         images, labels = batch
-        return *TwoViews.views(images, generator), labels
+        return *super().views(images, generator), labels
 
     def forward(self, view1: Tensor, view2: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         return torch.stack(super().forward(view1, view2), 1), labels

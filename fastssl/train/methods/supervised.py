@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from fastssl.train.data.augment import random_view
+from fastssl.train.data.augment import MILD
 from fastssl.train.data.images import Images
 from fastssl.train.evaluate import accuracies, pooled
 from fastssl.train.method import Method
@@ -24,6 +24,8 @@ class Supervised(Method):
         size, colours, classes: of the images.
     """
 
+    augmentations = (MILD,)
+
     def __init__(self, *, vit: bool = False, size: int = 28, colours: int = 1, classes: int = 10) -> None:
         super().__init__()
         if vit:
@@ -37,10 +39,9 @@ class Supervised(Method):
     def training_data(dataset: Images) -> TensorDataset:
         return dataset.labelled()
 
-    @staticmethod
-    def views(batch: tuple[Tensor, Tensor], generator: torch.Generator) -> tuple[Tensor, ...]:
+    def views(self, batch: tuple[Tensor, Tensor], generator: torch.Generator) -> tuple[Tensor, ...]:
         images, labels = batch
-        return random_view(images, generator), labels
+        return *super().views(images, generator), labels
 
     def forward(self, view: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         return pooled(self.encoder(view)), labels
