@@ -1,6 +1,7 @@
 """Self-distillation, against the code of DINO and iBOT, and lightly's losses.
 
-Logits are given, as the last layer delivers them: the loss reads them and writes the student's gradient.
+Logits are given, as the last layer delivers them: the loss reads them and writes the student's gradient. In the last
+benchmark the features and prototypes are given that this layer multiplies.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.ops import peers
@@ -165,4 +167,67 @@ Benchmark(
     timed="forward + backward, from logits",
     oracle=_ibot_oracle,
     modes=MODES,
+)
+
+
+def _prototype_inputs(size: Size, dtype: torch.dtype) -> Inputs:
+    """Features and prototypes of unit length, as of DINO's head, whose teacher is near its student; and the center."""
+    rows, dim, columns = size
+    student, prototypes = (
+        F.normalize(_logits(count, dim, dtype=torch.float32, seed=seed), dim=-1)
+        for count, seed in ((rows, 2), (columns, 3))
+    )
+    teacher, teacher_prototypes = (
+        F.normalize(x + _logits(*x.shape, dtype=torch.float32, seed=4) / dim**0.5, dim=-1)
+        for x in (student, prototypes)
+    )
+    leaves = (x.to(dtype).requires_grad_() for x in (student, prototypes))
+    return *leaves, teacher.to(dtype), teacher_prototypes.to(dtype), _center(columns)
+
+
+def _prototypes(loss: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    *features, center = inputs
+    return loss(*features, center=center)
+
+
+def _prototype_eager(
+    student: Tensor, prototypes: Tensor, teacher: Tensor, teacher_prototypes: Tensor, center: Tensor
+) -> Tensor:
+    """Linear layers, and the loss as the code of iBOT and DINOv2 has it."""
+    with torch.no_grad():
+        teacher_logits = F.linear(teacher, teacher_prototypes)
+    return _ibot_eager(F.linear(student, prototypes), teacher_logits, center)
+
+
+@torch.no_grad()
+def _prototype_oracle(
+    student: Tensor, prototypes: Tensor, teacher: Tensor, teacher_prototypes: Tensor, center: Tensor
+) -> LossAndGradients:
+    """In float64, some rows at a time."""
+    x, w, y, v, c = (z.double() for z in (student, prototypes, teacher, teacher_prototypes, center))
+    loss, grad_x, grad_w = torch.zeros((), dtype=torch.float64), torch.empty_like(x), torch.zeros_like(w)
+    for rows in torch.arange(len(x)).split(max(1, _BLOCK_ELEMENTS // len(w))):
+        target = ((y[rows] @ v.T - c) / TEACHER_TEMPERATURE).softmax(-1)
+        logs = (x[rows] @ w.T / STUDENT_TEMPERATURE).log_softmax(-1)
+        loss -= (target * logs).sum()
+        weights = (logs.exp() - target) / (STUDENT_TEMPERATURE * len(x))
+        grad_x[rows] = weights @ w
+        grad_w += weights.T @ x[rows]
+    return loss / len(x), (grad_x.to(student.dtype), grad_w.to(prototypes.dtype))
+
+
+Benchmark(
+    "prototype_distillation_loss",
+    sizes=((4096, 256, 65536), (512, 256, 65536), (512, 256, 8192)),  # masked patches x features, prototypes
+    memory_sizes=(),
+    inputs=_prototype_inputs,
+    # Features, prototypes and the gradients of the student's.
+    traffic=lambda size, itemsize: 3 * (size[0] + size[2]) * size[1] * itemsize,
+    # Logits of student and teacher, and a product with the weights for either side.
+    flops=lambda size: 4 * 2.0 * size[0] * size[1] * size[2],
+    needs=lambda size, itemsize: dict.fromkeys(("naive", "compile"), 7.0 * size[0] * size[2] * itemsize),
+    call=_prototypes,
+    naive=_prototype_eager,
+    timed="forward + backward, from features",
+    oracle=_prototype_oracle,
 )

@@ -23,7 +23,7 @@ from fastssl.functional.correlation import (
 from fastssl.functional.correlation import (
     correlation_algorithm as correlation_algorithm,
 )
-from fastssl.functional.distillation import dino_loss, ibot_loss
+from fastssl.functional.distillation import dino_loss, ibot_loss, prototype_distillation_loss
 from fastssl.functional.ema import adamw_ema_step_, ema_update_
 from fastssl.functional.masking import (
     block_masking_ids,
@@ -59,6 +59,7 @@ __all__ = [
     "masked_patch_loss",
     "nt_xent",
     "patch_embed",
+    "prototype_distillation_loss",
     "random_masking",
     "random_masking_ids",
     "redundancy_loss",

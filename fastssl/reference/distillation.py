@@ -46,6 +46,36 @@ def ibot_loss(
     return _reduced(loss if weights is None else (weights * loss).to(loss.dtype), reduction)
 
 
+def prototype_distillation_loss(
+    student: Tensor | Sequence[Tensor],
+    student_prototypes: Tensor,
+    teacher: Tensor | Sequence[Tensor],
+    teacher_prototypes: Tensor,
+    *,
+    student_temperature: float | Tensor = 0.1,
+    teacher_temperature: float | Tensor = 0.04,
+    center: Tensor | None = None,
+    weights: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """The loss of iBOT, or with views that of DINO, of logits that are features times prototypes."""
+    numbers = {
+        "student_temperature": student_temperature,
+        "teacher_temperature": teacher_temperature,
+        "center": center,
+        "reduction": "none",
+    }
+    if isinstance(student, Tensor) and student.dim() == 2:
+        loss = ibot_loss(student @ student_prototypes.T, teacher @ teacher_prototypes.T, **numbers)
+    else:
+        student_logits, teacher_logits = (
+            [view @ prototypes.T for view in _views(views)]
+            for views, prototypes in ((student, student_prototypes), (teacher, teacher_prototypes))
+        )
+        loss = dino_loss(student_logits, teacher_logits, **numbers)
+    return _reduced(loss if weights is None else (weights * loss).to(loss.dtype), reduction)
+
+
 def _cross_entropy(
     student: Tensor,
     teacher: Tensor,

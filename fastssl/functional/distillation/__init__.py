@@ -2,5 +2,6 @@
 
 from fastssl.functional.distillation.dino_loss import dino_loss
 from fastssl.functional.distillation.ibot_loss import ibot_loss
+from fastssl.functional.distillation.prototype_distillation_loss import prototype_distillation_loss
 
-__all__ = ["dino_loss", "ibot_loss"]
+__all__ = ["dino_loss", "ibot_loss", "prototype_distillation_loss"]

@@ -9,7 +9,13 @@ from torch import Tensor
 from fastssl import reference
 from fastssl._arithmetic import of_reference
 from fastssl._checks import check_positive_temperature, check_reduction
-from fastssl.functional.distillation.logits import check_center, check_rows_alike, check_views, loss_of_rows
+from fastssl.functional.distillation.logits import (
+    check_center,
+    check_pairs_of_views,
+    check_rows_alike,
+    check_views,
+    loss_of_rows,
+)
 from fastssl.ops import current_backend
 
 
@@ -59,11 +65,7 @@ def dino_loss(
     name, x = student[0]
     student, teacher = ([x for _, x in views] for views in (student, teacher))
     student_views, teacher_views = (sum(len(x) for x in views) for views in (student, teacher))
-    if (pairs := student_views * teacher_views - min(student_views, teacher_views)) == 0:
-        raise ValueError(
-            "student_logits and teacher_logits must have views of unlike numbers, got"
-            f" {student_views} and {teacher_views} of them"
-        )
+    pairs = check_pairs_of_views("student_logits and teacher_logits", student_views, teacher_views)
     student_temperature = check_positive_temperature("student_temperature", student_temperature, x)
     teacher_temperature = check_positive_temperature("teacher_temperature", teacher_temperature, x)
     constant = check_center(center, x, name)

@@ -6,15 +6,8 @@ from torch import Tensor
 
 from fastssl import reference
 from fastssl._arithmetic import of_reference
-from fastssl._checks import (
-    DTYPES,
-    check_positive_temperature,
-    check_reduction,
-    check_rows,
-    check_same_device,
-    check_tensor,
-)
-from fastssl.functional.distillation.logits import check_center, check_rows_alike, loss_of_rows
+from fastssl._checks import check_positive_temperature, check_reduction, check_rows
+from fastssl.functional.distillation.logits import check_center, check_rows_alike, check_weights, loss_of_rows
 from fastssl.ops import current_backend
 
 
@@ -58,7 +51,7 @@ def ibot_loss(
     teacher_temperature = check_positive_temperature("teacher_temperature", teacher_temperature, student_logits)
     constant = check_center(center, student_logits, "student_logits")
     if weights is not None:
-        _check_weights(weights, student_logits)
+        check_weights(weights, student_logits, "student_logits")
     check_reduction(reduction)
     if current_backend() == "reference":
         loss = reference.distillation.ibot_loss(
@@ -82,12 +75,3 @@ def ibot_loss(
         weights=weights,
         reduction=reduction,
     )
-
-
-def _check_weights(weights: Tensor, x: Tensor) -> None:
-    check_tensor("weights", weights)
-    if weights.dtype not in DTYPES:
-        raise ValueError(f"weights must have a floating-point dtype of 16, 32 or 64 bits, got {weights.dtype}")
-    if weights.shape != x.shape[:1]:
-        raise ValueError(f"weights must have shape ({x.shape[0]},), one for each row, got {tuple(weights.shape)}")
-    check_same_device("weights", weights, "student_logits", x)

@@ -15,5 +15,6 @@ is a sum of terms of one sign, which cancels nothing.
 """
 
 from fastssl.ops.distillation.distillation_loss import distillation_loss
+from fastssl.ops.distillation.prototype_distillation_loss import prototype_distillation_loss
 
-__all__ = ["distillation_loss"]
+__all__ = ["distillation_loss", "prototype_distillation_loss"]

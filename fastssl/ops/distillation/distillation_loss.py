@@ -59,7 +59,7 @@ def _targets(
         yield sum(chosen, torch.zeros_like(teachers[0])), len(chosen)
 
 
-def _share(
+def share_of_rows(
     rows: slice,
     grad_loss: Tensor,
     student: Sequence[Tensor],
@@ -99,7 +99,7 @@ def _forward(
     numbers = center, student_temperature, teacher_temperature, unlike_views
     loss = student[0].new_zeros(student[0].shape[1], dtype=accumulate_dtype(student[0].dtype))
     gradients = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in student] if derive else []
-    _visit(student, teacher, *numbers, loss, weight, gradients)
+    visit_rows(student, teacher, *numbers, loss, weight, gradients)
     return loss if weight is None else (loss * weight).sum(), gradients
 
 
@@ -115,11 +115,11 @@ def _backward(
 ) -> list[Tensor]:
     numbers = center, student_temperature, teacher_temperature, unlike_views
     gradients = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in student]
-    _visit(student, teacher, *numbers, None, grad_loss if weight is None else grad_loss * weight, gradients)
+    visit_rows(student, teacher, *numbers, None, grad_loss if weight is None else grad_loss * weight, gradients)
     return gradients
 
 
-def _visit(
+def visit_rows(
     student: Sequence[Tensor],
     teacher: Sequence[Tensor],
     center: Tensor | None,
@@ -153,6 +153,6 @@ distillation_loss = Op(
     " float student_temperature, float teacher_temperature, bool unlike_views) -> Tensor[] grad_student",
     fake=_fake,
     portable=(_forward, _backward),
-    share=_share,
+    share=share_of_rows,
     blocks=_blocks,
 )

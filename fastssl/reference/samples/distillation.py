@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fastssl.reference.distillation import dino_loss, ibot_loss
+from fastssl.reference.distillation import dino_loss, ibot_loss, prototype_distillation_loss
 from fastssl.reference.samples._inputs import generator, leaf, scalar_bad_inputs, sized
 from fastssl.reference.samples._spec import COMPILED, EDGE, POISONED, RAGGED, SHAPES, TRACED, BadInput, OpSpec, Sample
 
@@ -151,6 +151,98 @@ def _ibot_loss_bad_inputs() -> Iterator[BadInput]:
     yield BadInput("lists", ([x], [x]), {}, TypeError, "student_logits must be a Tensor, got list")
 
 
+def _prototype_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
+    rows = generator(dtype, device)
+
+    def sample(label: str, count: int, dim: int, prototypes: int, tags: set[str] = frozenset(), **named: Any) -> Sample:
+        """Features of length about 1, and prototypes, as of a head that normalises."""
+        student, teacher = (rows(count, dim, scale=dim**-0.5) for _ in range(2))
+        w, v = (rows(prototypes, dim) for _ in range(2))
+        return Sample(label, (leaf(student), leaf(w), teacher, v), named, tags)
+
+    for count, dim, prototypes in [
+        (1, 1, 1),
+        (2, 3, 4),
+        (3, 2, 1),
+        (5, 8, 64),
+        (33, 32, 65),
+        (65, 24, 300),
+        (4, 70, 1000),
+        (7, 16, 33),
+    ]:
+        yield sample(f"{count}x{dim}, {prototypes}", count, dim, prototypes, sized(count, prototypes, dim))
+    yield sample("33x32, 64 rows", 33, 32, 64, reduction="none")
+    yield sample("sum", 33, 30, 65, reduction="sum")
+    yield sample("center", 33, 30, 65, {EDGE}, center=rows(65))
+    yield sample("center, small", 4, 3, 5, {TRACED}, center=rows(1, 5))
+    yield sample("weights", 33, 30, 65, {EDGE}, weights=rows(33).abs())
+    yield sample("weights, small", 4, 3, 5, {TRACED}, weights=rows(4).abs())
+    yield sample("learnable weights", 4, 3, 5, {TRACED}, weights=leaf(rows(4)))
+    for temperatures in ((0.01, 1.0), (5.0, 0.005)):
+        named = dict(zip(("student_temperature", "teacher_temperature"), temperatures, strict=True))
+        yield sample(f"temperatures {temperatures}", 33, 30, 65, **named)
+    learnable = torch.tensor(0.2, device=device, requires_grad=True)
+    yield sample("learnable temperature", 3, 4, 5, {TRACED}, student_temperature=learnable)
+    x, w = rows(24, 33, scale=0.2), rows(65, 48)
+    yield Sample("transposed", (leaf(x).T, leaf(w[:, ::2]), x.T, rows(24, 65).T), tags={TRACED})
+    expanded = leaf(x[:1]).expand(9, 33), leaf(rows(1, 33)).expand(5, 33), x[:9], rows(5, 33)
+    yield Sample("expanded", expanded, tags={TRACED})
+    yield Sample("sizes of their own", (leaf(x), leaf(rows(40, 33)), rows(24, 7), rows(40, 7)))
+    yield Sample("prototypes alone", (x[:4, :3], leaf(rows(5, 3)), x[:4, :3], rows(5, 3)), tags={TRACED})
+    yield Sample("features alone", (leaf(x[:4, :3]), rows(5, 3), rows(4, 3), rows(5, 3)), tags={TRACED})
+    yield sample("empty", 0, 3, 5, {TRACED}, reduction="sum")
+    for s, t, batch, dim, prototypes in [(2, 2, 2, 3, 5), (10, 2, 5, 8, 70), (2, 5, 4, 33, 30), (3, 3, 40, 16, 130)]:
+        tags = {TRACED} if dim == 3 else set()
+        views = rows(s, batch, dim, scale=dim**-0.5), rows(t, batch, dim, scale=dim**-0.5)
+        prototypes = rows(prototypes, dim), rows(prototypes, dim)
+        arguments = leaf(views[0]), leaf(prototypes[0]), views[1], prototypes[1]
+        yield Sample(f"{s} and {t} views", arguments, tags=tags)
+        yield Sample(
+            f"{s} and {t} views, weights", arguments, {"weights": rows(batch).abs(), "reduction": "sum"}, tags=tags
+        )
+    views = [leaf(rows(2, 3)), leaf(rows(2, 2, 3)), rows(2, 3)], [rows(2, 3), rows(1, 2, 3)]
+    yield Sample("groups of views", (views[0], leaf(rows(5, 3)), views[1], rows(5, 3)), tags={TRACED})
+
+
+def _prototype_bad_inputs() -> Iterator[BadInput]:
+    x, w = torch.randn(8, 16), torch.randn(12, 16)
+
+    def bad(label: str, args: tuple[Any, ...], error: type[Exception], match: str, **named: Any) -> BadInput:
+        return BadInput(label, args, named, error, match)
+
+    yield bad("rows differ", (x, w, x[:5], w), ValueError, "student and teacher must have as many rows, got 8 and 5")
+    yield bad("prototypes differ", (x, w, x, w[:7]), ValueError, "_prototypes must have as many rows.*got 12 and 7")
+    yield bad("no prototypes", (x, w[:0], x, w[:0]), ValueError, "must have .* at least one, got 0 and 0")
+    yield bad("features differ", (x, w[:, :8], x, w), ValueError, "student and student_prototypes .*16 and 8")
+    yield bad("teacher's differ", (x, w, x, w[:, :8]), ValueError, "teacher and teacher_prototypes .*16 and 8")
+    yield bad("no features", (x[:, :0], w[:, :0], x, w), ValueError, r"student .*at least one feature.*\(8, 0\)")
+    yield bad("one dimension", (x, w[0], x, w), ValueError, r"student_prototypes .*\(K, D\), got \(16,\)")
+    yield bad("views of one", (x, w, x[None], w), ValueError, r"teacher must have shape \(N, D\), got \(1, 8, 16\)")
+    yield bad("one view", (x[None], w, x[None], w), ValueError, "must have views of unlike numbers, got 1 and 1")
+    yield bad("a view of another size", ([x, x[:, :8]], w, [x], w), ValueError, r"student\[1\] and student_prototypes")
+    yield bad("a view of fewer rows", ([x, x[:5]], w, [x], w), ValueError, r"\[0\] and student\[1\] .*rows.*8 and 5")
+    yield bad("dtypes differ", (x, w.double(), x, w), ValueError, "student and student_prototypes .*float32.*float64")
+    yield bad("integers", (x.long(), w, x, w), ValueError, "student .*floating.*int64")
+    yield bad("no tensor", (x, None, x, w), TypeError, "student_prototypes must be a Tensor, got NoneType")
+    yield bad("a number", (1.0, w, x, w), TypeError, "student must be .*float")
+    yield bad("devices differ", (x, w, x, w.to("meta")), ValueError, "student and teacher_prototypes .*cpu.*meta")
+    args = x, w, x, w
+    yield bad("center", args, ValueError, r"center must have shape \(12,\) or \(1, 12\), got \(8,\)", center=x[:, 0])
+    yield bad("weights", args, ValueError, r"weights must have shape \(8,\), .*got \(12,\)", weights=w[:, 0])
+    for name in ("student_temperature", "teacher_temperature"):
+        yield from scalar_bad_inputs(name, *args)
+        yield bad(f"{name} negative", args, ValueError, f"{name} must be positive, got -0.1", **{name: -0.1})
+    yield bad("reduction", args, ValueError, "reduction .*'none', 'mean' or 'sum'.*'average'", reduction="average")
+
+
+def _prototype_magnitude(sample: Sample) -> float:
+    """The largest logit over its temperature, and the largest number that it is multiplied by for a gradient."""
+    x, w, y, v = ([z] if isinstance(z, torch.Tensor) else z for z in sample.args)
+    logits = ([z.detach().double() @ u[0].detach().double().T for z in views] for views, u in ((x, w), (y, v)))
+    factor = max((z.detach().abs().max().item() for z in (*x, *w) if z.numel()), default=0)
+    return _magnitude(Sample(sample.label, tuple(logits), sample.kwargs)) * max(1.0, factor)
+
+
 def _magnitude(sample: Sample) -> float:
     """The largest logit over its temperature."""
     temperatures = (
@@ -178,3 +270,13 @@ for _name, _reference, _samples, _bad in (
         op="distillation_loss",
         multiplies=False,
     )
+
+OpSpec(
+    "prototype_distillation_loss",
+    "distillation",
+    prototype_distillation_loss,
+    _prototype_samples,
+    _prototype_bad_inputs,
+    _prototype_magnitude,
+    reductions=("none", "mean", "sum"),
+)
