@@ -14,12 +14,11 @@ inline float lerp(float start, float end, float weight) {
   return weight < 0.5f ? start + apart * weight : end - apart * (1 - weight);
 }
 
-// near + share (far - near), which leaves equal values as they are, -0 too. Where their difference is infinite or NaN,
-// as that of infinities and of huge numbers may be: near rest + far share.
+// near (1 - share) + far share; equal values stay as they are. 1 - share is rest + little: float32 would round it, and an
+// average of many steps would feel that. Both are above 0, so that an infinity stays one; no difference can overflow.
 template <typename Floats>
-inline Floats towards(Floats near, Floats far, float share, float rest) {
-  const Floats apart = near - far;
-  return apart - apart == 0.f ? near - apart * share : near * rest + far * share;
+inline Floats towards(Floats near, Floats far, float share, float rest, float little) {
+  return near == far ? near : near * rest + (far * share + near * little);
 }
 
 void blend_floats(float* target, const float* source, int64_t count, Shares of) {
@@ -29,10 +28,12 @@ void blend_floats(float* target, const float* source, int64_t count, Shares of) 
   }
   const bool stays = of.source < 0.5f;
   const float *const near = stays ? target : source, *const far = stays ? source : target;
-  const float share = stays ? of.source : of.target, rest = stays ? of.target : of.source;
+  const float share = stays ? of.source : of.target;  // at most 1/2
+  const float rest = static_cast<float>(1. - share) - 0x1p-24f, little = static_cast<float>(1. - share - rest);
   int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) store(target + i, towards(load(near + i), load(far + i), share, rest));
-  for (; i < count; ++i) target[i] = towards(near[i], far[i], share, rest);
+  for (; i + kLanes <= count; i += kLanes)
+    store(target + i, towards(load(near + i), load(far + i), share, rest, little));
+  for (; i < count; ++i) target[i] = towards(near[i], far[i], share, rest, little);
 }
 
 void blend(void* target, Element target_element, const void* source, Element source_element, int64_t count,
