@@ -7,7 +7,7 @@ element as a 0-d one, and tensors that autocast allows to be of unlike dtypes in
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fastssl import distributed
 from fastssl.distributed import ProcessGroup
 from fastssl.ops import current_backend
+from fastssl.ops._fake import is_fake
 from fastssl.ops._precision import accumulate_dtype, autocast_enabled
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -38,6 +39,8 @@ def check_tensor(name: str, x: Tensor) -> None:
         raise TypeError(f"{name} must be a Tensor, got {type(x).__name__}")
     if x.layout is not torch.strided or x.is_nested:
         raise ValueError(f"{name} must be a dense tensor, got {'a nested one' if x.is_nested else x.layout}")
+    if x.is_quantized:
+        raise ValueError(f"{name} must not be quantized, got {x.dtype}")
     if type(x) in (Tensor, nn.Parameter) and not x.is_meta and x.numel() and not _has_memory(x):
         raise ValueError(f"{name} must have memory, got a tensor whose storage was freed")
 
@@ -49,11 +52,20 @@ def _has_memory(x: Tensor) -> bool:
     return x.untyped_storage().nbytes() > 0
 
 
+def check_not_negated(name: str, x: Tensor) -> None:
+    """A kernel that reads or writes its memory needs its value there. Where torch.compile runs, there is none."""
+    if not torch.compiler.is_compiling() and x.is_neg():
+        raise ValueError(f"{name} must not be a negated view, as of a conjugate's imaginary part, got one")
+
+
 def check_tensors(name: str, tensors: Iterable[Tensor]) -> list[Tensor]:
     """The tensors, as a list."""
-    if isinstance(tensors, Tensor) or not isinstance(tensors, Iterable):
+    try:
+        found = None if isinstance(tensors, Tensor) else list(tensors)
+    except TypeError:  # it is not iterable, or as numpy's 0-d arrays says that it is, and is not
+        found = None
+    if found is None:
         raise TypeError(f"{name} must be a list of tensors, got {type(tensors).__name__}")
-    found = list(tensors)
     for i, x in enumerate(found):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name}[{i}] must be a Tensor, got {type(x).__name__}")
@@ -79,13 +91,11 @@ def check_same_device(name1: str, x1: Tensor, name2: str, x2: Tensor) -> None:
 
 def check_same_kind(name1: str, x1: Tensor, name2: str, x2: Tensor) -> None:
     """Both with values, or both without: on the meta device, or fake."""
-    kinds = ["a meta tensor" if x.is_meta else "a fake one" if _is_fake(x) else "a real one" for x in (x1, x2)]
+    if type(x1) is type(x2) and x1.is_meta == x2.is_meta:
+        return
+    kinds = ["a meta tensor" if x.is_meta else "a fake one" if is_fake(x) else "a real one" for x in (x1, x2)]
     if kinds[0] != kinds[1]:
         raise ValueError(f"{name1} and {name2} must both be meta, fake or real tensors, got {' and '.join(kinds)}")
-
-
-def _is_fake(x: Tensor) -> bool:
-    return not torch.compiler.is_compiling() and isinstance(x, torch._subclasses.FakeTensor)
 
 
 def check_alike(name1: str, z1: Tensor, name2: str, z2: Tensor) -> tuple[Tensor, Tensor]:
@@ -180,6 +190,17 @@ def check_vector(name: str, vector: Tensor, x: Tensor, dtypes: tuple[torch.dtype
     check_same_device(name, vector, "x", x)
 
 
+def check_weights(weights: Tensor, x: Tensor) -> Tensor:
+    """What weight_fn returned: one for each row of x."""
+    if not isinstance(weights, Tensor):
+        raise TypeError(f"weight_fn must return a Tensor, got {type(weights).__name__}")
+    if weights.shape != x.shape[:1] or weights.is_complex():
+        found = f"{weights.dtype} of shape {tuple(weights.shape)}"
+        raise ValueError(f"weight_fn must return a number for each row, of shape ({x.shape[0]},), got {found}")
+    check_same_device("weight_fn's result", weights, "rows", x)
+    return weights
+
+
 # Numbers
 
 
@@ -198,10 +219,20 @@ def check_share(name: str, share: float) -> float:
 
 
 def check_eps(eps: float) -> float:
-    eps = check_number("eps", eps)
-    if eps < 0:
-        raise ValueError(f"eps must not be negative, got {eps}")
-    return eps
+    return check_not_negative("eps", eps)
+
+
+def check_value(name: str, scalar: Tensor, check: Callable[[str, float], float]) -> None:
+    """What a 0-d tensor holds, if it is on the CPU: nothing waits for a GPU."""
+    if scalar.is_cpu and not is_fake(scalar) and not torch.compiler.is_compiling():
+        check(name, scalar.item())
+
+
+def check_not_negative(name: str, number: float) -> float:
+    number = check_number(name, number)
+    if number < 0:
+        raise ValueError(f"{name} must not be negative, got {number}")
+    return number
 
 
 def check_adamw(
@@ -213,10 +244,17 @@ def check_adamw(
     for i, beta in enumerate(betas):
         if not 0 <= beta < 1:
             raise ValueError(f"betas[{i}] must be from 0 to below 1, got {beta}")
-    lr, eps, weight_decay = check_scalar("lr", lr), check_eps(eps), check_number("weight_decay", weight_decay)
-    for name, number in (("lr", lr), ("weight_decay", weight_decay)):
-        if not isinstance(number, Tensor) and number < 0:
-            raise ValueError(f"{name} must not be negative, got {number}")
+    lr, eps, weight_decay = check_scalar("lr", lr), check_eps(eps), check_not_negative("weight_decay", weight_decay)
+    largest = _LARGEST[torch.float32] * (1 - betas[0])  # the first step divides by 1 - betas[0]
+
+    def check_lr(name: str, lr: float) -> None:
+        if check_not_negative(name, lr) > largest:
+            raise ValueError(f"{name} must be at most {largest:.4g}, what float32 holds times 1 - betas[0], got {lr}")
+
+    if isinstance(lr, Tensor):
+        check_value("lr", lr, check_lr)
+    else:
+        check_lr("lr", lr)
     return lr, betas, eps, weight_decay
 
 
@@ -258,10 +296,10 @@ def check_positive_temperature(name: str, temperature: float | Tensor, x: Tensor
 
 def _check_element(name: str, scalar: Tensor, x: Tensor | None) -> Tensor:
     check_tensor(name, scalar)
-    if scalar.is_complex() or scalar.numel() != 1:
+    if scalar.is_complex() or scalar.dtype == torch.bool or scalar.numel() != 1:
         found = f"{scalar.dtype} of shape {tuple(scalar.shape)}"
         raise ValueError(f"{name} must be a number or a tensor of one real element, got {found}")
-    if x is not None and (scalar.is_meta != x.is_meta or type(scalar) is not type(x)):
+    if x is not None:
         check_same_kind(name, scalar, "features", x)
     return scalar if scalar.dim() == 0 else scalar.reshape(())
 
@@ -273,15 +311,32 @@ def check_holds(name: str, value: float, number: float, x: Tensor) -> None:
         raise ValueError(f"{name} must be finite in {accumulate_dtype(x.dtype)}, got {number}")
 
 
+def check_memory(name: str, sizes: Iterable[int], bytes_each: int) -> None:
+    """A tensor of those sizes, of which `name` is one, must have fewer than 2^63 bytes."""
+    if math.prod(sizes) * bytes_each >= 1 << 63:
+        raise ValueError(f"{name} must make no tensor of 2^63 bytes or more, got one of shape {tuple(sizes)}")
+
+
+def check_integer(name: str, number: int) -> int:
+    integer = _python_number(number)
+    if not _is_integer(integer):
+        raise TypeError(f"{name} must be an integer, got {type(number).__name__}")
+    if integer >= 1 << 63:
+        raise ValueError(f"{name} must be below 2^63, got {integer}")
+    if integer < -1 << 63:
+        raise ValueError(f"{name} must not be below -2^63, got {integer}")
+    return integer
+
+
 def check_size(name: str, size: int) -> int:
-    size = _integer(name, size)
+    size = check_integer(name, size)
     if size < 0:
         raise ValueError(f"{name} must not be negative, got {size}")
     return size
 
 
 def check_positive(name: str, size: int) -> int:
-    size = _integer(name, size)
+    size = check_integer(name, size)
     if size < 1:
         raise ValueError(f"{name} must be positive, got {size}")
     return size
@@ -325,26 +380,26 @@ def _is_integer(number: Any) -> bool:
     return isinstance(number, (int, torch.SymInt)) and not isinstance(number, bool)
 
 
-def _integer(name: str, number: int) -> int:
-    integer = _python_number(number)
-    if not _is_integer(integer):
-        raise TypeError(f"{name} must be an integer, got {type(number).__name__}")
-    if integer >= 1 << 63:
-        raise ValueError(f"{name} must be below 2^63, got {integer}")
-    return integer
-
-
 # Others
 
 
-def check_choice(name: str, choice: str, choices: tuple[str, ...]) -> None:
-    if not isinstance(choice, str) or choice not in choices:
+def check_choice(name: str, choice: str | None, choices: tuple[str | None, ...]) -> None:
+    if not isinstance(choice, str | None) or choice not in choices:
         names = " or ".join(filter(None, (", ".join(map(repr, choices[:-1])), repr(choices[-1]))))
         raise ValueError(f"{name} must be {names}, got {choice!r}")
 
 
 def check_reduction(reduction: str) -> None:
     check_choice("reduction", reduction, ("none", "mean", "sum"))
+
+
+def check_dtype(name: str, dtype: torch.dtype | None) -> None:
+    if dtype is None:
+        return
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"{name} must be a torch.dtype or None, got {dtype!r}")
+    if dtype not in DTYPES:
+        raise ValueError(f"{name} must be a floating-point dtype of 16, 32 or 64 bits, got {dtype}")
 
 
 def check_generator(generator: torch.Generator | None) -> None:

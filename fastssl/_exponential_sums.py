@@ -42,6 +42,6 @@ def pair_sums(
 
 
 def largest_similarity(sums: list[Sums]) -> Tensor | float:
-    """The largest similarity that any of the sums has in each row, minus infinity where there is none."""
-    shifts = [shift.where(total != 0, float("-inf")) for total, shift in sums]
+    """The largest similarity of each row that any of the sums has: NaN if one is, minus infinity if there is none."""
+    shifts = [shift.where(total != 0, float("-inf")) + 0 * total for total, shift in sums]
     return torch.stack(shifts).amax(0) if shifts else float("-inf")

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from fastssl._checks import check_positive
+from fastssl._checks import check_positive, check_tensor
 
 Flag = bool | int | float | str | None
 Inputs = Tensor | Sequence[Tensor | Flag] | Mapping[str, Tensor | Flag]
@@ -76,7 +76,8 @@ def grad_cache(
         TypeError: if an encoder is not callable, inputs are not as above, chunk_size is no integer, or an encoder or
             loss_fn returns no tensors.
         ValueError: if there is not one input for each encoder, an input has no tensors or tensors that differ in
-            length, chunk_size is not positive, an embedding has not a row for each sample, or the loss is not 0-d.
+            length, or are not dense, chunk_size is not positive, an embedding has not a row for each sample, or the
+            loss is not 0-d.
         RuntimeError: if the loss depends on nothing that requires a gradient.
     """
     if not isinstance(encoders, (tuple, list)):
@@ -182,6 +183,9 @@ def _check(encoders: Sequence[Encoder], inputs: Sequence[Inputs]) -> None:
                     "inputs must be tensors, or tuples, lists or mappings of tensors, None and flags, got"
                     f" {_type(value)}"
                 )
+        for value in _values(x):
+            if isinstance(value, Tensor):
+                check_tensor("a tensor of inputs", value)
         shapes = [tuple(value.shape) for value in _values(x) if isinstance(value, Tensor)]
         if len({shape[:1] for shape in shapes}) != 1 or not shapes[0]:
             raise ValueError(f"inputs of an encoder must have one length in common, got shapes {shapes}")

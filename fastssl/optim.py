@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastssl._checks import check_adamw
+from fastssl._checks import check_adamw, check_flag
 from fastssl.functional import adamw_ema_step_, ema_update_
 from fastssl.nn import EMA
+from fastssl.ops._fake import is_fake
 
 _NUMBERS = ("lr", "betas", "eps", "weight_decay")
 _VARIANTS = ("amsgrad", "maximize", "capturable", "differentiable")
@@ -36,7 +37,7 @@ class AdamW(torch.optim.AdamW):
         student: the model that it follows.
 
     Raises:
-        TypeError: if teacher is no EMA, or what should be a number is none.
+        TypeError: if teacher is no EMA, student no Module, params are none, or what should be a number is none.
         ValueError: if numbers are out of range, parameters or gradients are of another dtype, or sparse, parameters of
             student and teacher differ in number or shape, `foreach` and `fused` are both True, or one of `amsgrad`,
             `maximize`, `capturable` and `differentiable` is, perhaps in a loaded group.
@@ -61,14 +62,25 @@ class AdamW(torch.optim.AdamW):
     ) -> None:
         if not isinstance(teacher, EMA):
             raise TypeError(f"teacher must be a fastssl.nn.EMA, got {type(teacher).__name__}")
+        if not isinstance(student, nn.Module):
+            raise TypeError(f"student must be a Module, got {type(student).__name__}")
         shapes = [[tuple(p.shape) for p in model.parameters()] for model in (student, teacher.module)]
         if shapes[0] != shapes[1]:
             raise ValueError(f"student must have the teacher's parameters, of shapes {shapes[1]}, got {shapes[0]}")
         _refuse_variants(dict(zip(_VARIANTS, (amsgrad, maximize, capturable, differentiable), strict=True)))
+        how = {"foreach": foreach, "fused": fused}  # torch.optim.AdamW would refuse some, or scale gradients in `step`
+        how = {name: flag if flag is None else check_flag(name, flag) for name, flag in how.items()}
         if foreach and fused:
             raise ValueError(f"foreach and fused must not both be True, got {foreach} and {fused}")
-        super().__init__(params, **_checked(lr, betas, eps, weight_decay))
-        how = {"foreach": foreach, "fused": fused}  # torch.optim.AdamW would refuse some, or scale gradients in `step`
+        try:
+            params = list(params)
+        except TypeError:
+            raise TypeError(f"params must be parameters, or groups of them, got {type(params).__name__}") from None
+        numbers = _checked(lr, betas, eps, weight_decay)
+        try:
+            super().__init__(params, **numbers)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"params must be those of an optimizer: {error}") from error
         self.defaults |= how
         for group in self.param_groups:
             group |= {name: value for name, value in how.items() if group[name] is None}
@@ -132,12 +144,15 @@ class AdamW(torch.optim.AdamW):
 
 def _refuse_variants(group: dict[str, Any]) -> None:
     for name in _VARIANTS:
-        if group.get(name):
+        if check_flag(name, group.get(name, False)):
             raise ValueError(f"{name} must be False, got {group[name]}")
 
 
 def _checked(lr: float | Tensor, betas: tuple[float, float], eps: float, weight_decay: float) -> dict[str, Any]:
     """Them by name, and as Python's own numbers, lest checkpoints hold numpy's."""
     lr, betas, eps, weight_decay = check_adamw(lr, betas, eps, weight_decay)
-    lr = lr if isinstance(lr, Tensor) else float(lr)
+    if not isinstance(lr, Tensor):
+        lr = float(lr)
+    elif lr.is_meta or is_fake(lr):
+        raise ValueError(f"lr must have a value, got a tensor that is {'meta' if lr.is_meta else 'fake'}")
     return {"lr": lr, "betas": tuple(map(float, betas)), "eps": float(eps), "weight_decay": float(weight_decay)}

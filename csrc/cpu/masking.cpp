@@ -184,7 +184,7 @@ void check_dtype(const char* name, const Tensor& tokens) {
 
 Tensor gather_tokens(const Tensor& x_, const Tensor& ids_) {
   check_ids("ids", ids_, x_);
-  const Tensor ids = checked_ids(ids_, x_.size(1));
+  const Tensor ids = checked_ids("ids", ids_, x_.size(1));
   const Tensor x = with_unit_stride(x_);
   const int64_t batch = ids.size(0), count = ids.size(1);
   const Tensor out = empty_in_large_pages({batch, count, x.size(2)}, x.options());
@@ -234,7 +234,7 @@ Tensor scatter_tokens(const Tensor& tokens_, const Tensor& ids_, int64_t length,
   TORCH_CHECK_VALUE(fill_.numel() == tokens_.size(2), "fill must have one element for each feature, got shape ",
                     fill_.sizes());
   TORCH_CHECK_VALUE(length >= 0, "length must not be negative, got ", length);
-  const Tensor ids = checked_ids(ids_, length), fill = fill_.to(tokens_.scalar_type()).contiguous();
+  const Tensor ids = checked_ids("ids", ids_, length), fill = fill_.to(tokens_.scalar_type()).contiguous();
   const int64_t batch = ids.size(0), count = ids.size(1), dim = tokens_.size(2);
   const Tensor out = empty_in_large_pages({batch, length, dim}, tokens_.options());
   const int64_t* const id = ids.const_data_ptr<int64_t>();

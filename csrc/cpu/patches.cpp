@@ -253,7 +253,7 @@ void check_patch_ids(const Tensor& ids, int64_t batch) {
 Tensor gather_patches(const Tensor& images, const Tensor& ids_, at::IntArrayRef patch) {
   const Cutting cutting(images, patch);
   check_patch_ids(ids_, images.size(0));
-  const Tensor ids = checked_ids(ids_, cutting.length());
+  const Tensor ids = checked_ids("ids_keep", ids_, cutting.length());
   const int64_t count = ids.size(1), elements = cutting.shape.elements(), columns = cutting.shape.columns;
   const Tensor out = empty_in_large_pages({images.size(0), count, elements}, images.options());
   const int64_t* const id = ids.const_data_ptr<int64_t>();
@@ -284,7 +284,7 @@ Tensor scatter_patches(const Tensor& patches_, const Tensor& ids_, at::IntArrayR
   const Tensor images = empty_in_large_pages(size, patches_.options());
   const Cutting cutting(images, patch);
   check_patch_ids(ids_, images.size(0));
-  const Tensor ids = checked_ids(ids_, cutting.length());
+  const Tensor ids = checked_ids("ids_keep", ids_, cutting.length());
   const int64_t count = ids.size(1), length = cutting.length(), elements = cutting.shape.elements();
   TORCH_CHECK_VALUE(patches_.dim() == 3 && patches_.size(0) == images.size(0) && patches_.size(1) == count &&
                         patches_.size(2) == elements,

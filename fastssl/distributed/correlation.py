@@ -26,7 +26,7 @@ def standardize(z: Tensor, eps: float, unbiased: bool, group: ProcessGroup | Non
 
 
 def mean_square(x: Tensor, group: ProcessGroup | None) -> Tensor:
-    mean = x.square().mean(0)
+    mean = (x * x).mean(0)  # the gradient of x.square() has a factor 2 x, which may be infinite
     return mean if group is None else mean_over_processes(mean, group)
 
 

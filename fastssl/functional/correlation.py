@@ -13,6 +13,7 @@ from fastssl._checks import (
     check_eps,
     check_flag,
     check_group,
+    check_holds,
     check_number,
     check_pair,
     check_rows,
@@ -67,10 +68,11 @@ def barlow_twins(
     Raises:
         TypeError: if z_a or z_b is no tensor, or lambda_param or eps no number.
         ValueError: if shapes, dtypes or devices do not fit, the batch has one row or none, lambda_param or eps is not
-            finite, eps is negative, or on every process, if those of group differ in shapes, dtypes or requires_grad.
+            finite, or lambda_param not in float32, eps is negative, or on every process, if those of group differ in
+            shapes, dtypes or requires_grad.
     """
     z_a, z_b = check_pair(z_a, z_b, "z_a", "z_b")
-    lambda_param = check_number("lambda_param", lambda_param)
+    lambda_param = _check_weight("lambda_param", lambda_param, z_a)
     eps = check_eps(eps)
     unbiased = check_flag("unbiased", unbiased)
     return_metrics = check_flag("return_metrics", return_metrics)
@@ -137,17 +139,19 @@ def vicreg(
     Raises:
         TypeError: if z_a or z_b is no tensor, or a weight or eps no number.
         ValueError: if shapes, dtypes or devices do not fit, the batch has one row or none, a weight or eps is not
-            finite, eps is negative, a reduction is unknown, or on every process, if those of group differ in shapes,
-            dtypes or requires_grad.
+            finite (or is not in float32), eps is negative, a reduction is unknown, or on every process, if those of
+            group differ in shapes, dtypes or requires_grad.
     """
     z_a, z_b = check_pair(z_a, z_b, "z_a", "z_b")
-    lambda_param = check_number("lambda_param", lambda_param)
-    mu_param = check_number("mu_param", mu_param)
-    nu_param = check_number("nu_param", nu_param)
-    eps = check_eps(eps)
-    unbiased = check_flag("unbiased", unbiased)
     check_choice("invariance_reduction", invariance_reduction, ("mean", "batchmean"))
     check_choice("variance_reduction", variance_reduction, ("mean", "sum"))
+    features = z_a.shape[1] if invariance_reduction == "batchmean" else 1
+    views = 2 if variance_reduction == "sum" else 1
+    lambda_param = _check_weight("lambda_param", lambda_param, z_a, features)
+    mu_param = _check_weight("mu_param", mu_param, z_a, views)
+    nu_param = _check_weight("nu_param", nu_param, z_a)
+    eps = check_eps(eps)
+    unbiased = check_flag("unbiased", unbiased)
     return_metrics = check_flag("return_metrics", return_metrics)
     check_group(group)
     check_batch(group, z_a=z_a, z_b=z_b)
@@ -157,8 +161,6 @@ def vicreg(
             invariance_reduction=invariance_reduction, variance_reduction=variance_reduction,
             return_metrics=return_metrics,
         )  # fmt: skip
-    features = z_a.shape[1] if invariance_reduction == "batchmean" else 1
-    views = 2 if variance_reduction == "sum" else 1
     weights = lambda_param * features, mu_param * views, nu_param
     vicreg_of = _vicreg if _exchanges_rows(z_a, group) else _vicreg_of_processes
     loss, invariance, variance, covariance = vicreg_of(group, z_a, z_b, *weights, eps, unbiased)
@@ -294,6 +296,13 @@ def correlation_algorithm(batch: int, dim: int) -> str:
     """
     batch, dim = check_size("batch", batch), check_size("dim", dim)
     return "dual" if 4 * batch <= 3 * dim else "primal"
+
+
+def _check_weight(name: str, weight: float, x: Tensor, factor: int = 1) -> float:
+    """x's dtype of sums must hold it, and it times the factor."""
+    weight = check_number(name, weight)
+    check_holds(name, weight * factor, weight, x)
+    return weight
 
 
 def _barlow_twins(

@@ -10,8 +10,18 @@ import torch
 from torch import Tensor
 
 from fastssl import reference
-from fastssl._checks import check_adamw, check_same_kind, check_scalar, check_share, check_tensor, check_tensors
+from fastssl._checks import (
+    check_adamw,
+    check_not_negated,
+    check_same_kind,
+    check_scalar,
+    check_share,
+    check_tensor,
+    check_tensors,
+    check_value,
+)
 from fastssl.ops import current_backend, ema
+from fastssl.ops._fake import mode_of
 from fastssl.ops._numbers import as_tensor
 
 
@@ -28,13 +38,13 @@ def ema_update_(targets: Iterable[Tensor], sources: Iterable[Tensor], momentum: 
         sources: as many, each with its target's shape and device, and of any of those dtypes. No target may share
             memory, from its first element to its last, with another tensor, unless source and target are the same
             tensor. Where a target is a DTensor its source is one, too, sharded alike; each process updates its shard.
-        momentum: from 0, which copies, to 1, which leaves the targets as they are: a number, or a 0-d tensor, whose
-            value is not checked, so that nothing waits for a GPU.
+        momentum: from 0, which copies, to 1, which leaves the targets as they are: a number, or a 0-d tensor. The
+            value of one on a GPU is not checked, so that nothing waits for it.
 
     Raises:
         TypeError: if a target or a source is no tensor, or momentum neither number nor tensor.
-        ValueError: before anything is changed, if numbers, shapes, dtypes or devices do not fit, momentum is a number
-            below 0 or above 1, or a target shares memory.
+        ValueError: before anything is changed, if numbers, shapes, dtypes or devices do not fit, momentum is below 0 or
+            above 1, or a target shares memory.
     """
     lists = {name: check_tensors(name, x) for name, x in (("targets", targets), ("sources", sources))}
     momentum = _check_momentum(momentum, lists["targets"])
@@ -78,7 +88,7 @@ def adamw_ema_step_(
         ema_params: the teacher's parameters, of the same shapes and devices, float32, bfloat16, float16 or float64;
             changed. A parameter that has no teacher is its own.
         steps: 0-d float32 tensors on the CPU, a separate one for each parameter: how many steps it has taken; changed.
-        lr: a number, or a 0-d tensor, whose value is not checked; if it is on a GPU, the CPU waits for it.
+        lr: a number, or a 0-d tensor; if it is on a GPU, its value is not checked, and the CPU waits for it.
         betas: of the two averages, from 0 to below 1.
         eps, weight_decay: not negative.
         momentum: as `ema_update_`'s.
@@ -111,7 +121,8 @@ def _update_(lists: dict[str, list[Tensor]], momentum: float | Tensor) -> None:
         ema.check_pairs(targets, sources)
         reference.ema.ema_update_(targets, sources, momentum)
         return
-    momentum = as_tensor(momentum, torch.float64)
+    with mode_of(targets):
+        momentum = as_tensor(momentum, torch.float64)
     devices = {x.device for x in (*targets, *sources)}
     if len(devices) > 1:
         ema.check_pairs(targets, sources)
@@ -135,7 +146,8 @@ def _step_(
         numbers = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "momentum": momentum}
         reference.ema.adamw_ema_step_(**lists, **numbers)
         return
-    lr, momentum = as_tensor(lr, torch.float64, "cpu"), as_tensor(momentum, torch.float64)
+    with mode_of(lists["params"]):
+        lr, momentum = as_tensor(lr, torch.float64, "cpu"), as_tensor(momentum, torch.float64)
     *tensors, steps = lists.values()
     devices = {x.device for some in tensors for x in some}
     if len(devices) > 1 or not all(step.is_cpu for step in steps):
@@ -149,7 +161,9 @@ def _check_momentum(momentum: float | Tensor, targets: list[Tensor]) -> float | 
     if not isinstance(momentum, Tensor):
         return check_share("momentum", momentum)
     _check_has_value("momentum", momentum, targets)
-    return check_scalar("momentum", momentum)
+    momentum = check_scalar("momentum", momentum)
+    check_value("momentum", momentum, check_share)
+    return momentum
 
 
 def _check_has_value(name: str, number: Tensor, tensors: list[Tensor]) -> None:
@@ -165,8 +179,9 @@ def _explain(lists: dict[str, list[Tensor]], **numbers: object) -> None:
     first = next(iter(named))
     for name, x in named.items():
         check_tensor(name, x)
-        if x.is_neg():
-            raise ValueError(f"{name} must not be a negated view, as of a conjugate's imaginary part, got one")
+        check_not_negated(name, x)
+        if x.is_complex():
+            raise ValueError(f"{name} must be real, got {x.dtype}")
         if not (x.is_meta or named[first].is_meta):
             check_same_kind(first, named[first], name, x)
 

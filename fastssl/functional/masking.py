@@ -14,15 +14,18 @@ from fastssl._checks import (
     check_generator,
     check_holds,
     check_ids,
+    check_memory,
     check_number,
     check_range,
     check_rows,
     check_same_device,
+    check_same_kind,
     check_share,
     check_size,
     check_tensor,
 )
 from fastssl.ops import current_backend, masking
+from fastssl.ops._fake import mode_of
 
 _ASPECT_RATIOS = 256  # of equal probability, between which a block's is drawn
 
@@ -86,7 +89,8 @@ def tube_masking_ids(
         TypeError: if mask_ratio is no number, or batch, frames or length no integer.
         ValueError: if mask_ratio is not from 0 to 1, or batch, frames or length is negative.
     """
-    frames, length = check_size("frames", frames), check_size("length", length)
+    batch, frames, length = check_size("batch", batch), check_size("frames", frames), check_size("length", length)
+    check_memory("frames", (batch, frames, length), 8)
     ids_keep, mask, ids_restore = random_masking_ids(batch, length, mask_ratio, generator=generator, device=device)
     keep = ids_keep.shape[1]
     frame = torch.arange(frames, device=ids_keep.device)[:, None]
@@ -142,9 +146,11 @@ def span_masking_ids(
         raise ValueError(f"span_length must be from 1 to length, {length}, got {span_length}")
     keep = _visible(batch, length, mask_ratio)
     if lengths is not None:
-        _check_lengths(lengths, batch, length)
+        check_tensor("lengths", lengths)
         device = lengths.device if device is None else device
     seed = _seed(generator, device)
+    if lengths is not None:
+        _check_lengths(lengths, batch, length, seed)
     _, turn, _ = masking.masking_ids(seed, batch, length - span_length + 1, 0)
     step = torch.arange(length, device=turn.device)
     if lengths is None:
@@ -162,8 +168,8 @@ def span_masking_ids(
     return ids_keep, masked.float(), ids_restore
 
 
-def _check_lengths(lengths: Tensor, batch: int, length: int) -> None:
-    check_tensor("lengths", lengths)
+def _check_lengths(lengths: Tensor, batch: int, length: int, seed: Tensor) -> None:
+    check_same_kind("lengths", lengths, "the result", seed)
     if lengths.dtype not in (torch.int64, torch.int32) or lengths.shape != (batch,):
         found = f"{lengths.dtype} of shape {tuple(lengths.shape)}"
         raise ValueError(f"lengths must be int64 or int32 of shape ({batch},), got {found}")
@@ -272,7 +278,9 @@ def random_masking(
     """
     check_rows("x", x, "(B, L, D)", 3)
     batch, length, _ = x.shape
-    ids_keep, mask, ids_restore = random_masking_ids(batch, length, mask_ratio, generator=generator, device=x.device)
+    with mode_of(x):
+        options = {"generator": generator, "device": x.device}
+        ids_keep, mask, ids_restore = random_masking_ids(batch, length, mask_ratio, **options)
     return gather_tokens(x, ids_keep), mask, ids_restore
 
 
@@ -321,6 +329,7 @@ def scatter_tokens(tokens: Tensor, ids: Tensor, length: int, fill: float | Tenso
     if ids.shape != tokens.shape[:2]:
         raise ValueError(f"ids must have shape {tuple(tokens.shape[:2])}, one for each token, got {tuple(ids.shape)}")
     length = check_size("length", length)
+    check_memory("length", (tokens.shape[0], length, tokens.shape[2]), tokens.element_size())
     fill = _feature_row("fill", fill, tokens)
     if current_backend() == "reference":
         check_range("ids", ids, length)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastssl import reference
-from fastssl._checks import check_flag, check_rows, check_same_device, check_tensor
+from fastssl._checks import check_flag, check_not_negated, check_rows, check_same_device, check_tensor
 from fastssl.ops import current_backend, memory_bank
 
 
@@ -40,8 +40,7 @@ def enqueue_(keys: Tensor, position: Tensor, new_keys: Tensor, normalize: bool =
     check_tensor("position", position)
     if position.dim() or position.dtype != torch.int64:
         raise ValueError(f"position must be 0-d int64, got {position.dtype} of shape {tuple(position.shape)}")
-    if not torch.compiler.is_compiling() and position.is_neg():  # whose memory does not hold its value
-        raise ValueError("position must not be a negated view, as of a conjugate's imaginary part, got one")
+    check_not_negated("position", position)
     check_same_device("keys", keys, "position", position)
     check_same_device("keys", keys, "new_keys", new_keys)
     normalize = check_flag("normalize", normalize)

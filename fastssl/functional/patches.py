@@ -89,9 +89,9 @@ def masked_patch_loss(
             pred,
             images,
             mask,
-            patch_size,
+            (patch[-2], patch[-1]),
             norm_pix_loss=norm_pix_loss,
-            tubelet_size=tubelet_size,
+            tubelet_size=patch[0] if len(patch) == 3 else None,
             reduction=reduction,
         )
     loss = patches.masked_patch_loss(pred, images, mask, patch, _NORMS[norm_pix_loss])

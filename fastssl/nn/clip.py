@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastssl._arithmetic import as_scalar, cross_entropy, dot, finish, logsumexp
-from fastssl._checks import check_pair, check_scalar
+from fastssl._checks import check_flag, check_pair, check_positive, check_scalar, check_size
 from fastssl._exponential_sums import row_sums
 from fastssl.distributed import (
     ProcessGroup,
@@ -53,7 +53,8 @@ class ClipLoss(nn.Module):
     They are stored then.
 
     Raises:
-        ValueError: if use_horovod is True.
+        TypeError: if a flag is none, or rank or world_size no integer.
+        ValueError: if use_horovod is True, rank negative, or world_size not positive.
     """
 
     def __init__(
@@ -66,14 +67,14 @@ class ClipLoss(nn.Module):
         use_horovod: bool = False,
     ) -> None:
         super().__init__()
-        if use_horovod:
+        if check_flag("use_horovod", use_horovod):
             raise ValueError(f"use_horovod must be False, processes talk by torch.distributed, got {use_horovod}")
-        self.local_loss = local_loss
-        self.gather_with_grad = gather_with_grad
-        self.cache_labels = cache_labels
-        self.rank = rank
-        self.world_size = world_size
-        self.use_horovod = use_horovod
+        self.local_loss = check_flag("local_loss", local_loss)
+        self.gather_with_grad = check_flag("gather_with_grad", gather_with_grad)
+        self.cache_labels = check_flag("cache_labels", cache_labels)
+        self.rank = check_size("rank", rank)
+        self.world_size = check_positive("world_size", world_size)
+        self.use_horovod = False
 
     def get_ground_truth(self, device: torch.device, num_logits: int) -> Tensor:
         """(num_logits,) int64, the column of each row's positive in `get_logits`."""
@@ -126,8 +127,9 @@ class ClipLoss(nn.Module):
 
         Raises:
             TypeError, ValueError: as `fastssl.functional.clip_loss`, and if rank and world_size are not those of
-                torch.distributed's default group.
+                torch.distributed's default group, or output_dict is no flag.
         """
+        output_dict = check_flag("output_dict", output_dict)
         if self._overrides(ClipLoss, "get_logits", "get_ground_truth"):
             logits = self.get_logits(image_features, text_features, logit_scale, logit_bias=logit_bias)
             loss = self._cross_entropy(*logits)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fastssl._checks import check_number, check_rows, check_tensor
+from fastssl._checks import check_flag, check_integer, check_number, check_rows, check_same_device, check_tensor
 from fastssl.nn.clip import ClipLoss
 
 
@@ -22,7 +22,7 @@ class CoCaLoss(ClipLoss):
         local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod: as of `ClipLoss`.
 
     Raises:
-        TypeError, ValueError: as `ClipLoss`, or if a weight is no number or not finite.
+        TypeError, ValueError: as `ClipLoss`, or if a weight is no number or not finite, or pad_id no integer.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class CoCaLoss(ClipLoss):
         super().__init__(local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod)
         self.clip_loss_weight = check_number("clip_loss_weight", clip_loss_weight)
         self.caption_loss_weight = check_number("caption_loss_weight", caption_loss_weight)
-        self.caption_loss = nn.CrossEntropyLoss(ignore_index=pad_id)
+        self.caption_loss = nn.CrossEntropyLoss(ignore_index=check_integer("pad_id", pad_id))
 
     def forward(
         self,
@@ -66,14 +66,22 @@ class CoCaLoss(ClipLoss):
             TypeError, ValueError: as `ClipLoss`, and if logits or labels do not fit.
             IndexError: if a label is no token of the vocabulary.
         """
+        output_dict = check_flag("output_dict", output_dict)
         check_rows("logits", logits, "(B, L, V)", 3)
         check_tensor("labels", labels)
         if labels.shape != logits.shape[:2] or labels.dtype != torch.int64:
             found = f"{labels.dtype} of shape {tuple(labels.shape)}"
             raise ValueError(f"labels must be int64 of shape {tuple(logits.shape[:2])}, as logits are, got {found}")
+        check_same_device("logits", logits, "labels", labels)
+        check_tensor("image_features", image_features)
+        check_same_device("image_features", image_features, "logits", logits)
         if self.clip_loss_weight:
             contrastive = self.clip_loss_weight * super().forward(image_features, text_features, logit_scale)
         else:
             contrastive = torch.tensor(0, device=logits.device)
-        caption = self.caption_loss_weight * self.caption_loss(logits.transpose(1, 2), labels)
+        try:
+            caption = self.caption_loss_weight * self.caption_loss(logits.transpose(1, 2), labels)
+        except IndexError as error:
+            rule = f"labels must be from 0 to below {logits.shape[2]}, or pad_id, {self.caption_loss.ignore_index}"
+            raise IndexError(f"{rule}: {error}") from None
         return {"contrastive_loss": contrastive, "caption_loss": caption} if output_dict else (contrastive, caption)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastssl._arithmetic import dot, finish, inverse, logsumexp, unit
-from fastssl._checks import check_divisor, check_flag, check_pair, check_temperature
+from fastssl._checks import check_divisor, check_flag, check_pair, check_scalar, check_temperature, check_weights
 from fastssl._exponential_sums import row_sums
 from fastssl.distributed import Ring, default_group, rank, world_size
 from fastssl.functional import dcl
@@ -30,7 +30,9 @@ class DCLLoss(nn.Module):
             only the rows of its own process.
 
     Raises:
-        ValueError: if gather_distributed is True and torch.distributed is not available.
+        TypeError: if temperature is neither number nor tensor, weight_fn no function, or gather_distributed no flag.
+        ValueError: if temperature is zero or not finite, or gather_distributed is True and torch.distributed is not
+            available.
     """
 
     def __init__(
@@ -41,6 +43,8 @@ class DCLLoss(nn.Module):
     ) -> None:
         super().__init__()
         check_divisor("temperature", temperature)
+        if weight_fn is not None and not callable(weight_fn):
+            raise TypeError(f"weight_fn must be a function or None, got {type(weight_fn).__name__}")
         self.temperature = temperature
         self.weight_fn = weight_fn
         self.gather_distributed = check_flag("gather_distributed", gather_distributed)
@@ -60,9 +64,9 @@ class DCLLoss(nn.Module):
         Raises:
             TypeError, ValueError: as `fastssl.functional.dcl`.
         """
+        out0, out1 = check_pair(out0, out1, "out0", "out1")
         if not (self.gather_distributed and world_size() > 1):
             return dcl(out0, out1, temperature=self.temperature, weight_fn=self.weight_fn)
-        out0, out1 = check_pair(out0, out1, "out0", "out1")
         temperature = check_temperature(self.temperature, out0)
         scale, precision = inverse(temperature, out0), product_precision(out0)
         views = [unit(out) for out in (out0, out1)]
@@ -71,7 +75,8 @@ class DCLLoss(nn.Module):
         negatives = [logsumexp(*row_sums(rows, y, scale, own, precision, ring)) for y in views]
         positive = dot(rows, torch.cat(views[::-1])) * scale
         if self.weight_fn is not None:
-            positive = positive * torch.cat([self.weight_fn(*views), self.weight_fn(*views[::-1])])
+            weights = [check_weights(self.weight_fn(*pair), out0) for pair in (views, views[::-1])]
+            positive = positive * torch.cat(weights)
         return finish(torch.logaddexp(*negatives) - positive, "mean", out0)
 
     def extra_repr(self) -> str:
@@ -101,4 +106,4 @@ class DCLWLoss(DCLLoss):
 
 @torch.no_grad()
 def _von_mises_fisher(out0: Tensor, out1: Tensor, sigma: float) -> Tensor:
-    return 2 - out0.shape[0] * (dot(out0, out1) / sigma).softmax(0)
+    return 2 - out0.shape[0] * (dot(out0, out1) / check_scalar("sigma", sigma, out0)).softmax(0)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastssl._arithmetic import as_scalar, dot, finish
-from fastssl._checks import check_pair, check_rows, check_same_device, check_scalar
+from fastssl._checks import check_flag, check_pair, check_rows, check_same_device, check_scalar
 from fastssl.distributed import check_alike, default_group, gather_rows
 from fastssl.functional import similarity_logsumexp
 from fastssl.nn.clip import ClipLoss
@@ -58,6 +58,7 @@ class DistillClipLoss(ClipLoss):
         Raises:
             TypeError, ValueError: as `ClipLoss`, and if the teacher's features do not fit the student's.
         """
+        output_dict = check_flag("output_dict", output_dict)
         teacher = dist_image_features, dist_text_features
         if self._overrides(DistillClipLoss, "get_logits", "get_ground_truth", "dist_loss"):
             student_logits = self.get_logits(image_features, text_features, logit_scale)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastssl import functional
-from fastssl._checks import check_flag, check_number, check_positive, check_share, check_size
+from fastssl._checks import check_choice, check_flag, check_number, check_positive, check_share, check_size
 
 _MOMENTUM = 0.996
 
@@ -78,8 +78,7 @@ class EMA(nn.Module):
         super().__init__()
         if decay is not None and momentum != _MOMENTUM:
             raise ValueError(f"momentum or decay must be given, not both, got {momentum} and {decay}")
-        if schedule not in (None, "cosine", "warmup"):
-            raise ValueError(f"schedule must be None, 'cosine' or 'warmup', got {schedule!r}")
+        check_choice("schedule", schedule, (None, "cosine", "warmup"))
         if (schedule != "cosine") != (total_steps is None):
             raise ValueError(f"total_steps must be a positive number with 'cosine', else None, got {total_steps}")
         if total_steps is not None:
@@ -89,10 +88,7 @@ class EMA(nn.Module):
             if number <= 0 or (schedule != "warmup" and number != default):
                 raise ValueError(f"warmup_{name} must be positive, and is for 'warmup' alone, got {number}")
         self._momentum = torch.zeros((), dtype=torch.float64, device="cpu")  # a number would be compiled in
-        if decay is None:
-            self.momentum = momentum
-        else:
-            self.decay = decay
+        self.momentum = check_share("momentum", momentum) if decay is None else check_share("decay", decay)
         self.schedule, self.total_steps = schedule, total_steps
         self.warmup_gamma, self.warmup_power = float(warmup_gamma), float(warmup_power)
         self.update_buffers = check_flag("update_buffers", update_buffers)

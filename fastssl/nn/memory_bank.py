@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastssl import functional
-from fastssl._checks import check_device, check_flag, check_positive, check_rows, check_size, check_tensor
+from fastssl._checks import (
+    check_device,
+    check_dtype,
+    check_flag,
+    check_memory,
+    check_positive,
+    check_rows,
+    check_same_kind,
+    check_size,
+    check_tensor,
+)
 from fastssl.distributed import check_alike, gather_rows, world_size
 
 
@@ -37,9 +48,8 @@ class MemoryBank(nn.Module):
         device: of the keys; None: the default device.
 
     Raises:
-        TypeError: if size or dim is no integer, or gather_distributed or normalize no flag.
-        ValueError: if size or dim is not positive, dtype is not one of those losses take, or device
-            is none.
+        TypeError: if size or dim is no integer, gather_distributed or normalize no flag, or dtype none.
+        ValueError: if size or dim is not positive, dtype is not one of those losses take, or device is none.
 
     Example:
         >>> bank = MemoryBank(65536, 128)
@@ -68,8 +78,10 @@ class MemoryBank(nn.Module):
         size, dim = check_positive("size", size), check_positive("dim", dim)
         self.gather_distributed = check_flag("gather_distributed", gather_distributed)
         self.normalize = check_flag("normalize", normalize)
+        check_memory("size x dim", (size, dim), 8)
+        check_dtype("dtype", dtype)
         keys = F.normalize(torch.randn(size, dim, device=check_device(device)), dim=1)
-        keys = keys.to(dtype or torch.get_default_dtype())
+        keys = keys.to(torch.get_default_dtype() if dtype is None else dtype)
         check_rows("keys", keys, "(size, dim)")
         self.register_buffer("keys", keys)
         self.register_buffer("position", torch.zeros((), dtype=torch.int64, device=device))
@@ -87,7 +99,7 @@ class MemoryBank(nn.Module):
             ValueError: if keys is not of shape (B, dim), or with `gather_distributed` on every process, if they differ
                 in shape, dtype or device. The queue is then unchanged.
         """
-        keys = _rows_of_all_processes("keys", keys, self.keys.shape[1], self.gather_distributed)
+        keys = _rows_of_all_processes("keys", keys, self.keys, self.gather_distributed)
         functional.enqueue_(self.keys, self.position, keys.to(self.keys.device), self.normalize)
 
     def extra_repr(self) -> str:
@@ -131,7 +143,7 @@ class MemoryBankModule(nn.Module):
         self.register_buffer("bank", bank, persistent=False)
         self.register_buffer("bank_ptr", torch.zeros(1, dtype=torch.long), persistent=False)
 
-    def forward(self, output: Tensor, labels: None = None, update: bool = False) -> tuple[Tensor, Tensor | None]:
+    def forward(self, output: Tensor, labels: Any = None, update: bool = False) -> tuple[Tensor, Tensor | None]:
         """The output, and a copy of the bank as it was before the update.
 
         Args:
@@ -144,8 +156,9 @@ class MemoryBankModule(nn.Module):
             there is none.
 
         Raises:
-            TypeError, ValueError: as `update`.
+            TypeError, ValueError: as `update`, or if update is no flag.
         """
+        update = check_flag("update", update)
         if self.size[0] == 0:
             return output, None
         bank = self.bank.clone()
@@ -162,7 +175,7 @@ class MemoryBankModule(nn.Module):
             ValueError: if output is not of shape (B, features), or with `gather_distributed` on every process, if they
                 differ in shape, dtype or device. The bank is then unchanged.
         """
-        rows = _rows_of_all_processes("output", output, self.size[1], self.gather_distributed).to(self.bank)
+        rows = _rows_of_all_processes("output", output, self.bank, self.gather_distributed).to(self.bank)
         count = rows.shape[0]
         # What is dropped becomes a copy of the last row that fits: no branch, and no wait for the device.
         source = torch.arange(count, device=rows.device).clamp(max=self.size[0] - 1 - self.bank_ptr)
@@ -177,16 +190,18 @@ class MemoryBankModule(nn.Module):
 def check_bank_size(name: str, size: int | Sequence[int]) -> tuple[int, ...]:
     """lightly's: (rows, features), or (0,) for no bank."""
     sizes = tuple(check_size(name, n) for n in (size if isinstance(size, (tuple, list)) else [size]))
+    check_memory(name, sizes, 4)
     if sizes != (0,) and len(sizes) != 2:
         raise ValueError(f"{name} must be a (rows, features) pair, or 0 for no bank, got {size}")
     return sizes
 
 
-def _rows_of_all_processes(name: str, rows: Tensor, dim: int, gather_distributed: bool) -> Tensor:
+def _rows_of_all_processes(name: str, rows: Tensor, bank: Tensor, gather_distributed: bool) -> Tensor:
     check_tensor(name, rows)
-    across = gather_distributed and world_size() > 1
+    dim, across = bank.shape[1], gather_distributed and world_size() > 1
     if across:
         check_alike(None, {name: rows})
+    check_same_kind("the bank", bank, name, rows)
     check_rows(name, rows, f"(B, {dim})")
     if rows.shape[1] != dim:
         raise ValueError(f"{name} must have shape (B, {dim}), got {tuple(rows.shape)}")

@@ -37,8 +37,8 @@ class NTXentLoss(nn.Module):
     Raises:
         TypeError: if temperature is neither number nor tensor, memory_bank_size is no integers, or gather_distributed
             no flag.
-        ValueError: if |temperature| < 1e-8, if memory_bank_size has a negative entry or is neither 0 nor a pair,
-            or if gather_distributed is True and torch.distributed is not available.
+        ValueError: if temperature is a number below 1e-8 in magnitude, if memory_bank_size has a negative entry or is
+            neither 0 nor a pair, or if gather_distributed is True and torch.distributed is not available.
     """
 
     def __init__(
@@ -48,7 +48,8 @@ class NTXentLoss(nn.Module):
         self.memory_bank = MemoryBankModule(check_bank_size("memory_bank_size", memory_bank_size), gather_distributed)
         self.temperature = temperature
         self.gather_distributed = check_flag("gather_distributed", gather_distributed)
-        if abs(check_scalar("temperature", temperature)) < 1e-8:
+        number = check_scalar("temperature", temperature)
+        if not isinstance(number, Tensor) and abs(number) < 1e-8:
             raise ValueError(f"temperature must be at least 1e-8 in magnitude, got {temperature}")
         if gather_distributed and not torch.distributed.is_available():
             raise ValueError("gather_distributed must be False where torch.distributed is not available, got True")
@@ -67,10 +68,10 @@ class NTXentLoss(nn.Module):
             TypeError, ValueError: as `fastssl.functional.nt_xent`, and with `gather_distributed` on every process, if
                 they differ in shapes, dtypes, devices or requires_grad. The queue is then unchanged.
         """
+        out0, out1 = check_pair(out0, out1, "out0", "out1")
         across = self.gather_distributed and world_size() > 1
         if self.memory_bank.size[0] == 0 and not across:
             return nt_xent(out0, out1, temperature=self.temperature)
-        out0, out1 = check_pair(out0, out1, "out0", "out1")
         scale = 1 / check_temperature(self.temperature, out0)
         if across:
             check_alike(None, {"out0": out0, "out1": out1})
@@ -78,6 +79,9 @@ class NTXentLoss(nn.Module):
         return finish(losses(out0, out1, scale), "mean", out0)
 
     def _against_memory_bank(self, out0: Tensor, out1: Tensor, scale: float | Tensor) -> Tensor:
+        if self.memory_bank.size[1] != out0.shape[1]:
+            features = f"memory_bank_size's {self.memory_bank.size[1]} features"
+            raise ValueError(f"out0 and out1 must have {features}, got shape {tuple(out0.shape)}")
         z0, z1 = unit(out0), unit(out1)
         positive = dot(z0, z1) * scale
         # No copy of the bank: the gradient of z0 does not read it again.

@@ -10,9 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastssl import functional
-from fastssl._checks import check_pair_of_sizes, check_positive, check_rows
+from fastssl._checks import (
+    check_choice,
+    check_device,
+    check_dtype,
+    check_flag,
+    check_memory,
+    check_pair_of_sizes,
+    check_positive,
+    check_rows,
+)
 
-_FORMATS = ("NCHW", "NHWC", "NCL", "NLC")
 _Sizes = int | tuple[int, int]
 
 
@@ -54,9 +62,9 @@ class PatchEmbed(nn.Module):
         flatten, output_fmt, strict_img_size, dynamic_img_pad: as timm's.
 
     Raises:
-        TypeError: if a size is no integer.
-        ValueError: if a size is not positive, img_size is no multiple of patch_size though it must be, or output_fmt
-            is unknown, or not "NLC" for videos.
+        TypeError: if a size is no integer, a flag or dtype is none, or norm_layer no function.
+        ValueError: if a size is not positive, or too large, device is none, img_size is no multiple of patch_size
+            though it must be, or output_fmt is unknown, or not "NLC" for videos.
     """
 
     def __init__(
@@ -77,27 +85,29 @@ class PatchEmbed(nn.Module):
         tubelet_size: int | None = None,
     ) -> None:
         super().__init__()
-        for name, size in (
-            ("in_chans", in_chans),
-            ("embed_dim", embed_dim),
-            ("tubelet_size", 1 if tubelet_size is None else tubelet_size),
-        ):
-            check_positive(name, size)
-        if output_fmt is not None and output_fmt not in _FORMATS:
-            raise ValueError(f"output_fmt must be one of {', '.join(map(repr, _FORMATS))}, or None, got {output_fmt!r}")
+        in_chans, embed_dim = check_positive("in_chans", in_chans), check_positive("embed_dim", embed_dim)
+        if tubelet_size is not None:
+            tubelet_size = check_positive("tubelet_size", tubelet_size)
+        check_choice("output_fmt", output_fmt, (None, "NCHW", "NHWC", "NCL", "NLC"))
         self.tubelet_size = tubelet_size
-        self.flatten = flatten and output_fmt is None
-        self.output_fmt = output_fmt or "NCHW"
-        self.strict_img_size, self.dynamic_img_pad = strict_img_size, dynamic_img_pad
+        self.flatten = check_flag("flatten", flatten) and output_fmt is None
+        self.output_fmt = "NCHW" if output_fmt is None else output_fmt
+        self.strict_img_size = check_flag("strict_img_size", strict_img_size)
+        self.dynamic_img_pad = check_flag("dynamic_img_pad", dynamic_img_pad)
         if tubelet_size is not None and self._format() != "NLC":
             raise ValueError(f"output_fmt must be None or 'NLC' for videos, got {self._format()!r}")
         self.patch_size = check_pair_of_sizes("patch_size", patch_size)
         self._set_img_size(img_size)
-        place = {name: value for name, value in (("device", device), ("dtype", dtype)) if value is not None}
-        self.proj = self._convolution(in_chans, embed_dim, bias, place)
+        check_memory("in_chans x embed_dim x a patch", (embed_dim, in_chans, tubelet_size or 1, *self.patch_size), 8)
+        check_dtype("dtype", dtype)
+        place = {"device": check_device(device), "dtype": dtype}
+        place = {name: value for name, value in place.items() if value is not None}
+        self.proj = self._convolution(in_chans, embed_dim, check_flag("bias", bias), place)
         if norm_layer is not None and not callable(norm_layer):
             raise TypeError(f"norm_layer must be a function of embed_dim or None, got {norm_layer!r}")
-        self.norm = norm_layer(embed_dim, **place) if norm_layer else nn.Identity()
+        self.norm = nn.Identity() if norm_layer is None else norm_layer(embed_dim, **place)
+        if not isinstance(self.norm, nn.Module):
+            raise TypeError(f"norm_layer must return a Module, got {type(self.norm).__name__}")
 
     def forward(self, images: Tensor, ids_keep: Tensor | None = None) -> Tensor:
         """The tokens.

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastssl._checks import check_choice, check_size
+from fastssl._checks import check_choice, check_flag, check_positive, check_size
 from fastssl.distributed import ProcessGroup, check_alike, default_group, gather_rows
 from fastssl.functional import siglip_loss
 
@@ -34,8 +34,8 @@ class SigLipLoss(nn.Module):
     stored then, B x B of each process's texts.
 
     Raises:
-        TypeError: if chunk_size is no integer.
-        ValueError: if dist_impl is unknown, or chunk_size negative.
+        TypeError: if cache_labels is no flag, or rank, world_size or chunk_size no integer.
+        ValueError: if dist_impl is unknown, rank or chunk_size negative, or world_size not positive.
     """
 
     def __init__(
@@ -47,11 +47,11 @@ class SigLipLoss(nn.Module):
         chunk_size: int = 0,
     ) -> None:
         super().__init__()
-        self.cache_labels = cache_labels
-        self.rank = rank
-        self.world_size = world_size
-        self.dist_impl = dist_impl or "bidir"
-        check_choice("dist_impl", self.dist_impl, _IMPLEMENTATIONS)
+        self.cache_labels = check_flag("cache_labels", cache_labels)
+        self.rank = check_size("rank", rank)
+        self.world_size = check_positive("world_size", world_size)
+        check_choice("dist_impl", dist_impl, (None, *_IMPLEMENTATIONS))
+        self.dist_impl = "bidir" if dist_impl is None else dist_impl
         self.chunk_size = check_size("chunk_size", chunk_size)
 
     def get_ground_truth(
@@ -94,8 +94,9 @@ class SigLipLoss(nn.Module):
 
         Raises:
             TypeError, ValueError: as `fastssl.functional.siglip_loss`, and if rank and world_size are not those of
-                torch.distributed's default group.
+                torch.distributed's default group, or output_dict is no flag.
         """
+        output_dict = check_flag("output_dict", output_dict)
         group = None if self.world_size == 1 else default_group(self.rank, self.world_size)
         if any(
             getattr(type(self), name) is not getattr(SigLipLoss, name) for name in ("get_logits", "get_ground_truth")

@@ -6,7 +6,15 @@ import torch
 from torch import Tensor, nn
 
 from fastssl._arithmetic import dot, finish
-from fastssl._checks import check_choice, check_divisor, check_labels, check_rows, check_temperature
+from fastssl._checks import (
+    check_choice,
+    check_divisor,
+    check_labels,
+    check_rows,
+    check_scalar,
+    check_temperature,
+    check_tensor,
+)
 from fastssl.functional import similarity_logsumexp, sup_con
 from fastssl.ops.contrastive import class_sums
 
@@ -62,14 +70,16 @@ class SupConLoss(nn.Module):
         batch, views = features.shape[:2]
         if labels is None:
             labels = torch.arange(batch, device=features.device)
-        elif isinstance(labels, Tensor) and not labels.is_floating_point():
-            labels = labels.reshape(-1).long()
+        else:
+            check_tensor("labels", labels)
+            if not labels.is_floating_point() and not labels.is_complex():
+                labels = labels.reshape(-1).long()
         check_labels(labels, features, "features")
         if self.contrast_mode == "all":
             loss = sup_con(features, labels, temperature=self.temperature, normalize=False)
         else:
             loss = self._of_first_views(features.transpose(0, 1).flatten(0, 1), labels.repeat(views), batch)
-        return loss * (self.temperature / self.base_temperature)
+        return loss * (self.temperature / check_scalar("base_temperature", self.base_temperature, features))
 
     def _of_first_views(self, rows: Tensor, labels: Tensor, batch: int) -> Tensor:
         anchors, scale = rows[:batch], 1 / check_temperature(self.temperature, rows)

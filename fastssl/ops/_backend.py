@@ -31,7 +31,7 @@ def use_backend(name: str) -> Iterator[None]:
     Raises:
         ValueError: if `name` is none of these.
     """
-    if name not in _BACKENDS:
+    if not isinstance(name, str) or name not in _BACKENDS:
         raise ValueError(f"name must be one of {', '.join(map(repr, _BACKENDS))}, got {name!r}")
     if torch.compiler.is_compiling():
         _traced.append(name)

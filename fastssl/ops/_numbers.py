@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastssl.ops._fake import mode_of
+
 
 def as_tensor(number: float | Tensor, dtype: torch.dtype, device: torch.device | str | None = None) -> Tensor:
     """0-d; device None: where the tensor is, or the CPU."""
@@ -36,7 +38,10 @@ def with_tensors(signature: str) -> str:
 
 
 def as_tensors(args: Sequence[Any], numbers: Sequence[int]) -> Sequence[Any]:
-    return [as_tensor(x, torch.float64) if i in numbers else x for i, x in enumerate(args)] if numbers else args
+    if not numbers:
+        return args
+    with mode_of(args[0]):
+        return [as_tensor(x, torch.float64) if i in numbers else x for i, x in enumerate(args)]
 
 
 def taking_tensors(function: Callable[..., Any], numbers: Sequence[int]) -> Callable[..., Any]:

@@ -197,7 +197,7 @@ def _places(ids: Tensor, grid: Sequence[int]) -> Iterator[Tensor]:
     length = math.prod(grid)
     if ids.device.type == "cpu" and ids.numel() and not 0 <= ids.min() <= ids.max() < length:
         worst = ids.min() if ids.min() < 0 else ids.max()
-        raise IndexError(f"ids must be from 0 to below {length}, got {worst}")
+        raise IndexError(f"ids_keep must be from 0 to below {length}, got {worst}")
     yield torch.arange(ids.shape[0], device=ids.device)[:, None]
     ids = ids.long().where(ids >= 0, length)
     for i in range(len(grid)):

@@ -50,12 +50,13 @@ def similarity_logsumexp(
     exclude: Tensor | None = None,
     offset: Tensor | None = None,
 ) -> Tensor:
-    """The log-sum-exp over the columns of the stored similarity matrix."""
+    """The log-sum-exp over the columns of the stored similarity matrix; NaN where one is plus infinity."""
     similarity = x @ y.T * scale
     if exclude is not None:
         column = torch.arange(y.shape[0], device=y.device)
         similarity = similarity.masked_fill(column == exclude[:, None], float("-inf"))
     lse = similarity.logsumexp(1)
+    lse = lse + 0 * lse.detach().clamp_min(0)
     lse = lse.to(torch.promote_types(lse.dtype, torch.float32))
     return lse if offset is None else lse - offset
 

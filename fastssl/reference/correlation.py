@@ -71,8 +71,8 @@ def covariance_loss(z: Tensor, *, unbiased: bool = True) -> Tensor:
 
 
 def _standardize(z: Tensor, eps: float, unbiased: bool) -> Tensor:
-    if unbiased:
-        return (z - z.mean(0)) / (z.var(0) + eps).sqrt()
+    if unbiased or eps == 0:  # which batch_norm does not do
+        return (z - z.mean(0)) / (z.var(0, unbiased=unbiased) + eps).sqrt()
     return F.batch_norm(z, None, None, training=True, eps=eps)
 
 

@@ -39,8 +39,8 @@ def adamw_ema_step_(
     beta1, beta2 = betas
     for param, grad, exp_avg, exp_avg_sq, step in zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True):
         step += 1
-        exp_avg.copy_(beta1 * exp_avg + (1 - beta1) * grad)
+        exp_avg.copy_(exp_avg + (1 - beta1) * (grad - exp_avg))
         exp_avg_sq.copy_(beta2 * exp_avg_sq + (1 - beta2) * grad**2)
         mean, square = exp_avg / (1 - beta1 ** step.item()), exp_avg_sq / (1 - beta2 ** step.item())
-        param.copy_(param - lr * weight_decay * param - lr * mean / (square.sqrt() + eps))
+        param.copy_((1 - lr * weight_decay) * param - lr * mean / (square.sqrt() + eps))
     ema_update_(ema_params, params, momentum)

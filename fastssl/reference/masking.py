@@ -21,9 +21,10 @@ def gather_tokens(x: Tensor, ids: Tensor) -> Tensor:
 
 def scatter_tokens(tokens: Tensor, ids: Tensor, length: int, fill: float | Tensor = 0.0) -> Tensor:
     """out[b, l] = the sum of tokens[b, k] with ids[b, k] = l, `fill` where there is none."""
-    goes = torch.nn.functional.one_hot(ids.long(), length).to(tokens.dtype)  # (B, K, L)
-    empty = (goes.sum(1) == 0).to(tokens.dtype).unsqueeze(-1)
-    return goes.transpose(1, 2) @ tokens + empty * fill
+    place = ids.long().unsqueeze(-1).expand_as(tokens)
+    sums = tokens.new_zeros(len(tokens), length, tokens.shape[2]).scatter_add(1, place, tokens)
+    filled = torch.zeros_like(sums, dtype=torch.bool).scatter(1, place, True)
+    return torch.where(filled, sums, fill)
 
 
 def restore_tokens(

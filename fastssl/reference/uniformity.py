@@ -13,4 +13,6 @@ def uniformity(x: Tensor, *, t: float | Tensor = 2.0) -> Tensor:
     rows = z.shape[0]
     itself = torch.eye(rows, dtype=torch.bool, device=z.device)
     potential = (-t * (2 - 2 * z @ z.T)).masked_fill(itself, float("-inf"))
-    return potential.flatten().logsumexp(0) - z.new_full((), rows * (rows - 1), dtype=torch.float64).log().to(z.dtype)
+    peak = potential.detach().flatten().logsumexp(0)  # whose derivative would be rounded as it is
+    pairs = z.new_full((), rows * (rows - 1), dtype=torch.float64)
+    return (potential - peak).exp().sum().log() + peak - pairs.log().to(z.dtype)

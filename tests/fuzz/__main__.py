@@ -81,7 +81,8 @@ def main() -> int:
     for i, (kind, text) in sorted(verdicts.items()):
         if kind not in ("result", "refused", "impossible"):
             case = everything[i]
-            general = re.sub(r"[-\d.e+]+|'[^']*'|\([^()]*\)|torch\.\w+", "_", text)[:80]
+            rule = text.split(", got ")[0].split("of type ")[0]
+            general = re.sub(r"[-\d.e+]+|'[^']*'|\([^()]*\)|torch\.\w+", "_", rule)[:80]
             groups.setdefault((kind, case.call.name, case.argument, general), []).append((case, text))
     for (kind, name, argument, _), found in sorted(groups.items(), key=lambda item: item[0]):
         labels = ", ".join(case.label for case, _ in found[:8]) + (", ..." if len(found) > 8 else "")

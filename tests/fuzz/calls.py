@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,8 @@ class Call:
         run: what is called; its result, or what it wrote, is compared with the reference backend's.
         signature: whose annotations say what type an argument may have.
         random: two calls differ.
+        others: arguments of what it calls, which an error may name in place of its own.
+        kept: arguments that are given as they are where the reference computes in float64.
     """
 
     name: str
@@ -32,6 +34,12 @@ class Call:
     run: Callable[..., Any]
     signature: Callable[..., Any]
     random: bool = False
+    others: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
+
+
+class TheirOwn(Exception):
+    """An error of a function among the arguments, which speaks for itself."""
 
 
 def _normal(*shape: int, seed: int = 0) -> Tensor:
@@ -208,7 +216,7 @@ FUNCTIONS: dict[str, Callable[[], dict[str, Any]]] = {
         "exclude": torch.tensor([0, 1, -1, 7]),
         "offset": _leaf(4),
     },
-    "span_masking_ids": lambda: _masking(length=6, span_length=2),
+    "span_masking_ids": lambda: _masking(length=6, span_length=2, lengths=torch.tensor([6, 4])),
     "sup_con": lambda: {
         "features": _leaf(4, 8),
         "labels": torch.tensor([0, 1, 0, 2]),
@@ -239,6 +247,7 @@ _WRITTEN = {
     "ema_update_": ("targets",),
     "enqueue_": ("keys", "position"),
 }
+_NOT_COMPUTED = {"barlow_twins": ("lambda_param", "redundancy"), "vicreg": ("nu_param", "covariance")}  # at weight 0
 _RANDOM = ("block_masking_ids", "random_masking", "random_masking_ids", "span_masking_ids", "tube_masking_ids")
 
 
@@ -246,29 +255,60 @@ def _function(name: str) -> Call:
     function = getattr(functional, name)
 
     def run(**arguments: Any) -> Any:
-        result = function(**arguments)
-        return result if name not in _WRITTEN else [arguments[key] for key in _WRITTEN[name]]
+        written = _WRITTEN.get(name, ())
+        lists = {key: list(x) for key, x in arguments.items() if key in written and isinstance(x, Iterator)}
+        result = function(**arguments | {key: iter(x) for key, x in lists.items()})
+        if name in _NOT_COMPUTED and isinstance(result, tuple):
+            weight, metric = _NOT_COMPUTED[name]
+            if arguments[weight] == 0:
+                del result[1][metric]
+        return [(arguments | lists)[key] for key in written] if written else result
 
-    return Call(name, FUNCTIONS[name], run, function, name in _RANDOM)
+    return Call(name, FUNCTIONS[name], run, function, name in _RANDOM, kept=("steps",))
 
+
+_CLIP = {
+    "local_loss": False,
+    "gather_with_grad": False,
+    "cache_labels": False,
+    "rank": 0,
+    "world_size": 1,
+    "use_horovod": False,
+}
 
 # Constructor arguments, forward arguments.
 MODULES: dict[str, tuple[Callable[[], dict[str, Any]], Callable[[], dict[str, Any]]]] = {
     "BarlowTwinsLoss": (lambda: {"lambda_param": 0.01, "gather_distributed": False}, lambda: _pair("z_a", "z_b")),
     "ClipLoss": (
-        lambda: {
-            "local_loss": False,
-            "gather_with_grad": False,
-            "cache_labels": False,
-            "rank": 0,
-            "world_size": 1,
-            "use_horovod": False,
-        },
+        lambda: {**_CLIP},
         lambda: _pair(
             "image_features",
             "text_features",
             logit_scale=torch.tensor(2.0, requires_grad=True),
             logit_bias=None,
+            output_dict=False,
+        ),
+    ),
+    "CoCaLoss": (
+        lambda: {"caption_loss_weight": 2.0, "clip_loss_weight": 0.5, "pad_id": 0, **_CLIP},
+        lambda: _pair(
+            "image_features",
+            "text_features",
+            logits=_leaf(4, 3, 5, seed=2),
+            labels=torch.tensor([[1, 2, 0], [4, 0, 0], [3, 3, 1], [1, 4, 2]]),
+            logit_scale=torch.tensor(2.0, requires_grad=True),
+            output_dict=False,
+        ),
+    ),
+    "DistillClipLoss": (
+        lambda: {**_CLIP},
+        lambda: _pair(
+            "image_features",
+            "text_features",
+            logit_scale=torch.tensor(2.0, requires_grad=True),
+            dist_image_features=_normal(4, 6, seed=2),
+            dist_text_features=_normal(4, 6, seed=3),
+            dist_logit_scale=torch.tensor(3.0),
             output_dict=False,
         ),
     ),
@@ -307,13 +347,20 @@ MODULES: dict[str, tuple[Callable[[], dict[str, Any]], Callable[[], dict[str, An
             "patch_size": 2,
             "in_chans": 3,
             "embed_dim": 8,
-            "tubelet_size": None,
+            "norm_layer": nn.LayerNorm,
+            "flatten": True,
+            "output_fmt": None,
             "bias": True,
+            "strict_img_size": True,
+            "dynamic_img_pad": False,
+            "device": "cpu",
+            "dtype": torch.float32,
+            "tubelet_size": None,
         },
         lambda: {"images": _leaf(2, 3, 4, 6), "ids_keep": _ids()},
     ),
     "SigLipLoss": (
-        lambda: {"cache_labels": False, "rank": 0, "world_size": 1, "dist_impl": None},
+        lambda: {"cache_labels": False, "rank": 0, "world_size": 1, "dist_impl": None, "chunk_size": 0},
         lambda: _pair(
             "image_features",
             "text_features",
@@ -345,12 +392,28 @@ def _module(name: str) -> list[Call]:
         torch.manual_seed(0)
         return cls(**build())(**arguments)
 
-    return [Call(name, build, construct, cls.__init__), Call(f"{name}.forward", inputs, forward, cls.forward)]
+    made = Call(name, build, construct, cls.__init__, others=tuple(inputs()))
+    return [made, Call(f"{name}.forward", inputs, forward, cls.forward)]
+
+
+class _Encoder(nn.Linear):
+    def forward(self, x: Any) -> Any:
+        try:
+            return super().forward(x)
+        except Exception as error:
+            raise TheirOwn from error
 
 
 def _encoder() -> nn.Module:
     torch.manual_seed(0)
-    return nn.Linear(8, 8)
+    return _Encoder(8, 8)
+
+
+def _loss_of_embeddings(*embeddings: Any) -> Any:
+    try:
+        return functional.nt_xent(*embeddings)
+    except Exception as error:
+        raise TheirOwn from error
 
 
 def _teacher(**arguments: Any) -> Any:
@@ -360,9 +423,9 @@ def _teacher(**arguments: Any) -> Any:
     return list(teacher.module.parameters())
 
 
-def _update_teacher(model: Any) -> Any:
+def _update_teacher(**arguments: Any) -> Any:
     teacher = modules.EMA(_encoder(), momentum=0.9)
-    teacher.update(model)
+    teacher.update(**arguments)
     return list(teacher.module.parameters())
 
 
@@ -388,6 +451,12 @@ def _adamw_arguments() -> dict[str, Any]:
         "betas": (0.9, 0.99),
         "eps": 1e-8,
         "weight_decay": 0.01,
+        "amsgrad": False,
+        "maximize": False,
+        "foreach": None,
+        "capturable": False,
+        "differentiable": False,
+        "fused": None,
         "teacher": modules.EMA(student, momentum=0.9),
         "student": student,
     }
@@ -395,7 +464,8 @@ def _adamw_arguments() -> dict[str, Any]:
 
 def _adamw(**arguments: Any) -> Any:
     optimizer = AdamW(**arguments)
-    arguments["student"](_normal(4, 8)).square().mean().backward()
+    student = arguments["student"]
+    student(_normal(4, 8).to(next(student.parameters()).dtype)).square().mean().backward()
     optimizer.step()
     return [p for group in optimizer.param_groups for p in group["params"]]
 
@@ -404,7 +474,7 @@ def _grad_cache_arguments() -> dict[str, Any]:
     return {
         "encoders": (_encoder(), _encoder()),
         "inputs": (_normal(5, 8), _normal(5, 8, seed=1)),
-        "loss_fn": functional.nt_xent,
+        "loss_fn": _loss_of_embeddings,
         "chunk_size": 2,
     }
 
@@ -427,11 +497,12 @@ CALLS: list[Call] = [
             "warmup_gamma": 1.0,
             "warmup_power": 0.5,
             "update_buffers": True,
+            "decay": None,
         },
         _teacher,
         modules.EMA.__init__,
     ),
-    Call("EMA.update", lambda: {"model": _encoder()}, _update_teacher, modules.EMA.update),
+    Call("EMA.update", lambda: {"model": _encoder(), "step": 3}, _update_teacher, modules.EMA.update),
     Call(
         "MemoryBank",
         lambda: {
@@ -444,6 +515,7 @@ CALLS: list[Call] = [
         },
         _bank,
         modules.MemoryBank.__init__,
+        others=("keys",),
     ),
     Call("MemoryBank.update", lambda: {"keys": _normal(3, 8)}, _update_bank, modules.MemoryBank.update),
     Call("AdamW", _adamw_arguments, _adamw, AdamW.__init__),

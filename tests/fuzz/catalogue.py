@@ -83,6 +83,12 @@ def _misaligned(x: Tensor) -> Tensor:
     return x.new_empty(x.numel() + 1)[1:].view(x.shape).copy_(x.detach())
 
 
+def _negated(x: Tensor) -> Tensor:
+    view = torch._neg_view(x.detach())
+    view.clone()  # one of booleans nothing can read
+    return view
+
+
 def _gaps(x: Tensor) -> Tensor:
     gaps = x.detach().new_empty(*(2 * size for size in x.shape))
     return gaps[tuple(slice(None, None, 2) for _ in x.shape)].copy_(x.detach())
@@ -95,7 +101,7 @@ FROM_TENSOR: dict[str, Callable[[Tensor], Any]] = {
         torch.float64, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int64, torch.int32, torch.int8,
         torch.uint8, torch.uint16, torch.bool, torch.complex64)},
     "conj": lambda x: x.detach().to(torch.complex64).conj(),
-    "neg view": lambda x: torch._neg_view(x.detach()),
+    "neg view": _negated,
     "one more dimension": lambda x: x.detach()[None],
     "one more at the end": lambda x: x.detach()[..., None],
     "flat": lambda x: x.detach().flatten(),
@@ -155,19 +161,25 @@ def substitutes(valid: Any) -> Iterator[Substitute]:
         yield text, lambda text=text: eval(text, dict(scope))
     if isinstance(valid, Tensor):
         for label, make in FROM_TENSOR.items():
-            yield f"its tensor, {label}", lambda make=make: make(valid)
+            yield f"its tensor, {label}", lambda make=make: make(_fresh(valid))
     elif isinstance(valid, (list, tuple)) and valid and all(isinstance(x, Tensor) for x in valid):
-        last = valid[-1]
         for label, make in FROM_TENSOR.items():
-            yield f"its last tensor, {label}", lambda make=make: [*valid[:-1], make(last)]
+            yield f"its last tensor, {label}", lambda make=make: [*map(_fresh, valid[:-1]), make(_fresh(valid[-1]))]
         for label, make in {
-            "one less": lambda: list(valid[:-1]),
-            "one more": lambda: [*valid, last],
-            "one twice": lambda: [last] * len(valid),
-            "an iterator": lambda: iter(valid),
-            "a tuple": lambda: tuple(valid),
-            "a dict": lambda: dict(enumerate(valid)),
-            "None last": lambda: [*valid[:-1], None],
-            "one tensor": lambda: last,
+            "one less": lambda x: x[:-1],
+            "one more": lambda x: [*x, _fresh(x[-1])],
+            "one twice": lambda x: [x[-1]] * len(x),
+            "an iterator": iter,
+            "a tuple": tuple,
+            "a dict": lambda x: dict(enumerate(x)),
+            "None last": lambda x: [*x[:-1], None],
+            "one tensor": lambda x: x[-1],
         }.items():
-            yield f"its tensors, {label}", make
+            yield f"its tensors, {label}", lambda make=make: make([*map(_fresh, valid)])
+
+
+def _fresh(x: Tensor) -> Tensor:
+    """One that a call may write to."""
+    if isinstance(x, nn.Parameter):
+        return nn.Parameter(x.detach().clone(), requires_grad=x.requires_grad)
+    return x.detach().clone().requires_grad_(x.requires_grad)

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 import fastssl
-from tests.fuzz.calls import CALLS, Call
+from tests.fuzz.calls import CALLS, Call, TheirOwn
 from tests.fuzz.catalogue import substitutes
 
 SECONDS = 20  # that a call may take
@@ -28,7 +29,7 @@ INTERNALS = re.compile(
     r"|Unsupported|NYI|storage|_cpp|NestedTensor|SparseCPU|FakeTensor|symbolic|NotImplemented",
     re.IGNORECASE,
 )
-FUNCTIONS = ("encoders", "loss_fn", "weight_fn")  # arguments whose errors are their own
+FUNCTIONS = ("encoders", "loss_fn", "norm_layer", "weight_fn")  # arguments whose errors are their own
 ERRORS = (TypeError, ValueError, IndexError)
 
 
@@ -47,6 +48,12 @@ class Case:
 class Finding:
     kind: str
     text: str
+
+
+@dataclass(frozen=True)
+class Results:
+    outputs: list[Any]
+    gradients: list[Tensor | None]  # of the leaves among the arguments
 
 
 def cases() -> Iterator[Case]:
@@ -78,6 +85,8 @@ def judge(case: Case) -> Finding | str:
 
 
 def _judge_error(case: Case, error: Exception) -> Finding | str:
+    if isinstance(error, TheirOwn):
+        return "refused"
     text = f"{type(error).__name__}: {str(error).strip()}"
     documented = "RuntimeError" in (inspect.getdoc(case.call.signature) or "") and type(error) is RuntimeError
     if _asks_for_memory(error) or case.argument in FUNCTIONS:
@@ -88,7 +97,7 @@ def _judge_error(case: Case, error: Exception) -> Finding | str:
         return Finding("exception", text)
     if INTERNALS.search(re.split(r",? got ", str(error))[0]):
         return Finding("internals", text)
-    others = "|".join(re.escape(name) for name in case.call.arguments())
+    others = "|".join(re.escape(name) for name in (*case.call.arguments(), *case.call.others))
     if not re.search(rf"\b{re.escape(case.argument)}\b", str(error)) and not re.search(
         rf"\b({others})\b.* (must|needs)\b", str(error)
     ):
@@ -120,57 +129,84 @@ def _fits(case: Case) -> bool:
     return any(fits.get(name, True) for name in names)
 
 
-def _judge_results(case: Case, results: list[Any]) -> Finding | str:
-    """Near the reference's in float64, or where that is none, in the dtype at hand."""
-    if any(isinstance(x, Tensor) and not _has_values(x) for x in results):
+def _judge_results(case: Case, results: Results) -> Finding | str:
+    """Near the reference's in float64, or in the dtype at hand."""
+    if not all(_has_values(x) for x in (*results.outputs, *results.gradients) if isinstance(x, Tensor)):
         return "result"
-    differences = []
+    references, errors = [], []
     for change in (_as_double, lambda x: x):
         try:
-            differences.append(difference(results, _results(case, "reference", change)))
+            references.append(_results(case, "reference", change))
         except Exception as error:
-            differences.append(f"the reference raises {type(error).__name__}: {error}")
-        if not differences[-1]:
-            return "result"
-    return Finding("reference" if all("raises" in d for d in differences) else "number", "; ".join(differences))
+            errors.append(f"the reference raises {type(error).__name__}: {error}")
+    if not references:
+        # PyTorch's own operations save no inference tensors, and write to none.
+        return "result" if "nference tensor" in errors[-1] else Finding("reference", "; ".join(errors))
+    told = difference(results, *references, infinite=_is_infinite(case.make()))
+    return Finding("number", told) if told else "result"
 
 
 def _has_values(x: Tensor) -> bool:
-    return x.device.type == "cpu" and type(x).__name__ != "FakeTensor"
+    dense = x.layout == torch.strided and not x.is_nested and not x.is_quantized
+    return dense and x.is_cpu and not isinstance(x, FakeTensor) and (x.numel() == 0 or x.data_ptr() != 0)
 
 
-def difference(results: list[Any], expected: list[Any]) -> str:
-    """What differs, if anything does."""
-    if len(results) != len(expected):
-        return f"{len(results)} results, of the reference {len(expected)}"
-    for result, right in zip(results, expected, strict=True):
-        if not isinstance(result, Tensor) or not isinstance(right, Tensor):
-            if result is not right and result != right:
-                return f"{result!r}, of the reference {right!r}"
-            continue
-        if result.shape != right.shape:
-            return f"shape {tuple(result.shape)}, of the reference {tuple(right.shape)}"
-        if result.is_complex() or right.is_complex():
-            return "" if torch.equal(result.to(right.dtype), right) else "complex numbers"
-        x, y = result.detach().to_dense().double(), right.detach().to_dense().double()
-        largest = torch.finfo(result.dtype).max if result.is_floating_point() else float("inf")
-        y = torch.where(y.abs() > largest, y.sign() * float("inf"), y)
-        unit = {torch.bfloat16: 0.05, torch.float16: 0.01}.get(result.dtype, 1e-3)
-        size = y[y.isfinite()].abs().max().item() if y.isfinite().any() else 0.0
-        close = (x == y) | (x.isnan() & y.isnan()) | ((x - y).abs() <= unit * (size + 1e-3))
-        if not close.all():
-            i = (~close).flatten().nonzero()[0].item()
-            return f"{x.flatten()[i].item():.6g}, of the reference {y.flatten()[i].item():.6g}"
+def _is_infinite(x: Any) -> bool:
+    scalar = isinstance(x, Tensor) and x.numel() == 1 and x.is_floating_point() and _has_values(x)
+    return scalar and bool(x.double().isinf())
+
+
+def difference(results: Results, *references: Results, infinite: bool = False) -> str:
+    """What differs from all the references, if anything does.
+
+    Where a loss is not finite, its gradients need not be. Of a scale that is infinite, as a tensor, all is NaN or
+    infinite, on every backend, but not everywhere which of them.
+    """
+    finite = all(x.double().isfinite().all() for x in results.outputs if isinstance(x, Tensor))
+    for name, free in (("outputs", infinite and not finite), ("gradients", not finite)):
+        mine, *theirs = (getattr(each, name) for each in (results, *references))
+        if any(len(mine) != len(others) for others in theirs):
+            return f"{len(mine)} {name}, of the reference {[len(others) for others in theirs]}"
+        for x, *right in zip(mine, *theirs, strict=True):
+            if told := _difference(x, right, free):
+                return f"{name}: {told}"
     return ""
 
 
-def _results(case: Case, backend: str, change: Callable[[Any], Any] = lambda x: x) -> list[Any]:
+def _difference(result: Any, references: list[Any], may_be_infinite: bool) -> str:
+    if not all(isinstance(x, Tensor) for x in (result, *references)):
+        same = any(result is right or result == right for right in references)
+        return "" if same else f"{result!r}, of the reference {references!r}"
+    if any(result.shape != right.shape for right in references):
+        return f"shape {tuple(result.shape)}, of the reference {[tuple(right.shape) for right in references]}"
+    if any(x.is_complex() for x in (result, *references)):
+        return "" if any(torch.equal(result.to(right.dtype), right) for right in references) else "complex numbers"
+    x = result.detach().double()
+    close = torch.zeros_like(x, dtype=torch.bool)
+    largest = torch.finfo(result.dtype).max if result.is_floating_point() else float("inf")
+    unit = {torch.bfloat16: 0.05, torch.float16: 0.01}.get(result.dtype, 1e-3)
+    values = []
+    for right in references:
+        y = right.detach().double()
+        y = torch.where(y.abs() > largest, y.sign() * float("inf"), y)
+        size = y[y.isfinite()].abs().max().item() if y.isfinite().any() else 0.0
+        close |= (x == y) | (x.isnan() & y.isnan()) | ((x - y).abs() <= unit * (size + 1e-3))
+        if may_be_infinite:
+            close |= ~(x.isfinite() & y.isfinite())
+        values.append(y.flatten())
+    if close.all():
+        return ""
+    i = (~close).flatten().nonzero()[0].item()
+    return f"{x.flatten()[i].item():.6g}, of the reference {' and '.join(f'{y[i].item():.6g}' for y in values)}"
+
+
+def _results(case: Case, backend: str, change: Callable[[Any], Any] = lambda x: x) -> Results:
     arguments = {**case.call.arguments(), case.argument: case.make()}
-    return results_of(case.call, {name: change(x) for name, x in arguments.items()}, backend)
+    kept = case.call.kept
+    return results_of(case.call, {k: x if k in kept else change(x) for k, x in arguments.items()}, backend)
 
 
-def results_of(call: Call, arguments: dict[str, Any], backend: str) -> list[Any]:
-    """Outputs, and the gradients of the leaves among the arguments."""
+def results_of(call: Call, arguments: dict[str, Any], backend: str) -> Results:
     leaves = [x for x in arguments.values() if isinstance(x, Tensor) and x.requires_grad and x.is_leaf]
     chosen = contextlib.nullcontext() if call.name == "use_backend" else fastssl.use_backend(backend)
     with _time_limit(), warnings.catch_warnings(), torch.random.fork_rng(), chosen:
@@ -178,10 +214,11 @@ def results_of(call: Call, arguments: dict[str, Any], backend: str) -> list[Any]
         torch.manual_seed(0)
         outputs = _flat(call.run(**arguments))
         differentiable = [x for x in outputs if isinstance(x, Tensor) and x.requires_grad]
+        gradients = []
         if differentiable and leaves:
             total = sum(x.sum() for x in differentiable)
-            outputs += torch.autograd.grad(total, leaves, allow_unused=True)
-    return outputs
+            gradients += torch.autograd.grad(total, leaves, allow_unused=True)
+    return Results(outputs, gradients)
 
 
 def _flat(x: Any) -> list[Any]:
@@ -196,7 +233,8 @@ def _as_double(x: Any) -> Any:
     if isinstance(x, (list, tuple)) and type(x) in (list, tuple):
         return type(x)(map(_as_double, x))
     if type(x) in (Tensor, nn.Parameter) and x.is_floating_point() and x.layout == torch.strided and x.data_ptr():
-        return x.detach().double().requires_grad_(x.requires_grad)
+        wide = x.detach().double().requires_grad_(x.requires_grad)
+        return wide if x.is_leaf else wide * 1
     return x
 
 

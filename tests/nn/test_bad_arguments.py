@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fastssl.nn import (
+    EMA,
     BarlowTwinsLoss,
     ClipLoss,
     CoCaLoss,
@@ -105,8 +106,19 @@ def test_flags(name, call):
         (
             lambda: MemoryBank(8, 16, dtype=torch.int64),
             ValueError,
-            "keys must have a floating-point .*torch.int64",
+            "dtype must be a floating-point .*torch.int64",
         ),
+        (lambda: MemoryBank(8, 2**62), ValueError, r"size x dim must make no tensor of 2\^63 bytes or more"),
+        (lambda: MemoryBank(8, 16, dtype="float32"), TypeError, "dtype must be a torch.dtype or None, got 'float32'"),
+        (lambda: ClipLoss(use_horovod=torch.ones(2)), TypeError, "use_horovod must be True or False"),
+        (lambda: ClipLoss(rank=0.5), TypeError, "rank must be an integer, got float"),
+        (lambda: SigLipLoss(world_size=0), ValueError, "world_size must be positive, got 0"),
+        (lambda: SigLipLoss()(X, Y, 2.0, None, "yes"), TypeError, "output_dict must be True or False, got 'yes'"),
+        (lambda: DCLLoss()(X, 3), TypeError, "out1 must be a Tensor, got int"),
+        (lambda: NTXentLoss()(3, X), TypeError, "out0 must be a Tensor, got int"),
+        (lambda: EMA(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)), TypeError, "momentum must be a number, got Linear"),
+        (lambda: PatchEmbed(8, 4, bias=1), TypeError, "bias must be True or False, got 1"),
+        (lambda: PatchEmbed(8, 4, norm_layer=lambda *_, **__: None), TypeError, "norm_layer must return a Module"),
         (lambda: MemoryBank(8, 16, device="cpux"), ValueError, "device must be one that is there, got 'cpux'"),
         (lambda: MemoryBank(8, 16).update([1.0]), TypeError, "keys must be a Tensor, got list"),
         (lambda: MemoryBank(8, 16).update(X.long()), ValueError, "keys must have a floating-point dtype"),

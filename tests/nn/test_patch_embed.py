@@ -196,7 +196,7 @@ def test_another_patch_size_of_videos():
 @pytest.mark.parametrize(
     ("call", "error", "match"),
     [
-        (lambda: PatchEmbed(8, 4, output_fmt="NWC"), ValueError, "output_fmt must be one of 'NCHW', .*, got 'NWC'"),
+        (lambda: PatchEmbed(8, 4, output_fmt="NWC"), ValueError, "output_fmt must be None, 'NCHW', .*, got 'NWC'"),
         (lambda: PatchEmbed(8, 4, flatten=False, tubelet_size=2), ValueError, "output_fmt must be .*got 'NCHW'"),
         (lambda: PatchEmbed(8, 4).set_input_size(9), ValueError, r"img_size must be a multiple of .*got \(9, 9\)"),
         (lambda: PatchEmbed(8, 4).set_input_size(patch_size=3), ValueError, r"img_size must be a multiple .*\(3, 3\)"),

@@ -21,6 +21,7 @@ from fastssl.functional import (
     info_nce,
     nt_xent,
     patch_embed,
+    random_masking,
     random_masking_ids,
     restore_tokens,
     scatter_tokens,
@@ -216,6 +217,13 @@ def test_tensors_of_one_element_are_scalars(name, argument, shape):
         (lambda z: siglip_loss(z, z, 10**30, 10**39), ValueError, "logit_bias must be finite in torch.float32"),
         (lambda z: scatter_tokens(z[None], IDS, 8, 1e300), ValueError, r"fill must be finite in torch.float32"),
         (lambda z: random_masking_ids(2, 8, 0.5, device=10**30), ValueError, "device must be"),
+        (lambda z: dcl(z, z, weight_fn=lambda x, y: 1.0), TypeError, "weight_fn must return a Tensor, got float"),
+        (lambda z: dcl(z, z, weight_fn=lambda x, y: x), ValueError, r"weight_fn must return .*\(8,\), got .*\(8, 16\)"),
+        (lambda z: vicreg(z, z, mu_param=1e39), ValueError, r"mu_param must be finite in torch.float32, got 1e\+39"),
+        (lambda z: ema_update_([z], [z + 1], torch.tensor(1.5)), ValueError, "momentum must be from 0 to 1, got 1.5"),
+        (lambda z: nt_xent(z, z, temperature=torch.tensor(True)), ValueError, "temperature must be .*, got torch.bool"),
+        (lambda z: scatter_tokens(z[None], IDS, 2**62), ValueError, "length must make no tensor of 2.63 bytes"),
+        (lambda z: fastssl.use_backend([]).__enter__(), ValueError, r"name must be one of .*, got \[\]"),
         (lambda z: ema_update_(z, z, 0.9), TypeError, "targets must be a list of tensors, got Tensor"),
         (lambda z: ema_update_([z], None, 0.9), TypeError, "sources must be a list of tensors, got NoneType"),
     ],
@@ -262,7 +270,7 @@ def test_ids_out_of_range(chosen, wrong):
     calls = {
         "ids must be from 0 to below 8": lambda: gather_tokens(tokens, ids),
         "ids must be from 0 to below 8, ": lambda: scatter_tokens(tokens, ids, 8),
-        "ids.* must be from 0 to below 8": lambda: patch_embed(images, weight, None, ids),
+        "ids_keep must be from 0 to below 8": lambda: patch_embed(images, weight, None, ids),
     }
     if wrong < 0:
         calls["ids_restore must not be negative"] = lambda: restore_tokens(tokens[:, :4], ids, tokens[0, 0])
@@ -274,4 +282,6 @@ def test_ids_out_of_range(chosen, wrong):
 
 def test_fake_tensors_are_taken_outside_of_their_mode():
     z = FakeTensorMode().from_tensor(torch.randn(8, 16))
-    assert nt_xent(z, z).shape == uniformity(z).shape == ()
+    assert nt_xent(z, z).shape == uniformity(z).shape == vicreg(z, z).shape == ()
+    assert random_masking(z[None], 0.5)[0].shape == (1, 4, 16)
+    ema_update_([z], [z + 1], 0.9)

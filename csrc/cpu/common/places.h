@@ -8,12 +8,12 @@
 
 namespace fastssl {
 
-// ids as int64, all of them from 0 to below `length`.
-inline at::Tensor checked_ids(const at::Tensor& ids_, int64_t length) {
+// ids as int64, all of them from 0 to below `length`. `name`: what an error calls them.
+inline at::Tensor checked_ids(const char* name, const at::Tensor& ids_, int64_t length) {
   const at::Tensor ids = ids_.to(at::kLong).contiguous();
   const int64_t* const id = ids.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < ids.numel(); ++i)
-    TORCH_CHECK_INDEX(id[i] >= 0 && id[i] < length, "ids must be from 0 to below ", length, ", got ", id[i]);
+    TORCH_CHECK_INDEX(id[i] >= 0 && id[i] < length, name, " must be from 0 to below ", length, ", got ", id[i]);
   return ids;
 }
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastssl import reference
 from fastssl._arithmetic import dot, finish, inverse, logsumexp, of_reference, unit
-from fastssl._checks import check_flag, check_pair, check_reduction, check_temperature
+from fastssl._checks import check_flag, check_pair, check_reduction, check_temperature, check_weights
 from fastssl._exponential_sums import pair_sums
 from fastssl.ops import contrastive, current_backend
 from fastssl.ops._precision import product_precision
@@ -44,19 +44,20 @@ def dcl(
         over an empty batch is NaN. A single pair has no negatives: its loss is minus infinity.
 
     Raises:
-        TypeError: if z1 or z2 is no tensor, or temperature neither number nor tensor.
-        ValueError: if shapes, dtypes or devices do not fit, temperature is a number that is zero or not finite (as a
-            tensor: NaN comes out), or reduction is unknown.
+        TypeError: if z1, z2 or what weight_fn returns is no tensor, or temperature neither number nor tensor.
+        ValueError: if shapes, dtypes or devices do not fit, those of weights included, temperature is a number that is
+            zero or not finite (as a tensor: NaN comes out), or reduction is unknown.
     """
     z1, z2 = check_pair(z1, z2)
     temperature = check_temperature(temperature, z1)
     normalize = check_flag("normalize", normalize)
     if weight_fn is not None and not callable(weight_fn):
         raise TypeError(f"weight_fn must be a function or None, got {type(weight_fn).__name__}")
+    weigh = None if weight_fn is None else lambda rows, partners: check_weights(weight_fn(rows, partners), rows)
     check_reduction(reduction)
     if current_backend() == "reference":
         loss = reference.contrastive.dcl(
-            z1, z2, temperature=temperature, weight_fn=weight_fn, normalize=normalize, reduction=reduction
+            z1, z2, temperature=temperature, weight_fn=weigh, normalize=normalize, reduction=reduction
         )
         return of_reference(loss, z1)
     scale, precision = inverse(temperature, z1), product_precision(z1)
@@ -67,6 +68,6 @@ def dcl(
     losses = []
     for rows, partners, lse in ((x, y, across[0]), (y, x, across[1])):
         within = logsumexp(*contrastive.self_logsumexp(rows, scale, precision))
-        aligned = positive if weight_fn is None else positive * weight_fn(rows, partners)
+        aligned = positive if weigh is None else positive * weigh(rows, partners)
         losses.append(torch.logaddexp(within, lse) - aligned)
     return finish(torch.cat(losses), reduction, z1)
