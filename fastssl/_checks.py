@@ -288,6 +288,7 @@ def check_positive_temperature(name: str, temperature: float | Tensor, x: Tensor
     """Likewise, and above 0; NaN where a tensor, which is not waited for, is not."""
     temperature = check_temperature(temperature, x, name)
     if isinstance(temperature, Tensor):
+        temperature = temperature.to(accumulate_dtype(x.dtype))
         return temperature.where(temperature > 0, math.nan)
     if temperature < 0:
         raise ValueError(f"{name} must be positive, got {temperature}")
