@@ -50,15 +50,19 @@ def use_backend(name: str) -> Iterator[None]:
 
 def current_backend() -> str:
     """The backend that `use_backend` chose here: "auto" outside of any `with` block."""
-    if torch.compiler.is_compiling() and _traced:
-        return _traced[-1]
-    return _module.chosen
+    if torch.compiler.is_compiling():
+        return _traced[-1] if _traced else _module.chosen
+    return _chosen()
 
 
 def __getattr__(name: str) -> Any:
     """The attribute `chosen` of this module, which torch.compile reads, and guards, as it does any attribute."""
     if name != "chosen":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return _chosen()
+
+
+def _chosen() -> str:
     choices = _choices.get()
     # A thread of autograd has no choices of its own. From PyTorch 2.13 on it is told the context that called backward.
     if not choices and torch._C._is_key_in_tls("context"):
