@@ -15,13 +15,13 @@ import fastssl
 from fastssl.distributed import rank, world_size
 from fastssl.functional import barlow_twins, cross_correlation, vicreg
 from fastssl.nn import BarlowTwinsLoss, VICRegLoss
-from tests.distributed.test_distributed import _assert_parts_of, _peer, _run
+from tests.distributed.processes import assert_parts_of, needs_gloo, peer, run_processes
 
 BATCH = 5
 # Of up to 20 rows: D x D correlations are the smaller message, or rows are, and then either algorithm runs.
 DIMS = (3, 8, 18, 64)
 
-pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs Gloo")
+pytestmark = needs_gloo
 
 
 def _whole(dim: int, batch: int = BATCH, dtype: torch.dtype = torch.float64) -> list[Tensor]:
@@ -68,7 +68,7 @@ def _check_losses() -> None:
                 parts = [_mine(x) for x in whole]
                 with fastssl.use_backend(backend):
                     value = loss(*parts, group=dist.group.WORLD)
-                _assert_parts_of(whole, parts, loss(*whole), value, tolerance)
+                assert_parts_of(whole, parts, loss(*whole), value, tolerance)
                 assert (_gathered(value.reshape(1)) == value).all()
 
 
@@ -93,7 +93,7 @@ def _check_one_row_each() -> None:
             whole = _whole(dim, batch=1)
             parts = [_mine(x) for x in whole]
             value = loss(*parts, eps=0.1, group=dist.group.WORLD)
-            _assert_parts_of(whole, parts, loss(*whole, eps=0.1), value, 1e-10)
+            assert_parts_of(whole, parts, loss(*whole, eps=0.1), value, 1e-10)
 
 
 def _check_constant_columns() -> None:
@@ -145,7 +145,7 @@ def _check_one_view_differentiable() -> None:
             whole = _whole(dim)
             whole[1] = whole[1].detach()
             parts = [_mine(whole[0]), _mine(whole[1]).detach()]
-            _assert_parts_of(whole[:1], parts[:1], loss(*whole), loss(*parts, group=dist.group.WORLD), 1e-10)
+            assert_parts_of(whole[:1], parts[:1], loss(*whole), loss(*parts, group=dist.group.WORLD), 1e-10)
 
 
 def _model(dim: int) -> nn.Module:
@@ -184,13 +184,13 @@ def _barlow_twins_of_local_statistics(whole: list[Tensor], lambda_param: float) 
 
 def _check_modules() -> None:
     """lightly's classes where they are, and what their flag says."""
-    lightly = _peer("lightly")
+    lightly = peer("lightly")
     for dim in DIMS:
         whole = _whole(dim)
         parts = [_mine(x) for x in whole]
         value = BarlowTwinsLoss(0.3, gather_distributed=True)(*parts)
-        _assert_parts_of(whole, parts, _barlow_twins_of_local_statistics(whole, 0.3), value, 1e-10)
-        _assert_parts_of(whole, parts, VICRegLoss()(*whole), VICRegLoss(gather_distributed=True)(*parts), 1e-10)
+        assert_parts_of(whole, parts, _barlow_twins_of_local_statistics(whole, 0.3), value, 1e-10)
+        assert_parts_of(whole, parts, VICRegLoss()(*whole), VICRegLoss(gather_distributed=True)(*parts), 1e-10)
         for name in ("BarlowTwinsLoss", "VICRegLoss") if lightly is not None else ():
             values = [getattr(m, name)(gather_distributed=True)(*parts) for m in (fastssl.nn, lightly)]
             torch.testing.assert_close(*values)
@@ -200,7 +200,7 @@ def _check_modules() -> None:
 
 def _check_positions() -> None:
     """Of feature maps."""
-    if (lightly := _peer("lightly")) is None:
+    if (lightly := peer("lightly")) is None:
         return
     parts = [_mine(x).detach().view(BATCH, 3, 4).requires_grad_() for x in _whole(12)]
     values = [module.VICRegLoss(gather_distributed=True)(*parts) for module in (fastssl.nn, lightly)]
@@ -290,4 +290,4 @@ def _check_everything() -> None:
 
 @pytest.mark.parametrize("processes", [2, 3, 4])
 def test_processes_equal_one(processes, tmp_path):
-    _run(_check_everything, processes, tmp_path)
+    run_processes(_check_everything, processes, tmp_path)

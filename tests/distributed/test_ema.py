@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -19,9 +18,9 @@ import fastssl
 from fastssl.functional import adamw_ema_step_, ema_update_
 from fastssl.nn import EMA
 from fastssl.optim import AdamW
-from tests.distributed.test_distributed import _run
+from tests.distributed.processes import needs_gloo, run_processes
 
-pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs Gloo")
+pytestmark = needs_gloo
 
 
 def _model(dtype: torch.dtype = torch.float32) -> nn.Sequential:
@@ -157,4 +156,4 @@ def _all(path: Path) -> None:
 
 
 def test_sharded_parameters(tmp_path):
-    _run(partial(_all, tmp_path / "checkpoint"), 2, tmp_path)
+    run_processes(partial(_all, tmp_path / "checkpoint"), 2, tmp_path)

@@ -25,7 +25,7 @@ from fastssl.nn import (
     SigLipLoss,
     VICRegLoss,
 )
-from tests.distributed.test_distributed import _run
+from tests.distributed.processes import run_processes
 
 LOSSES = {
     "NTXentLoss": lambda: NTXentLoss(),
@@ -136,4 +136,4 @@ def _check_processes() -> None:
 
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs Gloo")
 def test_processes(tmp_path):
-    _run(_check_processes, 2, tmp_path)
+    run_processes(_check_processes, 2, tmp_path)

@@ -20,7 +20,7 @@ from fastssl import grad_cache
 from fastssl.distributed import rank, world_size
 from fastssl.functional import clip_loss, info_nce, nt_xent
 from fastssl.nn import NTXentLoss
-from tests.distributed.test_distributed import _mean, _run
+from tests.distributed.processes import mean_of_all, run_processes
 
 BATCH, DIM = 13, 8
 
@@ -292,7 +292,7 @@ def _check_data_parallel() -> None:
             parallel.zero_grad()
             reduced.clear()
             loss = grad_cache(encoders, mine, NTXentLoss(gather_distributed=True), chunk_size=chunk_size)
-            torch.testing.assert_close(_mean(loss), expected.detach())
+            torch.testing.assert_close(mean_of_all(loss), expected.detach())
             torch.testing.assert_close(gradients(parallel), gradients(single))
             assert len(reduced) == len(gradients(single)), f"{step}, {chunk_size}"
 
@@ -383,7 +383,7 @@ def test_outputs_of_several_encoders():
 
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs Gloo")
 def test_data_parallel(tmp_path):
-    _run(_check_data_parallel, 2, tmp_path)
+    run_processes(_check_data_parallel, 2, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastssl.distributed import rank, world_size
 from fastssl.nn import ClipLoss, CoCaLoss, DistillClipLoss, SigLipLoss
-from tests.distributed.test_distributed import _mean, _peer, _run
+from tests.distributed.processes import mean_of_all, peer, run_processes
 
 BATCH = 5
 
@@ -215,7 +215,7 @@ def test_chunk_size():
 
 def _check_processes() -> None:
     """Process by process, what open_clip's flags say, from stored logits, and its classes where they are."""
-    place, theirs = {"rank": rank(), "world_size": world_size()}, _peer("open_clip")
+    place, theirs = {"rank": rank(), "world_size": world_size()}, peer("open_clip")
     mine = slice(rank() * BATCH, (rank() + 1) * BATCH)
     whole = _distill_inputs(world_size() * BATCH, 8, 12)
     inputs = [x if x.dim() == 0 else x[mine].detach().requires_grad_() for x in whole]
@@ -241,7 +241,9 @@ def _check_processes() -> None:
                     expected = _step(other, arguments)
                     if local_loss and gather_with_grad:  # of scales, our gradients are the processes' mean
                         values = len(expected) - len(arguments)
-                        expected = [_mean(x) if i >= values and x.dim() == 0 else x for i, x in enumerate(expected)]
+                        expected = [
+                            mean_of_all(x) if i >= values and x.dim() == 0 else x for i, x in enumerate(expected)
+                        ]
                     _assert_agree(ours, expected, atol=5e-6)
     arguments = [*pair, _scalar(-3.0)]
     _assert_agree(_step(SigLipLoss(**place), arguments), _step(SigLipOfLogits(**place), arguments))
@@ -261,4 +263,4 @@ def _check_processes() -> None:
 
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs Gloo")
 def test_processes(tmp_path):
-    _run(_check_processes, 2, tmp_path)
+    run_processes(_check_processes, 2, tmp_path)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastssl.nn import PatchEmbed
-from tests.distributed.test_distributed import _mean, _run
+from tests.distributed.processes import mean_of_all, run_processes
 
 
 def _normal(*shape: int, seed: int = 0) -> Tensor:
@@ -237,7 +237,7 @@ def _check_sharded() -> None:
         loss.backward()
         expected = whole(images, ids if some else None).square().mean()
         expected.backward()
-        torch.testing.assert_close(_mean(loss), expected.detach())
+        torch.testing.assert_close(mean_of_all(loss), expected.detach())
         for ours, theirs in zip(sharded.parameters(), whole.parameters(), strict=True):
             torch.testing.assert_close(ours.grad.full_tensor(), theirs.grad, rtol=1e-4, atol=1e-6)
             ours.grad = theirs.grad = None
@@ -247,4 +247,4 @@ def _check_sharded() -> None:
 
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs Gloo")
 def test_sharded_parameters(tmp_path):
-    _run(_check_sharded, 2, tmp_path)
+    run_processes(_check_sharded, 2, tmp_path)

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from tests.distributed.test_distributed import _run
+from tests.distributed.processes import run_processes
 
 pytest.importorskip("rich")
 pytest.importorskip("sklearn")
@@ -269,7 +269,7 @@ def folder(tmp_path_factory) -> Path:
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("runs")
     interrupt(0, folder / "one.pt")
-    _run(functools.partial(_everything, folder), PROCESSES, folder)
+    run_processes(functools.partial(_everything, folder), PROCESSES, folder)
     return folder
 
 
