@@ -1,5 +1,7 @@
 """What the trainer's tests share."""
 
+import signal
+
 import pytest
 import torch
 
@@ -8,6 +10,14 @@ import torch
 def one_thread():
     """Batches here are too small for threads to help, and waiting for each other on a busy machine is slow."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def control_c_interrupts():
+    """As in a terminal, and not as in a shell's background, where it does nothing."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")
