@@ -169,13 +169,13 @@ def portable_name(name: str) -> str:
 def triton_launcher(family: str, name: str, numbers: Sequence[int] = ()) -> Function | None:
     """The launcher `name` of fastssl.kernels' `family`, imported at its first call; None where Triton is not installed.
 
-    float64 goes to the portable variant: the last argument is the precision of products.
+    float64 goes to the portable variant: the last argument is the precision of products, or there are none.
     """
     if find_spec("triton") is None:
         return None
 
     def launch(*args: Any) -> Any:
-        if args[-1] == "float64":
+        if args[-1] == "float64" or any(x.dtype == torch.float64 for x in args if isinstance(x, list) for x in x):
             return getattr(torch.ops.fastssl, portable_name(name))(*args)
         return taking_tensors(getattr(import_module(f"fastssl.kernels.{family}"), name), numbers)(*args)
 

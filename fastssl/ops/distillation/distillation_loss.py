@@ -155,4 +155,5 @@ distillation_loss = Op(
     portable=(_forward, _backward),
     share=share_of_rows,
     blocks=_blocks,
+    triton="distillation",
 )
