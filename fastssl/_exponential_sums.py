@@ -27,7 +27,13 @@ def row_sums(
     if ring is not None:
         return distributed.contrastive.similarity_logsumexp(ring, x, y, scale, exclude, precision)
     weigh = needs_gradient(x, y, scale)
-    return contrastive.similarity_logsumexp(x, y, scale, exclude, weigh, precision)[:2]
+    keep = bytes_to_keep_for(y, precision, (x, y, scale))
+    return contrastive.similarity_logsumexp(x, y, scale, exclude, weigh, keep, precision)[:2]
+
+
+def bytes_to_keep_for(y: Tensor, precision: str, inputs: tuple[Tensor, Tensor, Tensor]) -> int:
+    """`bytes_to_keep` of an operation that keeps what serves y's gradient alone; inputs: x, y and scale."""
+    return contrastive.bytes_to_keep(precision, inputs, *(t.shape[0] for t in inputs[:2])) if y.requires_grad else 0
 
 
 def pair_sums(
@@ -37,8 +43,15 @@ def pair_sums(
     if ring is not None:
         sums = distributed.contrastive.pair_logsumexp(ring, x, y, scale, exclude, precision)
     else:
-        sums = contrastive.pair_logsumexp(x, y, scale, exclude, precision)
-    return sums[:2], sums[2:]
+        keep = contrastive.bytes_to_keep(precision, (x, y, scale), x.shape[0], y.shape[0])
+        sums = contrastive.pair_logsumexp(x, y, scale, exclude, keep, precision)
+    return sums[:2], sums[2:4]
+
+
+def self_sums(z: Tensor, scale: Tensor, precision: str) -> Sums:
+    """Those of the rows of scale z z^T without its diagonal."""
+    keep = contrastive.bytes_to_keep(precision, (z, scale), z.shape[0])
+    return contrastive.self_logsumexp(z, scale, keep, precision)[:2]
 
 
 def largest_similarity(sums: list[Sums]) -> Tensor | float:

@@ -4,7 +4,7 @@
 #include <torch/version.h>
 
 #include "common/isa.h"
-#include "common/schedule.h"
+#include "common/kept_tiles.h"
 
 namespace py = pybind11;
 
@@ -37,16 +37,22 @@ PYBIND11_MODULE(_C, m) {
       "Make kernels use one of available_isas(), in this process.");
   m.def(
       "contrastive_tile_plan",
-      [](int64_t rows, int64_t dim, int threads) {
-        const fastssl::TilePlan plan = fastssl::tile_plan(rows, dim, threads);
+      [](int64_t rows, int64_t dim, int threads, bool symmetric, int64_t keep, bool narrow) {
+        const fastssl::TilePlan plan = fastssl::tile_plan(rows, dim, threads, symmetric, keep, narrow);
         return py::dict(
             py::arg("threads") = plan.threads,
             py::arg("block") = plan.block,
             py::arg("blocks") = plan.blocks,
-            py::arg("group") = plan.group);
+            py::arg("group") = plan.group,
+            py::arg("tiles") = plan.tiles,
+            py::arg("kept") = plan.kept);
       },
       py::arg("rows"),
       py::arg("dim"),
       py::arg("threads"),
-      "How the contrastive losses cut rows x rows similarities of dim features into tiles for that many threads.");
+      py::arg("symmetric") = false,
+      py::arg("keep") = 0,
+      py::arg("narrow") = false,
+      "How the contrastive losses cut rows x rows similarities of dim features into tiles for that many threads, and\n"
+      "how many tiles' exponentials, float32 or, if narrow, bfloat16, are kept in `keep` bytes between the passes.");
 }

@@ -31,13 +31,11 @@ Results run_softplus(const Tensor& x_, const Tensor& y_, const Tensor& scale_, c
   const float factor = scale ? scale : std::numeric_limits<float>::min();  // 0 times what is excluded would be NaN
   const Engine engine(precision);
   const int threads = threads_for(x_.size(0), y_.size(0), x_.size(1));
-  const Side x(x_, kRows | (derive ? kWeighing : 0), engine, threads);
-  const Side y(y_, kColumns | (derive ? kWeighed : 0), engine, threads);
+  const Side x(x_, false, kRows | (derive ? kWeighing : 0), engine, threads);
+  const Side y(y_, false, kColumns | (derive ? kWeighed : 0), engine, threads);
   const Similarities S{x, y, 1, -std::copysign(std::numeric_limits<float>::infinity(), factor), exclude, diagonal};
   const SigmoidTiles& f = FASTSSL_TABLE_IN_USE(sigmoid_tiles);
-  const Tensor totals = at::zeros({2, x.cut.blocks}, at::kDouble);  // of each block of rows, and their weights'
-  double* const total = totals.mutable_data_ptr<double>();
-  double* const weight = total + x.cut.blocks;
+  const Numbers<double> total(x.cut.blocks, 0), weight(x.cut.blocks, 0);  // of each block of rows
   const Blocks tile(threads, x.cut.block * y.cut.block * 4);
   const Blocks narrow(threads, derive && engine.half() ? 2 * x.cut.block * y.cut.block * 2 : 0);
   const auto sum_up = [&](Gathered* of_x, Gathered* of_y) {
@@ -51,15 +49,15 @@ Results run_softplus(const Tensor& x_, const Tensor& y_, const Tensor& scale_, c
       }
       auto* half = static_cast<at::BFloat16*>(narrow[slot(threads)]);
       auto* pairs = half ? half + m * n : nullptr;
-      total[I] += f.softplus_and_weights(s, n, m, n, factor, bias, weight + I, half, pairs);
+      total[I] += f.softplus_and_weights(s, n, m, n, factor, bias, &weight[I], half, pairs);
       of_x->add(I, half ? static_cast<void*>(half) : s, y, J);
       of_y->add_columns(J, half ? static_cast<void*>(pairs) : s, x, I);
     }, [&] { engine.release(); });
   };
 
   double all = 0, dscale = 0, dbias = 0;
-  const Tensor positive_weights = diagonal ? dot_rows(x, y) : Tensor();
-  float* const positive_weight = diagonal ? positive_weights.mutable_data_ptr<float>() : nullptr;
+  const Numbers<float> positive_weight(diagonal ? x.count : 0);
+  if (diagonal) dot_rows(x, y, positive_weight.data);
   for (int64_t i = 0; diagonal && i < x.count; ++i) {
     const Softplus positive(-(double(scale) * positive_weight[i] + bias));
     all += positive.value;
@@ -72,7 +70,7 @@ Results run_softplus(const Tensor& x_, const Tensor& y_, const Tensor& scale_, c
   if (derive) {
     Gathered of_x(x, true, nullptr), of_y(y, false, &x);
     sum_up(&of_x, &of_y);
-    const Positives texts{y, positive_weight}, images{x, positive_weight};
+    const Positives texts{y, positive_weight.data}, images{x, positive_weight.data};
     dscale = finish_side(of_x, diagonal ? &texts : nullptr, scale, dx);
     finish_side(of_y, diagonal ? &images : nullptr, scale, dy);
   } else {

@@ -52,8 +52,8 @@ double softplus_and_weights(float* S, int64_t ld, int64_t rows, int64_t columns,
   double total = 0;
   Vec row = {}, row_weight = {};
   each_weight(S, ld, rows, columns, static_cast<uint16_t*>(half), static_cast<uint16_t*>(pairs),
-              [&](int64_t r, int64_t j, Vec s) {
-                const Both both = evaluate(s, scale, bias);
+              [&](int64_t r, int64_t j) {
+                const Both both = evaluate(load(S + r * ld + j), scale, bias);
                 row += both.softplus;
                 row_weight += both.sigmoid;
                 if (j + kLanes == columns && r % 2) {

@@ -18,6 +18,9 @@ from torch.autograd import Function
 
 from fastssl.distributed.processes import uncompiled
 from fastssl.distributed.ring import Ring, Tensors, add, check_first_derivative
+from fastssl.ops.contrastive import nothing_kept
+
+_KEEP = 0  # bytes of exponentials from one pass for the other: a process would keep those of every step
 
 
 @uncompiled
@@ -44,8 +47,8 @@ class _SimilarityLogsumexp(Function):
 
         def visit(step: int, y: Tensor) -> Tensors:
             nonlocal sums
-            total, shift, weighted = ring.op("similarity_logsumexp")(
-                x, y, scale, None if step else exclude, weigh, precision
+            total, shift, weighted, _ = ring.op("similarity_logsumexp")(
+                x, y, scale, None if step else exclude, weigh, _KEEP, precision
             )
             share = (total, shift, weighted) if weigh else (total, shift)
             sums = _unite_sums(sums, share) if sums else share
@@ -71,8 +74,8 @@ class _SimilarityLogsumexp(Function):
             def visit(step: int, x: Tensor, grad_total: Tensor, shift: Tensor) -> Tensors:
                 dy.add_(
                     ctx.ring.op("similarity_logsumexp_backward")(
-                        grad_total, x.to(exact.dtype), exact, scale, None if step else exclude, shift, weighted, True,
-                        ctx.precision,
+                        grad_total, x.to(exact.dtype), exact, scale, None if step else exclude, shift, weighted,
+                        nothing_kept(x, _KEEP), True, ctx.precision,
                     )[1]
                 )  # fmt: skip
                 return ()
@@ -91,8 +94,8 @@ class _PairLogsumexp(Function):
 
         def visit(step: int, y: Tensor) -> Tensors:
             nonlocal rows
-            *share, column_total, column_shift = ring.op("pair_logsumexp")(
-                x, y, scale, None if step else exclude, precision
+            *share, column_total, column_shift, _ = ring.op("pair_logsumexp")(
+                x, y, scale, None if step else exclude, _KEEP, precision
             )
             rows = _unite_sums(rows, share) if rows else tuple(share)
             return column_total, column_shift
@@ -113,7 +116,7 @@ class _PairLogsumexp(Function):
         def visit(step: int, y: Tensor, grad_column_total: Tensor, column_shift: Tensor) -> Tensors:
             x_share, y_share, scale_share = ctx.ring.op("pair_logsumexp_backward")(
                 grad_row_total, grad_column_total, exact, y.to(exact.dtype), scale, None if step else exclude,
-                row_shift, column_shift, ctx.precision,
+                row_shift, column_shift, nothing_kept(x, _KEEP), ctx.precision,
             )  # fmt: skip
             dx.add_(x_share)
             dscale.add_(scale_share)

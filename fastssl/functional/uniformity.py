@@ -7,7 +7,8 @@ from torch import Tensor
 from fastssl import reference
 from fastssl._arithmetic import as_scalar, finish, of_reference, unit
 from fastssl._checks import check_holds, check_rows, check_scalar
-from fastssl.ops import contrastive, current_backend
+from fastssl._exponential_sums import self_sums
+from fastssl.ops import current_backend
 from fastssl.ops._precision import product_precision
 
 
@@ -38,7 +39,7 @@ def uniformity(x: Tensor, *, t: float | Tensor = 2.0) -> Tensor:
     if current_backend() == "reference":
         return of_reference(reference.uniformity.uniformity(x, t=t), x)
     scale = 2 * as_scalar(t, x)
-    total, shift = contrastive.self_logsumexp(unit(x), scale, product_precision(x))
+    total, shift = self_sums(unit(x), scale, product_precision(x))
     potential = (total / (x.shape[0] - 1)).log() + (shift - scale)  # the logarithm of each row's mean
     peak = potential.detach().logsumexp(0)
     return finish((potential - peak).exp().mean().log() + peak, "none", x)

@@ -3,10 +3,10 @@
 An operation is two signatures, in the language of torch.library's schemas, and the code that computes it:
 
     sup_con = Op(
-        "sup_con(Tensor z, Tensor labels, Tensor scale, bool normalize, str precision)"
-        " -> (Tensor loss, Tensor shift, Tensor total)",
-        backward="(Tensor grad_loss, Tensor z, Tensor labels, Tensor scale, Tensor shift, Tensor total, bool normalize,"
-        " str precision) -> (Tensor grad_z, Tensor grad_scale)",
+        "sup_con(Tensor z, Tensor labels, Tensor scale, bool normalize, SymInt keep, str precision)"
+        " -> (Tensor loss, Tensor shift, Tensor total, Tensor kept)",
+        backward="(Tensor grad_loss, Tensor z, Tensor labels, Tensor scale, Tensor shift, Tensor total, Tensor kept,"
+        " bool normalize, str precision) -> (Tensor grad_z, Tensor grad_scale)",
         fake=_fake,                      # shapes and dtypes of the outputs
         portable=(_forward, _backward),  # plain PyTorch
         share=_share,                    # what some rows add to <grad_loss, loss>: its derivatives are the second ones

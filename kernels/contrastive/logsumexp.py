@@ -19,19 +19,19 @@ from torch import Tensor
 
 from fastssl.kernels.common.accumulate import Factors, accumulate, largest
 from fastssl.kernels.common.collect import collect_sums
+from fastssl.kernels.common.kept import nothing_kept
 from fastssl.kernels.common.rows import pad
 from fastssl.kernels.contrastive.sums import totals_and_shifts
 
 
 def similarity_logsumexp(
-    x: Tensor, y: Tensor, scale: Tensor, exclude: Tensor | None, weigh: bool, precision: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(total, shift, weighted) of `fastssl::similarity_logsumexp` for CUDA tensors; see fastssl/ops/contrastive/."""
+    x: Tensor, y: Tensor, scale: Tensor, exclude: Tensor | None, weigh: bool, keep: int, precision: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`fastssl::similarity_logsumexp` for CUDA tensors; see fastssl/ops/contrastive/."""
     (rows, dim), columns = x.shape, y.shape[0]
     if rows == 0 or columns == 0:
-        return *(x.new_zeros(rows, dtype=torch.float32) for _ in range(2)), x.new_zeros(
-            (rows if weigh else 0, dim), dtype=torch.float32
-        )
+        total, shift = (x.new_zeros(rows, dtype=torch.float32) for _ in range(2))
+        return total, shift, x.new_zeros((rows if weigh else 0, dim), dtype=torch.float32), nothing_kept(x, keep)
     with torch.cuda.device_of(x):
         exclude, by = excluding(exclude, "row")
         inputs = pad(x, precision), pad(y, precision), (rows, columns), scale, precision
@@ -39,9 +39,9 @@ def similarity_logsumexp(
             weighted, shift, total, _ = collect_sums(
                 accumulate(*inputs, "softmax", by, exclude=exclude), x, scale, torch.float32
             )
-            return total, shift, weighted
+            return total, shift, weighted, nothing_kept(x, keep)
         [(total, shift)] = totals_and_shifts(*inputs, by, exclude=exclude)
-        return total, shift, x.new_empty((0, dim), dtype=torch.float32)
+        return total, shift, x.new_empty((0, dim), dtype=torch.float32), nothing_kept(x, keep)
 
 
 def similarity_logsumexp_backward(
@@ -52,6 +52,7 @@ def similarity_logsumexp_backward(
     exclude: Tensor | None,
     shift: Tensor,
     weighted: Tensor,
+    kept: Tensor,
     needs_y: bool,
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -73,12 +74,13 @@ def similarity_logsumexp_backward(
 
 
 def pair_logsumexp(
-    x: Tensor, y: Tensor, scale: Tensor, exclude: Tensor | None, precision: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Totals and shifts of `fastssl::pair_logsumexp` for CUDA tensors; see fastssl/ops/contrastive/."""
+    x: Tensor, y: Tensor, scale: Tensor, exclude: Tensor | None, keep: int, precision: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Totals, shifts and kept of `fastssl::pair_logsumexp` for CUDA tensors; see fastssl/ops/contrastive/."""
     rows, columns = x.shape[0], y.shape[0]
     if rows == 0 or columns == 0:
-        return tuple(x.new_zeros(count, dtype=torch.float32) for count in (rows, rows, columns, columns))
+        sums = (x.new_zeros(count, dtype=torch.float32) for count in (rows, rows, columns, columns))
+        return *sums, nothing_kept(x, keep)
     with torch.cuda.device_of(x):
         left, right = pad(x, precision), pad(y, precision)
         if rows <= columns:
@@ -91,7 +93,7 @@ def pair_logsumexp(
             of_y, of_x = totals_and_shifts(
                 right, left, (columns, rows), scale, precision, by, exclude=exclude, columns=True
             )
-        return *of_x, *of_y
+        return *of_x, *of_y, nothing_kept(x, keep)
 
 
 def pair_logsumexp_backward(
@@ -103,6 +105,7 @@ def pair_logsumexp_backward(
     exclude: Tensor | None,
     row_shift: Tensor,
     column_shift: Tensor,
+    kept: Tensor,
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`fastssl::pair_logsumexp_backward` for CUDA tensors; see fastssl/ops/contrastive/."""
@@ -128,18 +131,19 @@ def pair_logsumexp_backward(
         return dx.gradient, collect_sums(G, y, scale, y.dtype).gradient, dx.share.sum().to(scale.dtype)
 
 
-def self_logsumexp(z: Tensor, scale: Tensor, precision: str) -> tuple[Tensor, Tensor]:
-    """(total, shift) of `fastssl::self_logsumexp` for CUDA tensors; see fastssl/ops/contrastive/."""
+def self_logsumexp(z: Tensor, scale: Tensor, keep: int, precision: str) -> tuple[Tensor, Tensor, Tensor]:
+    """(total, shift, kept) of `fastssl::self_logsumexp` for CUDA tensors; see fastssl/ops/contrastive/."""
     rows = z.shape[0]
     if rows == 0:
-        return tuple(z.new_zeros(0, dtype=torch.float32) for _ in range(2))
+        return *(z.new_zeros(0, dtype=torch.float32) for _ in range(2)), nothing_kept(z, keep)
     with torch.cuda.device_of(z):
         padded = pad(z, precision)
-        return totals_and_shifts(padded, padded, (rows, rows), scale, precision, "diagonal")[0]
+        [sums] = totals_and_shifts(padded, padded, (rows, rows), scale, precision, "diagonal")
+        return *sums, nothing_kept(z, keep)
 
 
 def self_logsumexp_backward(
-    grad_total: Tensor, z: Tensor, scale: Tensor, shift: Tensor, precision: str
+    grad_total: Tensor, z: Tensor, scale: Tensor, shift: Tensor, kept: Tensor, precision: str
 ) -> tuple[Tensor, Tensor]:
     """(grad_z, grad_scale) of `fastssl::self_logsumexp_backward` for CUDA tensors; see fastssl/ops/contrastive/."""
     rows = z.shape[0]

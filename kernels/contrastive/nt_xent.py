@@ -29,6 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastssl.kernels.common.accumulate import Factors, accumulate, largest, load_factors, power_of_two
+from fastssl.kernels.common.kept import nothing_kept
 from fastssl.kernels.common.launch import OPTIONS, PEAK, row_block
 from fastssl.kernels.common.rows import load_rows, pad_views, unit
 from fastssl.kernels.common.tiles import COUNTS, EPS
@@ -104,16 +105,18 @@ def _project(
         tl.store(dz2 + (rows - B) * D + columns, out, mask=(rows >= B) & inside[:, None] & (columns < D))
 
 
-def nt_xent(z1: Tensor, z2: Tensor, scale: Tensor, normalize: bool, precision: str) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, shift, total) of `fastssl::nt_xent` for CUDA tensors; see fastssl/ops/contrastive/."""
+def nt_xent(
+    z1: Tensor, z2: Tensor, scale: Tensor, normalize: bool, keep: int, precision: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss, shift, total, kept) of `fastssl::nt_xent` for CUDA tensors; see fastssl/ops/contrastive/."""
     rows = 2 * z1.shape[0]
     loss = z1.new_empty(rows, dtype=torch.float32)
     if rows == 0:
-        return loss, loss.clone(), loss.clone()
+        return loss, loss.clone(), loss.clone(), nothing_kept(z1, keep)
     with torch.cuda.device_of(z1):
         z, _ = pad_views(z1, z2, normalize, precision)
         [(total, shift)] = totals_and_shifts(z, z, (rows, rows), scale, precision, "partner", loss=loss)
-    return loss, shift, total
+    return loss, shift, total, nothing_kept(z1, keep)
 
 
 def nt_xent_backward(
@@ -123,6 +126,7 @@ def nt_xent_backward(
     scale: Tensor,
     shift: Tensor,
     total: Tensor,
+    kept: Tensor,
     normalize: bool,
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -386,7 +386,7 @@ def test_opcheck_of_rectangles(dtype, exclude, variant):
     x, y = normal(9, 8, dtype=dtype).requires_grad_(), normal(8, 5, seed=1, dtype=dtype).T.requires_grad_()
     scale = torch.tensor(2.0, dtype=torch.float64 if dtype == torch.float64 else torch.float32, requires_grad=True)
     op = getattr(torch.ops.fastssl, f"pair_logsumexp{variant}").default
-    torch.library.opcheck(op, (x, y, scale, exclude, str(dtype).removeprefix("torch.")))
+    torch.library.opcheck(op, (x, y, scale, exclude, 3000, str(dtype).removeprefix("torch.")))
 
 
 MEMORY = """

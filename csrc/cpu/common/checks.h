@@ -32,6 +32,12 @@ inline void check_vectors(const char* names, int64_t count, at::TensorList vecto
                       " must be float32 of shape (", count, "), got ", t.scalar_type(), " of shape ", t.sizes());
 }
 
+// What a forward pass has kept, see common/kept_tiles.h.
+inline void check_kept(const Tensor& kept) {
+  TORCH_CHECK_VALUE(kept.scalar_type() == at::kByte && kept.dim() == 1 && kept.is_contiguous(),
+                    "kept must be uint8 of one dimension, got ", kept.scalar_type(), " of shape ", kept.sizes());
+}
+
 inline Tensor checked_exclude(const std::optional<Tensor>& exclude, const Tensor& x) {
   if (!exclude) return Tensor();
   TORCH_CHECK_VALUE(exclude->scalar_type() == at::kLong && exclude->dim() == 1 && exclude->size(0) == x.size(0),

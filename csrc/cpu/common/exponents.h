@@ -54,15 +54,10 @@ struct Exponent {
 
 // Sums of exponentials, one for each row of a side (or of several, `splits`, to be added up), padded.
 struct Sums {
-  Tensor totals, extremes;
-  double* total;
-  float* extreme;  // the entry with the largest scale S_ij, infinite with c's sign reversed if there is none
+  Numbers<double> total;
+  Numbers<float> extreme;  // the entry with the largest scale S_ij, infinite with c's sign reversed if there is none
 
-  Sums(int64_t count, const Exponent& e)
-      : totals(at::zeros({count}, at::kDouble)),
-        extremes(at::full({count}, e.excluded, at::kFloat)),
-        total(totals.mutable_data_ptr<double>()),
-        extreme(extremes.mutable_data_ptr<float>()) {}
+  Sums(int64_t count, const Exponent& e) : total(count, 0), extreme(count, e.excluded) {}
 
   // total[i], which is about the shared origin or about the extreme, as it is about `origin`.
   double about(int64_t i, const Exponent& e, float origin) const {

@@ -58,32 +58,40 @@ void arrange(const float* z, int64_t rows, int64_t dim, Operand operand, float* 
 float pack(const Rows& rows, int64_t first, int64_t count, int64_t padded_rows, int64_t padded_dim, bool normalize,
            Operand operand, float* inverse_norm, float* scratch, const Packed& out) {
   float* z = operand == Operand::BFloat16 || !out.left ? scratch : static_cast<float*>(out.left);
+  const bool wanted = out.left || out.right || out.right_pairs || out.left_columns;
   double largest = 0;
   for (int64_t r = 0; r < count; ++r) {
-    float* row = z + r * padded_dim;
-    load_row(rows[first + r], rows.element, rows.dim, 1, row);
-    const double square = dot(row, row, padded_dim);
+    float* const row = z + r * padded_dim;
+    const float* x = row;
+    if (wanted) {
+      load_row(rows[first + r], rows.element, rows.dim, 1, row);
+    } else {
+      x = row_of(rows[first + r], rows.element, rows.dim, 1, scratch);
+    }
+    const double square = dot(x, x, padded_dim);
     inverse_norm[r] = 1;
     if (normalize) {
       const double norm = __builtin_sqrt(square);
       const double inverse = 1 / (norm > kNormFloor || norm != norm ? norm : kNormFloor);
-      for (int64_t d = 0; d < padded_dim; ++d) row[d] = static_cast<float>(row[d] * inverse);
+      for (int64_t d = 0; wanted && d < padded_dim; ++d) row[d] = static_cast<float>(row[d] * inverse);
       inverse_norm[r] = static_cast<float>(norm > kNormFloor || norm != norm ? inverse : -inverse);
     } else {
       largest = square <= largest ? largest : square;
     }
   }
-  const int64_t elements = padded_rows * padded_dim;
-  for (int64_t i = count * padded_dim; i < elements; ++i) z[i] = 0;
-  arrange(z, padded_rows, padded_dim, operand, scratch + elements, out);
+  if (wanted) {
+    const int64_t elements = padded_rows * padded_dim;
+    for (int64_t i = count * padded_dim; i < elements; ++i) z[i] = 0;
+    arrange(z, padded_rows, padded_dim, operand, scratch + elements, out);
+  }
   return normalize ? 1.f : static_cast<float>(largest);
 }
 
 float largest_square(const Rows& rows, int64_t first, int64_t count, float* scratch) {
   double largest = 0;
   for (int64_t r = 0; r < count; ++r) {
-    load_row(rows[first + r], rows.element, rows.dim, 1, scratch);
-    const double square = dot(scratch, scratch, (rows.dim + 31) / 32 * 32);
+    const float* const x = row_of(rows[first + r], rows.element, rows.dim, 1, scratch);
+    const double square = dot(x, x, (rows.dim + 31) / 32 * 32);
     largest = square <= largest ? largest : square;
   }
   return static_cast<float>(largest);
@@ -99,23 +107,26 @@ double finish(const void* x, float inverse_norm, const void* positive, float pos
   const int64_t padded = (dim + 31) / 32 * 32;
   const float inverse = __builtin_fabsf(inverse_norm);
   if (positive) {
-    load_row(positive, element, dim, __builtin_fabsf(positive_inverse_norm), scratch);
-    for (int64_t d = 0; d < padded; ++d) sums[d] += positive_weight * scratch[d];
+    const float* const p = row_of(positive, element, dim, __builtin_fabsf(positive_inverse_norm), scratch);
+    for (int64_t d = 0; d < padded; ++d) sums[d] += positive_weight * p[d];
   }
-  load_row(x, element, dim, inverse, scratch);
-  const double along = dot(sums, scratch, padded);
+  const float* const z = row_of(x, element, dim, inverse, scratch);
+  const double along = dot(sums, z, padded);
   const float projection = normalize && inverse_norm > 0 ? static_cast<float>(along) : 0;
-  const double factor = double(scale) * inverse;  // of which a float would hold neither 1e40 nor 1e-50
-  for (int64_t d = 0; d < padded; ++d) sums[d] = static_cast<float>((sums[d] - projection * scratch[d]) * factor);
-  store_row(sums, out_element, dim, 1, out);
+  if (projection != 0)
+    for (int64_t d = 0; d < padded; ++d) sums[d] -= projection * z[d];
+  if (inverse != 1) {
+    const double factor = double(scale) * inverse;  // of which a float would hold neither 1e40 nor 1e-50
+    for (int64_t d = 0; d < padded; ++d) sums[d] = static_cast<float>(sums[d] * factor);
+    scale = 1;
+  }
+  store_row(sums, out_element, dim, scale, out);
   return along;
 }
 
 double dot_rows(const void* x, const void* y, Element element, int64_t dim, float* scratch) {
   const int64_t padded = (dim + 31) / 32 * 32;
-  load_row(x, element, dim, 1, scratch);
-  load_row(y, element, dim, 1, scratch + padded);
-  return dot(scratch, scratch + padded, padded);
+  return dot(row_of(x, element, dim, 1, scratch), row_of(y, element, dim, 1, scratch + padded), padded);
 }
 
 }  // namespace

@@ -18,6 +18,13 @@ inline void load_row(const void* x, Element element, int64_t dim, float factor, 
   for (int64_t d = dim; d % 32; ++d) out[d] = 0;
 }
 
+// The same, or x itself where that is what it would be.
+inline const float* row_of(const void* x, Element element, int64_t dim, float factor, float* spare) {
+  if (element == Element::Float32 && dim % 32 == 0 && factor == 1) return static_cast<const float*>(x);
+  load_row(x, element, dim, factor, spare);
+  return spare;
+}
+
 inline void store_row(const float* x, Element element, int64_t dim, float factor, void* out) {
   if (element == Element::Float32) {
     for (int64_t d = 0; d < dim; ++d) static_cast<float*>(out)[d] = x[d] * factor;

@@ -47,12 +47,14 @@ inline int slot(int threads) { return threads == 1 ? 0 : at::get_thread_num(); }
 struct Cut {
   int64_t block, blocks, group;
 
-  Cut(int64_t rows, int64_t dim, int threads) {
+  // `symmetric`: for a tournament, else for a match.
+  Cut(int64_t rows, int64_t dim, int threads, bool symmetric = true) {
     const int64_t padded = round_up(std::max<int64_t>(dim, 1), kPadding);
     // A tile, its operands and its outputs share the second-level cache.
     block = padded <= 256 ? 256 : padded <= 768 ? 128 : 64;
-    // Every thread gets work in every round: two blocks per thread, and some more to even out.
-    while (block > 64 && rows < 4 * threads * block) block /= 2;
+    // Every thread gets work in every round. Of a match that is one block for each thread; of a tournament two, and some
+    // more to even out.
+    while (block > 64 && rows < (symmetric ? 4 : 1) * threads * block) block /= 2;
     if (threads > 1 && rows < threads * block) block = 32;
     block = std::min(block, round_up(std::max<int64_t>(rows, 1), kPadding));
     blocks = pieces(rows, block);
@@ -61,6 +63,7 @@ struct Cut {
   }
 
   int64_t groups() const { return pieces(blocks, group); }
+  int64_t padded(int64_t b, int64_t rows) const { return round_up(std::min(block, rows - b * block), kPadding); }
 
   template <typename F>
   void each(int64_t g, const F& f) const {
@@ -106,20 +109,6 @@ void match(int threads, const Cut& rows, const Cut& columns, const Visit& visit,
       rows.each(p, [&](int64_t i) { columns.each(q, [&](int64_t j) { visit(i, j); }); });
     }, done);
   }
-}
-
-// How rows x rows similarities are cut, open to reports and tests.
-struct TilePlan {
-  int threads;     // 1 where the work is too small to share
-  int64_t block;   // rows and columns of a tile
-  int64_t blocks;  // that many rows make the matrix
-  int64_t group;   // blocks that one task takes together
-};
-
-inline TilePlan tile_plan(int64_t rows, int64_t dim, int threads) {
-  threads = threads_for(rows, rows, dim, threads);
-  const Cut cut(rows, dim, threads);
-  return {threads, cut.block, cut.blocks, cut.group};
 }
 
 }  // namespace fastssl

@@ -14,6 +14,7 @@ namespace fastssl {
 
 // What a block of rows Z is multiplied as.
 enum Role : int {
+  kNothing = 0,
   kRows = 1,      // Z in S = Z Y^T
   kColumns = 2,   // Z in S = X Z^T
   kWeighed = 4,   // Z in W Z
@@ -34,26 +35,34 @@ struct Side {
   bool turned;  // W^T Z is a product of turned W, else of Z^T
   int roles;
   Blocks left, right, right_pairs, left_columns, scratch;
-  Tensor inverse_norm;
+  Numbers<float> inverse_norm;
   float largest_square = 0;  // max |z_i|^2, 1 where rows are normalised; with NaN rows any number: tiles carry NaN
 
-  Side(const Tensor& x, int wanted, const Engine& engine, int threads, bool lazy = false)
-      : Side(x, x.narrow(0, 0, 0), false, wanted, engine, threads, lazy) {}
+  // One side of a pair. `known`, unless null, is the largest square, which then need not be found.
+  Side(const Tensor& x, bool normalize, int wanted, const Engine& engine, int threads, bool lazy = false,
+       const float* known = nullptr)
+      : Side(x, nullptr, normalize, false, wanted, engine, threads, lazy, known) {}
 
-  Side(const Tensor& x1, const Tensor& x2, bool normalize, int wanted, const Engine& engine, int threads,
-       bool lazy = false)
+  // Both sides of a symmetric S: the rows of x1 and, unless null, x2.
+  Side(const Tensor& x1, const Tensor* x2, bool normalize, int wanted, const Engine& engine, int threads,
+       const float* known = nullptr)
+      : Side(x1, x2, normalize, true, wanted, engine, threads, false, known) {}
+
+ private:
+  Side(const Tensor& x1, const Tensor* x2, bool normalize, bool symmetric, int wanted, const Engine& engine,
+       int threads, bool lazy, const float* known)
       : first_part(x1.stride(1) == 1 ? x1 : x1.contiguous()),
-        second_part(x2.stride(1) == 1 ? x2 : x2.contiguous()),
+        second_part(!x2 ? first_part : x2->stride(1) == 1 ? *x2 : x2->contiguous()),
         rows{{first_part.const_data_ptr(), second_part.const_data_ptr()},
              {first_part.stride(0), second_part.stride(0)},
              x1.size(0),
              x1.size(1),
              element_of(x1)},
-        count(x1.size(0) + x2.size(0)),
+        count(x1.size(0) + (x2 ? x2->size(0) : 0)),
         dim(round_up(x1.size(1), kPadding)),
         engine(engine),
         threads(threads),
-        cut(count, x1.size(1), threads),
+        cut(count, x1.size(1), threads, symmetric),
         normalize(normalize),
         lazy(lazy),
         turned(count <= 2 * dim),
@@ -63,29 +72,40 @@ struct Side {
         right_pairs(places(), engine.half() && (roles & kWeighed) ? block_bytes() : 0),
         left_columns(places(), engine.half() && (roles & kWeighing) ? block_bytes() : 0),
         scratch(threads, 2 * cut.block * dim * 4),
-        inverse_norm(at::empty({count}, at::kFloat)) {
-    const Tensor squares = at::zeros({cut.blocks}, at::kFloat);
-    float* square = squares.mutable_data_ptr<float>();
+        inverse_norm(count) {
+    if (known && (lazy || as_they_lie())) {
+      largest_square = *known;
+      std::fill_n(inverse_norm.data, count, 1.f);
+      return;
+    }
+    const Numbers<float> square(cut.blocks);
     run(threads, cut.blocks, [&](int64_t b) {
       square[b] = lazy ? engine.tile.largest_square(rows, first(b), size(b), scratch.floats(slot(threads))) : prepare(b);
     });
     for (int64_t b = 0; b < cut.blocks; ++b)
       largest_square = square[b] <= largest_square ? largest_square : square[b];
-    if (!lazy) scratch.memory = Tensor();
   }
 
+ public:
   // Packs block b, and returns its largest |z|^2.
   float prepare(int64_t b) const {
     const int64_t at = place(b);
     const Packed out{as_they_lie(b) ? nullptr : left[at], right[at], right_pairs[at], left_columns[at]};
     return engine.tile.pack(rows, first(b), size(b), padded(b), dim, normalize, engine.operand,
-                            inverse_norm.mutable_data_ptr<float>() + first(b), scratch.floats(slot(threads)), out);
+                            inverse_norm.data + first(b), scratch.floats(slot(threads)), out);
   }
 
   // Whether block b is an operand without being packed.
   bool as_they_lie(int64_t b) const {
     return engine.operand == Operand::Float32 && rows.element == Element::Float32 && !normalize && rows.dim == dim &&
         rows.stride[0] == dim && size(b) == padded(b) && rows.batch == count;
+  }
+
+  // Whether all blocks are all the operands they are wanted as.
+  bool as_they_lie() const {
+    bool lie = !right.bytes_per_block && !right_pairs.bytes_per_block && !left_columns.bytes_per_block;
+    for (int64_t b = 0; lie && left.bytes_per_block && b < cut.blocks; ++b) lie = as_they_lie(b);
+    return lie && !normalize;
   }
 
   // Where block b is packed.
@@ -95,7 +115,7 @@ struct Side {
   int64_t block_bytes() const { return cut.block * dim * engine.bytes(); }
   int64_t first(int64_t b) const { return b * cut.block; }
   int64_t size(int64_t b) const { return std::min(cut.block, count - first(b)); }
-  int64_t padded(int64_t b) const { return round_up(size(b), kPadding); }
+  int64_t padded(int64_t b) const { return cut.padded(b, count); }
   int64_t padded_count() const { return cut.blocks * cut.block; }
 
   // Block b as each operand.
@@ -160,22 +180,17 @@ struct Gathered {
 
 // <x_i, y_i> of row i of two sides, (normalised but) unrounded. `spare`: 2 x.dim floats.
 inline double dot_row(const Side& x, const Side& y, int64_t i, float* spare) {
-  const float* const to_x = x.inverse_norm.const_data_ptr<float>();
-  const float* const to_y = y.inverse_norm.const_data_ptr<float>();
   const double dot = x.engine.tile.dot(x.rows[i], y.rows[i], x.rows.element, x.rows.dim, spare);
-  return dot * std::abs(to_x[i]) * std::abs(to_y[i]);
+  return dot * std::abs(x.inverse_norm[i]) * std::abs(y.inverse_norm[i]);
 }
 
 // The same of all rows.
-inline Tensor dot_rows(const Side& x, const Side& y) {
-  const Tensor dots = at::empty({x.count}, at::kFloat);
-  float* const dot = dots.mutable_data_ptr<float>();
+inline void dot_rows(const Side& x, const Side& y, float* dots) {
   const Blocks scratch(x.threads, 2 * x.dim * 4);
   run(x.threads, x.cut.blocks, [&](int64_t b) {
     for (int64_t i = x.first(b); i < x.first(b) + x.size(b); ++i)
-      dot[i] = static_cast<float>(dot_row(x, y, i, scratch.floats(slot(x.threads))));
+      dots[i] = static_cast<float>(dot_row(x, y, i, scratch.floats(slot(x.threads))));
   });
-  return dots;
 }
 
 // A positive for each row of a side: the row of `other` with its number, and its weight.
@@ -188,13 +203,12 @@ struct Positives {
 // rows were normalised, through that. Returns sum_i <G_i, z_i>, z the rows as they were multiplied.
 inline double finish_side(const Gathered& gathered, const Positives* positives, float scale, const Tensor& dx) {
   const Side& side = gathered.side;
-  const Tensor alongs = at::zeros({side.cut.blocks}, at::kDouble);
-  double* const along = alongs.mutable_data_ptr<double>();
+  const Numbers<double> along(side.cut.blocks, 0);
   const Blocks scratch(side.threads, (side.dim + side.cut.block * side.dim) * 4);
   char* const out = static_cast<char*>(dx.mutable_data_ptr());
   const int64_t row_bytes = side.rows.dim * dx.element_size();
-  const float* const inverse_norm = side.inverse_norm.const_data_ptr<float>();
-  const float* const other_norm = positives ? positives->other.inverse_norm.const_data_ptr<float>() : nullptr;
+  const float* const inverse_norm = side.inverse_norm.data;
+  const float* const other_norm = positives ? positives->other.inverse_norm.data : nullptr;
   run(side.threads, side.cut.blocks, [&](int64_t b) {
     float* const row = scratch.floats(slot(side.threads));
     float* const sums = gathered(b, row + side.dim);

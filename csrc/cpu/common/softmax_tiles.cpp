@@ -21,10 +21,13 @@ namespace {
 
 constexpr int64_t kMaxColumns = 256;  // of a tile
 
+// Where exponentials go beside their sums.
+enum class Keep { Nowhere, Float32, BFloat16 };
+
 // Four rows at a time, so that a column's running sum is loaded and stored once for four exponentials.
-template <int group, bool extremes>
+template <int group, bool extremes, Keep keep>
 void sum_exponentials_of(const float* S, int64_t ld, int64_t columns, float c, float origin, float sign,
-                         double* row_total, float* row_extreme, float* column_sum, float* column_extreme) {
+                         double* row_total, float* row_extreme, float* column_sum, float* column_extreme, void* kept) {
   Vec row_sum[group] = {}, row_top[group];
   for (int r = 0; r < group; ++r) row_top[r] = broadcast(-__builtin_inff());
   for (int64_t j = 0; j < columns; j += kLanes) {
@@ -35,6 +38,8 @@ void sum_exponentials_of(const float* S, int64_t ld, int64_t columns, float c, f
       const Vec e = exp2((s - origin) * c);
       row_sum[r] += e;
       column += e;
+      if (keep == Keep::Float32) store(static_cast<float*>(kept) + r * columns + j, e);
+      if (keep == Keep::BFloat16) store_bfloat16(e, static_cast<uint16_t*>(kept) + r * columns + j);
       if (extremes) {
         row_top[r] = max(row_top[r], s * sign);
         column_top = max(column_top, s * sign);
@@ -49,15 +54,18 @@ void sum_exponentials_of(const float* S, int64_t ld, int64_t columns, float c, f
   }
 }
 
-template <bool extremes>
+template <bool extremes, Keep keep>
 void sum_exponentials_of_tile(const float* S, int64_t ld, int64_t rows, int64_t columns, float c, float origin,
-                              double* row_total, float* row_extreme, double* column_total, float* column_extreme) {
+                              double* row_total, float* row_extreme, double* column_total, float* column_extreme,
+                              void* kept) {
   const float sign = c < 0 ? -1 : 1;
   alignas(64) float column_sum[kMaxColumns] = {}, column_top[kMaxColumns];
   for (int64_t j = 0; j < columns; ++j) column_top[j] = -__builtin_inff();
   const auto take = [&]<int group>(int64_t r) {
-    sum_exponentials_of<group, extremes>(S + r * ld, ld, columns, c, origin, sign, row_total + r,
-                                         extremes ? row_extreme + r : nullptr, column_sum, column_top);
+    constexpr int64_t bytes = keep == Keep::Float32 ? 4 : keep == Keep::BFloat16 ? 2 : 0;
+    sum_exponentials_of<group, extremes, keep>(S + r * ld, ld, columns, c, origin, sign, row_total + r,
+                                               extremes ? row_extreme + r : nullptr, column_sum, column_top,
+                                               static_cast<char*>(kept) + r * columns * bytes);
   };
   int64_t r = 0;
   for (; r + 4 <= rows; r += 4) take.template operator()<4>(r);
@@ -70,9 +78,15 @@ void sum_exponentials_of_tile(const float* S, int64_t ld, int64_t rows, int64_t 
 }
 
 void sum_exponentials(const float* S, int64_t ld, int64_t rows, int64_t columns, float c, float origin,
-                      double* row_total, float* row_extreme, double* column_total, float* column_extreme) {
-  const auto f = row_extreme ? sum_exponentials_of_tile<true> : sum_exponentials_of_tile<false>;
-  f(S, ld, rows, columns, c, origin, row_total, row_extreme, column_total, column_extreme);
+                      double* row_total, float* row_extreme, double* column_total, float* column_extreme, void* kept,
+                      bool narrow) {
+  const auto choose = [&]<Keep keep>() {
+    return row_extreme ? sum_exponentials_of_tile<true, keep> : sum_exponentials_of_tile<false, keep>;
+  };
+  const auto f = !kept ? choose.template operator()<Keep::Nowhere>()
+      : narrow         ? choose.template operator()<Keep::BFloat16>()
+                       : choose.template operator()<Keep::Float32>();
+  f(S, ld, rows, columns, c, origin, row_total, row_extreme, column_total, column_extreme, kept);
 }
 
 // Moves a row's origin, and the sum about it, to `extreme` if that lies further along `sign`. False if there is
@@ -150,8 +164,8 @@ void exponentials(float* S, int64_t ld, int64_t rows, int64_t columns, float c, 
 void weights(float* S, int64_t ld, int64_t rows, int64_t columns, float c, float origin, const float* a,
              const float* b, void* half, void* pairs) {
   each_weight(S, ld, rows, columns, static_cast<uint16_t*>(half), static_cast<uint16_t*>(pairs),
-              [=](int64_t r, int64_t j, Vec s) {
-                return exp2((s - origin) * c) * (b ? a[r] + load(b + j) : broadcast(a[r]));
+              [=](int64_t r, int64_t j) {
+                return exp2((load(S + r * ld + j) - origin) * c) * (b ? a[r] + load(b + j) : broadcast(a[r]));
               });
 }
 
@@ -159,20 +173,36 @@ void weights_online(float* S, int64_t ld, int64_t rows, int64_t columns, float c
                     const float* row_origin, const float* b, const float* column_origin, void* half, void* pairs) {
   if (!b) {
     each_weight(S, ld, rows, columns, static_cast<uint16_t*>(half), static_cast<uint16_t*>(pairs),
-                [=](int64_t r, int64_t, Vec s) { return exp2((s - row_origin[r]) * c) * a[r]; });
+                [=](int64_t r, int64_t j) { return exp2((load(S + r * ld + j) - row_origin[r]) * c) * a[r]; });
     return;
   }
   each_weight(S, ld, rows, columns, static_cast<uint16_t*>(half), static_cast<uint16_t*>(pairs),
-              [=](int64_t r, int64_t j, Vec s) {
+              [=](int64_t r, int64_t j) {
+                const Vec s = load(S + r * ld + j);
                 return exp2((s - row_origin[r]) * c) * a[r] + exp2((s - load(column_origin + j)) * c) * load(b + j);
               });
+}
+
+void weights_of_kept(const void* E, int64_t rows, int64_t columns, const float* a, const float* b, float* W, void* half,
+                     void* pairs) {
+  const auto coefficient = [=](int64_t r, int64_t j) { return b ? a[r] + load(b + j) : broadcast(a[r]); };
+  if (half) {
+    each_weight(W, columns, rows, columns, static_cast<uint16_t*>(half), static_cast<uint16_t*>(pairs),
+                [=](int64_t r, int64_t j) {
+                  return load_bfloat16(static_cast<const uint16_t*>(E) + r * columns + j) * coefficient(r, j);
+                });
+  } else {
+    each_weight(W, columns, rows, columns, nullptr, nullptr, [=](int64_t r, int64_t j) {
+      return load(static_cast<const float*>(E) + r * columns + j) * coefficient(r, j);
+    });
+  }
 }
 
 }  // namespace
 
 extern const SoftmaxTiles softmax_tiles;
 const SoftmaxTiles softmax_tiles = {
-    sum_exponentials, sum_exponentials_online, exponentials, weights, weights_online,
+    sum_exponentials, sum_exponentials_online, exponentials, weights, weights_online, weights_of_kept,
 };
 
 }  // namespace fastssl::FASTSSL_ISA

@@ -11,9 +11,11 @@ namespace fastssl {
 struct SoftmaxTiles {
   // row_total[i] += sum_j 2^(c (S_ij - origin)) and, unless null, column_total[j] += sum_i 2^(c (S_ij - origin)).
   // Unless null, row_extreme[i] and column_extreme[j] become the entry with the largest c S_ij so far; they start
-  // infinite, with c's sign reversed.
+  // infinite, with c's sign reversed. Unless null, `kept` (rows, columns) gets the exponentials, in float32 or, if
+  // `narrow`, in bfloat16; it may be S.
   void (*sum_exponentials)(const float* S, int64_t ld, int64_t rows, int64_t columns, float c, float origin,
-                           double* row_total, float* row_extreme, double* column_total, float* column_extreme);
+                           double* row_total, float* row_extreme, double* column_total, float* column_extreme,
+                           void* kept, bool narrow);
 
   // The same about an origin of each row and column, the extreme so far: row_total[i] is
   // sum_j 2^(c (S_ij - row_extreme[i])), likewise columns.
@@ -35,6 +37,11 @@ struct SoftmaxTiles {
   // b_j 2^(c (S_ij - column_origin_j)).
   void (*weights_online)(float* S, int64_t ld, int64_t rows, int64_t columns, float c, const float* a,
                          const float* row_origin, const float* b, const float* column_origin, void* half, void* pairs);
+
+  // W_ij = (a_i + b_j) E_ij of exponentials that were kept (rows, columns): from float32 into W or, where `half` is
+  // given, from bfloat16 as above.
+  void (*weights_of_kept)(const void* E, int64_t rows, int64_t columns, const float* a, const float* b, float* W,
+                          void* half, void* pairs);
 };
 
 FASTSSL_TABLE(SoftmaxTiles, softmax_tiles)

@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "common/exponents.h"
+#include "common/kept_tiles.h"
 #include "common/similarities.h"
 #include "common/softmax_tiles.h"
 
@@ -11,25 +12,34 @@ namespace fastssl {
 
 // What a backward pass needs for each row of a side, padded: W's coefficient a_i, and the origin of its exponentials.
 struct Coefficients {
-  Tensor coefficients, origins;
-  const float* a;
-  const float* origin;
+  Numbers<float> a, origin;
 
-  // a_i = gradient_i, moved to the shared origin if there is one.
-  Coefficients(const Tensor& gradient, const Tensor& shift, const Side& side, const Exponent& e)
-      : coefficients(at::zeros({side.padded_count()}, at::kFloat)), origins(at::zeros_like(coefficients)) {
-    const Tensor g = gradient.contiguous(), s = shift.contiguous();
-    const float* const from = g.const_data_ptr<float>();
-    const float* const shifts = s.const_data_ptr<float>();
-    float* const to = coefficients.mutable_data_ptr<float>();
-    float* const to_origin = origins.mutable_data_ptr<float>();
+  // a_i = gradient(i), moved to the shared origin if there is one.
+  template <typename Gradient>
+  Coefficients(const Gradient& gradient, const Tensor& shift, const Side& side, const Exponent& e)
+      : a(side.padded_count()), origin(side.padded_count()) {
+    const Tensor contiguous = shift.contiguous();
+    const float* const shifts = contiguous.const_data_ptr<float>();
     for (int64_t i = 0; i < side.count; ++i) {
-      to_origin[i] = origin_of(shifts[i], e);
-      to[i] = e.shared ? static_cast<float>(from[i] * std::exp(e.step * (e.origin - to_origin[i]))) : from[i];
+      const float g = gradient(i);
+      origin[i] = origin_of(shifts[i], e);
+      a[i] = e.shared ? static_cast<float>(g * std::exp(e.step * (e.origin - origin[i]))) : g;
     }
-    a = to;
-    origin = to_origin;
+    std::fill(a.data + side.count, a.data + side.padded_count(), 0.f);
+    std::fill(origin.data + side.count, origin.data + side.padded_count(), 0.f);
   }
+
+  Coefficients(const Tensor& gradient, const Tensor& shift, const Side& side, const Exponent& e)
+      : Coefficients(Elements(gradient), shift, side, e) {}
+
+ private:
+  struct Elements {
+    Tensor contiguous;
+    const float* data;
+
+    explicit Elements(const Tensor& x) : contiguous(x.contiguous()), data(contiguous.const_data_ptr<float>()) {}
+    float operator()(int64_t i) const { return data[i]; }
+  };
 };
 
 // The weights of tiles, and their products: W Y, which x's rows gather, and W^T X, which y's do.
@@ -49,25 +59,33 @@ struct Weights {
         tiles(S.x.threads, S.x.cut.block * S.y.cut.block * 4),
         narrow(S.x.threads, S.x.engine.half() ? 2 * S.x.cut.block * S.y.cut.block * 2 : 0) {}
 
-  // Tile (I, J) of S is `tile_of()`, excluded entries and all; it is overwritten.
+  // Tile (I, J) of S is `tile_of()`, excluded entries and all, unless its exponentials were kept; it is overwritten.
   float* tile_of() const { return tiles.floats(slot(S.x.threads)); }
 
-  void multiply(int64_t I, int64_t J, Gathered* of_x, Gathered* of_y) const {
+  void multiply(int64_t I, int64_t J, const void* kept, Gathered* of_x, Gathered* of_y) const {
     float* const s = tile_of();
-    const Engine& engine = S.x.engine;
     const int64_t m = S.x.padded(I), n = S.y.padded(J);
-    auto* half = engine.half() ? static_cast<at::BFloat16*>(narrow[slot(S.x.threads)]) : nullptr;
-    auto* pairs = engine.half() ? half + m * n : nullptr;
-    const float* const a = rows->a + S.x.first(I);
-    const float* const b = columns ? columns->a + S.y.first(J) : nullptr;
-    if (e.shared) {
+    auto* half = S.x.engine.half() ? static_cast<at::BFloat16*>(narrow[slot(S.x.threads)]) : nullptr;
+    auto* pairs = half ? half + m * n : nullptr;
+    const float* const a = rows->a.data + S.x.first(I);
+    const float* const b = columns ? columns->a.data + S.y.first(J) : nullptr;
+    if (kept) {
+      tile.weights_of_kept(kept, m, n, a, b, s, half, pairs);
+    } else if (e.shared) {
       tile.weights(s, n, m, n, e.c, e.origin, a, b, half, pairs);
     } else {
-      tile.weights_online(s, n, m, n, e.c, a, rows->origin + S.x.first(I), b,
-                          columns ? columns->origin + S.y.first(J) : nullptr, half, pairs);
+      tile.weights_online(s, n, m, n, e.c, a, rows->origin.data + S.x.first(I), b,
+                          columns ? columns->origin.data + S.y.first(J) : nullptr, half, pairs);
     }
     if (of_x) of_x->add(I, half ? static_cast<void*>(half) : s, S.y, J);
     if (of_y) of_y->add_columns(J, half ? static_cast<void*>(pairs) : s, S.x, I);
+  }
+
+  // The same, of the tile that was kept, or else computed anew.
+  void compute_and_multiply(int64_t I, int64_t J, const KeptTiles& kept, Gathered* of_x, Gathered* of_y) const {
+    const void* const exponentials = kept(I, J);
+    if (!exponentials) S(I, J, tile_of());
+    multiply(I, J, exponentials, of_x, of_y);
   }
 };
 

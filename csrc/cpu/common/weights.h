@@ -22,6 +22,21 @@ inline void store_bfloat16(Vec low, Vec high, uint16_t* out) {
 #endif
 }
 
+// kLanes numbers as bfloat16, and back.
+inline void store_bfloat16(Vec v, uint16_t* out) {
+#ifdef __AVX512BF16__
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), (__m256i)_mm512_cvtneps_pbh((__m512)v));
+#else
+  for (int i = 0; i < kLanes; ++i) out[i] = float_to_bfloat16(v[i]);
+#endif
+}
+
+inline Vec load_bfloat16(const uint16_t* x) {
+  typedef uint16_t Narrow __attribute__((vector_size(kLanes * 2), aligned(2), may_alias));
+  typedef uint32_t Wide __attribute__((vector_size(kLanes * 4)));
+  return reinterpret_cast<Vec>(__builtin_convertvector(*reinterpret_cast<const Narrow*>(x), Wide) << 16);
+}
+
 // The weights of rows r and r + 1 as bfloat16, in both layouts.
 inline void store_pair(Vec w0, Vec w1, uint16_t* half, int64_t ld, uint16_t* pairs) {
 #ifdef __AVX512BF16__
@@ -39,20 +54,19 @@ inline void store_pair(Vec w0, Vec w1, uint16_t* half, int64_t ld, uint16_t* pai
 #endif
 }
 
-// weight(r, j, s) for every entry of the tile, two rows at a time.
+// The weights of a tile, weight(r, j) being those of row r from column j on: into S or, where `half` is given, as
+// bfloat16 in both layouts, two rows at a time. Those of two rows are known before the first is stored.
 template <typename Weight>
 inline void each_weight(float* S, int64_t ld, int64_t rows, int64_t columns, uint16_t* half, uint16_t* pairs,
-                 const Weight& weight) {
+                        const Weight& weight) {
   for (int64_t r = 0; r < rows; r += 2) {
-    float* s0 = S + r * ld;
-    float* s1 = s0 + ld;
     for (int64_t j = 0; j < columns; j += kLanes) {
-      const Vec w0 = weight(r, j, load(s0 + j)), w1 = weight(r + 1, j, load(s1 + j));
+      const Vec w0 = weight(r, j), w1 = weight(r + 1, j);
       if (half) {
         store_pair(w0, w1, half + r * columns + j, columns, pairs + r * columns + 2 * j);
       } else {
-        store(s0 + j, w0);
-        store(s1 + j, w1);
+        store(S + r * ld + j, w0);
+        store(S + (r + 1) * ld + j, w1);
       }
     }
   }

@@ -4,7 +4,8 @@
 //
 // As flash attention does, the forward pass takes sum_j E_ij k_j beside sum_j E_ij, and ends with the derivatives of
 // loss_i by q_i and by scale: 2 U, in units U = 2 N N D of floating-point operations (one product). What the backward
-// pass has to do for the queries is a scaling. The keys' own gradient, where wanted, is another 2 U.
+// pass has to do for the queries is a scaling. The keys' own gradient, where wanted, is another U of tiles that were
+// kept (common/kept_tiles.h), 2 U of tiles that are computed again.
 //
 // The positive, whose weight does not average out, does not go through rounded products: it is left out of the tiles,
 // and applied to unrounded rows. A thread owns rows, backward columns: the bits do not depend on which.
@@ -20,17 +21,21 @@ namespace {
 
 constexpr char kNames[] = "query and positive_key";
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> info_nce(const Tensor& query, const Tensor& key,
-                                                                    const Tensor& scale, bool normalize, bool weigh,
-                                                                    c10::string_view precision) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> info_nce(const Tensor& query, const Tensor& key,
+                                                                            const Tensor& scale, bool normalize,
+                                                                            bool weigh, int64_t keep,
+                                                                            c10::string_view precision) {
   check_pairs(kNames, query, key, scale);
   const Engine engine(precision);
   const int threads = threads_for(query.size(0), key.size(0), query.size(1));
-  const Side x(query, query.narrow(0, 0, 0), normalize, kRows, engine, threads);
-  const Side y(key, key.narrow(0, 0, 0), normalize, kColumns | (weigh ? kWeighed : 0), engine, threads);
+  const Side x(query, normalize, kRows, engine, threads);
+  const Side y(key, normalize, kColumns | (weigh ? kWeighed : 0), engine, threads);
   const Exponent e(scale, x, y);
   const Similarities S{x, y, e.factor, e.excluded, nullptr, true};
   const SoftmaxTiles& f = FASTSSL_TABLE_IN_USE(softmax_tiles);
+  Tensor kept = at::empty({keep}, at::kByte);
+  const KeptTiles keeping(kept, {x.count, y.count, x.rows.dim, threads, false}, engine, e.shared && weigh,
+                          x.largest_square, y.largest_square);
   const int64_t count = x.count, dim = x.rows.dim, tile = x.cut.block * y.cut.block;
   const Sums sums(x.padded_count(), e);
   const Blocks tiles(threads, tile * 4), narrow(threads, weigh && engine.half() ? tile * 2 : 0);
@@ -44,8 +49,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> info_nce(const Tensor
   float *const out_total = total.mutable_data_ptr<float>(), *const out_shift = shift.mutable_data_ptr<float>();
   float* const out_query_slope = query_slope.mutable_data_ptr<float>();
   float* const out_scale_slope = scale_slope.mutable_data_ptr<float>();
-  const float *const x_inverse = x.inverse_norm.const_data_ptr<float>(),
-              *const y_inverse = y.inverse_norm.const_data_ptr<float>();
 
   // Row i, of which `sum` is sum_j E_ij k_j about the origin of its total.
   const auto finish = [&](int64_t i, float* sum, float* spare) {
@@ -57,7 +60,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> info_nce(const Tensor
     if (!weigh) return;
     const float mean = sums.total[i] == 0 ? 0 : static_cast<float>(1 / sums.total[i]);
     for (int64_t d = 0; d < x.dim; ++d) sum[d] = mean ? sum[d] * mean : 0;
-    const double along = engine.tile.finish(x.rows[i], x_inverse[i], y.rows[i], y_inverse[i], -1,
+    const double along = engine.tile.finish(x.rows[i], x.inverse_norm[i], y.rows[i], y.inverse_norm[i], -1,
                                             static_cast<float>(found.slope), normalize, x.rows.element, dim, sum, spare,
                                             Element::Float32, out_query_slope + i * dim);
     out_scale_slope[i] = static_cast<float>(found.slope * along);
@@ -65,16 +68,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> info_nce(const Tensor
 
   run(threads, x.cut.groups(), [&](int64_t g) {
     const int at = slot(threads);
-    float* const s = tiles.floats(at);
-    void* const half = narrow[at];
     const auto weighted_of = [&](int64_t I) { return weighted.floats(at * x.cut.group + I % x.cut.group); };
     for (int64_t J = 0; J < y.cut.blocks; ++J)
       x.cut.each(g, [&](int64_t I) {
         const int64_t m = x.padded(I), n = y.padded(J);
+        void* const exponentials = keeping(I, J);
+        void* const half = engine.half() && exponentials ? exponentials : narrow[at];
+        float* const s = exponentials && !half ? static_cast<float*>(exponentials) : tiles.floats(at);
         S(I, J, s);
         if (weigh && J == 0) std::fill_n(weighted_of(I), m * x.dim, 0.f);
-        f.exponentials(s, n, m, n, e.c, e.shared ? &e.origin : nullptr, sums.total + x.first(I),
-                       sums.extreme + x.first(I), weighted_of(I), weigh ? x.dim : 0, half);
+        f.exponentials(s, n, m, n, e.c, e.shared ? &e.origin : nullptr, &sums.total[x.first(I)],
+                       &sums.extreme[x.first(I)], weighted_of(I), weigh ? x.dim : 0, half);
         if (weigh) engine.multiply(m, x.dim, n, true, half ? half : s, y.weighed(J), weighted_of(I));
       });
     x.cut.each(g, [&](int64_t I) {
@@ -82,18 +86,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> info_nce(const Tensor
         finish(x.first(I) + r, weigh ? weighted_of(I) + r * x.dim : nullptr, scratch.floats(at));
     });
   }, [&] { engine.release(); });
-  return {loss, positive, total, shift, query_slope, scale_slope};
+  return {loss, positive, total, shift, query_slope, scale_slope, kept};
 }
 
 std::tuple<Tensor, Tensor, Tensor> info_nce_backward(const Tensor& grad_loss, const Tensor& query, const Tensor& key,
                                                      const Tensor& scale, const Tensor& positive_,
                                                      const Tensor& total_, const Tensor& shift_,
                                                      const Tensor& query_slope, const Tensor& scale_slope_,
-                                                     bool needs_key, bool normalize, c10::string_view precision) {
+                                                     const Tensor& kept, bool needs_key, bool normalize,
+                                                     c10::string_view precision) {
   check_pairs(kNames, query, key, scale);
   const int64_t count = query.size(0);
   check_vectors("grad_loss, positive, total, shift and scale_slope", count,
                 {grad_loss, positive_, total_, shift_, scale_slope_});
+  check_kept(kept);
   TORCH_CHECK_VALUE(query_slope.scalar_type() == at::kFloat && query_slope.sizes() == query.sizes(),
                     "query_slope must be float32 of shape ", query.sizes(), ", got ", query_slope.scalar_type(),
                     " of shape ", query_slope.sizes());
@@ -107,23 +113,24 @@ std::tuple<Tensor, Tensor, Tensor> info_nce_backward(const Tensor& grad_loss, co
 
   const Engine engine(precision);
   const int threads = threads_for(count, count, query.size(1));
-  const Side x(query, query.narrow(0, 0, 0), normalize, kRows | kWeighing, engine, threads);
-  const Side y(key, key.narrow(0, 0, 0), normalize, kColumns, engine, threads);
+  const KeptTiles tiles(kept, {count, count, query.size(1), threads, false}, engine);
+  const bool all = tiles.all();
+  const Side x(query, normalize, kWeighing | (all ? kNothing : kRows), engine, threads, false, tiles.largest_square(0));
+  const Side y(key, normalize, all ? kNothing : kColumns, engine, threads, false, tiles.largest_square(1));
   const Exponent e(scale, x, y);
+  tiles.check(e.shared);
   const Tensor positive = positive_.contiguous(), total = total_.contiguous(), shift = shift_.contiguous();
   const float *const p = positive.const_data_ptr<float>(), *const t = total.const_data_ptr<float>(),
               *const s = shift.const_data_ptr<float>();
-  const Tensor grad_total = at::empty({count}, at::kFloat), positive_weight = at::empty({count}, at::kFloat);
-  float* const of_total = grad_total.mutable_data_ptr<float>();
-  float* const of_positive = positive_weight.mutable_data_ptr<float>();
-  for (int64_t i = 0; i < count; ++i) {
+  const Numbers<float> positive_weight(count);
+  const Coefficients rows([&](int64_t i) {
     const double slope = cross_entropy(t[i], s[i], p[i]).slope * g[i];
-    of_total[i] = t[i] == 0 ? 0 : static_cast<float>(slope / t[i]);
-    of_positive[i] = static_cast<float>(-slope);
-  }
+    positive_weight[i] = static_cast<float>(-slope);
+    return t[i] == 0 ? 0 : static_cast<float>(slope / t[i]);
+  }, shift, x, e);
   Gathered gathered(y, false, &x);
-  gather_columns({x, y, e.factor, e.excluded, nullptr, true}, e, Coefficients(grad_total, shift, x, e), gathered);
-  const Positives queries{x, of_positive};
+  gather_columns({x, y, e.factor, e.excluded, nullptr, true}, e, rows, tiles, gathered);
+  const Positives queries{x, positive_weight.data};
   finish_side(gathered, &queries, e.scale, dkey);
   return {dquery, dkey, scalar(dscale, scale.options())};
 }

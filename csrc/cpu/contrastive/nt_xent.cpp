@@ -29,20 +29,33 @@ void each_positive(const Side& z, int64_t I, int64_t J, const F& f) {
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor> nt_xent(const Tensor& z1, const Tensor& z2, const Tensor& scale, bool normalize,
-                                           c10::string_view precision) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> nt_xent(const Tensor& z1, const Tensor& z2, const Tensor& scale,
+                                                   bool normalize, int64_t keep, c10::string_view precision) {
   check_pairs("z1 and z2", z1, z2, scale);
   const int64_t count = 2 * z1.size(0);
   const Engine engine(precision);
-  const Side z(z1, z2, normalize, kRows | kColumns, engine, threads_for(count, count, z1.size(1)));
+  const Side z(z1, &z2, normalize, kRows | kColumns, engine, threads_for(count, count, z1.size(1)));
   const Exponent e(scale, z, z);
-  const Tensor aligned = at::empty({count}, at::kFloat);  // <z_i, z_pos(i)>, from the very tile that is summed
-  float* const alignment = aligned.mutable_data_ptr<float>();
-  const Sums sums = sum_symmetric({z, z, e.factor, e.excluded, nullptr, true}, e, [&](int64_t I, int64_t J, float* s) {
-    each_positive(z, I, J, [&](int64_t r, int64_t c, int64_t i, int64_t j) {
-      alignment[i] = alignment[j] = s[r * z.padded(J) + c];
-    });
-  });
+  Tensor kept = at::empty({keep}, at::kByte);
+  const KeptTiles tiles(kept, {count, count, z1.size(1), z.threads, true}, engine, e.shared, z.largest_square,
+                        z.largest_square, count);
+  const Numbers<float> aligned(tiles.any() ? 0 : count);
+  // <z_i, z_pos(i)>, from the very tile that is summed. In what is kept the positive's weight is 0.
+  float* const alignment = tiles.any() ? tiles.numbers() : aligned.data;
+  const Sums sums = sum_symmetric(
+      {z, z, e.factor, e.excluded, nullptr, true}, e, tiles,
+      [&](int64_t I, int64_t J, const float* s) {
+        each_positive(z, I, J, [&](int64_t r, int64_t c, int64_t i, int64_t j) {
+          alignment[i] = alignment[j] = s[r * z.padded(J) + c];
+        });
+      },
+      [&](int64_t I, int64_t J, void* exponentials) {
+        each_positive(z, I, J, [&](int64_t r, int64_t c, int64_t, int64_t) {
+          const int64_t at = r * z.padded(J) + c;
+          if (tiles.narrow) static_cast<uint16_t*>(exponentials)[at] = 0;
+          else static_cast<float*>(exponentials)[at] = 0;
+        });
+      });
 
   const Tensor loss = at::empty({count}, at::kFloat), total = at::empty({count}, at::kFloat);
   const Tensor shift = at::empty({count}, at::kFloat);
@@ -60,48 +73,52 @@ std::tuple<Tensor, Tensor, Tensor> nt_xent(const Tensor& z1, const Tensor& z2, c
       out_total[i] = static_cast<float>(sums.about(i, e, origin_of(out_shift[i], e)));
     }
   });
-  return {loss, shift, total};
+  return {loss, shift, total, kept};
 }
 
 std::tuple<Tensor, Tensor, Tensor> nt_xent_backward(const Tensor& grad_loss, const Tensor& z1, const Tensor& z2,
                                                     const Tensor& scale, const Tensor& shift, const Tensor& total,
-                                                    bool normalize, c10::string_view precision) {
+                                                    const Tensor& kept, bool normalize, c10::string_view precision) {
   check_pairs("z1 and z2", z1, z2, scale);
   const int64_t count = 2 * z1.size(0);
   check_vectors("grad_loss, shift and total", count, {grad_loss, shift, total});
+  check_kept(kept);
   const Engine engine(precision);
-  const Side z(z1, z2, normalize, kRows | kColumns | kWeighed | kWeighing, engine,
-               threads_for(count, count, z1.size(1)));
+  const int threads = threads_for(count, count, z1.size(1));
+  const KeptTiles tiles(kept, {count, count, z1.size(1), threads, true}, engine, count);
+  const Side z(z1, &z2, normalize, roles_in_backward(tiles), engine, threads, tiles.largest_square(0));
   const Exponent e(scale, z, z);
-  const Tensor gradient = grad_loss.contiguous();
-  const float* const g = gradient.const_data_ptr<float>();
-  const Coefficients p(gradient.div(total), shift, z, e);
-  const Tensor positive_weights = at::empty({count}, at::kFloat);
-  float* const positive_weight = positive_weights.mutable_data_ptr<float>();
+  tiles.check(e.shared);
+  const Tensor gradient = grad_loss.contiguous(), totals = total.contiguous();
+  const float *const g = gradient.const_data_ptr<float>(), *const t = totals.const_data_ptr<float>();
+  const Coefficients p([&](int64_t i) { return g[i] / t[i]; }, shift, z, e);
+  const Numbers<float> positive_weight(count);
+  const float* const alignment = tiles.numbers();
   const Similarities S{z, z, e.factor, e.excluded, nullptr, true};
   const Weights weights(S, e, &p, &p);
   Gathered gathered(z, true, &z);
   tournament(z.threads, z.cut, [&](int64_t I, int64_t J) {
-    float* s = weights.tile_of();
-    S.compute(I, J, s);
+    const void* const exponentials = tiles(I, J);
+    float* const s = weights.tile_of();
+    if (!exponentials) S.compute(I, J, s);
     each_positive(z, I, J, [&](int64_t r, int64_t c, int64_t i, int64_t j) {
-      float& entry = s[r * z.padded(J) + c];
+      const int64_t at = r * z.padded(J) + c;
+      const float entry = exponentials ? alignment[i] : s[at];
       const auto weight = [&](int64_t k) {
         return p.a[k] * std::exp2((entry - (e.shared ? e.origin : p.origin[k])) * e.c);
       };
       positive_weight[i] = positive_weight[j] = weight(i) + weight(j) - (g[i] + g[j]);
-      entry = e.excluded;
+      if (!exponentials) s[at] = e.excluded;
     });
-    S.exclude_from(I, J, s);
-    weights.multiply(I, J, &gathered, I == J ? nullptr : &gathered);
+    if (!exponentials) S.exclude_from(I, J, s);
+    weights.multiply(I, J, exponentials, &gathered, I == J ? nullptr : &gathered);
   }, [&] { engine.release(); });
 
   const Tensor dz1 = at::empty(z1.sizes(), z1.options()), dz2 = at::empty(z2.sizes(), z2.options());
   const Rows out{{dz1.mutable_data_ptr(), dz2.mutable_data_ptr()}, {z.rows.dim, z.rows.dim}, z.rows.batch, z.rows.dim,
                  z.rows.element};
-  const Tensor alongs = at::zeros({z.cut.blocks}, at::kDouble);
-  double* const along = alongs.mutable_data_ptr<double>();
-  const float* const inverse_norm = z.inverse_norm.const_data_ptr<float>();
+  const Numbers<double> along(z.cut.blocks, 0);
+  const float* const inverse_norm = z.inverse_norm.data;
   const Blocks scratches(z.threads, (z.dim + z.cut.block * z.dim) * 4);
   run(z.threads, z.cut.blocks, [&](int64_t b) {
     float* const scratch = scratches.floats(slot(z.threads));

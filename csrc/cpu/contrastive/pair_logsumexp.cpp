@@ -9,17 +9,21 @@
 namespace fastssl {
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> pair_logsumexp(const Tensor& x_, const Tensor& y_, const Tensor& scale,
-                                                          const std::optional<Tensor>& exclude_,
-                                                          c10::string_view precision) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pair_logsumexp(const Tensor& x_, const Tensor& y_,
+                                                                  const Tensor& scale,
+                                                                  const std::optional<Tensor>& exclude_, int64_t keep,
+                                                                  c10::string_view precision) {
   check_sides("x and y", x_, y_, scale);
   const Tensor exclude = checked_exclude(exclude_, x_);
   const Engine engine(precision);
   const int threads = threads_for(x_.size(0), y_.size(0), x_.size(1));
-  const Side x(x_, kRows, engine, threads), y(y_, kColumns, engine, threads);
+  const Side x(x_, false, kRows, engine, threads), y(y_, false, kColumns, engine, threads);
   const Exponent e(scale, x, y);
-  const auto [rows, columns] = sum_pair({x, y, e.factor, e.excluded, data_of(exclude), false}, e);
-  return std::tuple_cat(finish_sums(rows, x.count, e), finish_sums(columns, y.count, e));
+  Tensor kept = at::empty({keep}, at::kByte);
+  const KeptTiles tiles(kept, {x.count, y.count, x.rows.dim, threads, false}, engine, e.shared, x.largest_square,
+                        y.largest_square);
+  const auto [rows, columns] = sum_pair({x, y, e.factor, e.excluded, data_of(exclude), false}, e, tiles);
+  return std::tuple_cat(finish_sums(rows, x.count, e), finish_sums(columns, y.count, e), std::tuple(kept));
 }
 
 std::tuple<Tensor, Tensor, Tensor> pair_logsumexp_backward(const Tensor& grad_row_total,
@@ -27,18 +31,19 @@ std::tuple<Tensor, Tensor, Tensor> pair_logsumexp_backward(const Tensor& grad_ro
                                                            const Tensor& y_, const Tensor& scale,
                                                            const std::optional<Tensor>& exclude_,
                                                            const Tensor& row_shift, const Tensor& column_shift,
-                                                           c10::string_view precision) {
+                                                           const Tensor& kept, c10::string_view precision) {
   check_sides("x and y", x_, y_, scale);
   check_vectors("grad_row_total and row_shift", x_.size(0), {grad_row_total, row_shift});
   check_vectors("grad_column_total and column_shift", y_.size(0), {grad_column_total, column_shift});
+  check_kept(kept);
   const Tensor exclude = checked_exclude(exclude_, x_);
   const Engine engine(precision);
   const int threads = threads_for(x_.size(0), y_.size(0), x_.size(1));
-  const Side x(x_, kRows | kWeighing, engine, threads), y(y_, kColumns | kWeighed, engine, threads);
-  const Exponent e(scale, x, y);
-  const Coefficients rows(grad_row_total, row_shift, x, e), columns(grad_column_total, column_shift, y, e);
-  return differentiate_pair({x, y, e.factor, e.excluded, data_of(exclude), false}, e, rows, columns, nullptr, x_, y_,
-                            scale);
+  const KeptTiles tiles(kept, {x_.size(0), y_.size(0), x_.size(1), threads, false}, engine);
+  const DerivedPair pair(x_, y_, scale, false, engine, threads, tiles);
+  const Coefficients rows(grad_row_total, row_shift, pair.x, pair.e);
+  const Coefficients columns(grad_column_total, column_shift, pair.y, pair.e);
+  return pair.differentiate(data_of(exclude), false, rows, columns, nullptr, x_, y_, scale);
 }
 
 TORCH_LIBRARY_IMPL(fastssl, CPU, m) {

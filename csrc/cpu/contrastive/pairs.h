@@ -1,8 +1,9 @@
 // Sums and gradients of S = scale X Y^T by rows and by columns.
 //
 // Forward, a tile's exponentials go into the sums of its rows and of its columns: 1 U, in units U = 2 M N D of
-// floating-point operations (one product). Backward, the tile is computed again, turned into weights, and multiplied
-// twice, for its rows' gradients, W Y_J, and for its columns', W^T X_I. 4 U in all.
+// floating-point operations (one product). Backward, they are turned into weights, which are multiplied twice, for
+// rows' gradients, W Y_J, and for columns', W^T X_I. 3 U in all where the forward pass keeps its tiles
+// (common/kept_tiles.h); a tile that was not kept is computed again: 4 U if none is.
 //
 // No two tiles that share a block run at once, and a block's tiles come in one order (`match`): the bits are the same
 // in every run, and depend on the number of threads only where that changes the cut.
@@ -11,51 +12,67 @@
 #include <utility>
 
 #include "common/exponents.h"
+#include "common/kept_tiles.h"
 #include "common/similarities.h"
 #include "common/softmax_tiles.h"
 #include "common/softmax_weights.h"
 
 namespace fastssl {
 
-// Sums of rows and of columns of all tiles of S.
-inline std::pair<Sums, Sums> sum_pair(const Similarities& S, const Exponent& e) {
+// Sums of rows and of columns of all tiles of S, whose exponentials are kept as far as `kept` has room.
+inline std::pair<Sums, Sums> sum_pair(const Similarities& S, const Exponent& e, const KeptTiles& kept) {
   const Side &x = S.x, &y = S.y;
   Sums rows(x.padded_count(), e), columns(y.padded_count(), e);
   const Blocks tile(x.threads, x.cut.block * y.cut.block * 4);
   const SoftmaxTiles& f = FASTSSL_TABLE_IN_USE(softmax_tiles);
   match(x.threads, x.cut, y.cut, [&](int64_t I, int64_t J) {
-    float* s = tile.floats(slot(x.threads));
+    float* const place = kept.floats(I, J);
+    float* const s = place ? place : tile.floats(slot(x.threads));
     S(I, J, s);
     const int64_t n = y.padded(J), i = x.first(I), j = y.first(J);
     if (e.shared) {
-      f.sum_exponentials(s, n, x.size(I), n, e.c, e.origin, rows.total + i, rows.extreme + i, columns.total + j,
-                         columns.extreme + j);
+      f.sum_exponentials(s, n, x.size(I), n, e.c, e.origin, &rows.total[i], &rows.extreme[i], &columns.total[j],
+                         &columns.extreme[j], kept(I, J), kept.narrow);
+      kept.pad(I, J, x.size(I));
     } else {
-      f.sum_exponentials_online(s, n, x.size(I), n, e.c, rows.total + i, rows.extreme + i, columns.total + j,
-                                columns.extreme + j);
+      f.sum_exponentials_online(s, n, x.size(I), n, e.c, &rows.total[i], &rows.extreme[i], &columns.total[j],
+                                &columns.extreme[j]);
     }
   }, [&] { x.engine.release(); });
   return {std::move(rows), std::move(columns)};
 }
 
-// (dx, dy, dscale) from the weights of all tiles, and of a positive for each row and column unless null: the pair of
-// x's and y's rows of one number.
-inline std::tuple<Tensor, Tensor, Tensor> differentiate_pair(const Similarities& S, const Exponent& e,
-                                                      const Coefficients& rows, const Coefficients& columns,
-                                                      const float* positive_weight, const Tensor& x_, const Tensor& y_,
-                                                      const Tensor& scale) {
-  const Side &x = S.x, &y = S.y;
-  const Weights weights(S, e, &rows, &columns);
-  Gathered of_x(x, true, nullptr), of_y(y, false, &x);
-  match(x.threads, x.cut, y.cut, [&](int64_t I, int64_t J) {
-    S(I, J, weights.tile_of());
-    weights.multiply(I, J, &of_x, &of_y);
-  }, [&] { x.engine.release(); });
-  const Tensor dx = at::empty(x_.sizes(), x_.options()), dy = at::empty(y_.sizes(), y_.options());
-  const Positives columns_of{y, positive_weight}, rows_of{x, positive_weight};
-  const double dscale = finish_side(of_x, positive_weight ? &columns_of : nullptr, e.scale, dx);
-  finish_side(of_y, positive_weight ? &rows_of : nullptr, e.scale, dy);
-  return {dx, dy, scalar(dscale, scale.options())};
-}
+// The sides of a backward pass. What is only wanted to compute S again is not packed where all tiles were kept.
+struct DerivedPair {
+  const KeptTiles& kept;
+  Side x, y;
+  Exponent e;
+
+  DerivedPair(const Tensor& x_, const Tensor& y_, const Tensor& scale, bool normalize, const Engine& engine,
+              int threads, const KeptTiles& kept)
+      : kept(kept),
+        x(x_, normalize, kWeighing | (kept.all() ? kNothing : kRows), engine, threads, false, kept.largest_square(0)),
+        y(y_, normalize, kWeighed | (kept.all() ? kNothing : kColumns), engine, threads, false, kept.largest_square(1)),
+        e(scale, x, y) {
+    kept.check(e.shared);
+  }
+
+  // (dx, dy, dscale) from the weights of all tiles, and of a positive for each row and column unless null: the pair of
+  // x's and y's rows of one number.
+  std::tuple<Tensor, Tensor, Tensor> differentiate(const int64_t* exclude, bool diagonal, const Coefficients& rows,
+                                                   const Coefficients& columns, const float* positive_weight,
+                                                   const Tensor& x_, const Tensor& y_, const Tensor& scale) const {
+    const Similarities S{x, y, e.factor, e.excluded, exclude, diagonal};
+    const Weights weights(S, e, &rows, &columns);
+    Gathered of_x(x, true, nullptr), of_y(y, false, &x);
+    match(x.threads, x.cut, y.cut, [&](int64_t I, int64_t J) { weights.compute_and_multiply(I, J, kept, &of_x, &of_y); },
+          [&] { x.engine.release(); });
+    const Tensor dx = at::empty(x_.sizes(), x_.options()), dy = at::empty(y_.sizes(), y_.options());
+    const Positives columns_of{y, positive_weight}, rows_of{x, positive_weight};
+    const double dscale = finish_side(of_x, positive_weight ? &columns_of : nullptr, e.scale, dx);
+    finish_side(of_y, positive_weight ? &rows_of : nullptr, e.scale, dy);
+    return {dx, dy, scalar(dscale, scale.options())};
+  }
+};
 
 }  // namespace fastssl

@@ -8,24 +8,33 @@
 namespace fastssl {
 namespace {
 
-std::tuple<Tensor, Tensor> self_logsumexp(const Tensor& z_, const Tensor& scale, c10::string_view precision) {
+std::tuple<Tensor, Tensor, Tensor> self_logsumexp(const Tensor& z_, const Tensor& scale, int64_t keep,
+                                                  c10::string_view precision) {
   check_sides("z and z", z_, z_, scale);
   const Engine engine(precision);
-  const Side z(z_, kRows | kColumns, engine, threads_for(z_.size(0), z_.size(0), z_.size(1)));
+  const Side z(z_, nullptr, false, kRows | kColumns, engine, threads_for(z_.size(0), z_.size(0), z_.size(1)));
   const Exponent e(scale, z, z);
-  const Sums sums = sum_symmetric({z, z, e.factor, e.excluded, nullptr, true}, e, [](int64_t, int64_t, float*) {});
-  if (e.shared) sums.extremes.fill_(e.origin);
-  return finish_sums(sums, z.count, e);
+  Tensor kept = at::empty({keep}, at::kByte);
+  const KeptTiles tiles(kept, {z.count, z.count, z.rows.dim, z.threads, true}, engine, e.shared, z.largest_square,
+                        z.largest_square);
+  const Sums sums = sum_symmetric({z, z, e.factor, e.excluded, nullptr, true}, e, tiles);
+  if (e.shared) std::fill_n(sums.extreme.data, z.count, e.origin);
+  return std::tuple_cat(finish_sums(sums, z.count, e), std::tuple(kept));
 }
 
 std::tuple<Tensor, Tensor> self_logsumexp_backward(const Tensor& grad_total, const Tensor& z_, const Tensor& scale,
-                                                   const Tensor& shift, c10::string_view precision) {
+                                                   const Tensor& shift, const Tensor& kept,
+                                                   c10::string_view precision) {
   check_sides("z and z", z_, z_, scale);
   check_vectors("grad_total and shift", z_.size(0), {grad_total, shift});
+  check_kept(kept);
   const Engine engine(precision);
-  const Side z(z_, kRows | kColumns | kWeighed | kWeighing, engine, threads_for(z_.size(0), z_.size(0), z_.size(1)));
+  const int threads = threads_for(z_.size(0), z_.size(0), z_.size(1));
+  const KeptTiles tiles(kept, {z_.size(0), z_.size(0), z_.size(1), threads, true}, engine);
+  const Side z(z_, nullptr, false, roles_in_backward(tiles), engine, threads, tiles.largest_square(0));
+  const Exponent e(scale, z, z);
   Gathered gathered(z, true, &z);
-  return differentiate_self(z, Exponent(scale, z, z), grad_total, shift, gathered, z_, scale);
+  return differentiate_self(z, e, Coefficients(grad_total, shift, z, e), tiles, gathered, z_, scale);
 }
 
 TORCH_LIBRARY_IMPL(fastssl, CPU, m) {

@@ -3,13 +3,14 @@
 // As flash attention does, the forward pass takes sum_j E_ij y_j beside sum_j E_ij: dL/dX is then a scaling. 2 U, in
 // units U = 2 M N D of floating-point operations (one product), and nothing of Y is read again, which suits a queue. A
 // thread owns a range of columns, packs one block of them at a time, and meets all rows with it: no copy of the queue
-// is made. The threads' sums are united at the end. Y's own gradient, where wanted, is another 2 U, by threads that own
-// columns.
+// is made. The threads' sums are united at the end. Y's own gradient, where wanted, is another U of tiles that were kept
+// (common/kept_tiles.h), 2 U of tiles that are computed again, by threads that own columns.
 #include <torch/library.h>
 
 #include "common/checks.h"
 #include "common/portable.h"
 #include "common/exponents.h"
+#include "common/kept_tiles.h"
 #include "common/similarities.h"
 #include "common/softmax_tiles.h"
 #include "contrastive/columns.h"
@@ -17,16 +18,21 @@
 namespace fastssl {
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor> similarity_logsumexp(const Tensor& x_, const Tensor& y_, const Tensor& scale,
-                                                        const std::optional<Tensor>& exclude_, bool weigh,
-                                                        c10::string_view precision) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> similarity_logsumexp(const Tensor& x_, const Tensor& y_,
+                                                                const Tensor& scale,
+                                                                const std::optional<Tensor>& exclude_, bool weigh,
+                                                                int64_t keep, c10::string_view precision) {
   check_sides("x and y", x_, y_, scale);
   const Tensor exclude = checked_exclude(exclude_, x_);
   const Engine engine(precision);
   const int threads = threads_for(x_.size(0), y_.size(0), x_.size(1));
-  const Side x(x_, kRows, engine, threads), y(y_, kColumns | (weigh ? kWeighed : 0), engine, threads, true);
+  const Side x(x_, false, kRows, engine, threads);
+  const Side y(y_, false, kColumns | (weigh ? kWeighed : 0), engine, threads, true);
   const Exponent e(scale, x, y);
   const Similarities S{x, y, e.factor, e.excluded, data_of(exclude), false};
+  Tensor kept = at::empty({keep}, at::kByte);
+  const KeptTiles tiles(kept, {x.count, y.count, x.rows.dim, threads, false}, engine, e.shared && weigh,
+                        x.largest_square, y.largest_square);
   // The columns are split between threads, each with sums of its own; and where there are too few columns, the rows.
   const int64_t splits = std::max<int64_t>(std::min<int64_t>(threads, y.cut.blocks), 1), padded = x.padded_count();
   const int64_t shares = pieces(threads, splits);
@@ -38,16 +44,17 @@ std::tuple<Tensor, Tensor, Tensor> similarity_logsumexp(const Tensor& x_, const 
   run(threads, splits * shares, [&](int64_t task) {
     const int64_t split = task / shares, share = task % shares;
     const int64_t begin = x.cut.blocks * share / shares, end = x.cut.blocks * (share + 1) / shares;
-    float* const s = tile.floats(slot(threads));
-    void* const half = narrow[slot(threads)];
     const auto weighted = [&](int64_t I) { return weighted_parts.floats(split * x.cut.blocks + I); };
     for (int64_t I = begin; weigh && I < end; ++I) std::fill_n(weighted(I), x.padded(I) * x.dim, 0.f);
     for (int64_t J = y.cut.blocks * split / splits; J < y.cut.blocks * (split + 1) / splits; ++J) {
       y.prepare(J);
       for (int64_t I = begin; I < end; ++I) {
         const int64_t m = x.padded(I), n = y.padded(J), at = split * padded + x.first(I);
+        void* const exponentials = tiles(I, J);
+        void* const half = engine.half() && exponentials ? exponentials : narrow[slot(threads)];
+        float* const s = exponentials && !half ? static_cast<float*>(exponentials) : tile.floats(slot(threads));
         S(I, J, s);
-        f.exponentials(s, n, m, n, e.c, e.shared ? &e.origin : nullptr, parts.total + at, parts.extreme + at,
+        f.exponentials(s, n, m, n, e.c, e.shared ? &e.origin : nullptr, &parts.total[at], &parts.extreme[at],
                        weighted(I), weigh ? x.dim : 0, half);
         if (weigh) engine.multiply(m, x.dim, n, true, half ? half : s, y.weighed(J), weighted(I));
       }
@@ -84,15 +91,16 @@ std::tuple<Tensor, Tensor, Tensor> similarity_logsumexp(const Tensor& x_, const 
       out_total[i] = static_cast<float>(sum);
     }
   });
-  return {total, shift, weighted};
+  return {total, shift, weighted, kept};
 }
 
 std::tuple<Tensor, Tensor, Tensor> similarity_logsumexp_backward(
     const Tensor& grad_total, const Tensor& x_, const Tensor& y_, const Tensor& scale,
-    const std::optional<Tensor>& exclude_, const Tensor& shift, const Tensor& weighted_, bool needs_y,
-    c10::string_view precision) {
+    const std::optional<Tensor>& exclude_, const Tensor& shift, const Tensor& weighted_, const Tensor& kept,
+    bool needs_y, c10::string_view precision) {
   check_sides("x and y", x_, y_, scale);
   check_vectors("grad_total and shift", x_.size(0), {grad_total, shift});
+  check_kept(kept);
   TORCH_CHECK_VALUE(weighted_.scalar_type() == at::kFloat && weighted_.sizes() == x_.sizes(),
                     "weighted must be float32 of shape ", x_.sizes(), ", got ", weighted_.scalar_type(), " of shape ",
                     weighted_.sizes());
@@ -106,11 +114,14 @@ std::tuple<Tensor, Tensor, Tensor> similarity_logsumexp_backward(
   const Tensor exclude = checked_exclude(exclude_, x_);
   const Engine engine(precision);
   const int threads = threads_for(x_.size(0), y_.size(0), x_.size(1));
-  const Side x(x_, kRows | kWeighing, engine, threads), y(y_, kColumns, engine, threads, true);
+  const KeptTiles tiles(kept, {x_.size(0), y_.size(0), x_.size(1), threads, false}, engine);
+  const Side x(x_, false, kWeighing | (tiles.all() ? kNothing : kRows), engine, threads, false, tiles.largest_square(0));
+  const Side y(y_, false, kColumns, engine, threads, true, tiles.largest_square(1));
   const Exponent e(scale, x, y);
+  tiles.check(e.shared);
   const Coefficients rows(gradient, shift, x, e);
   Gathered gathered(y, false, &x);
-  gather_columns({x, y, e.factor, e.excluded, data_of(exclude), false}, e, rows, gathered);
+  gather_columns({x, y, e.factor, e.excluded, data_of(exclude), false}, e, rows, tiles, gathered);
   finish_side(gathered, nullptr, e.scale, dy);
   return {dx, dy, dscale};
 }

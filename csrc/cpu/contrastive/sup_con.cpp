@@ -23,7 +23,7 @@ struct Classes {
 
   Classes(const Side& z, const Tensor& z_, const Tensor& labels_) : key(z.count), others(z.count) {
     rows = z_.to(at::kFloat).contiguous();
-    if (z.normalize) rows = rows * z.inverse_norm.abs().unsqueeze(1);
+    if (z.normalize) rows = rows * at::from_blob(z.inverse_norm.data, {z.count, 1}, at::kFloat).abs();
     const Tensor contiguous = labels_.contiguous();
     const int64_t* const labels = contiguous.const_data_ptr<int64_t>();
     std::vector<int64_t> order(labels, labels + z.count);
@@ -56,16 +56,18 @@ void check_labels(const Tensor& labels, const Tensor& z) {
                     labels.sizes());
 }
 
-std::tuple<Tensor, Tensor, Tensor> sup_con(const Tensor& z_, const Tensor& labels, const Tensor& scale, bool normalize,
-                                           c10::string_view precision) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> sup_con(const Tensor& z_, const Tensor& labels, const Tensor& scale,
+                                                   bool normalize, int64_t keep, c10::string_view precision) {
   check_sides("features and features", z_, z_, scale);
   check_labels(labels, z_);
   const Engine engine(precision);
-  const Side z(z_, z_.narrow(0, 0, 0), normalize, kRows | kColumns, engine,
-               threads_for(z_.size(0), z_.size(0), z_.size(1)));
+  const Side z(z_, nullptr, normalize, kRows | kColumns, engine, threads_for(z_.size(0), z_.size(0), z_.size(1)));
   const Exponent e(scale, z, z);
-  const Sums sums = sum_symmetric({z, z, e.factor, e.excluded, nullptr, true}, e, [](int64_t, int64_t, float*) {});
-  if (e.shared) sums.extremes.fill_(e.origin);
+  Tensor kept = at::empty({keep}, at::kByte);
+  const KeptTiles tiles(kept, {z.count, z.count, z.rows.dim, z.threads, true}, engine, e.shared, z.largest_square,
+                        z.largest_square);
+  const Sums sums = sum_symmetric({z, z, e.factor, e.excluded, nullptr, true}, e, tiles);
+  if (e.shared) std::fill_n(sums.extreme.data, z.count, e.origin);
   const auto [total, shift] = finish_sums(sums, z.count, e);
   const Classes classes(z, z_, labels);
   const Tensor class_sums = classes.sum([](int64_t) { return 1.f; }), loss = at::empty({z.count}, at::kFloat);
@@ -83,33 +85,31 @@ std::tuple<Tensor, Tensor, Tensor> sup_con(const Tensor& z_, const Tensor& label
       out[i] = classes.others[i] ? static_cast<float>(value) : 0;
     }
   });
-  return {loss, shift, total};
+  return {loss, shift, total, kept};
 }
 
 // Of the positives, with p_i = g_i / (number of others) and sums over row i's label:
 // G_i -= p_i (sum_j z_j - z_i) + sum_j p_j z_j - p_i z_i
 std::tuple<Tensor, Tensor> sup_con_backward(const Tensor& grad_loss, const Tensor& z_, const Tensor& labels,
                                             const Tensor& scale, const Tensor& shift, const Tensor& total,
-                                            bool normalize, c10::string_view precision) {
+                                            const Tensor& kept, bool normalize, c10::string_view precision) {
   check_sides("features and features", z_, z_, scale);
   check_labels(labels, z_);
   check_vectors("grad_loss, shift and total", z_.size(0), {grad_loss, shift, total});
+  check_kept(kept);
   const Engine engine(precision);
-  const Side z(z_, z_.narrow(0, 0, 0), normalize, kRows | kColumns | kWeighed | kWeighing, engine,
-               threads_for(z_.size(0), z_.size(0), z_.size(1)));
+  const int threads = threads_for(z_.size(0), z_.size(0), z_.size(1));
+  const KeptTiles tiles(kept, {z_.size(0), z_.size(0), z_.size(1), threads, true}, engine);
+  const Side z(z_, nullptr, normalize, roles_in_backward(tiles), engine, threads, tiles.largest_square(0));
   const Exponent e(scale, z, z);
   const Classes classes(z, z_, labels);
-  const Tensor grad_total = grad_loss.div(total);
-  const Tensor gradient = grad_loss.contiguous();
-  const float* const g = gradient.const_data_ptr<float>();
-  std::vector<float> p(z.count);
-  for (int64_t i = 0; i < z.count; ++i) {
-    if (classes.others[i]) {
-      p[i] = static_cast<float>(g[i] / classes.others[i]);
-    } else {
-      grad_total.mutable_data_ptr<float>()[i] = 0;
-    }
-  }
+  const Tensor gradient = grad_loss.contiguous(), totals = total.contiguous();
+  const float *const g = gradient.const_data_ptr<float>(), *const t = totals.const_data_ptr<float>();
+  const Numbers<float> p(z.count);
+  const Coefficients coefficients([&](int64_t i) {
+    p[i] = classes.others[i] ? static_cast<float>(g[i] / classes.others[i]) : 0;
+    return classes.others[i] ? g[i] / t[i] : 0;
+  }, shift, z, e);
   const Tensor class_sums = classes.sum([](int64_t) { return 1.f; });
   const Tensor class_gradients = classes.sum([&p](int64_t i) { return p[i]; });
   Gathered gathered(z, true, &z);
@@ -127,7 +127,7 @@ std::tuple<Tensor, Tensor> sup_con_backward(const Tensor& grad_loss, const Tenso
         sums[r * z.dim + d] = -(p[i] * (of_class[k * dim + d] - 2 * rows[i * dim + d]) + gradient_of_class[k * dim + d]);
     }
   });
-  return differentiate_self(z, e, grad_total, shift, gathered, z_, scale);
+  return differentiate_self(z, e, coefficients, tiles, gathered, z_, scale);
 }
 
 TORCH_LIBRARY_IMPL(fastssl, CPU, m) {

@@ -10,8 +10,8 @@ from torch import Tensor
 from fastssl import reference
 from fastssl._arithmetic import dot, finish, inverse, logsumexp, of_reference, unit
 from fastssl._checks import check_flag, check_pair, check_reduction, check_temperature, check_weights
-from fastssl._exponential_sums import pair_sums
-from fastssl.ops import contrastive, current_backend
+from fastssl._exponential_sums import pair_sums, self_sums
+from fastssl.ops import current_backend
 from fastssl.ops._precision import product_precision
 
 
@@ -67,7 +67,7 @@ def dcl(
     across = [logsumexp(*pair) for pair in pair_sums(x, y, scale, own, precision)]
     losses = []
     for rows, partners, lse in ((x, y, across[0]), (y, x, across[1])):
-        within = logsumexp(*contrastive.self_logsumexp(rows, scale, precision))
+        within = logsumexp(*self_sums(rows, scale, precision))
         aligned = positive if weigh is None else positive * weigh(rows, partners)
         losses.append(torch.logaddexp(within, lse) - aligned)
     return finish(torch.cat(losses), reduction, z1)

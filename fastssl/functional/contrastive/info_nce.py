@@ -18,7 +18,7 @@ from fastssl._checks import (
     check_share,
     check_temperature,
 )
-from fastssl._exponential_sums import Sums, row_sums, sum_exponentials
+from fastssl._exponential_sums import Sums, bytes_to_keep_for, row_sums, sum_exponentials
 from fastssl.distributed import ProcessGroup, Ring
 from fastssl.functional.contrastive.pairs import mean_row, pair_loss, pair_metrics
 from fastssl.ops import contrastive, current_backend
@@ -120,7 +120,8 @@ def info_nce(
     else:
         if in_batch:
             weigh = needs_gradient(q, k, scale)
-            loss, _, *sums = contrastive.info_nce(q, k, scale, whole and normalize, weigh, precision)[:4]
+            keep = bytes_to_keep_for(k, precision, (q, k, scale))
+            loss, _, *sums = contrastive.info_nce(q, k, scale, whole and normalize, weigh, keep, precision)[:4]
             directions = [[sums]]
         else:
             keys = k if in_batch_negatives else None

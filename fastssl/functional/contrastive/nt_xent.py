@@ -46,5 +46,7 @@ def nt_xent(
     check_reduction(reduction)
     if current_backend() == "reference":
         return reference.contrastive.nt_xent(z1, z2, temperature=temperature, normalize=normalize, reduction=reduction)
-    loss, _, _ = contrastive.nt_xent(z1, z2, inverse(temperature, z1), normalize, product_precision(z1))
+    scale, precision = inverse(temperature, z1), product_precision(z1)
+    keep = contrastive.bytes_to_keep(precision, (z1, z2, scale), 2 * z1.shape[0])
+    loss, *_ = contrastive.nt_xent(z1, z2, scale, normalize, keep, precision)
     return finish(loss, reduction, z1)

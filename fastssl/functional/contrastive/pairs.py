@@ -27,7 +27,8 @@ def pair_loss(
     all. Rows are normalised here only where this process is alone, without labels and smoothing.
     """
     if labels is None and ring is None:
-        loss, _, *sums = contrastive.clip_loss(x, y, scale, normalize, precision)
+        keep = contrastive.bytes_to_keep(precision, (x, y, scale), x.shape[0], y.shape[0])
+        loss, _, *sums, _ = contrastive.clip_loss(x, y, scale, normalize, keep, precision)
         sums = sums[:2], sums[2:]
         aligned = dot(x, y) if label_smoothing else None
     else:

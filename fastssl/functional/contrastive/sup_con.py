@@ -56,5 +56,6 @@ def sup_con(
     rows = features
     if views:
         rows, labels = features.flatten(0, 1), labels.repeat_interleave(features.shape[1])
-    loss, _, _ = contrastive.sup_con(rows, labels, scale, normalize, precision)
+    keep = contrastive.bytes_to_keep(precision, (rows, scale), rows.shape[0])
+    loss, *_ = contrastive.sup_con(rows, labels, scale, normalize, keep, precision)
     return finish(loss.view(features.shape[:-1]), reduction, features)

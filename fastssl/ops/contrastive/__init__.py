@@ -44,8 +44,13 @@ Where only rows are summed, W y = g (E y): as flash attention does, the forward 
 the total (`weigh`), so the backward pass recomputes S for y alone, and reads nothing of a y without gradient: a
 queue may move on between the two. So does info_nce, whose forward pass ends with the derivatives of each row's loss by
 the row (but for the factor scale) and by scale: for keys without gradients the backward pass is their product with g.
+
+The exponentials E are what the forward and the backward pass both need. Where the caller allows it (`keep`, in bytes:
+`bytes_to_keep`), a kernel keeps those of as many tiles as fit, in `kept`, a tensor of just that many bytes whose
+contents are the kernel's own; the backward pass then need not multiply for them again.
 """
 
+from fastssl.ops.contrastive._shared import bytes_to_keep, nothing_kept
 from fastssl.ops.contrastive.clip_loss import clip_loss
 from fastssl.ops.contrastive.info_nce import info_nce
 from fastssl.ops.contrastive.nt_xent import nt_xent
@@ -55,9 +60,11 @@ from fastssl.ops.contrastive.similarity_logsumexp import similarity_logsumexp
 from fastssl.ops.contrastive.sup_con import class_sums, sup_con
 
 __all__ = [
+    "bytes_to_keep",
     "class_sums",
     "clip_loss",
     "info_nce",
+    "nothing_kept",
     "nt_xent",
     "pair_logsumexp",
     "self_logsumexp",

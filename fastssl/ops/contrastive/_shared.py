@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from fastssl.ops._backend import current_backend
 from fastssl.ops._precision import accumulate_dtype
 
 EPS = 1e-12  # torch.nn.functional.normalize's
@@ -26,6 +29,51 @@ def through_norms(gradient: Tensor, z: Tensor, norms: Tensor | None) -> Tensor:
         return gradient
     along = (gradient * z).sum(1, keepdim=True).where(norms > EPS, 0)
     return (gradient - along * z) / norms.clamp_min(EPS)
+
+
+def bytes_to_keep(precision: str, inputs: Sequence[Tensor], rows: int, columns: int | None = None) -> int:
+    """How many bytes a forward pass is to keep for its backward pass, the argument `keep` of the operations: as many as
+    the exponentials of all rows x columns similarities take, at most four times those of the inputs.
+
+    0 where no gradient of the inputs is wanted, and where no kernel would keep anything.
+
+    Args:
+        precision: that of products. Where it is bfloat16, exponentials are kept in bfloat16, else in float32.
+        columns: None: similarities of the rows with themselves, of which half are enough.
+    """
+    x = inputs[0]
+    if x.device.type != "cpu" or x.dtype == torch.float64 or current_backend() != "auto" or not _has_kernel():
+        return 0
+    if not torch.is_grad_enabled() or not any(x.requires_grad for x in inputs):
+        return 0
+    height, width = _padded(rows), _padded(rows if columns is None else columns)
+    count = height * width
+    if columns is None:  # the tiles on the diagonal, of up to 256 rows, are whole
+        count = torch.sym_min(count, height * (width + 256) // 2)
+    needed = count * (2 if precision == "bfloat16" else 4) + 4 * height + 128
+    return torch.sym_min(needed, 4 * sum(x.numel() * x.element_size() for x in inputs))
+
+
+def _padded(rows: int) -> int:
+    """Tiles have multiples of 32 rows."""
+    return (rows + 31) // 32 * 32
+
+
+def _has_kernel() -> bool:
+    """Whether the C++ library is loaded, without which portable code runs on CPUs too."""
+    global _loaded
+    if _loaded is None:
+        _loaded = torch._C._dispatch_has_kernel_for_dispatch_key("fastssl::pair_logsumexp", "CPU")
+    return _loaded
+
+
+_loaded: bool | None = None
+_has_kernel._dynamo_marked_constant = True  # see ops/_precision.py
+
+
+def nothing_kept(x: Tensor, keep: int) -> Tensor:
+    """What code that keeps nothing returns as `kept`."""
+    return x.new_zeros(keep, dtype=torch.uint8)
 
 
 def sums_of_exponentials(S: Tensor, dim: int) -> tuple[Tensor, Tensor]:

@@ -17,20 +17,21 @@ from fastssl.ops.contrastive._shared import EPS, margin, normalized_rows, throug
 from fastssl.ops.contrastive.pair_logsumexp import pair_logsumexp_portable, pair_logsumexp_portable_backward
 
 
-def _fake(x: Tensor, y: Tensor, scale: Tensor, normalize: bool, precision: str) -> tuple[Tensor, ...]:
-    return tuple(x.new_empty(x.shape[0], dtype=accumulate_dtype(x.dtype)) for _ in range(6))
+def _fake(x: Tensor, y: Tensor, scale: Tensor, normalize: bool, keep: int, precision: str) -> tuple[Tensor, ...]:
+    sums = (x.new_empty(x.shape[0], dtype=accumulate_dtype(x.dtype)) for _ in range(6))
+    return *sums, x.new_empty(keep, dtype=torch.uint8)
 
 
 def _forward(
-    pair: Callable[..., Any], x: Tensor, y: Tensor, scale: Tensor, normalize: bool, precision: str
+    pair: Callable[..., Any], x: Tensor, y: Tensor, scale: Tensor, normalize: bool, keep: int, precision: str
 ) -> tuple[Tensor, ...]:
     wide_x, wide_y = (normalized_rows(z, normalize)[0] for z in (x, y))
     own = torch.arange(x.shape[0], device=x.device)
     positive = torch.linalg.vecdot(wide_x, wide_y) * scale
-    sums = pair(*((wide_x, wide_y) if normalize else (x, y)), scale, own, precision)
+    *sums, kept = pair(*((wide_x, wide_y) if normalize else (x, y)), scale, own, keep, precision)
     margins = margin(*sums[:2], positive), margin(*sums[2:], positive)
     loss = -(F.logsigmoid(-margins[0]) + F.logsigmoid(-margins[1])) / 2
-    return loss, positive, *sums
+    return loss, positive, *sums, kept
 
 
 def _backward(
@@ -44,6 +45,7 @@ def _backward(
     row_shift: Tensor,
     column_total: Tensor,
     column_shift: Tensor,
+    kept: Tensor,
     normalize: bool,
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -55,7 +57,7 @@ def _backward(
     (wide_x, norms_x), (wide_y, norms_y) = (normalized_rows(z, normalize) for z in (x, y))
     own = torch.arange(x.shape[0], device=x.device)
     grad_x, grad_y, grad_scale = pair_backward(
-        *grad_totals, wide_x, wide_y, scale, own, row_shift, column_shift, precision
+        *grad_totals, wide_x, wide_y, scale, own, row_shift, column_shift, kept, precision
     )
     weight = -(slopes[0] + slopes[1])
     grad_scale = grad_scale + (weight * torch.linalg.vecdot(wide_x, wide_y)).sum()
@@ -74,10 +76,10 @@ def _share(rows: slice, grad_loss: Tensor, x: Tensor, y: Tensor, scale: Tensor, 
 
 
 clip_loss = Op(
-    "clip_loss(Tensor x, Tensor y, Tensor scale, bool normalize, str precision) -> (Tensor loss, Tensor positive,"
-    " Tensor row_total, Tensor row_shift, Tensor column_total, Tensor column_shift)",
+    "clip_loss(Tensor x, Tensor y, Tensor scale, bool normalize, SymInt keep, str precision) -> (Tensor loss,"
+    " Tensor positive, Tensor row_total, Tensor row_shift, Tensor column_total, Tensor column_shift, Tensor kept)",
     backward="(Tensor grad_loss, Tensor x, Tensor y, Tensor scale, Tensor positive, Tensor row_total, Tensor row_shift,"
-    " Tensor column_total, Tensor column_shift, bool normalize, str precision)"
+    " Tensor column_total, Tensor column_shift, Tensor kept, bool normalize, str precision)"
     " -> (Tensor grad_x, Tensor grad_y, Tensor grad_scale)",
     fake=_fake,
     portable=(partial(_forward, pair_logsumexp_portable), partial(_backward, pair_logsumexp_portable_backward)),

@@ -18,11 +18,12 @@ from fastssl.ops.contrastive.similarity_logsumexp import row_sums, row_sums_back
 
 
 def _fake(
-    query: Tensor, positive_key: Tensor, scale: Tensor, normalize: bool, weigh: bool, precision: str
+    query: Tensor, positive_key: Tensor, scale: Tensor, normalize: bool, weigh: bool, keep: int, precision: str
 ) -> tuple[Tensor, ...]:
     rows, dim = query.shape
     shapes = *([(rows,)] * 4), (rows if weigh else 0, dim), (rows if weigh else 0,)
-    return tuple(query.new_empty(shape, dtype=accumulate_dtype(query.dtype)) for shape in shapes)
+    results = (query.new_empty(shape, dtype=accumulate_dtype(query.dtype)) for shape in shapes)
+    return *results, query.new_empty(keep, dtype=torch.uint8)
 
 
 def _forward(
@@ -32,19 +33,20 @@ def _forward(
     scale: Tensor,
     normalize: bool,
     weigh: bool,
+    keep: int,
     precision: str,
 ) -> tuple[Tensor, ...]:
     (q, norms), (k, _) = (normalized_rows(z, normalize) for z in (query, positive_key))
     own = torch.arange(q.shape[0], device=q.device)
-    total, shift, weighted = logsumexp(q, k, scale, own, weigh, precision)
+    total, shift, weighted, kept = logsumexp(q, k, scale, own, weigh, keep, precision)
     positive = torch.linalg.vecdot(q, k) * scale
     n = margin(total, shift, positive)
     loss = -F.logsigmoid(-n)
     if not weigh:
-        return loss, positive, total, shift, weighted, weighted.new_empty(0)
+        return loss, positive, total, shift, weighted, weighted.new_empty(0), kept
     # The mean of the negatives, as the softmax weighs them, less the positive.
     pull = n.sigmoid()[:, None] * ((weighted / total[:, None]).where(total[:, None] != 0, 0) - k)
-    return loss, positive, total, shift, through_norms(pull, q, norms), torch.linalg.vecdot(q, pull)
+    return loss, positive, total, shift, through_norms(pull, q, norms), torch.linalg.vecdot(q, pull), kept
 
 
 def _backward(
@@ -58,6 +60,7 @@ def _backward(
     shift: Tensor,
     query_slope: Tensor,
     scale_slope: Tensor,
+    kept: Tensor,
     needs_positive_key: bool,
     normalize: bool,
     precision: str,
@@ -70,7 +73,7 @@ def _backward(
     own = torch.arange(q.shape[0], device=q.device)
     slope = margin(total, shift, positive).sigmoid() * grad_loss
     grad_total = (slope / total).where(total != 0, 0)
-    grad_k = logsumexp_backward(grad_total, q, k, scale, own, shift, torch.zeros_like(q), True, precision)[1]
+    grad_k = logsumexp_backward(grad_total, q, k, scale, own, shift, torch.zeros_like(q), kept, True, precision)[1]
     grad_positive_key = through_norms(grad_k - (slope * scale)[:, None] * q, k, norms)
     return grad_query, grad_positive_key.to(positive_key.dtype), grad_scale
 
@@ -84,11 +87,12 @@ def _share(
 
 
 info_nce = Op(
-    "info_nce(Tensor query, Tensor positive_key, Tensor scale, bool normalize, bool weigh, str precision)"
-    " -> (Tensor loss, Tensor positive, Tensor total, Tensor shift, Tensor query_slope, Tensor scale_slope)",
+    "info_nce(Tensor query, Tensor positive_key, Tensor scale, bool normalize, bool weigh, SymInt keep,"
+    " str precision) -> (Tensor loss, Tensor positive, Tensor total, Tensor shift, Tensor query_slope,"
+    " Tensor scale_slope, Tensor kept)",
     backward="(Tensor grad_loss, Tensor query, Tensor positive_key, Tensor scale, Tensor positive, Tensor total,"
-    " Tensor shift, Tensor query_slope, Tensor scale_slope, bool needs_positive_key, bool normalize, str precision)"
-    " -> (Tensor grad_query, Tensor grad_positive_key, Tensor grad_scale)",
+    " Tensor shift, Tensor query_slope, Tensor scale_slope, Tensor kept, bool needs_positive_key, bool normalize,"
+    " str precision) -> (Tensor grad_query, Tensor grad_positive_key, Tensor grad_scale)",
     fake=_fake,
     portable=(partial(_forward, row_sums), partial(_backward, row_sums_backward)),
     share=_share,

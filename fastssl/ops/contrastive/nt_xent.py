@@ -9,14 +9,15 @@ from torch import Tensor
 from fastssl.ops._op import Op
 from fastssl.ops._portable import row_blocks, similarity
 from fastssl.ops._precision import accumulate_dtype, round_operand, round_weights
-from fastssl.ops.contrastive._shared import EPS, normalized_rows, through_norms
+from fastssl.ops.contrastive._shared import EPS, normalized_rows, nothing_kept, through_norms
 
 
-def _fake(z1: Tensor, z2: Tensor, scale: Tensor, normalize: bool, precision: str) -> tuple[Tensor, ...]:
-    return tuple(z1.new_empty(2 * z1.shape[0], dtype=accumulate_dtype(z1.dtype)) for _ in range(3))
+def _fake(z1: Tensor, z2: Tensor, scale: Tensor, normalize: bool, keep: int, precision: str) -> tuple[Tensor, ...]:
+    rows = (z1.new_empty(2 * z1.shape[0], dtype=accumulate_dtype(z1.dtype)) for _ in range(3))
+    return *rows, z1.new_empty(keep, dtype=torch.uint8)
 
 
-def _portable(z1: Tensor, z2: Tensor, scale: Tensor, normalize: bool, precision: str) -> tuple[Tensor, ...]:
+def _portable(z1: Tensor, z2: Tensor, scale: Tensor, normalize: bool, keep: int, precision: str) -> tuple[Tensor, ...]:
     z = round_operand(normalized_rows(torch.cat([z1, z2]), normalize)[0], precision)
     rows = z.shape[0]
     loss, shift, total = z.new_empty(rows), z.new_empty(rows), z.new_empty(rows)
@@ -28,7 +29,7 @@ def _portable(z1: Tensor, z2: Tensor, scale: Tensor, normalize: bool, precision:
         shift[block] = S.amax(1)
         total[block] = S.sub_(shift[block, None]).exp_().sum(1)
         loss[block] = total[block].log() + (shift[block] - aligned)
-    return loss, shift, total
+    return loss, shift, total, nothing_kept(z, keep)
 
 
 def _portable_backward(
@@ -38,6 +39,7 @@ def _portable_backward(
     scale: Tensor,
     shift: Tensor,
     total: Tensor,
+    kept: Tensor,
     normalize: bool,
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -69,10 +71,10 @@ def _share(rows: slice, grad_loss: Tensor, z1: Tensor, z2: Tensor, scale: Tensor
 
 
 nt_xent = Op(
-    "nt_xent(Tensor z1, Tensor z2, Tensor scale, bool normalize, str precision)"
-    " -> (Tensor loss, Tensor shift, Tensor total)",
-    backward="(Tensor grad_loss, Tensor z1, Tensor z2, Tensor scale, Tensor shift, Tensor total, bool normalize,"
-    " str precision) -> (Tensor grad_z1, Tensor grad_z2, Tensor grad_scale)",
+    "nt_xent(Tensor z1, Tensor z2, Tensor scale, bool normalize, SymInt keep, str precision)"
+    " -> (Tensor loss, Tensor shift, Tensor total, Tensor kept)",
+    backward="(Tensor grad_loss, Tensor z1, Tensor z2, Tensor scale, Tensor shift, Tensor total, Tensor kept,"
+    " bool normalize, str precision) -> (Tensor grad_z1, Tensor grad_z2, Tensor grad_scale)",
     fake=_fake,
     portable=(_portable, _portable_backward),
     share=_share,

@@ -8,19 +8,17 @@ from torch import Tensor
 from fastssl.ops._op import Op
 from fastssl.ops._portable import pair_blocks, row_blocks, similarity
 from fastssl.ops._precision import accumulate_dtype, round_operand, round_weights
-from fastssl.ops.contrastive._shared import sums_of_exponentials
+from fastssl.ops.contrastive._shared import nothing_kept, sums_of_exponentials
 
 
-def _fake(
-    x: Tensor, y: Tensor, scale: Tensor, exclude: Tensor | None, precision: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake(x: Tensor, y: Tensor, scale: Tensor, exclude: Tensor | None, keep: int, precision: str) -> tuple[Tensor, ...]:
     dtype = accumulate_dtype(x.dtype)
-    return tuple(t.new_empty(t.shape[0], dtype=dtype) for t in (x, x, y, y))
+    return *(t.new_empty(t.shape[0], dtype=dtype) for t in (x, x, y, y)), x.new_empty(keep, dtype=torch.uint8)
 
 
 def pair_logsumexp_portable(
-    x: Tensor, y: Tensor, scale: Tensor, exclude: Tensor | None, precision: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor, y: Tensor, scale: Tensor, exclude: Tensor | None, keep: int, precision: str
+) -> tuple[Tensor, ...]:
     x, y = (round_operand(t.to(accumulate_dtype(t.dtype)), precision) for t in (x, y))
     row_total, row_shift = (x.new_zeros(x.shape[0]) for _ in range(2))
     column_total, largest = y.new_zeros(y.shape[0]), y.new_full((y.shape[0],), float("-inf"))
@@ -34,7 +32,7 @@ def pair_logsumexp_portable(
         moved = column_total * (column_shift - shift).exp()
         column_total = moved.where(column_total != 0, 0) + S.sub_(shift).exp_().sum(0)
         column_shift = shift
-    return row_total, row_shift, column_total, column_shift
+    return row_total, row_shift, column_total, column_shift, nothing_kept(x, keep)
 
 
 def pair_logsumexp_portable_backward(
@@ -46,6 +44,7 @@ def pair_logsumexp_portable_backward(
     exclude: Tensor | None,
     row_shift: Tensor,
     column_shift: Tensor,
+    kept: Tensor,
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rounded_x, rounded_y = (round_operand(t.to(row_shift.dtype), precision) for t in (x, y))
@@ -78,10 +77,11 @@ def _share(
 
 
 pair_logsumexp = Op(
-    "pair_logsumexp(Tensor x, Tensor y, Tensor scale, Tensor? exclude, str precision)"
-    " -> (Tensor row_total, Tensor row_shift, Tensor column_total, Tensor column_shift)",
+    "pair_logsumexp(Tensor x, Tensor y, Tensor scale, Tensor? exclude, SymInt keep, str precision)"
+    " -> (Tensor row_total, Tensor row_shift, Tensor column_total, Tensor column_shift, Tensor kept)",
     backward="(Tensor grad_row_total, Tensor grad_column_total, Tensor x, Tensor y, Tensor scale, Tensor? exclude,"
-    " Tensor row_shift, Tensor column_shift, str precision) -> (Tensor grad_x, Tensor grad_y, Tensor grad_scale)",
+    " Tensor row_shift, Tensor column_shift, Tensor kept, str precision)"
+    " -> (Tensor grad_x, Tensor grad_y, Tensor grad_scale)",
     fake=_fake,
     portable=(pair_logsumexp_portable, pair_logsumexp_portable_backward),
     share=_share,

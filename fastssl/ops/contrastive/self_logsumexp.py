@@ -8,14 +8,15 @@ from torch import Tensor
 from fastssl.ops._op import Op
 from fastssl.ops._portable import row_blocks, similarity
 from fastssl.ops._precision import accumulate_dtype, round_operand, round_weights
-from fastssl.ops.contrastive._shared import sums_of_exponentials
+from fastssl.ops.contrastive._shared import nothing_kept, sums_of_exponentials
 
 
-def _fake(z: Tensor, scale: Tensor, precision: str) -> tuple[Tensor, Tensor]:
-    return tuple(z.new_empty(z.shape[0], dtype=accumulate_dtype(z.dtype)) for _ in range(2))
+def _fake(z: Tensor, scale: Tensor, keep: int, precision: str) -> tuple[Tensor, Tensor, Tensor]:
+    total, shift = (z.new_empty(z.shape[0], dtype=accumulate_dtype(z.dtype)) for _ in range(2))
+    return total, shift, z.new_empty(keep, dtype=torch.uint8)
 
 
-def self_logsumexp_portable(z: Tensor, scale: Tensor, precision: str) -> tuple[Tensor, Tensor]:
+def self_logsumexp_portable(z: Tensor, scale: Tensor, keep: int, precision: str) -> tuple[Tensor, Tensor, Tensor]:
     z = round_operand(z.to(accumulate_dtype(z.dtype)), precision)
     rows = z.shape[0]
     total, shift = z.new_zeros(rows), z.new_zeros(rows)
@@ -23,11 +24,11 @@ def self_logsumexp_portable(z: Tensor, scale: Tensor, precision: str) -> tuple[T
         S = (z[block] @ z.T).mul_(scale)
         S.diagonal(block.start).fill_(float("-inf"))
         total[block], shift[block] = sums_of_exponentials(S, 1)
-    return total, shift
+    return total, shift, nothing_kept(z, keep)
 
 
 def self_logsumexp_portable_backward(
-    grad_total: Tensor, z: Tensor, scale: Tensor, shift: Tensor, precision: str
+    grad_total: Tensor, z: Tensor, scale: Tensor, shift: Tensor, kept: Tensor, precision: str
 ) -> tuple[Tensor, Tensor]:
     rounded = round_operand(z.to(shift.dtype), precision)
     gradient = torch.zeros_like(rounded)
@@ -47,8 +48,8 @@ def _share(rows: slice, grad_total: Tensor, z: Tensor, scale: Tensor, shift: Ten
 
 
 self_logsumexp = Op(
-    "self_logsumexp(Tensor z, Tensor scale, str precision) -> (Tensor total, Tensor shift)",
-    backward="(Tensor grad_total, Tensor z, Tensor scale, Tensor shift, str precision)"
+    "self_logsumexp(Tensor z, Tensor scale, SymInt keep, str precision) -> (Tensor total, Tensor shift, Tensor kept)",
+    backward="(Tensor grad_total, Tensor z, Tensor scale, Tensor shift, Tensor kept, str precision)"
     " -> (Tensor grad_z, Tensor grad_scale)",
     fake=_fake,
     portable=(self_logsumexp_portable, self_logsumexp_portable_backward),

@@ -8,20 +8,22 @@ from torch import Tensor
 from fastssl.ops._op import Op
 from fastssl.ops._portable import pair_blocks, row_blocks, similarity
 from fastssl.ops._precision import accumulate_dtype, round_operand, round_weights
-from fastssl.ops.contrastive._shared import sums_of_exponentials
+from fastssl.ops.contrastive._shared import nothing_kept, sums_of_exponentials
 
 
 def _fake(
-    x: Tensor, y: Tensor, scale: Tensor, exclude: Tensor | None, weigh: bool, precision: str
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, y: Tensor, scale: Tensor, exclude: Tensor | None, weigh: bool, keep: int, precision: str
+) -> tuple[Tensor, ...]:
     dtype = accumulate_dtype(x.dtype)
     rows, dim = x.shape
-    return *(x.new_empty(rows, dtype=dtype) for _ in range(2)), x.new_empty((rows if weigh else 0, dim), dtype=dtype)
+    total, shift = (x.new_empty(rows, dtype=dtype) for _ in range(2))
+    weighted = x.new_empty((rows if weigh else 0, dim), dtype=dtype)
+    return total, shift, weighted, x.new_empty(keep, dtype=torch.uint8)
 
 
 def row_sums(
-    x: Tensor, y: Tensor, scale: Tensor, exclude: Tensor | None, weigh: bool, precision: str
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, y: Tensor, scale: Tensor, exclude: Tensor | None, weigh: bool, keep: int, precision: str
+) -> tuple[Tensor, ...]:
     x, y = (round_operand(t.to(accumulate_dtype(t.dtype)), precision) for t in (x, y))
     rows, dim = x.shape
     total, shift, weighted = x.new_zeros(rows), x.new_zeros(rows), x.new_zeros(rows if weigh else 0, dim)
@@ -30,7 +32,7 @@ def row_sums(
         total[block], shift[block] = sums_of_exponentials(S, 1)
         if weigh:
             weighted[block] = round_weights(S.sub_(shift[block, None]).exp_(), precision) @ y
-    return total, shift, weighted
+    return total, shift, weighted, nothing_kept(x, keep)
 
 
 def row_sums_backward(
@@ -41,6 +43,7 @@ def row_sums_backward(
     exclude: Tensor | None,
     shift: Tensor,
     weighted: Tensor,
+    kept: Tensor,
     needs_y: bool,
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -64,10 +67,10 @@ def _share(
 
 
 similarity_logsumexp = Op(
-    "similarity_logsumexp(Tensor x, Tensor y, Tensor scale, Tensor? exclude, bool weigh, str precision)"
-    " -> (Tensor total, Tensor shift, Tensor weighted)",
+    "similarity_logsumexp(Tensor x, Tensor y, Tensor scale, Tensor? exclude, bool weigh, SymInt keep,"
+    " str precision) -> (Tensor total, Tensor shift, Tensor weighted, Tensor kept)",
     backward="(Tensor grad_total, Tensor x, Tensor y, Tensor scale, Tensor? exclude, Tensor shift, Tensor weighted,"
-    " bool needs_y, str precision) -> (Tensor grad_x, Tensor grad_y, Tensor grad_scale)",
+    " Tensor kept, bool needs_y, str precision) -> (Tensor grad_x, Tensor grad_y, Tensor grad_scale)",
     fake=_fake,
     portable=(row_sums, row_sums_backward),
     share=_share,

@@ -28,18 +28,25 @@ def class_sums(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return torch.zeros_like(x).index_add(0, first, x).index_select(0, first), count
 
 
-def _fake(z: Tensor, labels: Tensor, scale: Tensor, normalize: bool, precision: str) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(z.new_empty(z.shape[0], dtype=accumulate_dtype(z.dtype)) for _ in range(3))
+def _fake(z: Tensor, labels: Tensor, scale: Tensor, normalize: bool, keep: int, precision: str) -> tuple[Tensor, ...]:
+    rows = (z.new_empty(z.shape[0], dtype=accumulate_dtype(z.dtype)) for _ in range(3))
+    return *rows, z.new_empty(keep, dtype=torch.uint8)
 
 
 def _forward(
-    logsumexp: Callable[..., Any], z: Tensor, labels: Tensor, scale: Tensor, normalize: bool, precision: str
-) -> tuple[Tensor, Tensor, Tensor]:
+    logsumexp: Callable[..., Any],
+    z: Tensor,
+    labels: Tensor,
+    scale: Tensor,
+    normalize: bool,
+    keep: int,
+    precision: str,
+) -> tuple[Tensor, ...]:
     z, _ = normalized_rows(z, normalize)
-    total, shift = logsumexp(z, scale, precision)
+    total, shift, kept = logsumexp(z, scale, keep, precision)
     sums, count = class_sums(z, labels)
     aligned = torch.linalg.vecdot(z, sums - z) / (count - 1)
-    return (total.log() + (shift - aligned * scale)).where(count > 1, 0), shift, total
+    return (total.log() + (shift - aligned * scale)).where(count > 1, 0), shift, total, kept
 
 
 def _backward(
@@ -50,13 +57,14 @@ def _backward(
     scale: Tensor,
     shift: Tensor,
     total: Tensor,
+    kept: Tensor,
     normalize: bool,
     precision: str,
 ) -> tuple[Tensor, Tensor]:
     rows, norms = normalized_rows(z, normalize)
     sums, count = class_sums(rows, labels)
     grad_total, per_positive = ((grad_loss / x).where(count > 1, 0) for x in (total, count - 1))
-    gradient, grad_scale = logsumexp_backward(grad_total, rows, scale, shift, precision)
+    gradient, grad_scale = logsumexp_backward(grad_total, rows, scale, shift, kept, precision)
     per_positive = per_positive[:, None]
     positives = per_positive * (sums - 2 * rows) + class_sums(per_positive * rows, labels)[0]
     grad_scale = grad_scale - (rows * positives).sum(dtype=torch.float64).mul(0.5).to(scale.dtype)
@@ -74,10 +82,10 @@ def _share(rows: slice, grad_loss: Tensor, z: Tensor, labels: Tensor, scale: Ten
 
 
 sup_con = Op(
-    "sup_con(Tensor z, Tensor labels, Tensor scale, bool normalize, str precision)"
-    " -> (Tensor loss, Tensor shift, Tensor total)",
-    backward="(Tensor grad_loss, Tensor z, Tensor labels, Tensor scale, Tensor shift, Tensor total, bool normalize,"
-    " str precision) -> (Tensor grad_z, Tensor grad_scale)",
+    "sup_con(Tensor z, Tensor labels, Tensor scale, bool normalize, SymInt keep, str precision)"
+    " -> (Tensor loss, Tensor shift, Tensor total, Tensor kept)",
+    backward="(Tensor grad_loss, Tensor z, Tensor labels, Tensor scale, Tensor shift, Tensor total, Tensor kept,"
+    " bool normalize, str precision) -> (Tensor grad_z, Tensor grad_scale)",
     fake=_fake,
     portable=(partial(_forward, self_logsumexp_portable), partial(_backward, self_logsumexp_portable_backward)),
     share=_share,

@@ -75,29 +75,29 @@ class TestLogsumexp(TileTests):
 
     def launch(self, operation, x, y, scale, bias, exclude, precision):
         if operation == "similarity":
-            total, shift, weighted = contrastive.similarity_logsumexp(x, y, scale, exclude, True, precision)
-            again, same, none = contrastive.similarity_logsumexp(x, y, scale, exclude, False, precision)
+            total, shift, weighted, kept = contrastive.similarity_logsumexp(x, y, scale, exclude, True, 0, precision)
+            again, same, none, _ = contrastive.similarity_logsumexp(x, y, scale, exclude, False, 0, precision)
             assert none.shape == (0, x.shape[1]) and weighted.dtype == torch.float32
             torch.testing.assert_close(same, shift, equal_nan=True)
             torch.testing.assert_close(again, total, rtol=1e-5, atol=0, equal_nan=True)
             g = random_gradient(x.shape[0]) / total
             backward = contrastive.similarity_logsumexp_backward
-            dx, dy, dscale = backward(g, x, y, scale, exclude, shift, weighted, True, precision)
-            same, none, share = backward(g, x, y, scale, exclude, shift, weighted, False, precision)
+            dx, dy, dscale = backward(g, x, y, scale, exclude, shift, weighted, kept, True, precision)
+            same, none, share = backward(g, x, y, scale, exclude, shift, weighted, kept, False, precision)
             assert none.shape == (0, x.shape[1]) and none.dtype == y.dtype
             assert torch.equal(same.nan_to_num(), dx.nan_to_num())
             assert torch.equal(share.nan_to_num(), dscale.nan_to_num())
         elif operation == "pair":
-            sums = contrastive.pair_logsumexp(x, y, scale, exclude, precision)
+            *sums, kept = contrastive.pair_logsumexp(x, y, scale, exclude, 0, precision)
             total, shift = torch.cat(sums[::2]), torch.cat(sums[1::2])
             g = random_gradient(total.shape[0]) / total
             dx, dy, dscale = contrastive.pair_logsumexp_backward(
-                *g.split((x.shape[0], y.shape[0])), x, y, scale, exclude, *sums[1::2], precision
+                *g.split((x.shape[0], y.shape[0])), x, y, scale, exclude, *sums[1::2], kept, precision
             )
         else:
-            total, shift = contrastive.self_logsumexp(x, scale, precision)
+            total, shift, kept = contrastive.self_logsumexp(x, scale, 0, precision)
             g = random_gradient(total.shape[0]) / total
-            dx, dscale = contrastive.self_logsumexp_backward(g, x, scale, shift, precision)
+            dx, dscale = contrastive.self_logsumexp_backward(g, x, scale, shift, kept, precision)
             dy = torch.zeros_like(y)
         assert total.dtype == shift.dtype == dscale.dtype == torch.float32
         assert dx.dtype == x.dtype and dy.dtype == y.dtype and dx.is_contiguous() and dy.is_contiguous()
@@ -134,8 +134,8 @@ def test_excludes_every_column(dim):
     exclude = torch.zeros(33, dtype=torch.int64, device=DEVICE)
     exclude[4] = 7
     s = torch.tensor(2.0, device=DEVICE)
-    row, row_shift, column, column_shift = contrastive.pair_logsumexp(x, y, s, exclude, "float32")
-    others = [contrastive.similarity_logsumexp(x, y, s, exclude, weigh, "float32") for weigh in (True, False)]
+    row, row_shift, column, column_shift, kept = contrastive.pair_logsumexp(x, y, s, exclude, 0, "float32")
+    others = [contrastive.similarity_logsumexp(x, y, s, exclude, weigh, 0, "float32") for weigh in (True, False)]
     only = 2 * (x[4] @ y[0])
     for total, shift in ((row, row_shift), *(sums[:2] for sums in others)):
         assert total.nonzero().tolist() == [[4]]
@@ -144,12 +144,14 @@ def test_excludes_every_column(dim):
     assert others[0][2].any(1).nonzero().tolist() == [[4]]
     # The total of such a row is constant: a gradient of any finite size leads nowhere.
     g = torch.ones(33, device=DEVICE)
-    dx, dy, _ = contrastive.pair_logsumexp_backward(g, g[:1], x, y, s, exclude, row_shift, column_shift, "float32")
+    dx, dy, _ = contrastive.pair_logsumexp_backward(
+        g, g[:1], x, y, s, exclude, row_shift, column_shift, kept, "float32"
+    )
     assert dx.any(1).nonzero().tolist() == [[4]]
     torch.testing.assert_close(dy[0], 2 * 2 * x[4])
-    total, shift = contrastive.self_logsumexp(x[:1], s, "float32")
+    total, shift, kept = contrastive.self_logsumexp(x[:1], s, 0, "float32")
     assert total == shift == 0
-    dz, dscale = contrastive.self_logsumexp_backward(g[:1], x[:1], s, shift, "float32")
+    dz, dscale = contrastive.self_logsumexp_backward(g[:1], x[:1], s, shift, kept, "float32")
     assert not dz.any() and dscale == 0
 
 
@@ -157,11 +159,13 @@ def test_excludes_every_column(dim):
 def test_gradients_of_any_size(precision):
     x, y = both(33, 40, 24)
     s = torch.tensor(2.0, device=DEVICE)
-    sums = contrastive.pair_logsumexp(x, y, s, None, precision)
+    *sums, kept = contrastive.pair_logsumexp(x, y, s, None, 0, precision)
     g, h = random_gradient(33), random_gradient(40)
-    expected = contrastive.pair_logsumexp_backward(g, h, x, y, s, None, sums[1], sums[3], precision)
+    expected = contrastive.pair_logsumexp_backward(g, h, x, y, s, None, sums[1], sums[3], kept, precision)
     for size in (2.0**-60, 2.0**60, 0.0):
-        scaled = contrastive.pair_logsumexp_backward(size * g, size * h, x, y, s, None, sums[1], sums[3], precision)
+        scaled = contrastive.pair_logsumexp_backward(
+            size * g, size * h, x, y, s, None, sums[1], sums[3], kept, precision
+        )
         for mine, other in zip(scaled, expected, strict=True):
             assert torch.equal(mine, size * other)
 
@@ -174,9 +178,9 @@ def test_bands(m, n, monkeypatch):
     exclude = some_excluded(m, n)
 
     def sums() -> list[Tensor]:
-        rows = contrastive.similarity_logsumexp(*inputs, exclude, False, "float32")[:2]
-        square = contrastive.self_logsumexp(x, inputs[2], "float32")
-        return [*contrastive.pair_logsumexp(*inputs, exclude, "float32"), *rows, *square]
+        rows = contrastive.similarity_logsumexp(*inputs, exclude, False, 0, "float32")[:2]
+        square = contrastive.self_logsumexp(x, inputs[2], 0, "float32")[:2]
+        return [*contrastive.pair_logsumexp(*inputs, exclude, 0, "float32")[:4], *rows, *square]
 
     expected = sums()
     for band in (2, 3) if THOROUGH else (2,):

@@ -66,8 +66,8 @@ def fused(z1: Tensor, z2: Tensor, g: Tensor, scale: float, normalize: bool = Tru
     """(loss, dz, dscale) of the launchers; what they leave unwritten is NaN."""
     s = torch.tensor(float(scale), device=DEVICE)
     with poisoned():
-        loss, shift, total = kernels.nt_xent(z1, z2, s, normalize, precision)
-        dz1, dz2, dscale = kernels.nt_xent_backward(g, z1, z2, s, shift, total, normalize, precision)
+        loss, shift, total, kept = kernels.nt_xent(z1, z2, s, normalize, 0, precision)
+        dz1, dz2, dscale = kernels.nt_xent_backward(g, z1, z2, s, shift, total, kept, normalize, precision)
     assert loss.dtype == shift.dtype == total.dtype == dscale.dtype == torch.float32
     assert dz1.dtype == dz2.dtype == z1.dtype and dz1.is_contiguous() and dz2.is_contiguous()
     return loss, torch.cat([dz1, dz2]), dscale
