@@ -23,6 +23,7 @@ from benchmarks.ops.registry import (
 TEMPERATURE = 0.5  # the default of fastssl, of the reference and of lightly
 QUEUE_TEMPERATURE = 0.07  # MoCo's
 LABEL_TEMPERATURE = 0.1  # SupCon's, and DCL's
+IN_BATCH_TEMPERATURE = 0.1  # the default of fastssl
 LOGIT_SCALE = 1 / 0.07  # CLIP's, before training
 CLASSES = 100
 
@@ -120,6 +121,58 @@ Benchmark(
     call=_normalized_queue,
     peers={"lightly": lambda: peers.LightlyQueue(QUEUE_TEMPERATURE)},
     oracle=_queue_oracle,
+    kernel="similarity_logsumexp",
+)
+
+
+def _queries_and_keys(size: Size, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    return tuple(z.to(dtype).requires_grad_() for z in _rows(size, size))
+
+
+@blockwise
+def _in_batch_oracle(row: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
+    q, k = F.normalize(queries, dim=1), F.normalize(keys, dim=1)
+    return F.cross_entropy(q[row] @ k.T / IN_BATCH_TEMPERATURE, row, reduction="sum") / len(q)
+
+
+@blockwise
+def _symmetric_oracle(row: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
+    q, k = F.normalize(queries, dim=1), F.normalize(keys, dim=1)
+    logits = (x[row] @ y.T / IN_BATCH_TEMPERATURE for x, y in ((q, k), (k, q)))
+    return sum(F.cross_entropy(S, row, reduction="sum") for S in logits) / (2 * len(q))
+
+
+IN_BATCH_SIZES = *((rows, 128) for rows in (32, 64, 128, 256, 512, 1024, 8192)), (256, 512), (256, 768)
+
+Benchmark(
+    "info_nce",
+    sizes=IN_BATCH_SIZES,
+    memory_sizes=((65536, 512),),
+    inputs=_queries_and_keys,
+    # S and its product with the keys forward, S again backward, and its product with the queries.
+    flops=square_products(4),
+    # Both sides are read by both passes and their gradients written, that of the queries in float32 in between; four
+    # numbers a row are written and read.
+    traffic=lambda size, itemsize: size[0] * size[1] * (6 * itemsize + 2 * 4) + 8 * size[0] * 4,
+    needs=square_matrices(naive=4, compile=2),
+    arguments={"temperature": IN_BATCH_TEMPERATURE},
+    oracle=_in_batch_oracle,
+    name="info_nce_in_batch",
+)
+
+Benchmark(
+    "info_nce",
+    sizes=IN_BATCH_SIZES,
+    memory_sizes=(),
+    inputs=_queries_and_keys,
+    # As CLIP.
+    flops=square_products(4),
+    traffic=lambda size, itemsize: 6 * size[0] * size[1] * itemsize + 8 * size[0] * 4,
+    needs=square_matrices(naive=5, compile=3),
+    arguments={"temperature": IN_BATCH_TEMPERATURE, "symmetric": True},
+    oracle=_symmetric_oracle,
+    kernel="clip_loss",
+    name="info_nce_symmetric",
 )
 
 
