@@ -43,7 +43,7 @@ class Bench:
         self.batch_size, self.steps, self.seed, self.source, self.console = batch_size, steps, seed, data, console
         self.other_processes_cores = 0.0  # the most that kept cores busy while a method was trained
         self._data: dict[Callable[..., Any], Any] = {}
-        self._untrained: dict[tuple[Any, type], dict[str, float]] = {}
+        self._untrained: dict[tuple[Any, ...], dict[str, float]] = {}
         self._supervised: dict[type, dict[str, float]] = {}
 
     def data(self, name: str) -> Any:
@@ -90,7 +90,7 @@ class Bench:
 
     def untrained(self, name: str, method: Method, dataset: Any) -> dict[str, float]:
         """What random weights are worth. A constructor makes the encoder first, so methods begin with the same ones."""
-        key = METHODS[name].evaluate, type(method.encoder)
+        key = METHODS[name].evaluate, *((part, x.shape) for part, x in method.encoder.state_dict().items())
         if key not in self._untrained:
             self._untrained[key] = method.evaluate(dataset)
         return self._untrained[key]

@@ -100,11 +100,11 @@ class Health:
         have the same one, be it one prototype, which a center prevents, or all prototypes alike, which a low
         temperature prevents (DINO, arXiv:2104.14294, figure 7).
         """
+        if self.used is not None and not self.used > 1.05 * self.each:  # as where both are NaN
+            return f"all inputs have nearly the same distribution, over {self.used:.1f} prototypes"
         if not (self.uniformity < -1e-3 and self.rank > 1.2):
             return "all inputs have nearly the same embedding"
-        if self.used is None or self.used > 1.05 * self.each:
-            return None  # of NaN, no comparison is true
-        return f"all inputs have nearly the same distribution, over {self.used:.1f} prototypes"
+        return None
 
     def __str__(self) -> str:
         alignment = "" if self.alignment is None else f", alignment {self.alignment:.3f}"

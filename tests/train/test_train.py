@@ -161,7 +161,7 @@ def command(monkeypatch, main, *arguments):
         (["simclr", "--impl", "fused"], "--impl: invalid choice: 'fused'"),
         (["simclr", "--steps", "1", "--epochs", "1"], "not allowed with"),
         (["simclr", "--temperature", "nan"], "--temperature: must be positive, got nan"),
-        (["dino"], "invalid choice: 'dino'"),
+        (["word2vec"], "invalid choice: 'word2vec'"),
         (["simclr", "--lambda-param", "1"], "unrecognized arguments: --lambda-param"),
         ([], "required: method"),
         (["simsiam", "--temperature", "1"], "unrecognized arguments: --temperature"),

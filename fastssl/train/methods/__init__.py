@@ -12,6 +12,10 @@ from fastssl.train.method import Method
 from fastssl.train.methods.barlow_twins import BarlowTwins
 from fastssl.train.methods.byol import BYOL
 from fastssl.train.methods.clip import CLIP
+from fastssl.train.methods.data2vec import Data2Vec
+from fastssl.train.methods.dino import DINO
+from fastssl.train.methods.ibot import IBOT
+from fastssl.train.methods.jepa import JEPA
 from fastssl.train.methods.mae import MAE
 from fastssl.train.methods.moco_v1 import MoCoV1
 from fastssl.train.methods.moco_v2 import MoCoV2
@@ -29,6 +33,10 @@ METHODS: dict[str, type[Method]] = {
     "barlow_twins": BarlowTwins,
     "byol": BYOL,
     "clip": CLIP,
+    "data2vec": Data2Vec,
+    "dino": DINO,
+    "ibot": IBOT,
+    "jepa": JEPA,
     "mae": MAE,
     "moco_v1": MoCoV1,
     "moco_v2": MoCoV2,

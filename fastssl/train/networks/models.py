@@ -48,7 +48,7 @@ class Timm(nn.Module):
 
     Args:
         name: as `timm.list_models()` has it.
-        size: of the images, for models that must know it.
+        size: of the images, for models that must know it. Vision transformers interpolate their positions for others.
     """
 
     def __init__(self, name: str, size: int) -> None:
@@ -59,10 +59,10 @@ class Timm(nn.Module):
             raise ValueError(f"backbone needs timm (pip install timm), which cannot be imported: {error}") from None
         if not timm.is_model(name):
             raise ValueError(f"backbone must be the name of a model of timm, got {name!r}")
-        try:
-            self.model = timm.create_model(name, num_classes=0, img_size=size)
-        except TypeError:  # convolutions take any size
-            self.model = timm.create_model(name, num_classes=0)
+        for sizes in ({"img_size": size, "dynamic_img_size": True}, {"img_size": size}, {}):
+            with contextlib.suppress(TypeError):  # of convolutions, which take any size
+                self.model = timm.create_model(name, num_classes=0, **sizes)
+                break
         patches = getattr(self.model, "patch_embed", None)
         if isinstance(patches, timm.layers.PatchEmbed) and any(size % side for side in patches.patch_size):
             raise ValueError(f"backbone must have patches that divide images of size {size}, got {name!r}")

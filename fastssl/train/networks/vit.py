@@ -27,7 +27,10 @@ class ViT(nn.Module):
         drop_path: how often the last layer leaves an example as it is, in training; the first never does, and the share
             rises from layer to layer (stochastic depth, arXiv:1603.09382).
         layer_scale: what each layer's contributions are multiplied with at first, feature by feature; it is learned
-            (arXiv:2103.17239). None: they are not.
+            (arXiv:2103.17239). 0: they are not multiplied.
+
+    Raises:
+        ValueError: if drop_path is not from 0 to less than 1.
     """
 
     def __init__(
@@ -42,7 +45,7 @@ class ViT(nn.Module):
         class_token: bool = False,
         registers: int = 0,
         drop_path: float = 0.0,
-        layer_scale: float | None = None,
+        layer_scale: float = 0.0,
     ) -> None:
         super().__init__()
         self.patch_size, self.side = patch_size, size // patch_size
@@ -105,14 +108,16 @@ class Layer(nn.Module):
         drop_path, layer_scale: see `ViT`.
     """
 
-    def __init__(self, features: int, heads: int, drop_path: float = 0.0, layer_scale: float | None = None) -> None:
+    def __init__(self, features: int, heads: int, drop_path: float = 0.0, layer_scale: float = 0.0) -> None:
         super().__init__()
         self.attention = nn.MultiheadAttention(features, heads, batch_first=True)
         self.mlp = nn.Sequential(nn.Linear(features, 4 * features), nn.GELU(), nn.Linear(4 * features, features))
         self.norms = nn.ModuleList(nn.LayerNorm(features) for _ in range(2))
         self.scales = None
-        if layer_scale is not None:
+        if layer_scale:
             self.scales = nn.ParameterList(torch.full((features,), float(layer_scale)) for _ in range(2))
+        if not 0 <= drop_path < 1:
+            raise ValueError(f"drop_path must be from 0 to less than 1, got {drop_path}")
         self.drop_path = drop_path
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -131,9 +136,7 @@ class Layer(nn.Module):
         return x * (stays / (1 - self.drop_path)).to(x.dtype)
 
 
-def layers(
-    depth: int, features: int, heads: int, drop_path: float = 0.0, layer_scale: float | None = None
-) -> nn.Sequential:
+def layers(depth: int, features: int, heads: int, drop_path: float = 0.0, layer_scale: float = 0.0) -> nn.Sequential:
     """Pre-normalised transformer layers and a last normalisation."""
     shares = torch.linspace(0, drop_path, depth).tolist()
     return nn.Sequential(*(Layer(features, heads, share, layer_scale) for share in shares), nn.LayerNorm(features))
