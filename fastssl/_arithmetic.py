@@ -60,7 +60,7 @@ def cross_entropy(negatives: Tensor, positive: Tensor) -> Tensor:
 
 def finish(loss: Tensor, reduction: str, x: Tensor) -> Tensor:
     loss = reference.contrastive.reduce(loss, reduction)
-    return loss if autocast_enabled(x) else loss.to(x.dtype)
+    return loss if loss.dtype == x.dtype or autocast_enabled(x) else loss.to(x.dtype)
 
 
 def of_reference(result: Tensor | tuple[Tensor, dict[str, Tensor]], x: Tensor) -> Any:

@@ -102,6 +102,8 @@ def check_alike(name1: str, z1: Tensor, name2: str, z2: Tensor) -> tuple[Tensor,
     """Both in one dtype. Under autocast they may be of unlike dtypes: the narrower becomes as wide as the other, which
     loses nothing and copies nothing wide, and its gradient comes back in its own dtype."""
     check_compatible(name1, z1, name2, z2)
+    if z1.dtype == z2.dtype:
+        return z1, z2
     dtype = torch.promote_types(z1.dtype, z2.dtype)
     return z1.to(dtype), z2.to(dtype)
 

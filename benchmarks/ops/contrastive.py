@@ -9,11 +9,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.ops import peers
-from benchmarks.ops.registry import Benchmark, Loss, Size, blockwise, square_matrices, square_products, unit_pairs
+from benchmarks.ops.registry import (
+    Benchmark,
+    Loss,
+    Size,
+    blockwise,
+    small_batches,
+    square_matrices,
+    square_products,
+    unit_pairs,
+)
 
 TEMPERATURE = 0.5  # the default of fastssl, of the reference and of lightly
 QUEUE_TEMPERATURE = 0.07  # MoCo's
 LABEL_TEMPERATURE = 0.1  # SupCon's, and DCL's
+IN_BATCH_TEMPERATURE = 0.1  # the default of fastssl
 LOGIT_SCALE = 1 / 0.07  # CLIP's, before training
 CLASSES = 100
 
@@ -57,11 +67,11 @@ def _views_traffic(size: Size, itemsize: int) -> float:
 
 Benchmark(
     "nt_xent",
-    sizes=((64, 128), (128, 128), (256, 128), (512, 128), (2048, 128), (8192, 128), (8192, 512)),
+    sizes=(*small_batches(128), (2048, 128), (8192, 128), (8192, 512)),
     memory_sizes=((32768, 128), (131072, 128)),
     inputs=_views,
-    # S is symmetric: half of its tiles forward; backward that half again, and two products with it.
-    flops=square_products(2),
+    # S is symmetric: half of its tiles forward, and backward where they could not be kept; two products with that half.
+    flops=square_products(1.5, again=0.5),
     traffic=_views_traffic,
     needs=_nt_xent_needs,
     arguments={"temperature": TEMPERATURE},
@@ -111,6 +121,58 @@ Benchmark(
     call=_normalized_queue,
     peers={"lightly": lambda: peers.LightlyQueue(QUEUE_TEMPERATURE)},
     oracle=_queue_oracle,
+    kernel="similarity_logsumexp",
+)
+
+
+def _queries_and_keys(size: Size, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    return tuple(z.to(dtype).requires_grad_() for z in _rows(size, size))
+
+
+@blockwise
+def _in_batch_oracle(row: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
+    q, k = F.normalize(queries, dim=1), F.normalize(keys, dim=1)
+    return F.cross_entropy(q[row] @ k.T / IN_BATCH_TEMPERATURE, row, reduction="sum") / len(q)
+
+
+@blockwise
+def _symmetric_oracle(row: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
+    q, k = F.normalize(queries, dim=1), F.normalize(keys, dim=1)
+    logits = (x[row] @ y.T / IN_BATCH_TEMPERATURE for x, y in ((q, k), (k, q)))
+    return sum(F.cross_entropy(S, row, reduction="sum") for S in logits) / (2 * len(q))
+
+
+IN_BATCH_SIZES = *((rows, 128) for rows in (32, 64, 128, 256, 512, 1024, 8192)), (256, 512), (256, 768)
+
+Benchmark(
+    "info_nce",
+    sizes=IN_BATCH_SIZES,
+    memory_sizes=((65536, 512),),
+    inputs=_queries_and_keys,
+    # S and its product with the keys forward, S again backward, and its product with the queries.
+    flops=square_products(4),
+    # Both sides are read by both passes and their gradients written, that of the queries in float32 in between; four
+    # numbers a row are written and read.
+    traffic=lambda size, itemsize: size[0] * size[1] * (6 * itemsize + 2 * 4) + 8 * size[0] * 4,
+    needs=square_matrices(naive=4, compile=2),
+    arguments={"temperature": IN_BATCH_TEMPERATURE},
+    oracle=_in_batch_oracle,
+    name="info_nce_in_batch",
+)
+
+Benchmark(
+    "info_nce",
+    sizes=IN_BATCH_SIZES,
+    memory_sizes=(),
+    inputs=_queries_and_keys,
+    # As CLIP.
+    flops=square_products(4),
+    traffic=lambda size, itemsize: 6 * size[0] * size[1] * itemsize + 8 * size[0] * 4,
+    needs=square_matrices(naive=5, compile=3),
+    arguments={"temperature": IN_BATCH_TEMPERATURE, "symmetric": True},
+    oracle=_symmetric_oracle,
+    kernel="clip_loss",
+    name="info_nce_symmetric",
 )
 
 
@@ -129,11 +191,11 @@ def _clip_oracle(row: Tensor, images: Tensor, texts: Tensor, scale: Tensor) -> T
 
 Benchmark(
     "clip_loss",
-    sizes=((64, 512), (256, 512), (512, 512), (2048, 512), (8192, 512)),
+    sizes=(*small_batches(512), (2048, 512), (8192, 512)),
     memory_sizes=((65536, 512),),
     inputs=_clip_inputs,
-    # S forward, S again backward, and a product with it for either side.
-    flops=square_products(4),
+    # S forward, and backward where it could not be kept; a product with it for either side.
+    flops=square_products(3, again=1),
     # Both sides are read twice, and their gradients written; totals and shifts of both are written and read.
     traffic=lambda size, itemsize: 6 * size[0] * size[1] * itemsize + 8 * size[0] * 4,
     needs=square_matrices(naive=5, compile=3, open_clip=5),  # measured as 4.2, 2.1, 4.3
@@ -159,10 +221,10 @@ def _sup_con_oracle(row: Tensor, features: Tensor, labels: Tensor) -> Tensor:
 
 Benchmark(
     "sup_con",
-    sizes=((64, 128), (256, 128), (512, 128), (2048, 128), (8192, 128)),
+    sizes=(*small_batches(128), (2048, 128), (8192, 128)),
     memory_sizes=((65536, 512),),
     inputs=_labelled,
-    flops=square_products(2),  # as NT-Xent
+    flops=square_products(1.5, again=0.5),  # as NT-Xent
     # As NT-Xent; the sums of each label add a read and a write, forward and backward.
     traffic=lambda size, itemsize: _views_traffic(size, itemsize) + 4 * size[0] * size[1] * itemsize,
     needs=square_matrices(naive=6, compile=2, metric_learning=14),  # measured as 5.6, 1.1, 12.3
@@ -184,10 +246,10 @@ def _dcl_oracle(row: Tensor, z1: Tensor, z2: Tensor) -> Tensor:
 
 Benchmark(
     "dcl",
-    sizes=((512, 128), (8192, 128)),
+    sizes=(*small_batches(128), (8192, 128)),
     memory_sizes=(),
     inputs=_views,
-    flops=square_products(2),  # as NT-Xent
+    flops=square_products(1.5, again=0.5),  # as NT-Xent
     traffic=_views_traffic,
     needs=square_matrices(naive=4, compile=3, lightly=7),  # measured as 3.1, 1.6 to 2.0, 5.6 to 6.6
     arguments={"temperature": LABEL_TEMPERATURE},

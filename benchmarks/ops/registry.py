@@ -203,6 +203,11 @@ def _exact(x: Any) -> Any:
     return x
 
 
+def small_batches(dim: int) -> tuple[Size, ...]:
+    """What people train with on one device; a loss must be faster than eager code at each of them."""
+    return tuple((rows, dim) for rows in (32, 64, 128, 256, 512, 1024))
+
+
 def unit_pairs(size: Size, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """Two sets of rows of unit length, each with a cosine of about 1/2 to its partner, which require gradients."""
     generator = torch.Generator().manual_seed(0)
@@ -211,9 +216,15 @@ def unit_pairs(size: Size, dtype: torch.dtype) -> tuple[Tensor, ...]:
     return tuple(z.to(dtype).requires_grad_() for z in (x, y))
 
 
-def square_products(units: float) -> Callable[[Size], float]:
-    """`flops` of as many products of all rows with all rows, for sizes (rows, features)."""
-    return lambda size: units * 2 * size[0] ** 2 * size[1]
+def square_products(units: float, again: float = 0) -> Callable[[Size], float]:
+    """`flops` of as many products of all rows with all rows, for sizes (rows, features). The backward pass needs
+    `again` more where the exponentials do not fit into four times the inputs' bytes, for those that do not fit."""
+
+    def flops(size: Size) -> float:
+        rows, dim = size
+        return (units + again * max(0, 1 - 8 * dim / rows)) * 2 * rows**2 * dim
+
+    return flops
 
 
 def square_matrices(**count: float) -> Callable[[Size, int], dict[str, float]]:

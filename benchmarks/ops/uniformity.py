@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from benchmarks.ops.registry import Benchmark, Size, square_matrices, square_products
+from benchmarks.ops.registry import Benchmark, Size, small_batches, square_matrices, square_products
 
 
 def _rows(size: Size, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -15,11 +15,11 @@ def _rows(size: Size, dtype: torch.dtype) -> tuple[Tensor, ...]:
 
 Benchmark(
     "uniformity",
-    sizes=((64, 128), (512, 128), (4096, 128)),
+    sizes=(*small_batches(128), (4096, 128)),
     memory_sizes=(),
     inputs=_rows,
-    # S is symmetric: half of its tiles forward; backward that half again, and two products with it.
-    flops=square_products(2),
+    # S is symmetric: half of its tiles forward, and backward where they could not be kept; two products with that half.
+    flops=square_products(1.5, again=0.5),
     traffic=lambda size, itemsize: 3 * size[0] * size[1] * itemsize,
     needs=square_matrices(naive=5, compile=3),
 )

@@ -256,7 +256,18 @@ def _assert_compiles(spec: Any, sample: Sample, exact: bool = True, **options: A
 
 @_cases(torch.float32, where=_tagged(TRACED))
 def test_compile(spec, sample):
-    _assert_compiles(spec, sample, backend="aot_eager")
+    _assert_compiles(spec, sample, exact=not _takes_gradients(spec), backend="aot_eager")
+
+
+def _takes_gradients(spec: OpSpec) -> bool:
+    """In the forward pass, and in the backward pass where it is traced: these are rounded in another order."""
+    names = [
+        {argument.name for argument in arguments}
+        for op, arguments in ((spec.op, "returns"), (f"{spec.op}_backward", "arguments"))
+        if hasattr(torch.ops.fastssl, op)
+        for arguments in [getattr(getattr(torch.ops.fastssl, op).default._schema, arguments)]
+    ]
+    return len(names) == 2 and any(name.startswith("kept_") for name in names[0] - names[1])
 
 
 @_cases(torch.float32, where=_tagged(COMPILED))

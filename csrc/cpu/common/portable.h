@@ -12,13 +12,16 @@
 
 namespace fastssl {
 
-// Whether one of the first `Operands` tensors is float64.
+// Whether one of the first `Operands` tensors, or lists of tensors, is float64.
 template <int Operands, typename First, typename... Rest>
 bool is_double(const First& first, const Rest&... rest) {
-  constexpr bool is_tensor = std::is_same_v<First, at::Tensor>;
+  constexpr bool is_tensor = std::is_same_v<First, at::Tensor>, is_list = std::is_same_v<First, at::TensorList>;
   if constexpr (is_tensor)
     if (first.scalar_type() == at::kDouble) return true;
-  constexpr int kLeft = Operands - is_tensor;
+  if constexpr (is_list)
+    for (const at::Tensor& x : first)
+      if (x.scalar_type() == at::kDouble) return true;
+  constexpr int kLeft = Operands - (is_tensor || is_list);
   if constexpr (kLeft > 0 && sizeof...(Rest) > 0) return is_double<kLeft>(rest...);
   return false;
 }

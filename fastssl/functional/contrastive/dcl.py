@@ -61,13 +61,11 @@ def dcl(
         )
         return of_reference(loss, z1)
     scale, precision = inverse(temperature, z1), product_precision(z1)
-    x, y = (unit(z) if normalize else z for z in (z1, z2))
+    x, y = unit(torch.cat([z1, z2])).tensor_split(2) if normalize else (z1, z2)
     positive = dot(x, y) * scale
     own = torch.arange(x.shape[0], device=x.device)
-    across = [logsumexp(*pair) for pair in pair_sums(x, y, scale, own, precision)]
-    losses = []
-    for rows, partners, lse in ((x, y, across[0]), (y, x, across[1])):
-        within = logsumexp(*self_sums(rows, scale, precision))
-        aligned = positive if weigh is None else positive * weigh(rows, partners)
-        losses.append(torch.logaddexp(within, lse) - aligned)
-    return finish(torch.cat(losses), reduction, z1)
+    # Of both sides' rows at once: in a small batch the elementwise steps cost most.
+    sums = pair_sums(x, y, scale, own, precision), [self_sums(z, scale, precision) for z in (x, y)]
+    across, within = (logsumexp(*map(torch.cat, zip(*sides, strict=True))) for sides in sums)
+    aligned = [positive, positive] if weigh is None else [positive * weigh(*pair) for pair in ((x, y), (y, x))]
+    return finish(torch.logaddexp(within, across) - torch.cat(aligned), reduction, z1)

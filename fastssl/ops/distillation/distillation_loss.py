@@ -73,10 +73,12 @@ def share_of_rows(
     views = [view[rows] for piece in student for view in piece]
     targets = _targets(rows, len(views), teacher, center, _inverse(teacher_temperature), unlike_views, grad_loss.dtype)
     factor = grad_loss[rows] if weight is None else grad_loss * weight[rows]
-    total = grad_loss.new_zeros(())
+    total, scale = grad_loss.new_zeros(()), _inverse(student_temperature)
     for x, (P, count) in zip(views, targets, strict=True):
-        logits = (x - x.detach().amax(-1, keepdim=True)) * _inverse(student_temperature)
-        total = total + (factor * (count * logits.logsumexp(-1) - (P * logits).sum(-1))).sum()
+        below = x.detach().amax(-1, keepdim=True) - x
+        if count:
+            losses = count * (below * -scale).logsumexp(-1) + (P * below).sum(-1) * scale
+            total = total + (factor * losses).sum()
     return total
 
 
@@ -138,12 +140,18 @@ def visit_rows(
     for rows in _blocks(student, teacher):
         targets = _targets(rows, len(views), teacher, center, _inverse(teacher_temperature), unlike_views, dtype)
         for x, output, (P, count) in zip(views, outputs, targets, strict=True):
+            if count == 0:
+                if output is not None:
+                    output[rows] = 0
+                continue
             x = x[rows].to(dtype)
-            logits = (x - x.amax(-1, keepdim=True)).mul_(scale)
+            below = x.amax(-1, keepdim=True) - x
+            exps = (below * -scale).exp_()
+            sums = exps.sum(-1, keepdim=True)
             if loss is not None:
-                loss[rows] += count * logits.exp().sum(-1).log() - (P * logits).sum(-1)
+                loss[rows] += count * sums.squeeze(-1).log() + (P * below).sum(-1) * scale
             if output is not None:
-                output[rows] = logits.softmax(-1).mul_(count).sub_(P) * (factor[rows, None] * scale)
+                output[rows] = exps.mul_(count / sums).sub_(P) * (factor[rows, None] * scale)
 
 
 distillation_loss = Op(
