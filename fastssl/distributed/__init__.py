@@ -1,6 +1,6 @@
 """What a loss needs from the other processes: their number, their rows, or sums over all rows."""
 
-from fastssl.distributed import contrastive, sigmoid
+from fastssl.distributed import contrastive, distillation, sigmoid
 from fastssl.distributed.processes import (
     ProcessGroup,
     check_alike,
@@ -9,6 +9,7 @@ from fastssl.distributed.processes import (
     gather_rows,
     mean_over_processes,
     rank,
+    sum_over_processes,
     with_mean_gradient,
     with_scaled_gradient,
     world_size,
@@ -22,10 +23,12 @@ __all__ = [
     "check_group",
     "contrastive",
     "default_group",
+    "distillation",
     "gather_rows",
     "mean_over_processes",
     "rank",
     "sigmoid",
+    "sum_over_processes",
     "with_mean_gradient",
     "with_scaled_gradient",
     "world_size",

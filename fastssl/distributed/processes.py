@@ -68,6 +68,14 @@ def mean_over_processes(x: Tensor, group: ProcessGroup | None = None) -> Tensor:
     return _Mean.apply(x.to(torch.promote_types(x.dtype, torch.float32)), group).to(x.dtype)
 
 
+@uncompiled
+def sum_over_processes(x: Tensor, group: ProcessGroup | None = None) -> Tensor:
+    """The sum of x over the processes, a constant."""
+    x = x.detach().clone()
+    dist.all_reduce(x, group=group)
+    return x
+
+
 def with_mean_gradient(x: Tensor, group: ProcessGroup | None = None) -> Tensor:
     """x, with the mean over the processes of their gradients of x in place of this one's."""
     return _WithGradient.apply(x, lambda gradient: mean_over_processes(gradient, group))

@@ -23,7 +23,14 @@ from fastssl.functional.correlation import (
 from fastssl.functional.correlation import (
     correlation_algorithm as correlation_algorithm,
 )
-from fastssl.functional.distillation import dino_loss, ibot_loss, prototype_distillation_loss
+from fastssl.functional.distillation import (
+    dino_loss,
+    ibot_loss,
+    prototype_distillation_loss,
+    sinkhorn_center,
+    sinkhorn_knopp,
+    update_center_,
+)
 from fastssl.functional.ema import adamw_ema_step_, ema_update_
 from fastssl.functional.masking import (
     block_masking_ids,
@@ -67,11 +74,14 @@ __all__ = [
     "scatter_tokens",
     "siglip_loss",
     "similarity_logsumexp",
+    "sinkhorn_center",
+    "sinkhorn_knopp",
     "span_masking_ids",
     "sup_con",
     "topk_similarity",
     "tube_masking_ids",
     "uniformity",
+    "update_center_",
     "variance_loss",
     "vicreg",
 ]

@@ -1,11 +1,13 @@
 """Self-distillation, as the papers write it: the cross-entropy between a teacher's distribution and a student's.
 
 DINO (arXiv:2104.14294) teaches each view of an image by the other views, iBOT (arXiv:2111.07832) each masked patch by
-the same patch, unmasked.
+the same patch, unmasked. A teacher's center is the moving average of its logits, or that of Sinkhorn-Knopp, which gives
+all prototypes the same share of a batch (SwAV, arXiv:2006.09882; DINOv2, arXiv:2304.07193).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -76,6 +78,35 @@ def prototype_distillation_loss(
     return _reduced(loss if weights is None else (weights * loss).to(loss.dtype), reduction)
 
 
+@torch.no_grad()
+def sinkhorn_center(
+    teacher_logits: Tensor | Sequence[Tensor], *, temperature: float | Tensor = 0.04, iterations: int = 3
+) -> Tensor:
+    """Columns and rows of exp(logits / temperature) are scaled in turn to the same sums, by their logarithms."""
+    logits = _rows(teacher_logits) / temperature
+    rows, prototypes = logits.shape
+    row = logits.new_full((rows, 1), math.log(prototypes))
+    for _ in range(iterations):
+        column = (logits - row).logsumexp(0) + logits.new_full((), prototypes / rows if rows else math.nan).log()
+        row = (logits - column).logsumexp(1, keepdim=True)
+    return temperature * column
+
+
+@torch.no_grad()
+def sinkhorn_knopp(teacher_logits: Tensor, *, temperature: float | Tensor = 0.04, iterations: int = 3) -> Tensor:
+    """Assignments: each row's sum up to 1, each column's to nearly the same."""
+    center = sinkhorn_center([teacher_logits], temperature=temperature, iterations=iterations)
+    return ((_rows([teacher_logits]) - center) / temperature).softmax(1).view(teacher_logits.shape)
+
+
+@torch.no_grad()
+def update_center_(center: Tensor, teacher_logits: Tensor | Sequence[Tensor], momentum: float | Tensor = 0.9) -> None:
+    """The moving average of the mean over all rows. Without rows there is nothing to move to."""
+    logits = _rows(teacher_logits)
+    if len(logits):
+        center.copy_(momentum * center + (1 - momentum) * logits.mean(0))
+
+
 def _cross_entropy(
     student: Tensor,
     teacher: Tensor,
@@ -98,3 +129,10 @@ def _views(logits: Tensor | Sequence[Tensor]) -> Iterator[Tensor]:
 
 def _reduced(loss: Tensor, reduction: str) -> Tensor:
     return {"none": lambda x: x, "mean": Tensor.mean, "sum": Tensor.sum}[reduction](loss)
+
+
+def _rows(logits: Tensor | Sequence[Tensor]) -> Tensor:
+    """Those of all views, one after the other, in the dtype of sums."""
+    views = [logits] if isinstance(logits, Tensor) else logits
+    rows = torch.cat([x.reshape(-1, x.shape[-1]) for x in views])
+    return rows.to(torch.promote_types(rows.dtype, torch.float32))

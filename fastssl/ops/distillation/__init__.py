@@ -16,5 +16,13 @@ is a sum of terms of one sign, which cancels nothing.
 
 from fastssl.ops.distillation.distillation_loss import distillation_loss
 from fastssl.ops.distillation.prototype_distillation_loss import prototype_distillation_loss
+from fastssl.ops.distillation.sinkhorn import assignment_sums, assignments, column_logsumexp, column_sums
 
-__all__ = ["distillation_loss", "prototype_distillation_loss"]
+__all__ = [
+    "assignment_sums",
+    "assignments",
+    "column_logsumexp",
+    "column_sums",
+    "distillation_loss",
+    "prototype_distillation_loss",
+]

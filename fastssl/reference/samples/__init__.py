@@ -12,6 +12,7 @@ from fastssl.reference.samples import (
     memory_bank,
     patches,
     sigmoid,
+    sinkhorn,
     topk_similarity,
     uniformity,
 )
@@ -47,6 +48,7 @@ __all__ = [
     "memory_bank",
     "patches",
     "sigmoid",
+    "sinkhorn",
     "topk_similarity",
     "uniformity",
 ]
