@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.ops import peers
-from benchmarks.ops.registry import Benchmark, Inputs, LossAndGradients, Size
+from benchmarks.ops.registry import Benchmark, Function, Inputs, LossAndGradients, Results, Size, in_place
 
 STUDENT_TEMPERATURE, TEACHER_TEMPERATURE = 0.1, 0.04  # DINO's, before its warm-up ends
 MODES = ("float32", "bfloat16")
@@ -230,4 +230,84 @@ Benchmark(
     naive=_prototype_eager,
     timed="forward + backward, from features",
     oracle=_prototype_oracle,
+)
+
+
+ITERATIONS = 3  # DINOv2's
+_SHOWN = 64  # rows whose assignments are compared
+
+
+def _teacher(size: Size, dtype: torch.dtype) -> Inputs:
+    return (_logits(*size, dtype=dtype, seed=3),)
+
+
+def _output(function: Function, inputs: Inputs) -> Results:
+    return (function(*inputs),), ()
+
+
+@torch.no_grad()
+def _by_scaling(logits: Tensor) -> Tensor:
+    """As DINOv2's code has it: exponentials, prototype by prototype and sample by sample."""
+    share = torch.exp(logits.to(torch.promote_types(logits.dtype, torch.float32)) / TEACHER_TEMPERATURE).t()
+    prototypes, rows = share.shape
+    share /= share.sum()
+    for _ in range(ITERATIONS):
+        share /= share.sum(1, keepdim=True)
+        share /= prototypes
+        share /= share.sum(0, keepdim=True)
+        share /= rows
+    share *= rows
+    return share.t()
+
+
+def _sinkhorn_lightly() -> Callable[..., Tensor]:
+    peers.lightly()
+    from lightly.loss.swav_loss import sinkhorn
+
+    return lambda logits: sinkhorn(logits, ITERATIONS, TEACHER_TEMPERATURE)
+
+
+def _some_assignments(inputs: Inputs, results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Of a center, or of all assignments."""
+    (result,), logits = results, inputs[0][:_SHOWN]
+    return (result[:_SHOWN] if result.dim() == 2 else ((logits - result) / TEACHER_TEMPERATURE).softmax(1),)
+
+
+for _name, _written in (("sinkhorn_center", 0), ("sinkhorn_knopp", 1)):
+    Benchmark(
+        _name,
+        sizes=((4096, 65536), (1024, 65536), (4096, 4096)),  # rows x prototypes
+        memory_sizes=(),
+        inputs=_teacher,
+        # Each iteration reads the logits. To assign them reads them again, and writes float32.
+        traffic=lambda size, itemsize, written=_written: (
+            size[0] * size[1] * ((ITERATIONS + written) * itemsize + 4 * written)
+        ),
+        needs=lambda size, itemsize: dict.fromkeys(("naive", "compile", "lightly"), 8.0 * size[0] * size[1]),
+        naive=_by_scaling,
+        peers={"lightly": _sinkhorn_lightly},
+        step=_output,
+        timed="from logits",
+        settle=_some_assignments,
+        modes=MODES,
+    )
+
+
+@torch.no_grad()
+def _move(center: Tensor, logits: Tensor) -> None:
+    """As DINO's code has it, in place."""
+    center.copy_(center * 0.9 + logits.sum(0) / len(logits) * (1 - 0.9))
+
+
+Benchmark(
+    "update_center_",
+    sizes=((4096, 65536), (128, 65536), (1024, 65536)),  # rows x prototypes
+    memory_sizes=(),
+    inputs=lambda size, dtype: (_center(size[1])[0], *_teacher(size, dtype)),
+    traffic=lambda size, itemsize: size[0] * size[1] * itemsize,
+    needs=lambda size, itemsize: {"naive": 8.0 * size[1]},
+    naive=_move,
+    step=in_place,
+    timed="one update",
+    modes=MODES,
 )
