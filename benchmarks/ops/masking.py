@@ -1,7 +1,12 @@
-"""Masking tokens and restoring them, against the code of masked autoencoders (MAE, arXiv:2111.06377)."""
+"""Masking tokens and restoring them, against the code of masked autoencoders (MAE, arXiv:2111.06377; BEiT's blocks,
+arXiv:2106.08254)."""
 
 from __future__ import annotations
 
+import math
+import random
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -98,4 +103,93 @@ Benchmark(
     step=output_and_gradients,
     timed="forward + backward",
     modes=MODES,
+)
+
+
+def _scatter_tokens(tokens: Tensor, ids: Tensor, length: int, fill: Tensor) -> Tensor:
+    """The mask token everywhere, and the tokens written over it: right where no place is named twice."""
+    batch, _, dim = tokens.shape
+    places = ids[:, :, None].expand(tokens.shape)
+    return fill.to(tokens.dtype).expand(batch, length, dim).scatter(1, places, tokens)
+
+
+def _scatter_inputs(size: Size, dtype: torch.dtype) -> Inputs:
+    """Visible tokens and the mask token, which require gradients; their places; the output's gradient."""
+    batch, length, dim = size
+    ids = torch.rand(batch, length, generator=torch.Generator().manual_seed(1)).argsort(1)[:, : _visible(length)]
+    tokens = _random(batch, _visible(length), dim, dtype=dtype).requires_grad_()
+    fill = _random(dim, dtype=dtype, seed=1).requires_grad_()
+    return tokens, ids, length, fill, _random(*size, dtype=dtype, seed=3)
+
+
+def _scatter_traffic(size: Size, itemsize: int) -> float:
+    """Visible tokens are read and all are written; the gradient is read and that of visible tokens written; the
+    places are read twice."""
+    batch, length, dim = size
+    return batch * 2 * ((_visible(length) + length) * dim * itemsize + _visible(length) * 8)
+
+
+Benchmark(
+    "scatter_tokens",
+    sizes=((256, 196, 512), (64, 196, 512)),  # samples x tokens x features
+    memory_sizes=(),
+    inputs=_scatter_inputs,
+    traffic=_scatter_traffic,
+    # The output, and its gradient without the visible tokens.
+    needs=lambda size, itemsize: dict.fromkeys(("naive", "compile"), size[0] * size[1] * size[2] * 3 * itemsize),
+    naive=_scatter_tokens,
+    step=output_and_gradients,
+    timed="forward + backward",
+    modes=MODES,
+)
+
+
+def _block_masking_ids(
+    batch: int, height: int, width: int, mask_ratio: float, min_block: int = 16, aspect: float = 0.3
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A loop over the samples of a batch, as BEiT's loader runs it, in Python's numbers; then sorted as MAE does."""
+    length = height * width
+    keep = int(length * (1 - mask_ratio))
+    masks = np.zeros((batch, height, width), dtype=np.int64)
+    for grid in masks:
+        missing, failures = length - keep, 0
+        while missing and failures < 10:
+            failures += 1
+            area = random.uniform(min_block, max(missing, min_block))
+            ratio = math.exp(random.uniform(math.log(aspect), -math.log(aspect)))
+            rows, columns = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if 0 < rows <= height and 0 < columns <= width:
+                top, left = random.randint(0, height - rows), random.randint(0, width - columns)
+                block = grid[top : top + rows, left : left + columns]
+                new = block.size - int(block.sum())
+                if 0 < new <= missing:
+                    block[:] = 1
+                    missing, failures = missing - new, 0
+        free = np.flatnonzero(grid == 0)
+        grid.reshape(-1)[np.random.permutation(free)[:missing]] = 1
+    ids_shuffle = torch.from_numpy(masks).flatten(1).argsort(dim=1, stable=True)
+    ids_restore = ids_shuffle.argsort(dim=1)
+    return ids_shuffle[:, :keep], (ids_restore >= keep).float(), ids_restore
+
+
+def _settle_ids(inputs: Inputs, results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """How many of each sample are masked; of the kept, that they are not, and their places; the sorted places."""
+    ids_keep, mask, ids_restore = results
+    return mask.sum(1), 1 - mask.gather(1, ids_keep), ids_restore.gather(1, ids_keep), ids_restore.sort(1).values
+
+
+Benchmark(
+    "block_masking_ids",
+    sizes=((256, 14, 14), (64, 14, 14)),  # samples x rows x columns of patches
+    memory_sizes=(),
+    inputs=lambda size, dtype: size,
+    # The mask in float32 and places of 64 bits are written.
+    traffic=lambda size, itemsize: size[0] * (size[1] * size[2] * (4 + 8) + int(size[1] * size[2] * 0.6) * 8),
+    needs=lambda size, itemsize: {"naive": 4 * size[0] * size[1] * size[2] * 8},  # a loop is nothing to compile
+    arguments={"mask_ratio": 0.4},  # BEiT's
+    naive=_block_masking_ids,
+    step=outputs,
+    timed="forward",
+    settle=_settle_ids,
+    modes=("float32",),
 )

@@ -77,7 +77,8 @@ def output_and_gradients(function: Function, inputs: Inputs) -> Results:
     """The step of a layer. The last of its inputs is the gradient that the next layer sends back."""
     *arguments, gradient = inputs
     output = function(*arguments)
-    return (output.detach(),), torch.autograd.grad(output, [x for x in arguments if x.requires_grad], gradient)
+    leaves = [x for x in arguments if isinstance(x, Tensor) and x.requires_grad]
+    return (output.detach(),), torch.autograd.grad(output, leaves, gradient)
 
 
 def outputs(function: Function, inputs: Inputs) -> Results:

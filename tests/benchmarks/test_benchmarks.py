@@ -33,8 +33,7 @@ def _contestants(**losses) -> dict[str, Contestant]:
     return {name: Contestant(lambda loss=loss: loss, "highest") for name, loss in losses.items()}
 
 
-# Functions without an operation of their own; what random_masking draws and is measured with; and what has none yet.
-UNMEASURED = {"", "masking_ids", "block_masking_ids", "scatter_tokens"}
+UNMEASURED = {"", "masking_ids"}  # functions without an operation of their own; what random_masking is measured with
 
 
 def test_every_operation_has_a_benchmark():
