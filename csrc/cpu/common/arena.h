@@ -1,9 +1,9 @@
 // Scratch memory of a call.
 //
-// A call takes many arrays, and a small batch would spend more time in the allocator, and in the faults of pages that
-// are new, than in its products. So each thread that calls has one arena, which stays from call to call: arrays are
-// handed out one behind the other, and when the last of them is returned the next call begins at the front. What does
-// not fit is allocated by itself, and counts for the arena's size at the next call.
+// A call needs many arrays. For a small batch, allocating them and faulting in their new pages would take longer than
+// the products. So each calling thread has one arena, which it keeps from call to call: arrays are handed out one after
+// the other, and once all of them have been returned the next call begins at the front. What does not fit is allocated
+// separately, and counts towards the arena's size at the next call.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -17,7 +17,7 @@
 namespace fastssl {
 
 constexpr int64_t kLine = 64;             // bytes of a cache line, to which arrays are aligned
-constexpr int64_t kLargestArena = 16 << 20;  // bytes that a thread keeps for its next call
+constexpr int64_t kLargestArena = 16 << 20;  // bytes that a thread may keep for its next call
 
 class Arena {
  public:
@@ -30,7 +30,7 @@ class Arena {
   Arena(const Arena&) = delete;
   ~Arena() { std::free(memory); }
 
-  // `bytes`, a multiple of kLine, or null where they do not fit. To be given back in any case.
+  // `bytes` bytes, a multiple of kLine, or null where they do not fit. Either way the caller must give_back().
   char* take(int64_t bytes) {
     if (takers++ == 0 && wanted > capacity && wanted <= kLargestArena) {
       std::free(memory);
@@ -48,11 +48,11 @@ class Arena {
  private:
   char* memory = nullptr;
   int64_t capacity = 0;
-  int64_t wanted = 0;  // by the takers so far; once they are gone, by the last call
+  int64_t wanted = 0;  // bytes requested by the takers so far; once they are gone, by the last call
   int64_t takers = 0;
 };
 
-// An array in the arena of the thread that makes it, and that unmakes it.
+// An array in the arena of the thread that constructs it; the same thread must destroy it.
 class Scratch {
  public:
   explicit Scratch(int64_t bytes_) {
@@ -66,7 +66,7 @@ class Scratch {
     }
     const at::Context& context = at::globalContext();
     if (context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory())
-      std::memset(data, 0xff, bytes);  // NaN, as at::empty then has it
+      std::memset(data, 0xff, bytes);  // NaN, as at::empty fills it in that mode
   }
   Scratch(Scratch&& other) noexcept
       : data(std::exchange(other.data, nullptr)), arena(std::exchange(other.arena, nullptr)), own(std::move(other.own)) {}
@@ -93,7 +93,7 @@ struct Blocks {
   float* floats(int64_t block) const { return static_cast<float*>((*this)[block]); }
 };
 
-// Numbers for the length of a call.
+// An array of numbers that lives as long as a call.
 template <typename T>
 struct Numbers {
   Scratch memory;

@@ -1,4 +1,4 @@
-// What arguments of kernels must be.
+// Checks of the kernels' arguments.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -9,7 +9,7 @@
 
 namespace fastssl {
 
-// fastssl.functional says this in better words; here it keeps a direct call from reading out of bounds.
+// fastssl.functional reports the same errors in better words; these keep a direct call from reading out of bounds.
 inline void check_sides(const char* names, const Tensor& x, const Tensor& y, const Tensor& scale) {
   TORCH_CHECK_VALUE(x.dim() == 2 && y.dim() == 2 && x.size(1) > 0 && x.size(1) == y.size(1), names,
                     " must have shapes (M, D) and (N, D), D > 0, got ", x.sizes(), " and ", y.sizes());
@@ -19,20 +19,20 @@ inline void check_sides(const char* names, const Tensor& x, const Tensor& y, con
   TORCH_CHECK_VALUE(scale.numel() == 1, "scale must have one element, got shape ", scale.sizes());
 }
 
-// The same of rows that are pairs.
+// The same for paired rows: row i of x belongs to row i of y.
 inline void check_pairs(const char* names, const Tensor& x, const Tensor& y, const Tensor& scale) {
   check_sides(names, x, y, scale);
   TORCH_CHECK_VALUE(x.size(0) == y.size(0), names, " must have the same shape, got ", x.sizes(), " and ", y.sizes());
 }
 
-// The same of what there is one of for each of `count` rows.
+// The same for vectors with one number for each of `count` rows.
 inline void check_vectors(const char* names, int64_t count, at::TensorList vectors) {
   for (const Tensor& t : vectors)
     TORCH_CHECK_VALUE(t.scalar_type() == at::kFloat && t.dim() == 1 && t.size(0) == count, names,
                       " must be float32 of shape (", count, "), got ", t.scalar_type(), " of shape ", t.sizes());
 }
 
-// What a forward pass has kept, see common/kept_tiles.h.
+// What a forward pass has kept; see common/kept_tiles.h.
 inline void check_kept(const Tensor& kept) {
   TORCH_CHECK_VALUE(kept.scalar_type() == at::kByte && kept.dim() == 1 && kept.is_contiguous(),
                     "kept must be uint8 of one dimension, got ", kept.scalar_type(), " of shape ", kept.sizes());

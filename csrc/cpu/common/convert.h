@@ -1,4 +1,5 @@
-// Between float32 and the 16-bit formats, bit by bit: no compiler's half type, no instruction that a CPU may lack.
+// Conversion between float32 and the 16-bit formats in integer arithmetic: it needs no half type of the compiler and no
+// instruction that a CPU may lack.
 #pragma once
 
 #include <cstdint>
@@ -22,14 +23,14 @@ inline float from_bits(uint32_t u) {
 
 inline float bfloat16_to_float(uint16_t h) { return from_bits(static_cast<uint32_t>(h) << 16); }
 
-// To nearest, ties to even; a NaN stays one.
+// Rounds to nearest, ties to even; a NaN stays NaN.
 inline uint16_t float_to_bfloat16(float x) {
   const uint32_t u = bits(x);
   const uint32_t rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
   return static_cast<uint16_t>(x != x ? 0x7fc0 : rounded);
 }
 
-// A half's exponent and mantissa, read as a float's, are the value times 2^-112, subnormals included.
+// A half's exponent and mantissa, read as a float's, give its value times 2^-112, subnormals included.
 inline float half_to_float(uint16_t h) {
   const uint32_t magnitude = static_cast<uint32_t>(h & 0x7fff) << 13;
   const uint32_t scaled = bits(from_bits(magnitude) * 0x1p112f);

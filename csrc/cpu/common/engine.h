@@ -1,7 +1,7 @@
-// Products on the CPU: in what precision, and by whom.
+// Matrix products on the CPU: their precision, and the code that computes them.
 //
-// Products run in oneDNN's micro-kernels (AMX, AVX-512) through ATen, else in common/gemm.h. bfloat16 products read
-// operands rounded once, and weights rounded once; "tf32" and "float16" multiply in float32.
+// Products run in oneDNN's micro-kernels (AMX, AVX-512) through ATen, or else in common/gemm.h. For bfloat16 products
+// operands and weights are each rounded once; "tf32" and "float16" multiply in float32.
 #pragma once
 
 #include <ATen/Context.h>
@@ -14,9 +14,9 @@
 
 namespace fastssl {
 
-constexpr int64_t kPadding = 32;  // of rows and features: what AMX, and transposes of pairs, want
+constexpr int64_t kPadding = 32;  // rows and features are padded to multiples of this, as AMX and transposes need
 
-// How this process multiplies: the instruction set's functions, oneDNN or not, and in what precision.
+// How a call multiplies: with which instruction set's functions, with or without oneDNN, in what precision.
 struct Engine {
   const ProductTiles& tile;
   bool onednn;
@@ -45,7 +45,7 @@ struct Engine {
     }
   }
 
-  // To be called by a thread that has multiplied: AMX's tile registers are a state of the thread.
+  // Every thread that has multiplied must call this when it is done: AMX's tile registers are state of the thread.
   void release() const {
     if (onednn) at::native::cpublas::brgemm_release(half());
   }

@@ -1,12 +1,13 @@
-// Exponentials of similarities, and their sums: what every softmax is made of.
+// Exponentials of similarities, and their sums: the parts of every softmax.
 //
-// Shifts. Tiles hold X Y^T, unscaled, where a shift is an "origin": shift = scale origin. No entry is further from 0
-// than M = max |x_i| max |y_j|, which is 1 for unit rows. If |scale| M <= kShared, the largest conceivable entry serves
-// all as the origin: every exponential lies between exp(-2 kShared) and 1, and one of them serves both its row and its
-// column. That covers unit rows at temperatures from 1/32 up. Else each row has its own maximum.
+// A softmax subtracts a shift from its logits before it exponentiates. Tiles hold X Y^T, unscaled, so what is
+// subtracted from their entries is an "origin": shift = scale origin. No entry is further from 0 than
+// M = max |x_i| max |y_j|, which is 1 for unit rows. If |scale| M <= kShared, the largest entry that these norms allow
+// is the origin of all rows and columns: every exponential lies between exp(-2 kShared) and 1, and serves both its row
+// and its column. That covers unit rows at temperatures from 1/32 up. Otherwise each row's origin is its own maximum.
 //
-// A backward pass finds origins from rounded shifts. Where |scale| M is more than kUnscaled that would move them too
-// far: there tiles hold scale X Y^T, as eager code has it, and shifts are entries of theirs to the last bit.
+// A backward pass recovers origins from rounded shifts. Where |scale| M exceeds kUnscaled, that rounding would move
+// them too far: there tiles hold scale X Y^T, as in eager code, and a shift equals an entry of a tile to the last bit.
 #pragma once
 
 #include <cmath>
@@ -21,22 +22,22 @@ constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 constexpr double kShared = 32;  // float32 holds exp(-2 kShared) and, with room for gradients, its inverse
 constexpr double kUnscaled = 1 << 20;
 
-// c with 2^(c S) = exp(scale S). Never 0, which would turn the -inf of an excluded entry into NaN.
+// The c for which 2^(c S) = exp(scale S). Never 0, which would turn the -inf of an excluded entry into NaN.
 inline float exponent_factor(float scale) {
   const float c = static_cast<float>(scale * kLog2E);
   return c == 0 ? std::numeric_limits<float>::min() : c;
 }
 
-// How exponentials of scale X Y^T are taken, from tiles of S = factor X Y^T.
+// How the exponentials of scale X Y^T are computed from tiles of S = factor X Y^T.
 struct Exponent {
   float scale;     // NaN if it is not finite
   float factor;    // 1 or scale
-  float rest;      // the other of the two: exp(rest S)
+  float rest;      // the other of the two: the exponentials are exp(rest S)
   float c;         // 2^(c S) = exp(rest S)
-  double step;     // rest, as the exponentials have it
-  float excluded;  // S of what is left out
-  bool shared;     // all have one origin
-  float origin;    // that one
+  double step;     // rest, as rounded in c
+  float excluded;  // what S is set to where an entry is left out
+  bool shared;     // whether all rows and columns share one origin
+  float origin;    // the shared origin
 
   Exponent(const Tensor& scale_tensor, const Side& x, const Side& y) : scale(scale_tensor.item<float>()) {
     if (!std::isfinite(scale)) scale = std::numeric_limits<float>::quiet_NaN();
@@ -52,24 +53,25 @@ struct Exponent {
   }
 };
 
-// Sums of exponentials, one for each row of a side (or of several, `splits`, to be added up), padded.
+// Sums of exponentials, one for each row of a side, padded; or several for each row, one per split of the columns, to
+// be added up.
 struct Sums {
   Numbers<double> total;
   Numbers<float> extreme;  // the entry with the largest scale S_ij, infinite with c's sign reversed if there is none
 
   Sums(int64_t count, const Exponent& e) : total(count, 0), extreme(count, e.excluded) {}
 
-  // total[i], which is about the shared origin or about the extreme, as it is about `origin`.
+  // total[i], moved to `origin` from the shared origin or from the row's extreme.
   double about(int64_t i, const Exponent& e, float origin) const {
     return total[i] == 0 ? 0 : total[i] * std::exp(e.step * ((e.shared ? e.origin : extreme[i]) - origin));
   }
 };
 
-// The shift of an extreme entry; and the origin that backward passes find again from the (rounded) shift.
+// The shift of an extreme entry; and the origin that backward passes recover from the (rounded) shift.
 inline float shift_of(float extreme, const Exponent& e) { return extreme == e.excluded ? 0 : e.rest * extreme; }
 inline float origin_of(float shift, const Exponent& e) { return e.rest ? shift / e.rest : 0; }
 
-// (total, shift) from sums about any origin: the shift is the extreme's.
+// (total, shift) from sums about any origin; the shift is that of the extreme entry.
 inline std::tuple<Tensor, Tensor> finish_sums(const Sums& sums, int64_t count, const Exponent& e) {
   const Tensor total = at::empty({count}, at::kFloat), shift = at::empty({count}, at::kFloat);
   float* const out_total = total.mutable_data_ptr<float>();

@@ -8,7 +8,7 @@
 
 namespace fastssl::FASTSSL_ISA {
 
-constexpr int kVectors = kLanes == 16 ? 4 : 2;       // of B per step
+constexpr int kVectors = kLanes == 16 ? 4 : 2;       // vectors of B per step
 constexpr int kStrip = kVectors * kLanes;            // columns: 64, 16 or 8
 constexpr int kRows = kLanes == 16 ? 6 : kLanes == 8 ? 6 : 4;
 

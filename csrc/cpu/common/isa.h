@@ -1,4 +1,4 @@
-// Instruction sets: what this library was built for, what the CPU has, and which the kernels use.
+// Instruction sets: those this library was built for, those the CPU has, and the one that the kernels use.
 #pragma once
 
 #include <string>
@@ -14,13 +14,14 @@ Isa isa_from_name(const std::string& name);
 
 // In ascending order, never empty.
 std::vector<Isa> built();
-std::vector<Isa> available();  // of those built, what this CPU can run
+std::vector<Isa> available();  // those of built() that this CPU can run
 
-// What kernels use: the best available within PyTorch's own choice (ATEN_CPU_CAPABILITY), until set_current.
+// What the kernels use: the best one available within PyTorch's own choice (ATEN_CPU_CAPABILITY), until set_current is
+// called.
 Isa current();
 void set_current(Isa isa);
 
-// `name` of the instruction set in use, a table declared with FASTSSL_TABLE.
+// The table `name`, declared with FASTSSL_TABLE, of the instruction set in use.
 #define FASTSSL_TABLE_IN_USE(name) \
   table_in_use(&baseline::name, FASTSSL_AVX2(name), FASTSSL_AVX512(name), FASTSSL_AVX512_BF16(name))
 

@@ -1,11 +1,11 @@
-// Tiles of exponentials that a forward pass keeps, so that the backward pass need not multiply for them again.
+// Tiles of exponentials that a forward pass keeps, so that the backward pass need not compute their products again.
 //
-// They lie in one flat tensor: a header, some numbers of the operation's own, then tiles in the order of their rows of
-// tiles, as many as there is room for; what is left is 0. They are about the origin that all rows and columns share:
-// where there is none, nothing is kept. Numbers are float32, or bfloat16 where products are.
+// They lie in one flat tensor: a header, some numbers of the operation's own, then as many tiles as there is room for,
+// one row of tiles after the other; what remains is 0. The exponentials are about the origin that all rows and columns
+// share: where there is none, nothing is kept. They are float32, or bfloat16 where the products are.
 //
-// A backward pass may run with another number of threads, or another instruction set, and cut S otherwise. The header
-// says how it was cut; where that differs, all tiles are computed again.
+// A backward pass may run with another number of threads or another instruction set, and so cut S differently. The
+// header says how S was cut; if the cuts differ, all tiles are computed again.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -18,7 +18,7 @@
 
 namespace fastssl {
 
-// The tiles of a matrix, and where they lie when one follows the other. Of a symmetric one, those with I <= J.
+// The tiles of a matrix, and where they lie when stored one after the other. A symmetric matrix has those with I <= J.
 struct TileOrder {
   int64_t rows, columns;
   Cut of_rows, of_columns;
@@ -34,7 +34,7 @@ struct TileOrder {
     const int64_t last = of_columns.blocks - 1;
     return last < 0 ? 0 : last * of_columns.block + width(last);
   }
-  // Numbers before tile (I, J), and to its end.
+  // How many numbers come before tile (I, J), and before its end.
   int64_t begin(int64_t I, int64_t J) const {
     const int64_t block = of_rows.block, above = block * I * padded_columns();
     if (!symmetric) return above + height(I) * J * of_columns.block;
@@ -45,7 +45,7 @@ struct TileOrder {
   int64_t tiles() const {
     return symmetric ? of_rows.blocks * (of_rows.blocks + 1) / 2 : of_rows.blocks * of_columns.blocks;
   }
-  // How many tiles fit into `room` numbers, and how many numbers these are.
+  // How many tiles fit into `room` numbers, and how many numbers those tiles hold.
   std::pair<int64_t, int64_t> fitting(int64_t room) const {
     int64_t count = 0, numbers = 0;
     for (int64_t I = 0; I < of_rows.blocks; ++I)
@@ -62,7 +62,7 @@ class KeptTiles {
  public:
   const bool narrow;  // bfloat16
 
-  // To be filled, if all share an origin.
+  // For a forward pass to fill, if all rows and columns share an origin.
   KeptTiles(at::Tensor& memory, const TileOrder& order, const Engine& engine, bool shared, float x_square,
             float y_square, int64_t numbers = 0)
       : KeptTiles(memory.mutable_data_ptr(), memory.numel(), order, engine, numbers) {
@@ -83,7 +83,7 @@ class KeptTiles {
     std::memset(base + used, 0, memory.numel() - used);
   }
 
-  // As a forward pass has left them.
+  // For a backward pass: as a forward pass has left them.
   KeptTiles(const at::Tensor& memory, const TileOrder& order, const Engine& engine, int64_t numbers = 0)
       : KeptTiles(const_cast<void*>(memory.const_data_ptr()), memory.numel(), order, engine, numbers) {
     if (room <= 0) return;
@@ -99,7 +99,7 @@ class KeptTiles {
     }
   }
 
-  // How many tiles fit into `size` bytes, behind the operation's own numbers, and how many numbers these tiles are.
+  // How many tiles fit into `size` bytes after the operation's own numbers, and how many numbers those tiles hold.
   static std::pair<int64_t, int64_t> fitting(const TileOrder& order, int64_t size, bool narrow, int64_t numbers) {
     return order.fitting((size - before_tiles(numbers)) / (narrow ? 2 : 4));
   }
@@ -107,7 +107,7 @@ class KeptTiles {
   bool any() const { return tiles > 0; }
   bool all() const { return tiles > 0 && tiles == order.tiles(); }
 
-  // What was kept is about an origin that all share.
+  // Kept tiles imply a shared origin: raises where the inputs do not have one.
   void check(bool shared) const {
     TORCH_CHECK_VALUE(shared || !any(), "kept must be what a forward pass with the same inputs has kept");
   }
@@ -116,18 +116,18 @@ class KeptTiles {
   void* operator()(int64_t I, int64_t J) const {
     return any() && order.end(I, J) <= room ? base + tiles_at + order.begin(I, J) * bytes() : nullptr;
   }
-  // Makes its numbers from row r on 0: rows that only pad it have no weight.
+  // Sets the rows of tile (I, J) from r on to 0: rows that only pad it have no weight.
   void pad(int64_t I, int64_t J, int64_t r) const {
     const int64_t row = order.width(J) * bytes();
     if (void* const tile = (*this)(I, J)) std::memset(static_cast<char*>(tile) + r * row, 0, (order.height(I) - r) * row);
   }
-  // Where S_IJ may be computed, to become what is kept; or null.
+  // Where S_IJ may be computed, to be turned in place into what is kept; or null.
   float* floats(int64_t I, int64_t J) const { return narrow ? nullptr : static_cast<float*>((*this)(I, J)); }
 
   // The operation's own numbers, or null where nothing is kept.
   float* numbers() const { return any() ? reinterpret_cast<float*>(base + sizeof(Header)) : nullptr; }
 
-  // Of side 0 or 1 the largest |z|^2, or null where the side has to find it anew.
+  // The largest |z|^2 of side 0 or 1, or null where the side has to find it again.
   const float* largest_square(int side) const { return any() ? squares + side : nullptr; }
 
  private:
@@ -149,20 +149,20 @@ class KeptTiles {
 
   char* base;
   TileOrder order;
-  int64_t tiles_at, room;  // bytes before the tiles; numbers that fit behind
+  int64_t tiles_at, room;  // bytes before the tiles; numbers that fit after them
   int64_t tiles = 0;
   float squares[2] = {};
 };
 
-// How rows x rows similarities are cut, and how many of their tiles a tensor of `keep` bytes keeps, in numbers of
-// `bytes`: open to reports and tests.
+// How rows x rows similarities are cut, and how many of their tiles a tensor of `keep` bytes holds: for reports and
+// tests.
 struct TilePlan {
   int threads;     // 1 where the work is too small to share
   int64_t block;   // rows and columns of a tile
-  int64_t blocks;  // that many rows make the matrix
+  int64_t blocks;  // blocks of rows in the matrix
   int64_t group;   // blocks that one task takes together
-  int64_t tiles;   // visited
-  int64_t kept;
+  int64_t tiles;   // tiles that are visited
+  int64_t kept;    // and how many of them are kept
 };
 
 inline TilePlan tile_plan(int64_t rows, int64_t dim, int threads, bool symmetric, int64_t keep, bool narrow) {

@@ -1,8 +1,8 @@
 // New tensors in large pages, where the system has them.
 //
-// A large tensor's memory comes from the system and goes back to it. The first write to each of its pages waits until
-// the system has found one and cleared it: with pages of 4 KiB longer than the write itself takes, many times over.
-// Linux gives pages of 2 MiB on request (transparent huge pages under "madvise").
+// A large tensor's memory comes from the system and goes back to it. The first write to each page waits until the
+// system has found and cleared one; with pages of 4 KiB this takes many times as long as the write itself. Linux gives
+// pages of 2 MiB on request (transparent huge pages under "madvise").
 #pragma once
 
 #include <ATen/ATen.h>
@@ -15,7 +15,7 @@
 
 namespace fastssl {
 
-// at::empty, with a request for large pages for as much of it as they can hold.
+// at::empty, with a request for large pages for every whole large page within it.
 inline at::Tensor empty_in_large_pages(at::IntArrayRef sizes, const at::TensorOptions& options) {
   const at::Tensor out = at::empty(sizes, options);
 #if defined(__linux__) && defined(MADV_HUGEPAGE)

@@ -1,4 +1,4 @@
-// Which tokens or patches: ids (B, K) of places in each sample, checked, and the other way round.
+// Ids (B, K) of tokens or patches within each sample: their check, and their inverse, from places to ids.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -8,7 +8,7 @@
 
 namespace fastssl {
 
-// ids as int64, all of them from 0 to below `length`. `name`: what an error calls them.
+// ids as int64, checked to lie in [0, length). `name`: what an error calls them.
 inline at::Tensor checked_ids(const char* name, const at::Tensor& ids_, int64_t length) {
   const at::Tensor ids = ids_.to(at::kLong).contiguous();
   const int64_t* const id = ids.const_data_ptr<int64_t>();
@@ -17,7 +17,8 @@ inline at::Tensor checked_ids(const char* name, const at::Tensor& ids_, int64_t 
   return ids;
 }
 
-// The rows that go to each of `length` places of one sample, as lists: `head[l]`, then `next[k]`, in ascending order.
+// For each of the `length` places of one sample, the rows that go to it, as a linked list in ascending order: first
+// `head[l]`, then `next[k]`, until -1.
 struct Places {
   std::vector<int64_t> head, next;
 

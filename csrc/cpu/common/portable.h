@@ -1,4 +1,4 @@
-// The portable variants of operations, in PyTorch's own operations, which compute what kernels here do not.
+// The portable variants of operations, made of PyTorch's own operations. They compute what the kernels here do not.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -26,7 +26,7 @@ bool is_double(const First& first, const Rest&... rest) {
   return false;
 }
 
-// A number is a tensor to PyTorch, see fastssl/ops/_numbers.py.
+// Operations take numbers as tensors; see fastssl/ops/_numbers.py.
 template <typename T>
 using Taken = std::conditional_t<std::is_same_v<T, double>, const at::Tensor&, T>;
 
@@ -52,7 +52,7 @@ struct Kernel;
 // F as the kernel of an operation on the CPU.
 template <typename Result, typename... Args, Result (*F)(Args...)>
 struct Kernel<F> {
-  inline static const char* name = nullptr;  // no string: that would be made anew after `implement` had set it
+  inline static const char* name = nullptr;  // no std::string: its constructor would run after `implement` has set it
 
   static Result portable(Taken<Args>... args) {
     static const auto op = c10::Dispatcher::singleton()
@@ -61,7 +61,7 @@ struct Kernel<F> {
     return op.call(args...);
   }
 
-  // As fastssl/ops/_op.py has it.
+  // As fastssl/ops/_op.py names it.
   static std::string portable_name() {
     const std::string full = std::string("fastssl::") + name;
     return full + (full.ends_with('_') ? "portable_" : "_portable");
@@ -75,14 +75,14 @@ struct Kernel<F> {
   }
 };
 
-// What F computes, by the portable variant of its operation.
+// Computes what F does, with the portable variant of its operation.
 template <auto F, typename... Args>
 auto portable(Args&&... args) {
   return Kernel<F>::portable(taken(std::forward<Args>(args))...);
 }
 
-// Makes F the kernel of the operation `name`, which hands on to the portable variant where one of the first
-// `Operands` tensors is float64. With 0 F itself decides.
+// Makes F the kernel of the operation `name`. Calls in which one of the first `Operands` tensors is float64 go to the
+// portable variant instead; with `Operands` = 0, F itself decides.
 template <auto F, int Operands = 1>
 void implement(torch::Library& library, const char* name) {
   Kernel<F>::name = name;

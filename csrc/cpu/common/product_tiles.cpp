@@ -11,7 +11,7 @@ namespace {
 
 constexpr float kNormFloor = 1e-12f;  // torch.nn.functional.normalize's eps
 
-// In double, so that rows of 1e30 or 1e-30 have a norm; `dim` is padded.
+// In double, so that rows of numbers such as 1e30 or 1e-30 have a norm; `dim` is padded.
 double dot(const float* a, const float* b, int64_t dim) {
   double partial[kLanes] = {};
   for (int64_t d = 0; d < dim; d += kLanes)
@@ -116,7 +116,7 @@ double finish(const void* x, float inverse_norm, const void* positive, float pos
   if (projection != 0)
     for (int64_t d = 0; d < padded; ++d) sums[d] -= projection * z[d];
   if (inverse != 1) {
-    const double factor = double(scale) * inverse;  // of which a float would hold neither 1e40 nor 1e-50
+    const double factor = double(scale) * inverse;  // in double: a float holds neither 1e40 nor 1e-50
     for (int64_t d = 0; d < padded; ++d) sums[d] = static_cast<float>(sums[d] * factor);
     scale = 1;
   }

@@ -1,4 +1,5 @@
-// Operands of tiled products and what becomes of their results: a table of plain functions, one per instruction set.
+// Packing the operands of tiled products and finishing their results: a table of plain functions, one per instruction
+// set.
 #pragma once
 
 #include <cstdint>
@@ -11,15 +12,15 @@ enum class Element : int { Float32, BFloat16, Float16 };
 
 constexpr int64_t bytes_of(Element element) { return element == Element::Float32 ? 4 : 2; }
 
-// What the operands of products are: float32; float32 holding values rounded to bfloat16, where the
-// instruction set multiplies nothing narrower; or bfloat16.
+// The format of the operands of products: float32; float32 holding values rounded to bfloat16, where the instruction
+// set multiplies nothing narrower than float32; or bfloat16.
 enum class Operand : int { Float32, RoundedToBFloat16, BFloat16 };
 
 // The rows of one tensor, or of two on top of each other: unit stride within a row, any stride between rows.
 struct Rows {
   const void* data[2];
   int64_t stride[2];
-  int64_t batch;  // rows of the first
+  int64_t batch;  // rows of the first tensor
   int64_t dim;
   Element element;
 
@@ -31,8 +32,8 @@ struct Rows {
 };
 
 // The (normalised) rows Z of one block as the operands of products, padded with zeros to rows x dim, both
-// multiples of 32. "In pairs": two consecutive rows of the matrix interleaved, [k/2][n][2], as instructions
-// that multiply pairs of bfloat16 want their right operand. What nobody needs is null.
+// multiples of 32. "In pairs": two consecutive rows of the matrix interleaved, [k/2][n][2], the layout in which
+// instructions that multiply pairs of bfloat16 read their right operand. Operands that nobody needs are null.
 struct Packed {
   void* left;         // (rows, dim): left operand of Z Y^T; in float32 also right operand of W Z
   void* right;        // (dim, rows), in pairs if bfloat16: right operand of X Z^T; in float32 also left of Z^T W
@@ -41,11 +42,11 @@ struct Packed {
 };
 
 struct ProductTiles {
-  // Z (rows, dim), both multiples of 32, as operands. `out.left` may be z. `spare`: rows x dim floats.
+  // Writes Z (rows, dim), both multiples of 32, as operands. `out.left` may be z. `spare`: rows x dim floats.
   void (*arrange)(const float* z, int64_t rows, int64_t dim, Operand operand, float* spare, const Packed& out);
 
-  // Packs rows [first, first + count), each divided by max(norm, 1e-12) if `normalize`. inverse_norm gets what
-  // each was multiplied by, negated where 1e-12 was the larger. Returns the largest |z|^2.
+  // Packs rows [first, first + count), each divided by max(norm, 1e-12) if `normalize`. inverse_norm gets the factor
+  // by which each row was multiplied, negated where 1e-12 was the larger. Returns the largest |z|^2.
   // `scratch`: 2 padded_rows x padded_dim floats.
   float (*pack)(const Rows& rows, int64_t first, int64_t count, int64_t padded_rows, int64_t padded_dim, bool normalize,
                 Operand operand, float* inverse_norm, float* scratch, const Packed& out);
@@ -53,7 +54,7 @@ struct ProductTiles {
   // The largest |x|^2 of rows [first, first + count). `scratch`: padded dim floats.
   float (*largest_square)(const Rows& rows, int64_t first, int64_t count, float* scratch);
 
-  // out (rows, columns) = x (columns, rows)^T, both multiples of 16, of float32 or of pairs of bfloat16.
+  // out (rows, columns) = x (columns, rows)^T, both multiples of 16; elements are float32 or pairs of bfloat16.
   void (*transposed)(const float* x, int64_t rows, int64_t columns, float* out);
 
   // One row of a gradient: with z = x |inverse_norm|, z' likewise of `positive` (which may be null), and
@@ -66,7 +67,7 @@ struct ProductTiles {
   // <x, y>. `scratch`: 2 padded dim floats.
   double (*dot)(const void* x, const void* y, Element element, int64_t dim, float* scratch);
 
-  // C = [C +] A B, as common/gemm.h.
+  // C = [C +] A B, as in common/gemm.h.
   void (*gemm)(int64_t M, int64_t N, int64_t K, int64_t lda, int64_t ldb, int64_t ldc, bool add, const float* A,
                const float* B, float* C);
 };

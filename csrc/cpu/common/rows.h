@@ -1,4 +1,4 @@
-// Rows of any element type, to and from float32.
+// Loads and stores of rows of any element type, to and from float32.
 #pragma once
 
 #include "common/convert.h"
@@ -6,7 +6,7 @@
 
 namespace fastssl::FASTSSL_ISA {
 
-// x as float32, times `factor`, into `out`; zeros up to the padded length.
+// Writes x as float32, times `factor`, into `out`, and zeros up to the padded length.
 inline void load_row(const void* x, Element element, int64_t dim, float factor, float* out) {
   if (element == Element::Float32) {
     for (int64_t d = 0; d < dim; ++d) out[d] = static_cast<const float*>(x)[d] * factor;
@@ -18,7 +18,7 @@ inline void load_row(const void* x, Element element, int64_t dim, float factor, 
   for (int64_t d = dim; d % 32; ++d) out[d] = 0;
 }
 
-// The same, or x itself where that is what it would be.
+// The same, or x itself where that already is the result.
 inline const float* row_of(const void* x, Element element, int64_t dim, float factor, float* spare) {
   if (element == Element::Float32 && dim % 32 == 0 && factor == 1) return static_cast<const float*>(x);
   load_row(x, element, dim, factor, spare);

@@ -16,12 +16,12 @@ namespace fastssl {
 inline int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 inline int64_t pieces(int64_t x, int64_t size) { return (x + size - 1) / size; }
 
-// How many threads share M x N similarities of D features: one where more cost more than they bring.
+// How many threads share M x N similarities of D features: one where starting more would cost more than it gains.
 inline int threads_for(int64_t M, int64_t N, int64_t D, int threads = at::get_num_threads()) {
   return double(M) * double(N) * double(D) < double(1 << 20) ? 1 : threads;
 }
 
-// `task(i)` for i in [0, count), on that many threads; `done()` by each thread when it has no more.
+// Calls `task(i)` for i in [0, count) on `threads` threads; each thread calls `done()` when it has no more tasks.
 template <typename Task, typename Done>
 void run(int threads, int64_t count, const Task& task, const Done& done) {
   const auto tasks = [&](int64_t begin, int64_t end) {
@@ -40,10 +40,11 @@ void run(int threads, int64_t count, const Task& task) {
   run(threads, count, task, [] {});
 }
 
-// The calling thread's number among that many.
+// The calling thread's number among `threads`.
 inline int slot(int threads) { return threads == 1 ? 0 : at::get_thread_num(); }
 
-// How rows are cut: into `blocks` of `block` rows, `group` of which one task takes together, to read memory less often.
+// How rows are cut: into `blocks` blocks of `block` rows. One task takes `group` of them together, to read memory less
+// often.
 struct Cut {
   int64_t block, blocks, group;
 
@@ -52,8 +53,8 @@ struct Cut {
     const int64_t padded = round_up(std::max<int64_t>(dim, 1), kPadding);
     // A tile, its operands and its outputs share the second-level cache.
     block = padded <= 256 ? 256 : padded <= 768 ? 128 : 64;
-    // Every thread gets work in every round. Of a match that is one block for each thread; of a tournament two, and some
-    // more to even out.
+    // Every thread gets work in every round. A match needs one block for each thread, a tournament two, and some more
+    // to balance the load.
     while (block > 64 && rows < (symmetric ? 4 : 1) * threads * block) block /= 2;
     if (threads > 1 && rows < threads * block) block = 32;
     block = std::min(block, round_up(std::max<int64_t>(rows, 1), kPadding));
@@ -71,9 +72,9 @@ struct Cut {
   }
 };
 
-// Calls visit(I, J) for every pair of blocks I <= J. Two calls that share a block never run at once, and come in
-// the same order in every run: what a block gathers has the same bits, whatever thread runs which tile. Groups of
-// blocks are players of a round-robin tournament (the circle method).
+// Calls visit(I, J) for every pair of blocks I <= J. Two calls that share a block never run at once, and come in the
+// same order in every run: what a block gathers has the same bits whichever thread runs which tile. Groups of blocks
+// are the players of a round-robin tournament (the circle method).
 template <typename Visit, typename Done>
 void tournament(int threads, const Cut& cut, const Visit& visit, const Done& done) {
   const int64_t players = cut.groups();
@@ -85,7 +86,7 @@ void tournament(int threads, const Cut& cut, const Visit& visit, const Done& don
       });
     });
   }, done);
-  // The last player stays, the others turn; with an odd number one of them rests.
+  // The last player keeps its seat, the others rotate; with an odd number of players one rests in each round.
   const int64_t seats = players + players % 2, turning = seats - 1;
   for (int64_t round = 0; round < (players > 1 ? turning : 0); ++round) {
     run(threads, seats / 2, [&](int64_t table) {
@@ -98,8 +99,8 @@ void tournament(int threads, const Cut& cut, const Visit& visit, const Done& don
   }
 }
 
-// The same for every pair of a block of rows I and a block of columns J: in round k row group p meets column group
-// p + k, modulo the larger number of groups.
+// The same for every pair of a block of rows I and a block of columns J. In round k, group p of the side with fewer
+// groups meets group p + k of the other, modulo the larger number of groups.
 template <typename Visit, typename Done>
 void match(int threads, const Cut& rows, const Cut& columns, const Visit& visit, const Done& done) {
   const int64_t P = rows.groups(), Q = columns.groups(), rounds = std::max(P, Q);

@@ -1,9 +1,9 @@
 // Vectors of float as wide as the instruction set this file is compiled for.
 //
 // GCC's and Clang's vector extensions, not intrinsics: the same lines become AVX-512, AVX2, SSE2 or NEON.
-// A file that includes this is compiled once per instruction set, with FASTSSL_ISA naming it, and everything
-// in it lives in a namespace of that name. It must not include ATen or the standard library's templates: a
-// function that the linker may merge with another file's copy would bring AVX-512 to a CPU without it.
+// A file that includes this one is compiled once per instruction set, with FASTSSL_ISA naming it, and everything in it
+// lives in a namespace of that name. It must not include ATen or the standard library's templates: the linker may keep
+// one file's copy of an inline function for all files, and so bring AVX-512 to a CPU without it.
 #pragma once
 
 #include <cstdint>
@@ -51,9 +51,10 @@ inline float max(Vec v) {
 inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
 inline float max_of(float a, float b) { return a > b ? a : b; }
 
-// 2^t for t <= 127, to 1e-7 relative; 0 below -126 and at -inf; NaN for NaN.
+// 2^t for t <= 127, with a relative error of 1e-7; 0 below -126 and at -inf; NaN for NaN.
 // t = n + f with n the nearest integer: the float 1.5 2^23 + t holds n in its low bits, so one addition rounds,
-// and those bits shifted into the exponent's place multiply by 2^n. The polynomial is 2^f on [-1/2, 1/2], minimax.
+// and adding those bits, shifted into the exponent's place, multiplies by 2^n. The polynomial is the minimax
+// approximation of 2^f on [-1/2, 1/2].
 inline Vec exp2(Vec t) {
   const Vec round = broadcast(12582912.f);
   const Vec n = t + round;

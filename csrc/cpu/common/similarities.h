@@ -1,6 +1,6 @@
 // Tiles of similarities S = X Y^T.
 //
-// They are computed one at a time, in float32, used, and forgotten.
+// Each is computed in float32, used, and forgotten before the next.
 #pragma once
 
 #include <algorithm>
@@ -9,12 +9,12 @@
 
 namespace fastssl {
 
-// Tiles of S = factor X Y^T, and what is left out of it.
+// Tiles of S = factor X Y^T, and which entries are left out of it.
 struct Similarities {
   const Side& x;
   const Side& y;
-  float factor;            // of every entry: 1, or what `Exponent` wants
-  float excluded;          // what stands for an entry that is left out, and for padding
+  float factor;            // of every entry: Exponent::factor
+  float excluded;          // replaces entries that are left out, and padding
   const int64_t* exclude;  // the column to leave out of each row, or null
   bool diagonal;           // leave out the diagonal, where x and y are one side
 

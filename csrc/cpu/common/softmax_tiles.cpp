@@ -1,4 +1,4 @@
-// The inside of a tile of a softmax, compiled once per instruction set.
+// The work within one tile of a softmax, compiled once per instruction set.
 //
 // A tile is S = Z_I Z_J^T for two blocks of rows, in float32 and small enough for the second-level cache. The
 // forward pass turns it into row and column sums of 2^(c (S - origin)), c = scale log2(e); the backward pass into
@@ -8,9 +8,9 @@
 //
 // which then multiply Z_J (and, transposed, Z_I). Per entry that is two exponentials, or one where all rows and
 // columns share an origin: about a dozen vector instructions against the 2 D operations of the product itself.
-// The origin is subtracted first: near it, where the exponentials are large, the difference is exact.
-// Nothing here knows of diagonals or positives: the caller puts -inf (times the sign of c) where an entry is
-// not to count.
+// The origin is subtracted before the multiplication by c: near the origin, where the exponentials are large, the
+// difference is exact. Nothing here knows of diagonals or positives: the caller writes -inf (times the sign of c) where
+// an entry must not count.
 #include "common/softmax_tiles.h"
 
 #include "common/simd.h"
@@ -21,7 +21,7 @@ namespace {
 
 constexpr int64_t kMaxColumns = 256;  // of a tile
 
-// Where exponentials go beside their sums.
+// Where the exponentials themselves are stored, besides their sums.
 enum class Keep { Nowhere, Float32, BFloat16 };
 
 // Four rows at a time, so that a column's running sum is loaded and stored once for four exponentials.
@@ -89,8 +89,8 @@ void sum_exponentials(const float* S, int64_t ld, int64_t rows, int64_t columns,
   f(S, ld, rows, columns, c, origin, row_total, row_extreme, column_total, column_extreme, kept);
 }
 
-// Moves a row's origin, and the sum about it, to `extreme` if that lies further along `sign`. False if there is
-// nothing to sum: every entry seen so far, these included, is excluded.
+// Moves a row's origin, and the sum about it, to `extreme` if that lies further in the direction of `sign`. Returns
+// false if there is nothing to sum: every entry seen so far, including these, is excluded.
 bool move_origin(float extreme, float sign, float c, float& origin, double& total) {
   if (!(extreme <= sign * origin)) {
     total *= exp2(broadcast((origin - sign * extreme) * c))[0];
@@ -123,7 +123,7 @@ void sum_exponentials_online(const float* S, int64_t ld, int64_t rows, int64_t c
   }
 }
 
-// E's rows about an origin each, or a shared one.
+// The exponentials E, each row about its own origin or all about a shared one.
 void exponentials(float* S, int64_t ld, int64_t rows, int64_t columns, float c, const float* shared_origin,
                   double* row_total, float* row_extreme, float* sums, int64_t dim, void* half) {
   const float sign = c < 0 ? -1 : 1;

@@ -1,4 +1,4 @@
-// Weights of a softmax's gradient: tiles of exponentials times coefficients, and their products.
+// The weights of a softmax's gradient, which are exponentials times coefficients, tile by tile; and their products.
 #pragma once
 
 #include <cmath>
@@ -10,7 +10,8 @@
 
 namespace fastssl {
 
-// What a backward pass needs for each row of a side, padded: W's coefficient a_i, and the origin of its exponentials.
+// What a backward pass needs for each row of a side, padded: the coefficient a_i of its weights, and the origin of its
+// exponentials.
 struct Coefficients {
   Numbers<float> a, origin;
 
@@ -42,12 +43,12 @@ struct Coefficients {
   };
 };
 
-// The weights of tiles, and their products: W Y, which x's rows gather, and W^T X, which y's do.
+// The weights W of tiles, and their products: W Y, gathered by the rows of x, and W^T X, gathered by those of y.
 struct Weights {
   const Similarities& S;
   const Exponent& e;
   const Coefficients* rows;     // null: no term of rows
-  const Coefficients* columns;  // null: no term of columns
+  const Coefficients* columns;  // null: no term for columns
   const SoftmaxTiles& tile = FASTSSL_TABLE_IN_USE(softmax_tiles);
   Blocks tiles, narrow;
 
@@ -59,7 +60,8 @@ struct Weights {
         tiles(S.x.threads, S.x.cut.block * S.y.cut.block * 4),
         narrow(S.x.threads, S.x.engine.half() ? 2 * S.x.cut.block * S.y.cut.block * 2 : 0) {}
 
-  // Tile (I, J) of S is `tile_of()`, excluded entries and all, unless its exponentials were kept; it is overwritten.
+  // Where the caller puts tile (I, J) of S, with its excluded entries, unless its exponentials were kept; `multiply`
+  // overwrites it.
   float* tile_of() const { return tiles.floats(slot(S.x.threads)); }
 
   void multiply(int64_t I, int64_t J, const void* kept, Gathered* of_x, Gathered* of_y) const {
@@ -81,7 +83,7 @@ struct Weights {
     if (of_y) of_y->add_columns(J, half ? static_cast<void*>(pairs) : s, S.x, I);
   }
 
-  // The same, of the tile that was kept, or else computed anew.
+  // The same, for a tile that was kept or else is computed again.
   void compute_and_multiply(int64_t I, int64_t J, const KeptTiles& kept, Gathered* of_x, Gathered* of_y) const {
     const void* const exponentials = kept(I, J);
     if (!exponentials) S(I, J, tile_of());

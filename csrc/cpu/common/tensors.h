@@ -1,4 +1,4 @@
-// Tensors as kernels see them: their elements, and those of one number.
+// Tensors as kernels see them: their element types, and tensors of one number.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -13,7 +13,7 @@ namespace fastssl {
 
 using at::Tensor;
 
-// 0-d float32, or of `options`. More than that holds is infinite.
+// A 0-d tensor, of float32 or of `options`. A value too large for it becomes infinite.
 inline Tensor scalar(double value, const at::TensorOptions& options = at::kFloat) {
   const Tensor out = at::empty({}, options);
   if (out.scalar_type() != at::kFloat) return out.fill_(static_cast<float>(value));
@@ -21,7 +21,7 @@ inline Tensor scalar(double value, const at::TensorOptions& options = at::kFloat
   return out;
 }
 
-// Whether elements of x have kernels; and which they are then.
+// Whether there are kernels for the dtype of x.
 inline bool has_element(const Tensor& x) {
   return x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kHalf;
 }

@@ -1,4 +1,4 @@
-// Rows of tokens or of patches, wherever they lie.
+// Rows of tokens or of patches, whatever their strides.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -9,8 +9,8 @@
 
 namespace fastssl {
 
-// x, or what equals it, with the elements of each row of its last dimension side by side. Of what is expanded, such as
-// the gradient that sum() sends, one row is copied and not all.
+// x, or a copy equal to it, with unit stride in its last dimension. Of an expanded tensor, such as the gradient of
+// sum(), only the distinct rows are copied.
 inline Tensor with_unit_stride(const Tensor& x) {
   if (x.stride(-1) == 1) return x;
   Tensor distinct = x;
@@ -19,7 +19,7 @@ inline Tensor with_unit_stride(const Tensor& x) {
   return distinct.contiguous().expand(x.sizes());
 }
 
-// Rows (B, L, D) to read, numbered from 0 to B L.
+// The rows of a tensor (B, L, D), to be read, numbered from 0 to B L - 1.
 struct TokenRows {
   Tensor tensor;
   Element element;

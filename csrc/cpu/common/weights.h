@@ -1,4 +1,4 @@
-// Writing a tile of weights as the products that follow want it: in place, or rounded to bfloat16.
+// Writing a tile of weights in the layouts that the products after it read: in place, or rounded to bfloat16.
 #pragma once
 
 #include "common/convert.h"
@@ -10,7 +10,7 @@
 
 namespace fastssl::FASTSSL_ISA {
 
-// 2 kLanes numbers as bfloat16.
+// Stores 2 kLanes numbers as bfloat16.
 inline void store_bfloat16(Vec low, Vec high, uint16_t* out) {
 #ifdef __AVX512BF16__
   _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
@@ -22,7 +22,7 @@ inline void store_bfloat16(Vec low, Vec high, uint16_t* out) {
 #endif
 }
 
-// kLanes numbers as bfloat16, and back.
+// Stores kLanes numbers as bfloat16, and loads them again.
 inline void store_bfloat16(Vec v, uint16_t* out) {
 #ifdef __AVX512BF16__
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), (__m256i)_mm512_cvtneps_pbh((__m512)v));
@@ -54,8 +54,8 @@ inline void store_pair(Vec w0, Vec w1, uint16_t* half, int64_t ld, uint16_t* pai
 #endif
 }
 
-// The weights of a tile, weight(r, j) being those of row r from column j on: into S or, where `half` is given, as
-// bfloat16 in both layouts, two rows at a time. Those of two rows are known before the first is stored.
+// Stores the weights of a tile, two rows at a time: into S or, where `half` is given, as bfloat16 in both layouts.
+// weight(r, j) gives kLanes weights of row r from column j on; it is called for both rows before either is stored.
 template <typename Weight>
 inline void each_weight(float* S, int64_t ld, int64_t rows, int64_t columns, uint16_t* half, uint16_t* pairs,
                         const Weight& weight) {
