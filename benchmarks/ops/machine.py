@@ -51,16 +51,6 @@ def _cpuinfo(key: str) -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(key)), "")
 
 
-def available_memory() -> float:
-    """Bytes that can be allocated before the machine, or this process's control group, runs out."""
-    lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
-    available = [1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")]
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and limit.read_text().strip() != "max":
-        available.append(float(limit.read_text()) - float(used.read_text()))
-    return min(available, default=float("inf"))
-
-
 class OtherProcesses:
     """Measures, over a `with` block, the cores that processes other than this one kept busy, from Linux's count."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import concurrent.futures
-import ctypes
 import functools
 import gc
 import math
@@ -12,14 +11,14 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from benchmarks.ops import registry
-from benchmarks.ops.machine import OtherProcesses, Rates, available_memory
+from benchmarks.ops.machine import OtherProcesses, Rates
 from benchmarks.ops.registry import MODES, Benchmark, Contestant, Size
+from fastssl._meter import Meter, available_memory
 
 _SECONDS_PER_CONTESTANT = 2.0
 _REPEATS = (7, 500)
@@ -183,18 +182,12 @@ def _memory_of(op: str, size: Size, mode: str, name: str, kernel: str) -> float:
 
 
 def extra_memory(run: Callable[[], object]) -> float:
-    """Bytes by which `run` raises this process's peak resident memory over what was resident before (Linux)."""
+    """Bytes by which `run` raises this process's peak resident memory over what was resident before; NaN where that
+    cannot be measured."""
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # memory that the allocator kept would not count when used again
-    Path("/proc/self/clear_refs").write_text("5")  # peak := present
-    before = _peak_resident()
-    keep = run()  # noqa: F841
-    return _peak_resident() - before
-
-
-def _peak_resident() -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024.0 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+    with Meter(memory=True) as meter:
+        run()
+    return math.nan if meter.extra is None else float(meter.extra)
 
 
 def relative_error(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> float:

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from benchmarks.ops.machine import Rates
 from benchmarks.ops.measure import Measurement
+from fastssl._meter import format_bytes, format_seconds
 
 _QUIET = 0.1  # cores; the system's own housekeeping
 _MODES = {
@@ -58,7 +59,7 @@ def times(results: list[Measurement]) -> Grid:
         ours = case["fastssl"]
         errors = (f"{case[n].error:.0e}" for n in ("fastssl", "naive") if n in case)
         rows.append(
-            [mode, size, ours.note if math.isnan(ours.median) else _seconds(ours.median), _quartiles(ours)]
+            [mode, size, ours.note if math.isnan(ours.median) else format_seconds(ours.median), _quartiles(ours)]
             + [_against(case.get(name), ours) for name in names[1:]]
             + ["-" if math.isnan(ours.median) else f"{ours.floor_fraction:.0%}", " / ".join(errors)]
         )
@@ -163,24 +164,15 @@ def _against(baseline: Measurement | None, ours: Measurement) -> str:
     if baseline is None:
         return ""
     if math.isnan(baseline.median) or math.isnan(ours.median):
-        return baseline.note or _seconds(baseline.median)
-    return f"{baseline.median / ours.median:.3g}x ({_seconds(baseline.median)})"
+        return baseline.note or format_seconds(baseline.median)
+    return f"{baseline.median / ours.median:.3g}x ({format_seconds(baseline.median)})"
 
 
 def _quartiles(r: Measurement) -> str:
-    return "" if math.isnan(r.median) else f"{_seconds(r.quartile1)} - {_seconds(r.quartile3)}"
-
-
-def _seconds(value: float) -> str:
-    return f"{value:.3g} s" if value >= 1 else f"{value * 1e3:.3g} ms"
+    return "" if math.isnan(r.median) else f"{format_seconds(r.quartile1)} - {format_seconds(r.quartile3)}"
 
 
 def _bytes(r: Measurement | None) -> str:
     if r is None or math.isnan(r.extra_memory):
         return r.note if r else ""
-    return size(r.extra_memory)
-
-
-def size(value: float) -> str:
-    """Bytes in GiB or MiB."""
-    return f"{value / 2**30:.2f} GiB" if value >= 2**30 else f"{value / 2**20:.0f} MiB"
+    return format_bytes(r.extra_memory)

@@ -19,8 +19,8 @@ from rich.console import Console
 from torch import Tensor
 
 from benchmarks.twins.agreement import running
+from fastssl._meter import Meter, available_memory, own_memory
 from fastssl.train import METHODS, Method, Run, create, fit
-from fastssl.train.meter import Meter, available_memory
 
 SMALLEST = 256
 _SHARE = 0.75  # of the memory left
@@ -69,9 +69,7 @@ def _limit() -> float:
         return math.nan
     import resource
 
-    with open("/proc/self/status") as file:
-        used = 1024 * next(int(line.split()[1]) for line in file if line.startswith("VmData:"))
-    more = int(_SHARE * available_memory())
+    used, more = own_memory("VmData"), int(_SHARE * available_memory())
     resource.setrlimit(resource.RLIMIT_DATA, (used + more, used + more))
     return more
 

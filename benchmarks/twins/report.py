@@ -11,11 +11,11 @@ from typing import NamedTuple
 
 from rich.table import Table
 
-from benchmarks.ops.report import size
 from benchmarks.twins.agreement import DRIFT, LOOKS, TIMES
 from benchmarks.twins.figures import Plot
 from benchmarks.twins.losses import CHUNK, Cost
 from benchmarks.twins.results import Huge, Point, Result, Results
+from fastssl._meter import format_bytes, format_seconds
 
 _QUIET = 0.1  # cores; the system's own housekeeping
 FACTOR = 5  # how many times below the memory budget fastssl should stay, where naive exceeds it
@@ -273,7 +273,7 @@ def _marks(r: Result, place: int) -> str:
 
 
 def _seconds(value: float) -> str:
-    return "" if math.isnan(value) else f"{value:.2f} s" if value >= 1 else f"{1e3 * value:.3g} ms"
+    return "" if math.isnan(value) else format_seconds(value)
 
 
 def _size(value: float, limit: float = math.nan) -> str:
@@ -282,7 +282,7 @@ def _size(value: float, limit: float = math.nan) -> str:
         return ""
     if math.isinf(value):
         return f"more than {_size(limit)}"
-    return size(value)
+    return format_bytes(value)
 
 
 def write(results: Results, plots: Sequence[Plot], path: Path) -> None:

@@ -15,11 +15,11 @@ from rich.table import Table
 from torch import Tensor
 
 from fastssl import use_backend
+from fastssl._meter import Meter, available_memory, format_bytes, format_seconds
 from fastssl.functional import nt_xent
 from fastssl.train import Run, Step, fit, load, twins
 from fastssl.train.cli import RunParser, positive_float, positive_int, run
 from fastssl.train.files import check_writable
-from fastssl.train.meter import Meter, available_memory
 from fastssl.train.method import IMPLEMENTATIONS
 from fastssl.train.methods.simclr import SimCLR
 
@@ -66,16 +66,19 @@ def training_table(history: dict[str, list[Step]], accuracy: dict[str, float], u
         ratio = f"{values['naive'] / values['fastssl']:.2f}x" if known else ""
         return label, *(show(value) if value is not None else "n/a" for value in values.values()), ratio
 
+    def time(field: str) -> dict[str, float]:
+        return {name: median(getattr(s, field) for s in steps) for name, steps in timed.items()}
+
     def peak(field: str) -> dict[str, float | None]:
         return {name: max((getattr(s, field) for s in steps), default=None) for name, steps in metered.items()}
 
     table = Table(title="SimCLR, both ways", caption="Times are medians. Memory is what a step or its loss adds.")
     for column in ("", *history, "naive / fastssl"):
         table.add_column(column, justify="right" if column else "left")
-    table.add_row(*row("step time", {n: median(s.seconds for s in steps) for n, steps in timed.items()}, _time))
-    table.add_row(*row("loss time", {n: median(s.loss_seconds for s in steps) for n, steps in timed.items()}, _time))
-    table.add_row(*row("peak memory, step", peak("peak_bytes"), _size))
-    table.add_row(*row("peak memory, loss", peak("loss_peak_bytes"), _size))
+    table.add_row(*row("step time", time("seconds"), format_seconds))
+    table.add_row(*row("loss time", time("loss_seconds"), format_seconds))
+    table.add_row(*row("peak memory, step", peak("peak_bytes"), format_bytes))
+    table.add_row(*row("peak memory, loss", peak("loss_peak_bytes"), format_bytes))
     table.add_row("final loss", *(f"{steps[-1].loss:.4f}" for steps in history.values()))
     table.add_row("kNN accuracy", *(f"{accuracy[name]:.2%}" for name in history))
     table.add_row("kNN accuracy, random init", *(f"{untrained:.2%}" for _ in history))
@@ -96,13 +99,11 @@ def growing_batches(largest: int, console: Console) -> dict[str, list[Cost]]:
             fits = naive_bytes(rows) < 0.9 * available
             for name, cost in _cost(rows, list(costs) if fits else ["fastssl"]).items():
                 costs[name].append(cost)
-            naive = (
-                (_time(costs["naive"][-1].seconds), _size(costs["naive"][-1].bytes)) if fits else ("-", "does not fit")
-            )
-            fused = _time(costs["fastssl"][-1].seconds), _size(costs["fastssl"][-1].bytes)
-            table.add_row(f"{rows:,}", *naive, _size(naive_bytes(rows)), *fused)
+            naive, fused = ((format_seconds(cost[-1].seconds), _memory(cost[-1].bytes)) for cost in costs.values())
+            naive = naive if fits else ("-", "does not fit")
+            table.add_row(f"{rows:,}", *naive, format_bytes(naive_bytes(rows)), *fused)
             rows *= 2
-    table.caption = f"This machine has {_size(available)} available. Estimate: 13 bytes per pair of rows."
+    table.caption = f"This machine has {format_bytes(available)} available. Estimate: 13 bytes per pair of rows."
     console.print(table)
     return costs
 
@@ -159,14 +160,8 @@ def draw(history: dict[str, list[Step]], costs: dict[str, list[Cost]], title: st
     figure.savefig(path, dpi=150, format="png")
 
 
-def _time(seconds: float) -> str:
-    return f"{seconds:.1f} s" if seconds >= 10 else f"{1000 * seconds:,.1f} ms"
-
-
-def _size(size: float | None) -> str:
-    if size is None:
-        return "n/a"
-    return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.0f} MiB"
+def _memory(size: int | None) -> str:
+    return "n/a" if size is None else format_bytes(size)
 
 
 def main() -> None:
@@ -201,8 +196,8 @@ def main() -> None:
     costs = growing_batches(args.rows, console)
     largest = costs["fastssl"][-1]
     console.print(
-        f"At {largest.rows:,} rows naive PyTorch would need {_size(naive_bytes(largest.rows))}; "
-        f"fastssl took {_size(largest.bytes)} and {_time(largest.seconds)}."
+        f"At {largest.rows:,} rows naive PyTorch would need {format_bytes(naive_bytes(largest.rows))}; "
+        f"fastssl took {_memory(largest.bytes)} and {format_seconds(largest.seconds)}."
     )
     draw(history, costs, f"SimCLR on {images.name}, batch {args.batch_size:,}", args.output)
     console.print(f"Figure: {args.output}")

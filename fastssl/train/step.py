@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from fastssl import grad_cache, use_backend
+from fastssl._meter import Meter
 from fastssl.distributed import world_size
 from fastssl.train import parallel
 from fastssl.train.evaluate import Health, health
-from fastssl.train.meter import Meter
 from fastssl.train.method import IMPLEMENTATIONS, Method
 from fastssl.train.run import Run
 

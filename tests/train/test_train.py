@@ -22,10 +22,11 @@ from rich.console import Console
 
 import fastssl.train
 import fastssl.train.__main__ as command_line
+from fastssl import _meter
+from fastssl._meter import Meter, available_memory, format_bytes, format_seconds
 from fastssl.train import METHODS, DataError, Images, Method, Run, cli, create, fit, load, twins
 from fastssl.train.data import images as data
 from fastssl.train.evaluate import accuracies
-from fastssl.train.meter import Meter, available_memory
 from fastssl.train.step import train_step
 
 QUIET = Console(file=io.StringIO())
@@ -144,6 +145,41 @@ def test_available_memory_is_less_than_the_machine_has():
     with open("/proc/meminfo") as file:
         total = 1024 * int(file.readline().split()[1])
     assert 0 < available_memory() < total
+
+
+@needs_linux
+@pytest.mark.parametrize(
+    "folder, limit, used, cache",
+    [
+        (".", "memory.max", "memory.current", "inactive_file"),
+        ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ],
+)
+def test_available_memory_is_within_the_control_group(folder, limit, used, cache, tmp_path, monkeypatch):
+    """What its processes have taken is gone, but for cached files."""
+    monkeypatch.setattr(_meter, "_CGROUP", tmp_path)
+    group = tmp_path / folder
+    group.mkdir(exist_ok=True)
+    for name, text in ((limit, "1000000\n"), (used, "700000\n"), ("memory.stat", f"anon 600000\n{cache} 100000\n")):
+        (group / name).write_text(text)
+    assert available_memory() == 400000
+    (group / used).write_text("1200000\n")
+    assert available_memory() == 0
+    (group / limit).write_text("max\n" if folder == "." else f"{2**63 - 4096}\n")
+    assert available_memory() > 1 << 20
+
+
+@pytest.mark.parametrize(
+    "seconds, text",
+    [(2.5e-5, "0.025 ms"), (0.25, "250 ms"), (0.9999, "1.00 s"), (12.346, "12.35 s"), (4321, "4,321.00 s")],
+)
+def test_seconds_are_written_in_full(seconds, text):
+    assert format_seconds(seconds) == text
+
+
+@pytest.mark.parametrize("size, text", [(0, "0 MiB"), (1000 << 20, "1,000 MiB"), (13 << 34, "208.00 GiB")])
+def test_bytes_are_written_in_binary_units(size, text):
+    assert format_bytes(size) == text
 
 
 def command(monkeypatch, main, *arguments):

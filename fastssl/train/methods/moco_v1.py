@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastssl._meter import available_memory
 from fastssl.functional import info_nce
 from fastssl.nn import EMA, MemoryBank
-from fastssl.train.meter import available_memory
 from fastssl.train.two_views import TwoViews
 
 

@@ -1,4 +1,4 @@
-"""How long a block of code takes and how much memory it adds."""
+"""How long a block of code takes, how much memory it adds, how much is left, and how these are written."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 from types import TracebackType
 
-_STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_CGROUP = Path("/sys/fs/cgroup")
+_CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
 class Meter:
@@ -37,7 +38,7 @@ class Meter:
         if self.memory:
             ctypes.CDLL(None).malloc_trim(0)
             _CLEAR_REFS.write_text("5")
-            self.before = _status("VmRSS")
+            self.before = own_memory("VmRSS")
         self._start = time.perf_counter()
         return self
 
@@ -46,25 +47,45 @@ class Meter:
     ) -> None:
         self.seconds = time.perf_counter() - self._start
         if self.memory:
-            self.peak = _status("VmHWM")
+            self.peak = own_memory("VmHWM")
 
     @property
     def extra(self) -> int | None:
         return None if self.peak is None else self.peak - self.before
 
 
-def _status(field: str) -> int:
-    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(field + ":"))
-    return 1024 * int(line.split()[1])
+def own_memory(field: str) -> int:
+    """Bytes in a field of /proc/self/status, such as VmRSS (Linux)."""
+    return _kibibytes(Path("/proc/self/status"), field)
 
 
 def available_memory() -> int:
-    """Bytes that this process can still take: what the machine has available, within the container's limit."""
+    """Bytes that this process can still take: what the machine has available, within its control group's limit."""
     if sys.platform != "linux":
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    available = 1024 * int(lines["MemAvailable"].split()[0])
-    for limit in map(Path, ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")):
-        if limit.exists() and limit.read_text().strip() != "max":
-            available = min(available, int(limit.read_text()) - _status("VmRSS"))
-    return available
+    available = [_kibibytes(Path("/proc/meminfo"), "MemAvailable")]
+    for group, limit, used, cache in (
+        (_CGROUP, "memory.max", "memory.current", "inactive_file"),
+        (_CGROUP / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),  # version 1
+    ):
+        if (group / limit).exists() and (group / limit).read_text().strip() != "max":
+            # Files' cached pages count as used, and are given up when memory runs short.
+            statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            taken = int((group / used).read_text()) - int(statistics[cache])
+            available.append(int((group / limit).read_text()) - taken)
+    return max(0, min(available))
+
+
+def _kibibytes(path: Path, field: str) -> int:
+    line = next(line for line in path.read_text().splitlines() if line.startswith(field + ":"))
+    return 1024 * int(line.split()[1])
+
+
+def format_seconds(seconds: float) -> str:
+    """In seconds or milliseconds."""
+    return f"{seconds:,.2f} s" if seconds >= 0.9995 else f"{1e3 * seconds:.3g} ms"
+
+
+def format_bytes(size: float) -> str:
+    """In GiB or MiB."""
+    return f"{size / 2**30:,.2f} GiB" if size >= 2**30 else f"{size / 2**20:,.0f} MiB"
