@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastssl import reference
 from fastssl.ops._numbers import as_tensor
-from fastssl.ops._precision import accumulate_dtype, autocast_enabled
+from fastssl.ops._precision import accumulate_dtype, autocast_enabled, widen
 
 
 def as_scalar(scalar: float | Tensor, x: Tensor) -> Tensor:
@@ -30,7 +30,7 @@ def inverse(temperature: float | Tensor, x: Tensor) -> Tensor:
 
 def unit(x: Tensor) -> Tensor:
     """Unit rows, in the dtype of sums."""
-    return F.normalize(x.to(accumulate_dtype(x.dtype)), dim=-1)
+    return F.normalize(widen(x), dim=-1)
 
 
 def dot(x: Tensor, y: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ def of_reference(result: Tensor | tuple[Tensor, dict[str, Tensor]], x: Tensor) -
         return result
     if isinstance(result, tuple):
         return of_reference(result[0], x), result[1]
-    return result.to(accumulate_dtype(result.dtype))
+    return widen(result)
 
 
 def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:

@@ -7,14 +7,14 @@ from torch import Tensor
 from fastssl._arithmetic import without_autocast
 from fastssl.distributed.processes import ProcessGroup, mean_over_processes
 from fastssl.ops import correlation
-from fastssl.ops._precision import accumulate_dtype
+from fastssl.ops._precision import widen
 
 
 def center(z: Tensor, group: ProcessGroup | None) -> Tensor:
     """z minus the means of its columns over all processes, in the dtype of sums."""
     if group is None:
         return correlation.center(z)
-    z = z.to(accumulate_dtype(z.dtype))
+    z = widen(z)
     shifted = z - mean_over_processes(z[:1].detach(), group)  # nearly exact where a column is constant
     return shifted - mean_over_processes(shifted.mean(0), group)
 

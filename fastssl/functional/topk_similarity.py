@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastssl._arithmetic import unit, without_autocast
 from fastssl._checks import check_alike, check_features, check_flag, check_rows, check_size
-from fastssl.ops._precision import accumulate_dtype
+from fastssl.ops._precision import accumulate_dtype, widen
 
 _TOPK_COLUMNS, _TOPK_ELEMENTS = 1 << 14, 1 << 22  # of a block of similarities
 
@@ -60,6 +60,6 @@ def topk_similarity(query: Tensor, bank: Tensor, k: int, *, normalize: bool = Tr
 
 def _similarity(x: Tensor, y: Tensor, normalize: bool) -> Tensor:
     """x y^T, in the dtype of sums, under autocast too."""
-    x, y = (unit(t) if normalize else t.to(accumulate_dtype(t.dtype)) for t in (x, y))
+    x, y = (unit(t) if normalize else widen(t) for t in (x, y))
     with without_autocast(x):
         return x @ y.T

@@ -49,6 +49,11 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def widen(x: Tensor) -> Tensor:
+    """`x` in the dtype that its sums have: half precision becomes float32, float64 remains."""
+    return x.to(accumulate_dtype(x.dtype))
+
+
 def round_operand(x: Tensor, precision: str) -> Tensor:
     """`x` rounded to `precision`, held in its own dtype, so that a product of such tensors rounds only its sums."""
     if precision in ("bfloat16", "float16"):

@@ -39,12 +39,12 @@ from torch import Tensor
 
 from fastssl.ops._op import Op
 from fastssl.ops._portable import row_blocks
-from fastssl.ops._precision import accumulate_dtype, round_operand, round_weights
+from fastssl.ops._precision import accumulate_dtype, round_operand, round_weights, widen
 
 
 def center(z: Tensor) -> Tensor:
     """z minus the means of its columns, in the dtype of sums: exactly 0 where a column is constant."""
-    shifted = z.to(accumulate_dtype(z.dtype))
+    shifted = widen(z)
     shifted = shifted - shifted[:1]
     return shifted - shifted.mean(0)
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastssl.ops._op import Op
+from fastssl.ops._precision import widen
 
 
 def _portable(keys: Tensor, position: Tensor, new_keys: Tensor, normalize: bool) -> None:
@@ -20,7 +21,7 @@ def _portable(keys: Tensor, position: Tensor, new_keys: Tensor, normalize: bool)
     first = max(count - size, 0)
     entered = new_keys[first:]
     if normalize:
-        entered = F.normalize(entered.to(torch.promote_types(entered.dtype, torch.float32)), dim=1)
+        entered = F.normalize(widen(entered), dim=1)
     places = (position + torch.arange(first, count, device=keys.device)) % size
     keys.index_copy_(0, places, entered.to(keys.dtype, copy=True))  # they may be some of keys
     position.add_(count).remainder_(size)

@@ -29,7 +29,6 @@ from rich.console import Console
 
 from fastssl.distributed import gather_rows, rank, world_size
 from fastssl.train import METHODS, Method, Run, Step, checkpoint, create, fit, parallel
-from fastssl.train.methods.moco_v1 import MoCoV1
 from fastssl.train.networks.batch_norm import BatchNorm, synchronize
 from fastssl.train.networks.models import BagOfWords
 
@@ -48,8 +47,6 @@ def new(name: str, dtype: torch.dtype = torch.float64) -> Method:
         if isinstance(module, BagOfWords):
             module.words, module.dropout = nn.Embedding(200, module.features, padding_idx=0), nn.Dropout(0)
     method.to(dtype)
-    if isinstance(method, MoCoV1):
-        method.queue.float()  # as its queries and keys are
     views = method.views
     method.views = lambda *args: tuple(x.to(dtype) if x.is_floating_point() else x for x in views(*args))
     return method

@@ -19,7 +19,7 @@ from fastssl.functional.distillation.logits import (
     reduced,
 )
 from fastssl.ops import current_backend, distillation
-from fastssl.ops._precision import accumulate_dtype, product_precision
+from fastssl.ops._precision import product_precision, widen
 
 
 def prototype_distillation_loss(
@@ -107,7 +107,7 @@ def prototype_distillation_loss(
     precision = product_precision(first)
     x, y = (torch.cat([x for _, x in views]) if len(views) > 1 else views[0][1] for views in (students, teachers))
     if isinstance(student_temperature, Tensor) and needs_gradient(student_temperature):
-        x = x.to(accumulate_dtype(x.dtype)) / as_scalar(student_temperature, x)
+        x = widen(x) / as_scalar(student_temperature, x)
         student_temperature = 1.0
     constants = y.detach(), teacher_prototypes.detach(), constant
     temperatures = detached(student_temperature, teacher_temperature)

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from fastssl.ops._backend import current_backend
-from fastssl.ops._precision import accumulate_dtype
+from fastssl.ops._precision import widen
 
 EPS = 1e-12  # torch.nn.functional.normalize's
 
 
 def normalized_rows(z: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None]:
     """(z, norms): the rows in the dtype of sums, and the norms they were divided by (N, 1), unclamped."""
-    z = z.to(accumulate_dtype(z.dtype))
+    z = widen(z)
     if not normalize:
         return z, None
     # Through float64, so that rows of 1e-30 or 1e30 have a norm in float32.

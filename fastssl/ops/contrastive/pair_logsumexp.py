@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastssl.ops._op import Op
 from fastssl.ops._portable import pair_blocks, row_blocks, similarity
-from fastssl.ops._precision import accumulate_dtype, round_operand, round_weights
+from fastssl.ops._precision import accumulate_dtype, round_operand, round_weights, widen
 from fastssl.ops.contrastive._shared import nothing_kept, sums_of_exponentials
 
 
@@ -19,7 +19,7 @@ def _fake(x: Tensor, y: Tensor, scale: Tensor, exclude: Tensor | None, keep: int
 def pair_logsumexp_portable(
     x: Tensor, y: Tensor, scale: Tensor, exclude: Tensor | None, keep: int, precision: str
 ) -> tuple[Tensor, ...]:
-    x, y = (round_operand(t.to(accumulate_dtype(t.dtype)), precision) for t in (x, y))
+    x, y = (round_operand(widen(t), precision) for t in (x, y))
     row_total, row_shift = (x.new_zeros(x.shape[0]) for _ in range(2))
     column_total, largest = y.new_zeros(y.shape[0]), y.new_full((y.shape[0],), float("-inf"))
     column_shift = torch.zeros_like(column_total)

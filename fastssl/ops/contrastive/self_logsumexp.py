@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastssl.ops._op import Op
 from fastssl.ops._portable import row_blocks, similarity
-from fastssl.ops._precision import accumulate_dtype, round_operand, round_weights
+from fastssl.ops._precision import accumulate_dtype, round_operand, round_weights, widen
 from fastssl.ops.contrastive._shared import nothing_kept, sums_of_exponentials
 
 
@@ -17,7 +17,7 @@ def _fake(z: Tensor, scale: Tensor, keep: int, precision: str) -> tuple[Tensor, 
 
 
 def self_logsumexp_portable(z: Tensor, scale: Tensor, keep: int, precision: str) -> tuple[Tensor, Tensor, Tensor]:
-    z = round_operand(z.to(accumulate_dtype(z.dtype)), precision)
+    z = round_operand(widen(z), precision)
     rows = z.shape[0]
     total, shift = z.new_zeros(rows), z.new_zeros(rows)
     for block in row_blocks(rows, rows):

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastssl.ops._op import Op
 from fastssl.ops._portable import pair_blocks, row_blocks, similarity
-from fastssl.ops._precision import accumulate_dtype, round_operand, round_weights
+from fastssl.ops._precision import accumulate_dtype, round_operand, round_weights, widen
 from fastssl.ops.contrastive._shared import nothing_kept, sums_of_exponentials
 
 
@@ -24,7 +24,7 @@ def _fake(
 def row_sums(
     x: Tensor, y: Tensor, scale: Tensor, exclude: Tensor | None, weigh: bool, keep: int, precision: str
 ) -> tuple[Tensor, ...]:
-    x, y = (round_operand(t.to(accumulate_dtype(t.dtype)), precision) for t in (x, y))
+    x, y = (round_operand(widen(t), precision) for t in (x, y))
     rows, dim = x.shape
     total, shift, weighted = x.new_zeros(rows), x.new_zeros(rows), x.new_zeros(rows if weigh else 0, dim)
     for block in row_blocks(rows, y.shape[0]):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastssl.ops._op import Op
 from fastssl.ops._portable import row_blocks, similarity
-from fastssl.ops._precision import accumulate_dtype
+from fastssl.ops._precision import accumulate_dtype, widen
 from fastssl.ops.contrastive._shared import EPS, normalized_rows, through_norms
 from fastssl.ops.contrastive.self_logsumexp import self_logsumexp_portable, self_logsumexp_portable_backward
 
@@ -23,7 +23,7 @@ def class_sums(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     order = labels.sort().values
     first = torch.searchsorted(order, labels)
     count = torch.searchsorted(order, labels, right=True) - first
-    x = x.to(accumulate_dtype(x.dtype))
+    x = widen(x)
     # As many sums as rows, most of them empty, so that nothing waits for the number of labels.
     return torch.zeros_like(x).index_add(0, first, x).index_select(0, first), count
 

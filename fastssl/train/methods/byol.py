@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastssl.nn import EMA
+from fastssl.ops._precision import widen
 from fastssl.train.data.augment import STRONG
 from fastssl.train.networks.models import mlp
 from fastssl.train.two_views import TwoViews
@@ -40,8 +41,8 @@ class BYOL(TwoViews):
         return *predictions.chunk(2), *targets.chunk(2)
 
     def loss(self, prediction1: Tensor, prediction2: Tensor, target1: Tensor, target2: Tensor) -> Tensor:
-        similarity = F.cosine_similarity(prediction1.float(), target2.float())
-        similarity = similarity + F.cosine_similarity(prediction2.float(), target1.float())
+        similarity = F.cosine_similarity(widen(prediction1), widen(target2))
+        similarity = similarity + F.cosine_similarity(widen(prediction2), widen(target1))
         return (4 - 2 * similarity).mean()
 
     def after_step(self, *embeddings: Tensor) -> None:

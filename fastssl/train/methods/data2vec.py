@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fastssl.functional import block_masking_ids, masked_feature_loss
 from fastssl.nn import EMA
+from fastssl.ops._precision import widen
 from fastssl.train.data.augment import CROPPED
 from fastssl.train.method import Method
 from fastssl.train.networks.vit import ViT
@@ -72,7 +73,7 @@ class Data2Vec(Method):
         tokens = encoder.embed(images)
         for layer in encoder.layers[:-1]:
             tokens = layer(tokens)
-            outputs.append(F.layer_norm(tokens.float(), tokens.shape[2:]))
+            outputs.append(F.layer_norm(widen(tokens), tokens.shape[2:]))
         return torch.stack(outputs[-self.top_layers :]).mean(0)
 
     def loss(self, prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:

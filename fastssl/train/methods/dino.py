@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from fastssl.functional import dino_loss, ema_update_
 from fastssl.nn import EMA
+from fastssl.ops._precision import widen
 from fastssl.train.multi_crop import MultiCrop, by_size
 from fastssl.train.networks.models import image_encoder
 from fastssl.train.networks.prototypes import PrototypeHead
@@ -107,11 +108,11 @@ class DINO(MultiCrop):
         return dino_loss(logits[:-2], logits[-2:], center=self.center, **self.temperatures)
 
     def after_step(self, *logits: Tensor) -> None:
-        ema_update_([self.center], [torch.cat(logits[-2:]).float().mean(0)], self.center_momentum)
+        ema_update_([self.center], [widen(torch.cat(logits[-2:])).mean(0)], self.center_momentum)
         self.teacher.update(self.student)
 
     def monitored(self, *logits: Tensor) -> tuple[Tensor, ...]:
         return tuple(teacher - self.center for teacher in logits[-2:])
 
     def assignments(self, *logits: Tensor) -> Tensor:
-        return ((logits[-2].float() - self.center) / self.temperatures["teacher_temperature"]).softmax(1)
+        return ((widen(logits[-2]) - self.center) / self.temperatures["teacher_temperature"]).softmax(1)

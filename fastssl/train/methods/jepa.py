@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fastssl.functional import block_masking_ids, masked_feature_loss, restore_tokens
 from fastssl.nn import EMA
+from fastssl.ops._precision import widen
 from fastssl.train.data.augment import CROPPED
 from fastssl.train.method import Method
 from fastssl.train.networks.vit import ViT, layers, position_embedding
@@ -65,7 +66,7 @@ class JEPA(Method):
         context = self.to_predictor(self.encoder(images, ids_keep))
         prediction = self.predictor(restore_tokens(context, ids_restore, self.mask_token, self.pos_embed))
         with torch.no_grad():
-            target = self.teacher(images).float()
+            target = widen(self.teacher(images))
         return prediction, F.layer_norm(target, target.shape[2:]), mask
 
     def loss(self, prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:

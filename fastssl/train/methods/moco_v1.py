@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from fastssl._arithmetic import unit
 from fastssl._meter import available_memory
 from fastssl.functional import info_nce
 from fastssl.nn import EMA, MemoryBank
@@ -36,9 +36,9 @@ class MoCoV1(TwoViews):
         self.queue = MemoryBank(queue, 128)
 
     def forward(self, view1: Tensor, view2: Tensor) -> tuple[Tensor, Tensor]:
-        query = F.normalize(self.student(view1).float(), dim=1)
+        query = unit(self.student(view1))
         with torch.no_grad():
-            key = F.normalize(self.teacher(view2).float(), dim=1)
+            key = unit(self.teacher(view2))
         return query, key
 
     def loss(self, query: Tensor, key: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastssl.ops._precision import widen
 from fastssl.train.data.augment import STRONG
 from fastssl.train.networks.models import mlp
 from fastssl.train.two_views import TwoViews
@@ -28,6 +29,6 @@ class SimSiam(TwoViews):
         return *self.predictor(projections).chunk(2), *projections.detach().chunk(2)
 
     def loss(self, prediction1: Tensor, prediction2: Tensor, projection1: Tensor, projection2: Tensor) -> Tensor:
-        similarity = F.cosine_similarity(prediction1.float(), projection2.float())
-        similarity = similarity + F.cosine_similarity(prediction2.float(), projection1.float())
+        similarity = F.cosine_similarity(widen(prediction1), widen(projection2))
+        similarity = similarity + F.cosine_similarity(widen(prediction2), widen(projection1))
         return -similarity.mean() / 2
