@@ -363,6 +363,14 @@ def check_flag(name: str, flag: bool) -> bool:
     return flag
 
 
+def check_gather_distributed(gather_distributed: bool) -> bool:
+    """Of a loss that lightly has, which says at once that there are no processes to gather from."""
+    gather_distributed = check_flag("gather_distributed", gather_distributed)
+    if gather_distributed and not torch.distributed.is_available():
+        raise ValueError("gather_distributed must be False where torch.distributed is not available, got True")
+    return gather_distributed
+
+
 def _python_number(number: Any) -> Any:
     """numpy's numbers as Python's, whatever else as it is."""
     if isinstance(number, (int, float, Tensor)) or getattr(number, "shape", None) != ():

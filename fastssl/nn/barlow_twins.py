@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from fastssl._arithmetic import finish, without_autocast
-from fastssl._checks import check_batch, check_flag, check_number, check_pair
+from fastssl._checks import check_batch, check_gather_distributed, check_number, check_pair
 from fastssl.distributed import check_alike, default_group, gather_rows, rank, world_size
 from fastssl.distributed.correlation import correlate, standardize
 from fastssl.functional import barlow_twins, correlation_algorithm
@@ -35,9 +34,7 @@ class BarlowTwinsLoss(nn.Module):
         super().__init__()
         check_number("lambda_param", lambda_param)
         self.lambda_param = lambda_param
-        self.gather_distributed = check_flag("gather_distributed", gather_distributed)
-        if gather_distributed and not torch.distributed.is_available():
-            raise ValueError("gather_distributed must be False where torch.distributed is not available, got True")
+        self.gather_distributed = check_gather_distributed(gather_distributed)
 
     def forward(self, z_a: Tensor, z_b: Tensor) -> Tensor:
         """The loss.

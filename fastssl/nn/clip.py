@@ -130,7 +130,7 @@ class ClipLoss(nn.Module):
                 torch.distributed's default group, or output_dict is no flag.
         """
         output_dict = check_flag("output_dict", output_dict)
-        if self._overrides(ClipLoss, "get_logits", "get_ground_truth"):
+        if overrides(self, ClipLoss, "get_logits", "get_ground_truth"):
             logits = self.get_logits(image_features, text_features, logit_scale, logit_bias=logit_bias)
             loss = self._cross_entropy(*logits)
         else:
@@ -144,9 +144,6 @@ class ClipLoss(nn.Module):
                 nothing = 0 * check_scalar("logit_bias", logit_bias, image_features)
                 loss = loss + (nothing.to(loss) if isinstance(nothing, Tensor) else nothing)
         return {"contrastive_loss": loss} if output_dict else loss
-
-    def _overrides(self, original: type[nn.Module], *names: str) -> bool:
-        return any(getattr(type(self), name) is not getattr(original, name) for name in names)
 
     def _cross_entropy(self, per_image: Tensor, per_text: Tensor) -> Tensor:
         labels = self.get_ground_truth(per_image.device, per_image.shape[0])
@@ -185,6 +182,11 @@ class ClipLoss(nn.Module):
             f"local_loss={self.local_loss}, gather_with_grad={self.gather_with_grad}, rank={self.rank},"
             f" world_size={self.world_size}"
         )
+
+
+def overrides(module: nn.Module, original: type[nn.Module], *names: str) -> bool:
+    """Whether a subclass of the original has methods of these names of its own, which are then to be called."""
+    return any(getattr(type(module), name) is not getattr(original, name) for name in names)
 
 
 def _against_constants(image: Tensor, text: Tensor, logit_scale: float | Tensor, group: ProcessGroup) -> Tensor:

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from fastssl._arithmetic import dot, finish, inverse, logsumexp, unit
-from fastssl._checks import check_divisor, check_flag, check_pair, check_scalar, check_temperature, check_weights
+from fastssl._checks import (
+    check_divisor,
+    check_gather_distributed,
+    check_pair,
+    check_scalar,
+    check_temperature,
+    check_weights,
+)
 from fastssl._exponential_sums import row_sums
 from fastssl.distributed import Ring, default_group, rank, world_size
 from fastssl.functional import dcl
@@ -47,9 +54,7 @@ class DCLLoss(nn.Module):
             raise TypeError(f"weight_fn must be a function or None, got {type(weight_fn).__name__}")
         self.temperature = temperature
         self.weight_fn = weight_fn
-        self.gather_distributed = check_flag("gather_distributed", gather_distributed)
-        if gather_distributed and not torch.distributed.is_available():
-            raise ValueError("gather_distributed must be False where torch.distributed is not available, got True")
+        self.gather_distributed = check_gather_distributed(gather_distributed)
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
         """The mean loss.

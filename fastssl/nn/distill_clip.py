@@ -13,7 +13,7 @@ from fastssl._arithmetic import as_scalar, dot, finish
 from fastssl._checks import check_flag, check_pair, check_rows, check_same_device, check_scalar
 from fastssl.distributed import check_alike, default_group, gather_rows
 from fastssl.functional import similarity_logsumexp
-from fastssl.nn.clip import ClipLoss
+from fastssl.nn.clip import ClipLoss, overrides
 from fastssl.ops._precision import accumulate_dtype
 
 
@@ -60,7 +60,7 @@ class DistillClipLoss(ClipLoss):
         """
         output_dict = check_flag("output_dict", output_dict)
         teacher = dist_image_features, dist_text_features
-        if self._overrides(DistillClipLoss, "get_logits", "get_ground_truth", "dist_loss"):
+        if overrides(self, DistillClipLoss, "get_logits", "get_ground_truth", "dist_loss"):
             student_logits = self.get_logits(image_features, text_features, logit_scale)
             teacher_logits = self.get_logits(*teacher, dist_logit_scale)
             contrastive = self._cross_entropy(*student_logits)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastssl._arithmetic import dot, finish, unit
-from fastssl._checks import check_flag, check_pair, check_scalar, check_temperature
+from fastssl._checks import check_gather_distributed, check_pair, check_scalar, check_temperature
 from fastssl.distributed import check_alike, gather_rows, rank, world_size
 from fastssl.functional import nt_xent, similarity_logsumexp
 from fastssl.nn.memory_bank import MemoryBankModule, check_bank_size
@@ -47,12 +47,10 @@ class NTXentLoss(nn.Module):
         super().__init__()
         self.memory_bank = MemoryBankModule(check_bank_size("memory_bank_size", memory_bank_size), gather_distributed)
         self.temperature = temperature
-        self.gather_distributed = check_flag("gather_distributed", gather_distributed)
+        self.gather_distributed = check_gather_distributed(gather_distributed)
         number = check_scalar("temperature", temperature)
         if not isinstance(number, Tensor) and abs(number) < 1e-8:
             raise ValueError(f"temperature must be at least 1e-8 in magnitude, got {temperature}")
-        if gather_distributed and not torch.distributed.is_available():
-            raise ValueError("gather_distributed must be False where torch.distributed is not available, got True")
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
         """The mean loss.

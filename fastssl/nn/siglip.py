@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from fastssl._checks import check_choice, check_flag, check_positive, check_size
 from fastssl.distributed import ProcessGroup, check_alike, default_group, gather_rows
 from fastssl.functional import siglip_loss
+from fastssl.nn.clip import overrides
 
 _IMPLEMENTATIONS = ("bidir", "shift", "reduce", "gather")
 
@@ -98,9 +99,7 @@ class SigLipLoss(nn.Module):
         """
         output_dict = check_flag("output_dict", output_dict)
         group = None if self.world_size == 1 else default_group(self.rank, self.world_size)
-        if any(
-            getattr(type(self), name) is not getattr(SigLipLoss, name) for name in ("get_logits", "get_ground_truth")
-        ):
+        if overrides(self, SigLipLoss, "get_logits", "get_ground_truth"):
             loss = self._of_logits(image_features, text_features, logit_scale, logit_bias, group)
         else:
             bias = 0.0 if logit_bias is None else logit_bias

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastssl._arithmetic import finish
-from fastssl._checks import check_eps, check_flag, check_number, check_pair
+from fastssl._checks import check_eps, check_gather_distributed, check_number, check_pair
 from fastssl.distributed import check_alike, default_group, rank, world_size
 from fastssl.functional import vicreg
 from fastssl.ops._precision import accumulate_dtype
@@ -47,10 +47,8 @@ class VICRegLoss(nn.Module):
         self.lambda_param = lambda_param
         self.mu_param = mu_param
         self.nu_param = nu_param
-        self.gather_distributed = check_flag("gather_distributed", gather_distributed)
+        self.gather_distributed = check_gather_distributed(gather_distributed)
         self.eps = eps
-        if gather_distributed and not torch.distributed.is_available():
-            raise ValueError("gather_distributed must be False where torch.distributed is not available, got True")
 
     def forward(self, z_a: Tensor, z_b: Tensor) -> Tensor:
         """The loss.

@@ -123,7 +123,7 @@ def test_clip_numbers(name):
 def test_clip_bad_arguments():
     with pytest.raises(ValueError, match="use_horovod must be False.*True"):
         ours.ClipLoss(use_horovod=True)
-    with pytest.raises(ValueError, match="dist_impl must be 'bidir'.*got 'ring'"):
+    with pytest.raises(ValueError, match="dist_impl must be None, 'bidir'.*got 'ring'"):
         ours.SigLipLoss(dist_impl="ring")
     image, text, scale, bias = _clip_inputs(6, 8)
     for loss in (ours.ClipLoss, ours.SigLipLoss):
