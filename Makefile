@@ -26,5 +26,6 @@ clean:
 
 # Editable, so that what runs is the working tree. torch again, lest an extra bring another one.
 .venv/demo .venv/test .venv/bench: .venv/torch $(NATIVE)
+	@echo "Compiling the kernels: minutes for C++, and as many again for CUDA where nvcc is. CUDACXX=none leaves CUDA out."
 	$(BIN)/pip install "$(TORCH)" --editable ".[$(@F)]"
 	touch $@
