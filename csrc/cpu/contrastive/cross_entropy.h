@@ -1,4 +1,4 @@
-// The cross-entropy of a row of S whose positive was left out of its sum.
+// The cross-entropy of a row of S whose positive was left out of the sum of exponentials.
 #pragma once
 
 #include <cmath>
@@ -8,8 +8,8 @@
 
 namespace fastssl {
 
-// The softplus of n - p, n = shift + log(total) being the log-sum-exp of the negatives and p the positive's S. Its slope
-// is the derivative by n, and minus that by p. NaN where p is infinite.
+// softplus(n - p), where n = shift + log(total) is the log-sum-exp of the negatives and p the positive's entry of S.
+// Its slope is the derivative with respect to n, and minus that with respect to p. NaN where p is infinite.
 inline Softplus cross_entropy(float total, float shift, float p) {
   if (std::isinf(p)) p = std::numeric_limits<float>::quiet_NaN();
   return Softplus(total == 0 ? (std::isnan(p) ? p : -std::numeric_limits<double>::infinity())

@@ -2,13 +2,17 @@
 //
 //     loss_i = log sum_j exp(S_ij) - S_ii.
 //
-// As flash attention does, the forward pass takes sum_j E_ij k_j beside sum_j E_ij, and ends with the derivatives of
-// loss_i by q_i and by scale: 2 U, in units U = 2 N N D of floating-point operations (one product). What the backward
-// pass has to do for the queries is a scaling. The keys' own gradient, where wanted, is another U of tiles that were
-// kept (common/kept_tiles.h), 2 U of tiles that are computed again.
+// Algorithm. Like flash attention, the forward pass accumulates sum_j E_ij k_j along with sum_j E_ij, where E_ij is
+// exp(S_ij) up to a factor for each row. It ends with the derivatives of loss_i with respect to q_i and to scale, so
+// that the backward pass only scales them to get the gradient of the queries. The gradient of the keys, if it is
+// wanted, is the product of columns.h.
 //
-// The positive, whose weight does not average out, does not go through rounded products: it is left out of the tiles,
-// and applied to unrounded rows. A thread owns rows, backward columns: the bits do not depend on which.
+// Cost. In units U = 2 N N D of floating-point operations (one product): 2 U forward; for the keys' gradient 1 U of
+// tiles that were kept (common/kept_tiles.h), 2 U of tiles that are computed again.
+//
+// The positive's weight does not average out, so it does not go through rounded products: the positive is left out of
+// the tiles, and its terms are computed from unrounded rows. Each thread owns some rows (some columns in the backward
+// pass); the bits do not depend on which.
 #include <torch/library.h>
 
 #include "common/checks.h"
@@ -50,7 +54,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> info_nce(cons
   float* const out_query_slope = query_slope.mutable_data_ptr<float>();
   float* const out_scale_slope = scale_slope.mutable_data_ptr<float>();
 
-  // Row i, of which `sum` is sum_j E_ij k_j about the origin of its total.
+  // Finishes row i. `sum` is sum_j E_ij k_j, about the same origin as the row's total.
   const auto finish = [&](int64_t i, float* sum, float* spare) {
     out_positive[i] = static_cast<float>(dot_row(x, y, i, spare)) * e.scale;
     out_shift[i] = shift_of(sums.extreme[i], e);
@@ -105,11 +109,11 @@ std::tuple<Tensor, Tensor, Tensor> info_nce_backward(const Tensor& grad_loss, co
                     " of shape ", query_slope.sizes());
   const Tensor gradient = grad_loss.contiguous(), scale_slope = scale_slope_.contiguous();
   const float *const g = gradient.const_data_ptr<float>(), *const by_scale = scale_slope.const_data_ptr<float>();
-  double dscale = 0;
-  for (int64_t i = 0; i < count; ++i) dscale += double(g[i]) * by_scale[i];
-  const Tensor dquery = query_slope.mul(gradient.mul(scale).unsqueeze(1)).to(query.scalar_type());
-  const Tensor dkey = at::zeros({needs_key ? count : 0, key.size(1)}, key.options());
-  if (!needs_key || count == 0) return {dquery, dkey, scalar(dscale, scale.options())};
+  double grad_scale = 0;
+  for (int64_t i = 0; i < count; ++i) grad_scale += double(g[i]) * by_scale[i];
+  const Tensor grad_query = query_slope.mul(gradient.mul(scale).unsqueeze(1)).to(query.scalar_type());
+  const Tensor grad_key = at::zeros({needs_key ? count : 0, key.size(1)}, key.options());
+  if (!needs_key || count == 0) return {grad_query, grad_key, scalar(grad_scale, scale.options())};
 
   const Engine engine(precision);
   const int threads = threads_for(count, count, query.size(1));
@@ -131,8 +135,8 @@ std::tuple<Tensor, Tensor, Tensor> info_nce_backward(const Tensor& grad_loss, co
   Gathered gathered(y, false, &x);
   gather_columns({x, y, e.factor, e.excluded, nullptr, true}, e, rows, tiles, gathered);
   const Positives queries{x, positive_weight.data};
-  finish_side(gathered, &queries, e.scale, dkey);
-  return {dquery, dkey, scalar(dscale, scale.options())};
+  finish_side(gathered, &queries, e.scale, grad_key);
+  return {grad_query, grad_key, scalar(grad_scale, scale.options())};
 }
 
 TORCH_LIBRARY_IMPL(fastssl, CPU, m) {

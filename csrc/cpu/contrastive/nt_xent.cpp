@@ -3,8 +3,10 @@
 //
 //     loss_i = log sum_{j != i} exp(S_ij) - S_{i, pos(i)}.
 //
-// The positive's weight, the one that does not average out, does not go through rounded products: it is applied to
-// unrounded rows.
+// Algorithm and cost are those of symmetric.h. In units U = 2 N N D of floating-point operations (one product) the
+// forward pass takes U / 2, the backward pass U from tiles that were kept, 3 U / 2 from tiles that are computed again.
+//
+// The positive's weight does not average out, so it does not go through rounded products: it multiplies unrounded rows.
 #include <torch/library.h>
 
 #include <vector>
@@ -16,10 +18,10 @@
 namespace fastssl {
 namespace {
 
-// f(r, c, i, j) for every positive pair in tile (I, J) of NT-Xent's S: its place (r, c) in the tile and its rows (i, j).
+// Calls f(r, c, i, j) for every positive pair in tile (I, J) of S: its place (r, c) in the tile and its rows (i, j).
 template <typename F>
 void each_positive(const Side& z, int64_t I, int64_t J, const F& f) {
-  // Row i of the first half meets column i + B, row i of the second column i - B: two diagonals of the matrix.
+  // The positive of row i is column i + B in the first half, and i - B in the second: two diagonals of the matrix.
   const int64_t batch = z.rows.batch;
   for (const int64_t offset : {batch, -batch}) {
     const int64_t low = std::max({z.first(I), z.first(J) - offset, offset > 0 ? 0 : batch});
@@ -40,7 +42,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> nt_xent(const Tensor& z1, const Tenso
   const KeptTiles tiles(kept, {count, count, z1.size(1), z.threads, true}, engine, e.shared, z.largest_square,
                         z.largest_square, count);
   const Numbers<float> aligned(tiles.any() ? 0 : count);
-  // <z_i, z_pos(i)>, from the very tile that is summed. In what is kept the positive's weight is 0.
+  // <z_i, z_pos(i)>, from the same tile that is summed. In kept tiles the positive's exponential is set to 0.
   float* const alignment = tiles.any() ? tiles.numbers() : aligned.data;
   const Sums sums = sum_symmetric(
       {z, z, e.factor, e.excluded, nullptr, true}, e, tiles,
@@ -66,10 +68,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> nt_xent(const Tensor& z1, const Tenso
     for (int64_t i = begin; i < end; ++i) {
       const float origin = e.shared ? e.origin : sums.extreme[i];
       const double value = std::log(sums.total[i]) + e.step * (origin - alignment[i]);
-      // No loss is below 0, and a pair alone has none: what is left of it is rounding. Not 0, so that NaN stays NaN.
+      // No loss is negative, and that of a single pair is 0: anything else is rounding. value - value, not 0, so that
+      // NaN stays NaN.
       out[i] = static_cast<float>(value < 0 || count == 2 ? value - value : value);
       out_shift[i] = e.rest * origin;
-      // The backward pass will find the origin from the rounded shift: the total moves there.
+      // The backward pass recovers the origin from the rounded shift, so the total is moved to that origin.
       out_total[i] = static_cast<float>(sums.about(i, e, origin_of(out_shift[i], e)));
     }
   });
@@ -114,9 +117,9 @@ std::tuple<Tensor, Tensor, Tensor> nt_xent_backward(const Tensor& grad_loss, con
     weights.multiply(I, J, exponentials, &gathered, I == J ? nullptr : &gathered);
   }, [&] { engine.release(); });
 
-  const Tensor dz1 = at::empty(z1.sizes(), z1.options()), dz2 = at::empty(z2.sizes(), z2.options());
-  const Rows out{{dz1.mutable_data_ptr(), dz2.mutable_data_ptr()}, {z.rows.dim, z.rows.dim}, z.rows.batch, z.rows.dim,
-                 z.rows.element};
+  const Tensor grad_z1 = at::empty(z1.sizes(), z1.options()), grad_z2 = at::empty(z2.sizes(), z2.options());
+  const Rows out{{grad_z1.mutable_data_ptr(), grad_z2.mutable_data_ptr()}, {z.rows.dim, z.rows.dim}, z.rows.batch,
+                 z.rows.dim, z.rows.element};
   const Numbers<double> along(z.cut.blocks, 0);
   const float* const inverse_norm = z.inverse_norm.data;
   const Blocks scratches(z.threads, (z.dim + z.cut.block * z.dim) * 4);
@@ -130,9 +133,9 @@ std::tuple<Tensor, Tensor, Tensor> nt_xent_backward(const Tensor& grad_loss, con
                                      sums + r * z.dim, scratch, z.rows.element, const_cast<void*>(out[i]));
     }
   });
-  double dscale = 0;
-  for (int64_t b = 0; b < z.cut.blocks; ++b) dscale += along[b] / 2;  // in this order: deterministic
-  return {dz1, dz2, scalar(dscale, scale.options())};
+  double grad_scale = 0;
+  for (int64_t b = 0; b < z.cut.blocks; ++b) grad_scale += along[b] / 2;  // in fixed order
+  return {grad_z1, grad_z2, scalar(grad_scale, scale.options())};
 }
 
 TORCH_LIBRARY_IMPL(fastssl, CPU, m) {

@@ -1,12 +1,12 @@
-// Sums and gradients of S = scale X Y^T by rows and by columns.
+// Sums of the exponentials of S = scale X Y^T, over rows and over columns, and their gradients.
 //
-// Forward, a tile's exponentials go into the sums of its rows and of its columns: 1 U, in units U = 2 M N D of
-// floating-point operations (one product). Backward, they are turned into weights, which are multiplied twice, for
-// rows' gradients, W Y_J, and for columns', W^T X_I. 3 U in all where the forward pass keeps its tiles
+// Forward, a tile's exponentials are added to the sums of its rows and of its columns: 1 U, in units U = 2 M N D of
+// floating-point operations (one product). Backward, they are turned into weights W, which are multiplied twice, W Y_J
+// for the gradients of rows and W^T X_I for those of columns. That is 3 U in all where the forward pass keeps its tiles
 // (common/kept_tiles.h); a tile that was not kept is computed again: 4 U if none is.
 //
-// No two tiles that share a block run at once, and a block's tiles come in one order (`match`): the bits are the same
-// in every run, and depend on the number of threads only where that changes the cut.
+// No two tiles that share a block run at once, and a block's tiles come in a fixed order (`match`): the bits are the
+// same in every run, and depend on the number of threads only where that changes the cut.
 #pragma once
 
 #include <utility>
@@ -19,7 +19,7 @@
 
 namespace fastssl {
 
-// Sums of rows and of columns of all tiles of S, whose exponentials are kept as far as `kept` has room.
+// The sums of rows and of columns over all tiles of S. Exponentials are kept as far as `kept` has room.
 inline std::pair<Sums, Sums> sum_pair(const Similarities& S, const Exponent& e, const KeptTiles& kept) {
   const Side &x = S.x, &y = S.y;
   Sums rows(x.padded_count(), e), columns(y.padded_count(), e);
@@ -42,7 +42,7 @@ inline std::pair<Sums, Sums> sum_pair(const Similarities& S, const Exponent& e, 
   return {std::move(rows), std::move(columns)};
 }
 
-// The sides of a backward pass. What is only wanted to compute S again is not packed where all tiles were kept.
+// The sides of a backward pass. If all tiles were kept, operands that only serve to compute S again are not packed.
 struct DerivedPair {
   const KeptTiles& kept;
   Side x, y;
@@ -57,8 +57,8 @@ struct DerivedPair {
     kept.check(e.shared);
   }
 
-  // (dx, dy, dscale) from the weights of all tiles, and of a positive for each row and column unless null: the pair of
-  // x's and y's rows of one number.
+  // (grad_x, grad_y, grad_scale) from the weights of all tiles and, unless positive_weight is null, of the positive
+  // pairs (x_i, y_i).
   std::tuple<Tensor, Tensor, Tensor> differentiate(const int64_t* exclude, bool diagonal, const Coefficients& rows,
                                                    const Coefficients& columns, const float* positive_weight,
                                                    const Tensor& x_, const Tensor& y_, const Tensor& scale) const {
@@ -67,11 +67,11 @@ struct DerivedPair {
     Gathered of_x(x, true, nullptr), of_y(y, false, &x);
     match(x.threads, x.cut, y.cut, [&](int64_t I, int64_t J) { weights.compute_and_multiply(I, J, kept, &of_x, &of_y); },
           [&] { x.engine.release(); });
-    const Tensor dx = at::empty(x_.sizes(), x_.options()), dy = at::empty(y_.sizes(), y_.options());
+    const Tensor grad_x = at::empty(x_.sizes(), x_.options()), grad_y = at::empty(y_.sizes(), y_.options());
     const Positives columns_of{y, positive_weight}, rows_of{x, positive_weight};
-    const double dscale = finish_side(of_x, positive_weight ? &columns_of : nullptr, e.scale, dx);
-    finish_side(of_y, positive_weight ? &rows_of : nullptr, e.scale, dy);
-    return {dx, dy, scalar(dscale, scale.options())};
+    const double grad_scale = finish_side(of_x, positive_weight ? &columns_of : nullptr, e.scale, grad_x);
+    finish_side(of_y, positive_weight ? &rows_of : nullptr, e.scale, grad_y);
+    return {grad_x, grad_y, scalar(grad_scale, scale.options())};
   }
 };
 

@@ -1,4 +1,9 @@
-// log sum_{j != i} exp(scale <z_i, z_j>) on the CPU, for all rows i of Z.
+// The log-sum-exps of a symmetric S = scale Z Z^T without its diagonal, on the CPU:
+//
+//     rows_i = log sum_{j != i} exp(S_ij).
+//
+// Algorithm and cost are those of symmetric.h. In units U = 2 N N D of floating-point operations (one product) the
+// forward pass takes U / 2, the backward pass U from tiles that were kept, 3 U / 2 from tiles that are computed again.
 #include <torch/library.h>
 
 #include "common/checks.h"

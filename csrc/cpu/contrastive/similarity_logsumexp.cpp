@@ -1,10 +1,15 @@
-// log sum_j exp(S_ij) of rows on the CPU, S = scale X Y^T, with the column `exclude`[i] of row i left out.
+// The log-sum-exps of rows on the CPU: with S = scale X Y^T, M x N, and column exclude[i] of row i left out,
 //
-// As flash attention does, the forward pass takes sum_j E_ij y_j beside sum_j E_ij: dL/dX is then a scaling. 2 U, in
-// units U = 2 M N D of floating-point operations (one product), and nothing of Y is read again, which suits a queue. A
-// thread owns a range of columns, packs one block of them at a time, and meets all rows with it: no copy of the queue
-// is made. The threads' sums are united at the end. Y's own gradient, where wanted, is another U of tiles that were kept
-// (common/kept_tiles.h), 2 U of tiles that are computed again, by threads that own columns.
+//     rows_i = log sum_j exp(S_ij).
+//
+// Algorithm. Like flash attention, the forward pass accumulates sum_j E_ij y_j along with sum_j E_ij, where E_ij is
+// exp(S_ij) up to a factor for each row: the backward pass only scales it to get the gradient of X, and does not read
+// Y again, which suits a queue. A thread owns a range of columns, packs one block of them at a time, and multiplies all
+// rows with it, so no copy of the queue is made. The threads' sums are combined at the end. The gradient of Y, if it is
+// wanted, is the product of columns.h.
+//
+// Cost. In units U = 2 M N D of floating-point operations (one product): 2 U forward; for Y's gradient 1 U of tiles
+// that were kept (common/kept_tiles.h), 2 U of tiles that are computed again.
 #include <torch/library.h>
 
 #include "common/checks.h"
@@ -33,7 +38,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> similarity_logsumexp(const Tensor& x_
   Tensor kept = at::empty({keep}, at::kByte);
   const KeptTiles tiles(kept, {x.count, y.count, x.rows.dim, threads, false}, engine, e.shared && weigh,
                         x.largest_square, y.largest_square);
-  // The columns are split between threads, each with sums of its own; and where there are too few columns, the rows.
+  // The columns are split between threads, each with sums of its own; where there are too few columns, so are the rows.
   const int64_t splits = std::max<int64_t>(std::min<int64_t>(threads, y.cut.blocks), 1), padded = x.padded_count();
   const int64_t shares = pieces(threads, splits);
   const Sums parts(splits * padded, e);
@@ -105,11 +110,11 @@ std::tuple<Tensor, Tensor, Tensor> similarity_logsumexp_backward(
                     "weighted must be float32 of shape ", x_.sizes(), ", got ", weighted_.scalar_type(), " of shape ",
                     weighted_.sizes());
   const Tensor gradient = grad_total.contiguous(), weighted = weighted_.contiguous();
-  const Tensor dx = weighted.mul(gradient.unsqueeze(1)).mul_(scale).to(x_.scalar_type());
+  const Tensor grad_x = weighted.mul(gradient.unsqueeze(1)).mul_(scale).to(x_.scalar_type());
   const Tensor along = at::linalg_vecdot(weighted, x_.to(at::kFloat)).to(at::kDouble);
-  const Tensor dscale = gradient.to(at::kDouble).dot(along).to(scale.scalar_type());
-  const Tensor dy = at::zeros({needs_y ? y_.size(0) : 0, y_.size(1)}, y_.options());
-  if (!needs_y || x_.size(0) == 0) return {dx, dy, dscale};
+  const Tensor grad_scale = gradient.to(at::kDouble).dot(along).to(scale.scalar_type());
+  const Tensor grad_y = at::zeros({needs_y ? y_.size(0) : 0, y_.size(1)}, y_.options());
+  if (!needs_y || x_.size(0) == 0) return {grad_x, grad_y, grad_scale};
 
   const Tensor exclude = checked_exclude(exclude_, x_);
   const Engine engine(precision);
@@ -122,8 +127,8 @@ std::tuple<Tensor, Tensor, Tensor> similarity_logsumexp_backward(
   const Coefficients rows(gradient, shift, x, e);
   Gathered gathered(y, false, &x);
   gather_columns({x, y, e.factor, e.excluded, data_of(exclude), false}, e, rows, tiles, gathered);
-  finish_side(gathered, nullptr, e.scale, dy);
-  return {dx, dy, dscale};
+  finish_side(gathered, nullptr, e.scale, grad_y);
+  return {grad_x, grad_y, grad_scale};
 }
 
 TORCH_LIBRARY_IMPL(fastssl, CPU, m) {

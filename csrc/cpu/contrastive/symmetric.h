@@ -1,11 +1,12 @@
-// Sums and gradients of a symmetric S = scale Z Z^T, without its diagonal.
+// Sums of the exponentials of a symmetric S = scale Z Z^T without its diagonal, and their gradients.
 //
-// Only tiles (I, J) with I <= J are visited, each for its rows and for its columns. The forward pass costs U / 2, and
-// the backward pass U where tiles were kept (common/kept_tiles.h) and 3 U / 2 where they are computed again: 3 U / 2 to
-// 2 U in all, where eager PyTorch takes 3 U and keeps several N x N matrices.
+// Only tiles (I, J) with I <= J are visited, each for its rows and for its columns. In units U = 2 N N D of
+// floating-point operations (one product) the forward pass costs U / 2, and the backward pass U where tiles were kept
+// (common/kept_tiles.h) and 3 U / 2 where they are computed again: 3 U / 2 to 2 U in all, where eager PyTorch takes 3 U
+// and keeps several N x N matrices.
 //
-// No two tiles that share a block run at once, and a block's tiles come in one order (`tournament`): the bits are the
-// same in every run, and depend on the number of threads only where that changes the cut.
+// No two tiles that share a block run at once, and a block's tiles come in a fixed order (`tournament`): the bits are
+// the same in every run, and depend on the number of threads only where that changes the cut.
 #pragma once
 
 #include "common/exponents.h"
@@ -16,8 +17,8 @@
 
 namespace fastssl {
 
-// Row and column sums of all tiles I <= J of a symmetric S, whose exponentials are kept as far as `kept` has room.
-// `visit(I, J, tile)` sees a tile before entries are left out, `keep(I, J, exponentials)` what has been kept of it.
+// The sums of a symmetric S over its tiles I <= J. Exponentials are kept as far as `kept` has room.
+// `visit(I, J, tile)` gets each tile before entries are left out, `keep(I, J, exponentials)` what was kept of it.
 template <typename Visit, typename Keep>
 Sums sum_symmetric(const Similarities& S, const Exponent& e, const KeptTiles& kept, const Visit& visit,
                    const Keep& keep) {
@@ -53,12 +54,13 @@ inline Sums sum_symmetric(const Similarities& S, const Exponent& e, const KeptTi
   return sum_symmetric(S, e, kept, nothing, nothing);
 }
 
-// What Z is multiplied as in a backward pass.
+// The operands that a backward pass needs of Z.
 inline int roles_in_backward(const KeptTiles& kept) {
   return kWeighed | kWeighing | (kept.all() ? kNothing : kRows | kColumns);
 }
 
-// The gradients (dz, dscale) of a symmetric S, given those of its sums; they are added to what has been gathered.
+// The gradients (grad_z, grad_scale) of a symmetric S, given those of its sums. What `gathered` already holds is
+// included.
 inline std::tuple<Tensor, Tensor> differentiate_self(const Side& z, const Exponent& e, const Coefficients& p,
                                                      const KeptTiles& kept, Gathered& gathered, const Tensor& z_,
                                                      const Tensor& scale) {
@@ -68,9 +70,9 @@ inline std::tuple<Tensor, Tensor> differentiate_self(const Side& z, const Expone
   tournament(z.threads, z.cut, [&](int64_t I, int64_t J) {
     weights.compute_and_multiply(I, J, kept, &gathered, I == J ? nullptr : &gathered);
   }, [&] { z.engine.release(); });
-  const Tensor dz = at::empty(z_.sizes(), z_.options());
-  const double along = finish_side(gathered, nullptr, e.scale, dz);
-  return {dz, scalar(along / 2, scale.options())};
+  const Tensor grad_z = at::empty(z_.sizes(), z_.options());
+  const double along = finish_side(gathered, nullptr, e.scale, grad_z);
+  return {grad_z, scalar(along / 2, scale.options())};
 }
 
 }  // namespace fastssl
