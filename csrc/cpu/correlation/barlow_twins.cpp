@@ -1,4 +1,9 @@
-// Barlow Twins on the CPU (arXiv:2103.03230).
+// Barlow Twins on the CPU (arXiv:2103.03230): with A and B the standardised columns of two views (N, D) and
+// C = A^T B / N,
+//
+//     loss = invariance_param sum_i (C_ii - 1)^2 + lambda_param sum_{i != j} C_ij^2.
+//
+// Algorithms and cost are those of passes.cpp: of the order of N D min(N, D) operations, not N D D.
 #include <torch/library.h>
 
 #include "common/portable.h"
@@ -24,9 +29,9 @@ std::tuple<Tensor, Tensor> barlow_twins_backward(const Tensor& grad_loss, const 
                                                  double lambda_param, double eps, bool unbiased, bool dual,
                                                  c10::string_view precision) {
   const Views views({z_a, z_b}, true, eps, unbiased);
-  const auto dz = correlation::backward({views, invariance_param, 0, lambda_param}, grad_loss, {kept_a, kept_b}, dual,
-                                        precision);
-  return {dz[0], dz[1]};
+  const auto grad_z = correlation::backward({views, invariance_param, 0, lambda_param}, grad_loss, {kept_a, kept_b},
+                                            dual, precision);
+  return {grad_z[0], grad_z[1]};
 }
 
 TORCH_LIBRARY_IMPL(fastssl, CPU, m) {

@@ -1,7 +1,7 @@
-// The inside of a panel and of a tile of the correlation losses, compiled once per instruction set.
+// The work within a panel and within a tile of the correlation losses, compiled once per instruction set.
 //
-// Sums over rows are taken in two levels, kChunk rows at a time, so that their rounding errors grow as the square
-// root of what a plain loop's would.
+// Sums over rows are taken in two levels, kChunk rows at a time: their rounding error grows like the square root of
+// that of a plain loop.
 #include "correlation/correlation_tiles.h"
 
 #include "common/rows.h"
@@ -11,16 +11,16 @@
 namespace fastssl::FASTSSL_ISA {
 namespace {
 
-constexpr int64_t kChunk = 32;   // rows: kChunk of a panel's fit the first-level cache
-constexpr int64_t kColumns = 32;  // summed up in registers
+constexpr int64_t kChunk = 32;   // rows at a time, which fit the first-level cache
+constexpr int64_t kColumns = 32;  // columns at a time, whose sums fit registers
 constexpr int64_t kVectors = kColumns / kLanes;
 
 void fill(float* x, int64_t count, float value) {
   for (int64_t i = 0; i < count; ++i) x[i] = value;
 }
 
-// sums[c] = sum_n term(n, c), terms being vectors of columns from c on, each asked for once. `begin` is called with the
-// rows of each chunk before they are summed.
+// sums[c] = sum_n term(n, c). A term is a vector of columns from c on, and is asked for once. `begin` is called with
+// the rows of each chunk before they are summed.
 template <typename Begin, typename Term>
 inline void sum_rows(int64_t rows, int64_t width, float* sums, const Begin& begin, const Term& term) {
   fill(sums, width, 0);
@@ -41,7 +41,7 @@ inline void sum_rows(int64_t rows, int64_t width, float* sums, const Term& term)
   sum_rows(rows, width, sums, [](int64_t, int64_t) {}, term);
 }
 
-// Row n of some columns as float32, zero in padding.
+// Row n of the columns as float32, zero in padding.
 inline void load_columns(const Columns& z, int64_t n, float* out) {
   load_row(static_cast<const char*>(z.z[n]) + z.first * bytes_of(z.z.element), z.z.element, z.count, 1, out);
   fill(out + z.count, z.width - z.count, 0);
@@ -52,7 +52,7 @@ void standardise(const Columns& z, int64_t rows, int64_t padded_rows, bool divid
   const int64_t width = z.width;
   float* const shift = scratch;
   float* const mean = scratch + width;
-  // Of what is left when the first row is subtracted: a constant column is then exactly 0.
+  // The first row is subtracted before the mean is taken, so that a constant column becomes exactly 0.
   load_columns(z, 0, shift);
   const auto load_chunk = [&](int64_t from, int64_t to) {
     for (int64_t n = from; n < to; ++n) load_columns(z, n, panel + n * width);
@@ -153,7 +153,7 @@ void finish(float* P, const float* a, const float* b, const float* row_weight, i
   }
 }
 
-// In double: the squares of Gram matrices may be more than a float holds.
+// In double: the squares of a Gram matrix may be too large for a float.
 double inner(const float* x, const float* y, int64_t count) {
   double partial[4 * kLanes] = {};
   int64_t i = 0;

@@ -1,4 +1,4 @@
-// What the correlation losses do inside one panel of columns, or one tile: a table of plain functions, one per
+// What the correlation losses do within one panel of columns, or one tile: a table of plain functions, one per
 // instruction set. A panel is (rows, width) floats, width a multiple of 32.
 #pragma once
 
@@ -9,15 +9,15 @@
 
 namespace fastssl {
 
-constexpr int64_t kScratchRows = 64;  // `scratch` below has that many times width floats
+constexpr int64_t kScratchRows = 64;  // `scratch` below has kScratchRows width floats
 
-// Columns [first, first + count) of a tensor's rows, of a panel of width >= count.
+// Columns [first, first + count) of a tensor's rows, for a panel of width >= count.
 struct Columns {
   const Rows& z;
   int64_t first, count, width;
 };
 
-// How one column of a gradient comes of what is known of it; see `finish`.
+// The factors, one for each column, with which `finish` forms a gradient.
 struct ColumnTerms {
   const float* own;    // times a
   const float* other;  // times b
@@ -25,8 +25,8 @@ struct ColumnTerms {
 };
 
 struct CorrelationTiles {
-  // panel = z - mean, times 1 / sqrt(variance + eps) if `divide`, of all rows; zero in padding. Variances are sums of
-  // squares over `divisor`. mean, variance and rstd: of each of the padded columns.
+  // panel = z - mean for all rows, times rstd = 1 / sqrt(variance + eps) if `divide` (otherwise rstd = 1); zero in
+  // padding. A variance is a sum of squares over `divisor`. variance and rstd have an element for each padded column.
   void (*standardise)(const Columns& z, int64_t rows, int64_t padded_rows, bool divide, double eps, double divisor,
                       float* panel, float* variance, float* rstd, float* scratch);
 
@@ -36,9 +36,10 @@ struct CorrelationTiles {
   // sums[c] = sum_n (x_nc - y_nc)^2.
   void (*distances)(const Columns& x, const Columns& y, int64_t rows, float* sums, float* scratch);
 
-  // With dA = alpha (P + row_weight_n a) + own a + other b in each column, row_weight null being 0,
+  // With dA = alpha (P + row_weight_n a) + own a + other b in each column, where a null row_weight stands for 0, writes
   //     dz = factor (rstd (dA - mean(dA) - a sum(dA a) / divisor) + pull (x - y))
-  // into `out`, whose rows lie `stride` elements apart; the projection only if `divisor` is not 0. P is overwritten.
+  // into `out`, whose rows lie `stride` elements apart. The term with sum(dA a) is left out if `divisor` is 0. P is
+  // overwritten.
   void (*finish)(float* P, const float* a, const float* b, const float* row_weight, int64_t rows, float alpha,
                  const ColumnTerms& terms, double divisor, float pull, const Columns& x, const Columns& y, float factor,
                  float* scratch, Element element, int64_t stride, void* out);

@@ -1,7 +1,7 @@
 // From the gradients of standardised columns to those of the views, panel by panel.
 //
-// A panel is read once more and its gradient finished, the standardisation's derivative included, since that needs
-// nothing but the column.
+// A panel is read once more and its gradient is finished, including the derivative of the standardisation, which needs
+// nothing but the column itself.
 #pragma once
 
 #include <algorithm>
@@ -11,8 +11,8 @@
 
 namespace fastssl::correlation {
 
-// The gradients of the views, times `factor`, into `out`. `product(v, p, panel, free, out)` makes what P of `finish`
-// is, for panel p of view v; `done` is called by each thread that has made some.
+// Writes the gradients of the views, times `factor`, into `out`. `product(v, p, panel, free, out)` computes the P of
+// `finish` for panel p of view v; each thread calls `done` when it has no more panels.
 template <typename Product, typename Done>
 void derive(const Panels& panels, const Loss& loss, bool dual, const Tensor& diagonals, float factor,
             const std::vector<Tensor>& out, const Product& product, const Done& done) {
@@ -25,7 +25,7 @@ void derive(const Panels& panels, const Loss& loss, bool dual, const Tensor& dia
     float* const panel[2] = {P + elements, P + views * elements};
     float* const free = P + (views + 1) * elements;
     for (int v = 0; v < views; ++v) panels.standardise(v, p, panel[v], free);
-    if (loss.cross()) panels.compare(p, panel, free);  // for the terms
+    if (loss.cross()) panels.compare(p, panel, free);  // whose results loss.terms reads
     for (int v = 0; v < views; ++v) {
       product(v, p, panel, free, P);
       const int gram = loss.cross() ? 1 - v : v;

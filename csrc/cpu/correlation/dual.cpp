@@ -1,8 +1,11 @@
-// The dual algorithm. The forward pass makes the Gram matrices, of which symmetry leaves half: 1 U for both, in units U
-// = 2 N N D of floating-point operations (one product); the backward pass, dA = 2 (B B^T) A, dB = 2 (A A^T) B, is 2 U.
-// All that is kept between the two is the Gram matrices.
+// The dual algorithm: sum_ij (A^T B)_ij^2 = <A A^T, B B^T>.
 //
-// Their diagonals do not average out, so they do not go through rounded products: they multiply unrounded rows.
+// The forward pass computes the Gram matrices. They are symmetric, so half of each suffices: 1 U for both, in units
+// U = 2 N N D of floating-point operations (one product). The backward pass, dA = 2 (B B^T) A and dB = 2 (A A^T) B, is
+// 2 U. Only the Gram matrices are kept between the two.
+//
+// The diagonals of the Gram matrices do not average out, so they do not go through rounded products: they multiply
+// unrounded rows.
 #include "correlation/dual.h"
 
 #include <algorithm>
@@ -16,8 +19,8 @@ struct GramTile {
   int64_t view, I, J;  // blocks of rows I <= J
 };
 
-// The products of panels [first, last) of each view with themselves, tile by tile, into `sums` from `place` on.
-// `cross`: that two views' Gram matrices will be multiplied with each other.
+// Writes the products of panels [first, last) of each view with themselves, tile by tile, into `sums` from `place` on.
+// `cross`: whether the two views' Gram matrices will be multiplied with each other.
 void add_panels(const Panels& panels, int threads, int64_t first, int64_t last, const std::vector<GramTile>& tiles,
                 bool cross, const Blocks& sums, int64_t place) {
   const Engine& engine = panels.engine;
@@ -55,8 +58,8 @@ void add_panels(const Panels& panels, int threads, int64_t first, int64_t last, 
 
 }  // namespace
 
-// The Gram matrix of each view, (N, N). Small ones are summed up by every thread for itself, of its panels; large ones
-// by all threads together, tile by tile.
+// The Gram matrix of each view, (N, N). If it is small, each thread sums one up over its own panels, and these are
+// added; if it is large, the threads share its tiles.
 std::vector<Tensor> gram_matrices(const Panels& panels, bool cross) {
   const Cut& rows = panels.rows;
   const int threads = panels.threads;
@@ -86,7 +89,7 @@ std::vector<Tensor> gram_matrices(const Panels& panels, bool cross) {
       const float* const more = sums.floats(part * places + k);
       for (int64_t i = 0; i < panels.padded(I) * panels.padded(J); ++i) sum[i] += more[i];
     }
-    constexpr int64_t kSquare = 16;  // in squares of cache lines, for the sake of the mirrored ones
+    constexpr int64_t kSquare = 16;  // by squares whose rows and columns are cache lines: mirrored writes stay in them
     for (int64_t r0 = 0; r0 < panels.size(I); r0 += kSquare)
       for (int64_t c0 = 0; c0 < panels.size(J); c0 += kSquare)
         for (int64_t r = r0; r < std::min(r0 + kSquare, panels.size(I)); ++r)
@@ -118,7 +121,7 @@ void derive_dual(const Panels& panels, const Loss& loss, const std::vector<Tenso
   const int views = panels.views.count(), threads = panels.threads;
   const int64_t count = panels.views.rows, elements = panels.elements();
   const bool products = loss.alpha() != 0;
-  // Row block I of a Gram matrix, as the left operands (I, J), without the diagonal.
+  // Row block I of a Gram matrix without its diagonal, as left operands (I, J).
   const Blocks left(products ? views * rows.blocks : 0, rows.block * panels.padded_rows * engine.bytes());
   const Tensor diagonals = at::zeros({views, count}, at::kFloat);
   const Blocks spares(threads, 2 * rows.block * rows.block * 4);

@@ -1,4 +1,4 @@
-// The losses' parts, and what they make of the statistics of columns.
+// The parts of the losses, and the terms of their gradients that depend on statistics of single columns.
 #pragma once
 
 #include <algorithm>
@@ -8,18 +8,18 @@
 
 namespace fastssl::correlation {
 
-// A loss: its parts' weights, and what they make of the statistics.
+// A loss: the weights of its parts, and their values and derivatives given the statistics of the columns.
 struct Loss {
   const Views& views;
   double invariance_param, variance_param, off_param;
 
-  // Products of A and B, or of A with itself and of B with itself.
+  // Whether products are those of A with B (Barlow Twins), or of A with itself and of B with itself (VICReg).
   bool cross() const { return views.divide; }
-  // What the sum of squares off the diagonal counts.
+  // The factor of the sum of squares off the diagonal.
   double off_factor() const {
     return cross() ? 1 / (double(views.rows) * views.rows) : 1 / (views.dim * views.divisor * views.divisor);
   }
-  // What B (A^T B)^T counts in the gradient of A.
+  // The factor of B (A^T B)^T in the gradient of A.
   double alpha() const { return (cross() ? 2 : 4) * off_param * off_factor(); }
 
   template <typename F>
@@ -44,13 +44,13 @@ struct Loss {
       const float* const variance = panels.variance[v].const_data_ptr<float>();
       total += sum([&](int64_t i) {
         const double below = 1 - std::sqrt(variance[i] + views.eps);
-        return below < 0 ? 0 : below;  // keeps a NaN
+        return below < 0 ? 0 : below;  // NaN stays NaN
       });
     }
     return total / (double(views.dim) * views.count());
   }
 
-  // The sum of squares of the diagonal of A^T B, or of view v's A^T A, as the products have it.
+  // The sum of squares of the diagonal of A^T B, or of view v's A^T A, rounded as in the products.
   double diagonal(const Panels& panels, int v) const {
     const Tensor& exact = cross() ? panels.compared : panels.variance[v];
     const float* const value = (panels.rounded() ? panels.rounded_squares[v] : exact).const_data_ptr<float>();
@@ -58,13 +58,13 @@ struct Loss {
     return sum([&](int64_t i) { return factor * value[i] * factor * value[i]; });
   }
 
-  // What the distance of the two views counts in the gradient of either.
+  // The factor of z_a - z_b in the gradient of z_a, and of z_b - z_a in that of z_b.
   double pull() const {
     return cross() || views.count() == 1 ? 0 : 2 * invariance_param / (double(views.rows) * views.dim);
   }
 
-  // The terms of a panel's gradient that are not products of panels, into `out`, 2 width floats. With `dual` its
-  // products have the diagonal.
+  // The terms of a panel's gradient that are not products of panels, in `out`, 2 width floats. With `dual` the products
+  // include the diagonal of A^T B, which is subtracted here.
   ColumnTerms terms(const Panels& panels, int64_t p, int v, bool dual, float* out) const {
     const int64_t width = panels.width;
     float* const own = out;
@@ -81,7 +81,7 @@ struct Loss {
       const float* const variance = panels.of(panels.variance[v], p);
       for (int64_t c = 0; c < width; ++c) {
         const double deviation = std::sqrt(variance[c] + views.eps);
-        // A variance may be infinite.
+        // A variance may be infinite, and 0 times it NaN.
         const double diagonal = subtracted == 0 ? 0 : subtracted * variance[c] * views.divisor;
         own[c] = static_cast<float>((deviation < 1 ? -hinge / deviation : 0) - diagonal);
       }

@@ -1,5 +1,5 @@
-// Views, whose columns are taken in panels that fit the second-level cache: a panel is read, standardised, packed and
-// multiplied before the next.
+// Views, whose columns are processed in panels that fit the second-level cache: a panel is read, standardised, packed
+// and multiplied before the next one.
 #pragma once
 
 #include <algorithm>
@@ -18,7 +18,7 @@ struct Views {
   bool divide;
   double eps;
   int64_t rows, dim;
-  double divisor;  // of sums of squares: variances
+  double divisor;  // a variance is a sum of squares over this
 
   Views(std::vector<Tensor> tensors, bool divide, double eps, bool unbiased)
       : z(std::move(tensors)), divide(divide), eps(eps) {
@@ -39,13 +39,13 @@ struct Views {
   int count() const { return static_cast<int>(z.size()); }
 };
 
-// The columns of the views in panels, and what is known of each column once its panel has been standardised.
+// The columns of the views in panels, and the statistics of each column, known once its panel has been standardised.
 struct Panels {
   const Views& views;
   const Engine& engine;
   int threads;
   Cut rows;              // blocks of rows
-  int64_t width, count;  // columns of a panel, panels
+  int64_t width, count;  // of a panel; of panels
   int64_t padded_rows;
   Tensor variance[2], rstd[2];
   Tensor compared;            // sum_n a_ni b_ni, or of (z_a - z_b)^2, of each column
@@ -87,13 +87,13 @@ struct Panels {
   }
   Columns of(const Rows& view, int64_t p) const { return {view, p * width, columns(p), width}; }
 
-  // Panel p of view v, and its statistics.
+  // Computes panel p of view v, and its statistics.
   void standardise(int v, int64_t p, float* panel, float* scratch) const {
     tile.standardise(of(raw(v), p), views.rows, padded_rows, views.divide, views.eps, views.divisor, panel,
                      of(variance[v], p), of(rstd[v], p), scratch);
   }
 
-  // What the two views' panels p give together, once they are standardised.
+  // Computes `compared` from panels p of both views, once they are standardised.
   void compare(int64_t p, float* const* panels, float* scratch) const {
     if (views.count() == 1) return;
     if (views.divide) {
@@ -103,7 +103,7 @@ struct Panels {
     }
   }
 
-  // The gradient of view v's panel p, from its products P, as `finish` of the tiles has it.
+  // Computes the gradient of view v's panel p from its products P, as described at CorrelationTiles::finish.
   void finish(int64_t p, int v, float* P, float* const* panels, const float* row_weight, float alpha,
               const ColumnTerms& terms, double projection, float pull, float factor, float* scratch,
               const Tensor& out) const {
@@ -114,7 +114,7 @@ struct Panels {
                 static_cast<char*>(out.mutable_data_ptr()) + p * width * out.element_size());
   }
 
-  // The cells of a panel as operands; `out` are the panels' first.
+  // Writes the cells of a panel as operands; `out` points to the first cell of each.
   void arrange(float* panel, float* spare, const Packed& out) const {
     for (int64_t I = 0; I < rows.blocks; ++I) {
       const auto at = [&](void* operand) { return cell(operand, I, engine.bytes()); };

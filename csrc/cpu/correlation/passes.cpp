@@ -2,17 +2,20 @@
 // (arXiv:2105.04906).
 //
 // A and B are the views Z (N x D) with every column centred and, for Barlow Twins, divided by its standard deviation.
-// Both losses sum up the squares of a D x D matrix off its diagonal, of A^T B or of A^T A and B^T B:
+// Both losses sum the squares of the entries off the diagonal of D x D matrices, A^T B or A^T A and B^T B:
 //
-//     off(A, B) = sum_{i != j} (A^T B)_ij^2,     doff/dA = 2 B (A^T B)^T,     doff/dB = 2 A (A^T B),     no diagonal.
+//     off(A, B) = sum_{i != j} (A^T B)_ij^2,     doff/dA = 2 B (A^T B)^T,     doff/dB = 2 A (A^T B),
 //
-// Algorithms. Dual (dual.cpp) where N is the smaller, primal (primal.cpp) where D is.
+// where the gradients, too, leave out the diagonal of A^T B.
 //
-// Threads. No two that run at once write the same Gram tile, panel, or gradient, and sums come in one order: the bits
-// are the same in every run with as many threads.
+// Algorithms. Dual (dual.cpp) where N is less than D, in units of 2 N N D operations; else primal (primal.cpp), in
+// units of 2 N D D. Each file gives its cost.
 //
-// Rounding. Diagonals do not average out, so none goes through rounded products: C_ii are column sums of unrounded A B,
-// the Gram matrices' diagonals multiply unrounded rows.
+// Threads. No two threads write the same Gram tile, panel or gradient at the same time, and sums are taken in a fixed
+// order: the bits are the same in every run with the same number of threads.
+//
+// Rounding. Diagonals do not average out, so none goes through rounded products: C_ii are column sums of products of
+// unrounded A and B, and the diagonals of the Gram matrices multiply unrounded rows.
 #include "correlation/passes.h"
 
 #include <algorithm>
@@ -24,7 +27,7 @@
 namespace fastssl::correlation {
 namespace {
 
-// Standardises every panel and forgets it: for the statistics.
+// Standardises every panel for its statistics alone.
 void standardise_all(const Panels& panels) {
   const Blocks scratch(panels.threads, (2 * panels.elements() + panels.scratch()) * 4);
   run(panels.threads, panels.count, [&](int64_t p) {
@@ -35,10 +38,11 @@ void standardise_all(const Panels& panels) {
   });
 }
 
-// Panels of that many columns keep a view's rows in the second-level cache.
+// How many columns a panel may have for all its rows to stay in the second-level cache.
 int64_t panel_columns(int64_t rows) { return std::clamp<int64_t>((1 << 19) / rows / kPadding * kPadding, 64, 256); }
 
-// Tiles of that many columns are products worth their operands, and enough of them for all threads.
+// How many columns a tile has: many, so that products take longer than loading their operands, but few enough that
+// there are tiles for all threads.
 int64_t tile_columns(int64_t dim, int threads) {
   int64_t columns = 256;
   while (columns > 64 && pieces(dim, columns) * pieces(dim, columns) < 8 * threads) columns /= 2;

@@ -15,7 +15,7 @@ struct Result {
 
 Result forward(const Loss& loss, bool dual, bool derive, std::string_view precision);
 
-// The gradients of the views, from what the forward pass kept.
+// The gradients of the views, from the tensors that the forward pass kept.
 std::vector<Tensor> backward(const Loss& loss, const Tensor& grad_loss, const std::vector<Tensor>& kept, bool dual,
                              std::string_view precision);
 

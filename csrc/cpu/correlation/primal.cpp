@@ -1,8 +1,11 @@
-// The primal algorithm. A^T B is made in squares, each computed once and in the forward pass, for the loss and for both
-// gradients: 3 V, in units V = 2 N D D of floating-point operations. A^T A is symmetric: half the tiles, 3/2 V for each
-// view. Squares are forgotten; what is kept are the products A (A^T B) and B (A^T B)^T, which the backward pass
-// finishes, panel by panel. Operands are packed in cells of a block of rows by a block of columns, so that those of
-// every product fit the second-level cache.
+// The primal algorithm: with C = A^T B,
+//
+//     off = sum_{i != j} C_ij^2,     doff/dA = 2 B C^T,     doff/dB = 2 A C,     without the diagonal of C.
+//
+// C is computed in squares, each once, in the forward pass, for the loss and for both gradients: 3 V, in units
+// V = 2 N D D of floating-point operations. A^T A is symmetric: half the tiles, 3/2 V for each view. Squares are
+// forgotten; the products A C and B C^T are kept, and the backward pass finishes them, panel by panel. Operands are
+// packed in cells of a block of rows by a block of columns, so that those of every product fit the second-level cache.
 #include "correlation/primal.h"
 
 #include <algorithm>
@@ -13,8 +16,8 @@
 namespace fastssl::correlation {
 namespace {
 
-// All panels of a view Z as operands: of Z^T Z' from the left (`columns`) and from the right, and of Z W from the left
-// (`rows`). In float32 the last two are one.
+// All panels of a view Z as operands: left (`columns`) and right operands of Z^T Z', and left operands of Z W (`rows`).
+// In float32 the last two are the same.
 struct Operands {
   Blocks rows, columns, pairs;
   bool half;
@@ -26,29 +29,31 @@ struct Operands {
         half(panels.engine.half()) {}
 
   static int64_t bytes(const Panels& panels, bool wanted) { return wanted ? panels.elements() * panels.engine.bytes() : 0; }
-  // Panel p, to be written.
+  // Where panel p is to be packed.
   Packed operator[](int64_t p) const {
     return half ? Packed{rows[p], nullptr, pairs[p], columns[p]} : Packed{rows[p], columns[p], nullptr, nullptr};
   }
   const void* from_right(int64_t p) const { return half ? pairs[p] : rows[p]; }
 };
 
-// The sum of squares of C = A^T B off its diagonal; and if gradients are wanted, A C into `db` and B C^T into `da`,
-// (N, D) each. If a and b are one, so are da and db, which gets C^T's share but once.
+// The sum of squares of C = A^T B off its diagonal; and if gradients are wanted, A C into `grad_b` and B C^T into
+// `grad_a`, (N, D) each. If a and b are the same, so are grad_a and grad_b; what C and C^T share is then added only
+// once.
 //
-// A square of C is made, tile by tile, which the third-level cache holds; then every block of rows is multiplied with
-// it. So operands are read from memory once for each square, and nobody writes what another does.
-double multiply_views(const Panels& panels, const Operands& a, const Operands& b, const Tensor& da, const Tensor& db) {
+// A square of C, small enough for the third-level cache, is computed tile by tile; then every block of rows is
+// multiplied with it. So operands are read from memory once for each square, and no two threads write the same place.
+double multiply_views(const Panels& panels, const Operands& a, const Operands& b, const Tensor& grad_a,
+                      const Tensor& grad_b) {
   constexpr int64_t kSquare = 1024;  // columns
   const Engine& engine = panels.engine;
   const int threads = panels.threads;
-  const bool self = &a == &b, derive = db.defined(), half = engine.half();
+  const bool self = &a == &b, derive = grad_b.defined(), half = engine.half();
   const int64_t width = panels.width, blocks = panels.rows.blocks, area = width * width;
   const int64_t side = std::clamp<int64_t>(kSquare / width, 1, panels.count);
   const Blocks forth(derive ? side * side : 0, area * engine.bytes()), back(derive ? side * side : 0, area * engine.bytes());
   const Blocks scratch(threads, (area + std::max(area, panels.rows.block * width)) * 4);
   const auto at = [&](const void* panel, int64_t r) { return panels.cell(const_cast<void*>(panel), r, engine.bytes()); };
-  // cell (r, p) of a gradient [+]= sum_k z_k W_k
+  // Cell (r, p) of a gradient [+]= sum_k z_k W_k.
   const auto add_products = [&](const Operands& z, int64_t first, int64_t last, const Blocks& W, int64_t column,
                                 int64_t r, int64_t p, bool add, const Tensor& out) {
     float* cell = scratch.floats(slot(threads));
@@ -88,9 +93,9 @@ double multiply_views(const Panels& panels, const Operands& a, const Operands& b
       run(threads, derive ? blocks * cells : 0, [&](int64_t k) {
         const int64_t r = k / cells, c = k % cells;
         if (c < of_b) {
-          add_products(a, p0, p1, forth, c, r, q0 + c, p0 > 0, db);
+          add_products(a, p0, p1, forth, c, r, q0 + c, p0 > 0, grad_b);
         } else {
-          add_products(b, q0, q1, back, c - of_b, r, p0 + c - of_b, q0 > 0, da);
+          add_products(b, q0, q1, back, c - of_b, r, p0 + c - of_b, q0 > 0, grad_a);
         }
       }, done);
     }
@@ -104,7 +109,7 @@ double primal(const Panels& panels, const Loss& loss, const std::vector<Tensor>&
   const int64_t elements = panels.elements();
   const bool derive = products[0].defined();
   const Blocks scratch(threads, (2 * elements + std::max(panels.rows.block * panels.width, panels.scratch())) * 4);
-  // Panel p of view v, and its operands. In float32 it stays where its rows are.
+  // Standardises panel p of view v: in float32 in its place in the operand `rows`, else in `own`.
   const auto pack = [&](int v, int64_t p, const Operands& z, float* own, float* free) {
     float* const panel = z.half || !z.rows[p] ? own : z.rows.floats(p);
     panels.standardise(v, p, panel, free);

@@ -1,4 +1,4 @@
-// Where the views have fewer columns than rows: by the D x D matrix A^T B, or A^T A of each view.
+// For views with about as many rows as columns, or more: by the D x D matrix A^T B, or A^T A of each view.
 #pragma once
 
 #include <vector>
@@ -7,11 +7,11 @@
 
 namespace fastssl::correlation {
 
-// The sums of squares off the diagonals, together; and if `products` are defined, B (A^T B)^T and A (A^T B) into them,
-// or A (A^T A) and B (B^T B), (N, D) each.
+// The sum of all squares off the diagonals; and if `products` are defined, B (A^T B)^T and A (A^T B) into them, or
+// A (A^T A) and B (B^T B), (N, D) each.
 double primal(const Panels& panels, const Loss& loss, const std::vector<Tensor>& products);
 
-// The gradients of the views, times `factor`, into `out`, from those products.
+// Writes the gradients of the views, times `factor`, into `out`, given those products.
 void derive_primal(const Panels& panels, const Loss& loss, const std::vector<Tensor>& products, float factor,
                    const std::vector<Tensor>& out);
 

@@ -1,4 +1,12 @@
-// VICReg on the CPU (arXiv:2105.04906), and its variance and covariance of one view.
+// VICReg on the CPU (arXiv:2105.04906), and its variance and covariance terms for one view:
+//
+//     loss = lambda_param mean (z_a - z_b)^2
+//          + mu_param times the mean over views and columns of max(0, 1 - sqrt(var_i + eps))
+//          + nu_param times the sum over views of sum_{i != j} C_ij^2 / D,
+//
+// where var_i are the variances of a view's columns and C is its D x D covariance matrix.
+//
+// Algorithms and cost are those of passes.cpp: of the order of N D min(N, D) operations, not N D D.
 #include <torch/library.h>
 
 #include "common/portable.h"
@@ -24,9 +32,9 @@ std::tuple<Tensor, Tensor> vicreg_backward(const Tensor& grad_loss, const Tensor
                                            double mu_param, double nu_param, double eps, bool unbiased, bool dual,
                                            c10::string_view precision) {
   const Views views({z_a, z_b}, false, eps, unbiased);
-  const auto dz = correlation::backward({views, lambda_param, mu_param, nu_param}, grad_loss, {kept_a, kept_b}, dual,
-                                        precision);
-  return {dz[0], dz[1]};
+  const auto grad_z = correlation::backward({views, lambda_param, mu_param, nu_param}, grad_loss, {kept_a, kept_b},
+                                            dual, precision);
+  return {grad_z[0], grad_z[1]};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> variance_covariance(const Tensor& z, double mu_param, double nu_param,
