@@ -1,16 +1,16 @@
-// Autograd without Python, in which a small batch would spend more time than in its kernels.
+// Autograd in C++: in Python, a small batch would spend more time than in its kernels.
 //
-// The formulas are those of fastssl/ops/_derivative.py, which serve torch.compile, torch.func, other devices, and installs without this
-// library. Here they need no code of their own, as an operation and its backward operation agree on names. The
-// arguments of the latter are
+// The formulas are those of fastssl/ops/_derivative.py, which serve torch.compile, torch.func, other devices, and
+// installs without this library. Here they need no code of their own, because an operation and its backward operation
+// agree on names. The arguments of the latter are
 //
 //     grad_<output>   the gradient of an output; outputs without one are not differentiable
-//     needs_<input>   whether that input needs its gradient: if not, its values are not read, and may have changed
-//                     (of one input at most)
+//     needs_<input>   whether that input needs its gradient (for one input at most): if not, its values are not read,
+//                     and may have changed
 //     size_<input>    the shape of an input
 //     others          the input or the output of that name
 //
-// and it returns grad_<input>. The second derivative is the derivative of the backward operation, which is Python's.
+// and it returns grad_<input>. The second derivative is the derivative of the backward operation, taken in Python.
 #include <ATen/core/stack.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
@@ -33,9 +33,9 @@ struct Formula {
     kGradient,  // the gradient of outputs[index]
     kNeeds,     // whether inputs[index] needs its gradient
     kSaved,     // the tensor, or None, that has this index among inputs and outputs of the operation
-    kKept,      // the same of what is no tensor
-    kSize,      // the shape of the tensor that has it
-    kUnread,    // as kSaved, a tensor that is read for its own gradient alone
+    kKept,      // the value that has this index and is not a tensor
+    kSize,      // the shape of the tensor that has this index
+    kUnread,    // as kSaved, for a tensor that is only read for its own gradient
   };
   struct Argument {
     Kind kind;
@@ -44,8 +44,8 @@ struct Formula {
 
   c10::OperatorHandle backward;
   std::vector<Argument> arguments;
-  std::vector<size_t> inputs;   // of which it returns the gradients
-  std::vector<size_t> outputs;  // of which it takes the gradients
+  std::vector<size_t> inputs;   // those whose gradients it returns
+  std::vector<size_t> outputs;  // those whose gradients it takes
 
   explicit Formula(const std::string& name) : backward(find(name + "_backward")) {
     const c10::FunctionSchema& forward = find(name).schema();
@@ -103,7 +103,7 @@ struct Call {
 int64_t version_of(const Tensor& x) { return x.is_inference() ? 0 : x._version(); }
 
 struct Derivative : torch::autograd::Function<Derivative> {
-  // Of the inputs of which there are gradients, to the outputs of which there are.
+  // From the inputs that have gradients to the outputs that have gradients.
   static variable_list forward(AutogradContext* context, at::TensorList, const Call& call) {
     std::vector<IValue> values = call.inputs().vec();
     call.run_below_autograd();

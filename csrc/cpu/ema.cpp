@@ -2,17 +2,18 @@
 //
 //     target = momentum target + (1 - momentum) source
 //
-// of lists of tensors in one pass over memory: a target is read, its source is read, the target is written, 12 bytes for
-// each float32 parameter. All tensors together are cut into runs of equal length, and the threads share those: small
-// tensors cost no call each, and large ones are no thread's alone. Sums are float32, whatever the two sides are.
+// for lists of tensors, in one pass over memory: a target is read, its source is read, the target is written, 12 bytes
+// for each float32 parameter. All tensors together are cut into runs of equal length, and the threads share those: a
+// small tensor does not cost a call of its own, and a large one does not keep one thread busy alone. Arithmetic is
+// float32, whatever the dtypes of both sides.
 //
-// Where the source is what AdamW makes of a model (arXiv:1711.05101), in the same pass: with gradient g and step t
+// Where the source is a model that AdamW updates (arXiv:1711.05101), one pass does both: with gradient g and step t
 //
 //     m = beta1 m + (1 - beta1) g,  v = beta2 v + (1 - beta2) g^2
 //     param = (1 - lr weight_decay) param - lr / (1 - beta1^t) m / (sqrt(v / (1 - beta2^t)) + eps)
 //     ema = momentum ema + (1 - momentum) param
 //
-// 36 bytes for each float32 parameter, where one after the other they take 40: the teacher reads what is in the
+// That takes 36 bytes for each float32 parameter, and 40 in two passes: the teacher reads new parameters from the
 // first-level cache.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -29,26 +30,26 @@
 namespace fastssl {
 namespace {
 
-constexpr int64_t kRun = 1 << 15;  // elements of a run; fewer are one thread's
+constexpr int64_t kRun = 1 << 15;  // elements of a run; fewer are not worth another thread
 
-// A pair whose elements lie in memory in one order.
+// A target and its source, whose elements lie in memory in the same order.
 struct Pair {
   char* target;
   const char* source;
   Element target_element, source_element;
-  int64_t count, end;  // elements; with those of all pairs before it
+  int64_t count, end;  // elements of this pair; of this and all pairs before it
 };
 
 bool is_supported(const Tensor& x) { return has_element(x) || x.scalar_type() == at::kDouble; }
 
-// From the first to the last in memory.
+// How many elements lie in memory from the first to the last of x, both included.
 int64_t elements(const Tensor& x) {
   int64_t count = 1;
   for (int64_t d = 0; d < x.dim(); ++d) count += (x.size(d) - 1) * x.stride(d);
   return count;
 }
 
-// The addresses of a tensor.
+// The range of addresses of a tensor.
 struct Span {
   const char *begin, *end;
   const char* list;
@@ -63,10 +64,10 @@ struct Span {
         written(written) {}
 };
 
-// What is written may share memory with nothing.
+// A tensor that is written must not share memory with any other.
 void check_spans(std::vector<Span>& spans, const char* written) {
   std::sort(spans.begin(), spans.end(), [](const Span& x, const Span& y) { return x.begin < y.begin; });
-  const Span *last = nullptr, *last_written = nullptr;  // those that end last
+  const Span *last = nullptr, *last_written = nullptr;  // those that end last so far
   for (const Span& span : spans) {
     const Span* const before = span.written ? last : last_written;
     TORCH_CHECK_VALUE(!before || span.begin >= before->end, written, " must not share memory, got ", span.list, "[",
@@ -81,10 +82,11 @@ struct List {
   const char* name;
   at::TensorList tensors;
   bool written;
-  bool may_be_first;  // a tensor may be that of the first list
+  bool may_be_first;  // its tensors may be the same as those of the first list
 };
 
-// The lists must fit the first one, tensor by tensor. `written`: the names of those that are; `counts` are, too.
+// Checks that the lists fit the first one, tensor by tensor, and that tensors which are written share no memory.
+// `written`: the names of the lists that are written, for the message; `counts` are written, too.
 void check_lists(const std::vector<List>& lists, const char* written, at::TensorList counts = {}) {
   const List& first = lists[0];
   for (const List& list : lists)
@@ -126,7 +128,7 @@ void check_steps(at::TensorList steps, at::TensorList params) {
                       steps[i].sizes());
 }
 
-// visit(item, its first element, how many) of runs of all items, which the threads share.
+// Calls visit(item, first element, number of elements) for the runs of all items, which the threads share.
 template <typename Item, typename Visit>
 void for_runs(const std::vector<Item>& items, const Visit& visit) {
   at::parallel_for(0, items.empty() ? 0 : items.back().end, kRun, [&](int64_t first, int64_t last) {
@@ -146,7 +148,7 @@ void ema_update_(at::TensorList targets, at::TensorList sources, const Tensor& m
   const double momentum = momentum_.item<double>();
   std::vector<Pair> pairs;
   std::vector<Tensor> held;                        // copies of sources
-  std::vector<std::pair<Tensor, Tensor>> strided;  // targets, and what is to be copied into them
+  std::vector<std::pair<Tensor, Tensor>> strided;  // targets, and the tensors to be copied into them
   int64_t end = 0;
   for (size_t i = 0; i < targets.size(); ++i) {
     Tensor target = targets[i], source = sources[i];
@@ -176,7 +178,7 @@ void ema_update_(at::TensorList targets, at::TensorList sources, const Tensor& m
   for (const auto& [target, updated] : strided) target.copy_(updated);
 }
 
-// A parameter, what belongs to it, and what it is multiplied by. All lie in memory in one order.
+// A parameter with its gradient and its averages, whose elements lie in memory in the same order, and AdamW's numbers.
 struct Parameter {
   float* param;
   const float* grad;
@@ -184,7 +186,7 @@ struct Parameter {
   char* ema;
   Element ema_element;
   AdamWStep step;
-  int64_t count, end;  // elements; with those of all parameters before it
+  int64_t count, end;  // elements of this parameter; of this and all parameters before it
 };
 
 void adamw_ema_step_(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs, at::TensorList exp_avg_sqs,
@@ -213,7 +215,7 @@ void adamw_ema_step_(at::TensorList params, at::TensorList grads, at::TensorList
   const double lr = lr_.item<double>(), momentum = momentum_.item<double>();
   std::vector<Parameter> parameters;
   std::vector<Tensor> held;                        // copies
-  std::vector<std::pair<Tensor, Tensor>> strided;  // what is written, and what is to be copied into it
+  std::vector<std::pair<Tensor, Tensor>> strided;  // tensors that are written, and those to be copied into them
   int64_t end = 0;
   for (size_t i = 0; i < params.size(); ++i) {
     const double step = *steps[i].mutable_data_ptr<float>() += 1;

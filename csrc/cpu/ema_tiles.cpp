@@ -1,4 +1,4 @@
-// A run of elements of an exponential moving average, compiled once per instruction set.
+// The work of an exponential moving average on a run of elements, compiled once per instruction set.
 #include "ema_tiles.h"
 
 #include <cstring>
@@ -14,15 +14,16 @@ inline float lerp(float start, float end, float weight) {
   return weight < 0.5f ? start + apart * weight : end - apart * (1 - weight);
 }
 
-// near (1 - share) + far share; equal values stay as they are. 1 - share is rest + little: float32 would round it, and an
-// average of many steps would feel that. Both are above 0, so that an infinity stays one; no difference can overflow.
+// near (1 - share) + far share; equal values stay as they are. 1 - share = rest + little: float32 would round it, and
+// over many steps the error would add up. Both are positive, so that infinities stay infinite; no differences are
+// taken, which might overflow.
 template <typename Floats>
 inline Floats towards(Floats near, Floats far, float share, float rest, float little) {
   return near == far ? near : near * rest + (far * share + near * little);
 }
 
 void blend_floats(float* target, const float* source, int64_t count, Shares of) {
-  if (of.target == 0) {  // nothing of what it holds, be it NaN
+  if (of.target == 0) {  // the target's old value does not count, even if it is NaN
     std::memcpy(target, source, count * sizeof(float));
     return;
   }
@@ -56,7 +57,7 @@ void blend(void* target, Element target_element, const void* source, Element sou
 
 void adamw(float* param, const float* grad, float* exp_avg, float* exp_avg_sq, void* ema, Element ema_element,
            int64_t count, const AdamWStep& step, Shares of) {
-  constexpr int64_t kRun = 1024;  // elements that the first-level cache holds between the two
+  constexpr int64_t kRun = 1024;  // few enough to stay in the first-level cache between the two steps
   const auto [weight1, beta2, weight2, eps, decay, size, scale] = step;
   for (int64_t begin = 0; begin < count; begin += kRun) {
     const int64_t run = begin + kRun < count ? kRun : count - begin;

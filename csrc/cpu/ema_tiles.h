@@ -1,4 +1,4 @@
-// What an exponential moving average, and AdamW before it, does to a run of elements: a table of plain functions, one
+// What an exponential moving average does to a run of elements, alone or after AdamW: a table of plain functions, one
 // per instruction set.
 #pragma once
 
@@ -19,17 +19,17 @@ struct AdamWStep {
   float scale;  // 1 / sqrt(1 - beta2^t)
 };
 
-// Of a moving average: momentum, and 1 - momentum.
+// The weights of a moving average: momentum for the target, 1 - momentum for the source.
 struct Shares {
   float target, source;
 };
 
 struct EmaTiles {
-  // target = momentum target + (1 - momentum) source, in float32, of `count` elements.
+  // target = momentum target + (1 - momentum) source for `count` elements, in float32.
   void (*blend)(void* target, Element target_element, const void* source, Element source_element, int64_t count,
                 Shares of);
 
-  // AdamW's step of `count` elements, then ema = momentum ema + (1 - momentum) param. `ema` may be `param`.
+  // AdamW's step for `count` elements, then ema = momentum ema + (1 - momentum) param. `ema` may be `param`.
   void (*adamw)(float* param, const float* grad, float* exp_avg, float* exp_avg_sq, void* ema, Element ema_element,
                 int64_t count, const AdamWStep& step, Shares of);
 };

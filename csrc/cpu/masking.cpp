@@ -1,18 +1,18 @@
-// Moving tokens about on the CPU, as masked autoencoders do (MAE, arXiv:2111.06377).
+// Selecting and restoring tokens on the CPU, as masked autoencoders do (MAE, arXiv:2111.06377).
 //
 //     gather_tokens    out[b, k] = x[b, ids[b, k]]
 //     scatter_tokens   out[b, l] = sum of tokens[b, k] with ids[b, k] = l, `fill` where there is none
 //     restore_tokens   out[b, l] = x_visible[b, ids_restore[b, l]] or the mask token, + pos_embed[l]
 //
-// Every element is read once and written once, by one thread: each output is written whole, so nothing is zeroed first,
-// into large pages: else the system would take longer to hand out its memory than the kernel to fill it. Where several
-// terms are summed up, it is in float32 and in one order, by samples, then groups of samples, then threads: the error
-// grows with the length of the longest of these sums, not with that of all.
+// Cost: every element is read once and written once, by one thread. Outputs are written whole, so nothing is zeroed
+// first, and into large pages: with small ones the system would take longer to hand out the memory than the kernel
+// takes to fill it. Sums are float32 and in a fixed order: within a group of samples, then over groups, then over
+// threads. So the error grows with the length of the longest of these sums, not with the number of all terms.
 //
-// masking_ids draws a permutation of each sample: a hash of the seed and the position (SplitMix64), whose lowest bits
-// give way to the position itself, is sorted. block_masking_ids masks rectangles of random area, aspect and place, until
-// as many tokens are masked as shall be, or ten rectangles in a row did not fit; then single tokens (BEiT,
-// arXiv:2106.08254). Both are the same on every device; fastssl/ops/masking.py has them in PyTorch.
+// masking_ids draws a permutation for each sample: it sorts a hash (SplitMix64) of the seed and the position, whose
+// lowest bits are replaced by the position itself. block_masking_ids masks rectangles of random area, aspect ratio and
+// place until the wanted number of tokens is masked or ten rectangles in a row did not fit, then single tokens (BEiT,
+// arXiv:2106.08254). Both give the same ids on every device; fastssl/ops/masking.py has them in PyTorch.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
@@ -32,7 +32,7 @@
 namespace fastssl {
 namespace {
 
-constexpr int64_t kGrain = 1 << 15;  // elements that are worth a thread
+constexpr int64_t kGrain = 1 << 15;  // fewer elements are not worth another thread
 
 int64_t per_thread(int64_t elements) { return std::max<int64_t>(1, kGrain / std::max<int64_t>(elements, 1)); }
 
@@ -44,10 +44,10 @@ uint64_t mix(uint64_t x) {
   return x ^ x >> 31;
 }
 
-// Random number i of a seed, of 63 bits.
+// The i-th random number of a seed, 63 bits.
 uint64_t number(uint64_t seed, int64_t i) { return mix(seed + (static_cast<uint64_t>(i) + 1) * kStep) >> 1; }
 
-// The lowest bits that hold positions below `length`.
+// A mask of the lowest bits, as many as positions below `length` take.
 uint64_t position_bits(int64_t length) {
   int bits = 0;
   while (length > int64_t(1) << bits) ++bits;
@@ -91,9 +91,9 @@ std::tuple<Tensor, Tensor, Tensor> masking_ids(const Tensor& seed, int64_t batch
 struct BlockMask {
   int64_t height, width, low, high;
   at::IntArrayRef aspect_ratios;
-  std::vector<uint64_t> order;  // of single tokens
+  std::vector<uint64_t> order;  // in which single tokens are masked
 
-  // `masked`: height x width, of which `target` become 1, the others 0.
+  // Sets `target` of the height x width elements of `masked` to 1, the others to 0.
   void draw(uint64_t seed, int64_t target, char* masked) {
     constexpr int kAttempts = 10;
     constexpr int64_t kAspectOne = 1 << 16;
@@ -169,7 +169,7 @@ void check_ids(const char* name, const Tensor& ids, const Tensor& tokens) {
                     " must be int64 or int32, got ", ids.scalar_type());
 }
 
-// ids_restore as int64, from 0 to `keep`, which stands for all above.
+// ids_restore as int64, in [0, keep]: all ids above are replaced by `keep`.
 Tensor checked_places(const Tensor& ids_, int64_t keep) {
   const Tensor ids = ids_.to(at::kLong).clamp_max(keep).contiguous();
   const int64_t* const id = ids.const_data_ptr<int64_t>();
@@ -200,7 +200,7 @@ Tensor gather_tokens(const Tensor& x_, const Tensor& ids_) {
   return out;
 }
 
-// Rows to write, one after another.
+// Rows to be written one after the other.
 struct Target {
   char* data;
   int64_t bytes;
@@ -211,7 +211,7 @@ struct Target {
   char* operator[](int64_t i) const { return data + i * bytes; }
 };
 
-// out = the sum of the rows of one list, which is not empty. `sums`: dim floats.
+// out = the sum of the rows in one list of `places`, which is not empty. `sums`: dim floats.
 void write_sum(const MaskingTiles& tile, const Places& places, int64_t head, const TokenRows& rows, int64_t first,
                std::vector<float>& sums, char* out) {
   if (places.next[head] < 0) {
@@ -302,7 +302,7 @@ std::tuple<Tensor, Tensor, Tensor> restore_tokens_backward(const Tensor& grad_to
   const int64_t keep = size_x_visible[1];
   const Tensor ids = checked_places(ids_restore, keep);
   const Tensor grad_x_visible = empty_in_large_pages({batch, keep, dim}, grad_tokens.options());
-  // Each thread sums up its samples, in groups; then the threads' sums are united, in their order.
+  // Each thread adds up its samples, in groups; then the threads' sums are added, in their order.
   constexpr int64_t kGroup = 8;
   const int threads = at::get_num_threads();
   const Tensor grad_mask_token = at::zeros({threads, dim}, grad_tokens.options().dtype(at::kFloat));
@@ -316,7 +316,7 @@ std::tuple<Tensor, Tensor, Tensor> restore_tokens_backward(const Tensor& grad_to
     float* const masked = grad_mask_token.mutable_data_ptr<float>() + thread * dim;
     float* const position =
         needs_pos_embed ? grad_pos_embed.mutable_data_ptr<float>() + thread * length * dim : nullptr;
-    std::vector<Places> places(kGroup, Places(keep + 1, length));  // the last place: of masked ones
+    std::vector<Places> places(kGroup, Places(keep + 1, length));  // the last place is that of masked tokens
     std::vector<float> sums(dim), group(dim);
     for (int64_t begin = first; begin < last; begin += kGroup) {
       const int64_t count = std::min(kGroup, last - begin);

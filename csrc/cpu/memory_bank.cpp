@@ -2,8 +2,8 @@
 //
 //     keys[(position + i) mod size] = new_keys[i],  position = (position + B) mod size
 //
-// of the last `size` of B new keys, each divided by max(|x|, 1e-12) if `normalize`. One pass: a new key is read, twice if
-// normalized, the second time from the first-level cache, converted, and written to its place.
+// for the last `size` of B new keys, each divided by max(|x|, 1e-12) if `normalize`. One pass: each new key is read,
+// converted, and written to its place. To be normalised it is read twice, the second time from the first-level cache.
 #include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
 #include <ATen/MemoryOverlap.h>
@@ -19,9 +19,9 @@ namespace {
 
 using at::Tensor;
 
-constexpr int64_t kGrain = 1 << 15;  // elements that are worth a thread
+constexpr int64_t kGrain = 1 << 15;  // fewer elements are not worth another thread
 
-// max(|x|, 1e-12), by sums that do not wait for each other.
+// max(|x|, 1e-12), from several partial sums, which need not wait for each other.
 template <typename Wide, typename scalar_t>
 Wide norm(const scalar_t* x, int64_t dim) {
   constexpr int64_t kSums = 16;
@@ -33,7 +33,7 @@ Wide norm(const scalar_t* x, int64_t dim) {
   Wide total = 0;
   for (const Wide sum : sums) total += sum;
   const Wide root = std::sqrt(total);
-  return root < Wide(1e-12) ? Wide(1e-12) : root;  // NaN stays
+  return root < Wide(1e-12) ? Wide(1e-12) : root;  // NaN stays NaN
 }
 
 void enqueue_(const Tensor& keys, const Tensor& position, const Tensor& new_keys_, bool normalize) {

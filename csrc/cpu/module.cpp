@@ -1,4 +1,4 @@
-// fastssl._C: what is bound and is not a tensor operation. The operations go through PyTorch's dispatcher.
+// fastssl._C: bindings of what is not a tensor operation. Operations are reached through PyTorch's dispatcher.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/version.h>

@@ -4,14 +4,15 @@
 //     masked_patch_loss     loss[b, l] = |pred[b, l] - y|^2 / P,    y = patch l of image b, normalised, channels last
 //     masked_feature_loss   loss[b, l] = smooth L1, 1 - cosine, or mean square of pred[b, l] and target[b, l]
 //     gather_patches        out[b, k] = patch ids[b, k] of image b, channels first
-//     scatter_patches       the transpose: images of patches, summed up where several go to one place
+//     scatter_patches       the transpose: images made of patches, which are added where several go to the same place
 //
-// A thread takes masked patches one after another. Of each the elements are read, from images of any strides and
-// element, as float32, the mean and the deviation are taken and the channels are interleaved, as the prediction has
-// them, whose row is then compared with it. Meanwhile the next one's elements and prediction are fetched from memory,
-// where hardware would not look for them. The backward pass does all that again, and writes the gradient. Of P B L
-// elements, with a share m masked, 2 m P B L are read in either pass, and P B L are written in the second; nothing is
-// kept between them.
+// Algorithm. A thread takes masked patches one after the other. It reads a patch's elements as float32, from images of
+// any strides and dtype, takes their mean and deviation, interleaves the channels as in the prediction, and compares
+// the prediction's row with the result. Meanwhile it prefetches the next patch and its prediction, whose addresses the
+// hardware could not guess. The backward pass does all that again, and writes the gradient.
+//
+// Cost. Of P B L elements with a share m masked, each pass reads 2 m P B L and the backward pass writes P B L; nothing
+// is kept between the passes.
 #include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
@@ -32,16 +33,16 @@
 namespace fastssl {
 namespace {
 
-constexpr int64_t kGrain = 1 << 15;  // elements that are worth a thread
+constexpr int64_t kGrain = 1 << 15;  // fewer elements are not worth another thread
 
 int64_t grain_of(int64_t elements) { return std::max<int64_t>(1, kGrain / std::max<int64_t>(elements, 1)); }
 
 // How images (B, C, [T,] H, W) are cut into patches of sizes `patch`.
 struct Cutting {
   PatchShape shape;
-  int64_t sample;               // stride
+  int64_t sample;               // elements from one image to the next
   std::array<int64_t, 3> grid;  // patches along time, height and width
-  std::array<int64_t, 3> step;  // from one to the next, in elements
+  std::array<int64_t, 3> step;  // elements from one patch to the next, along each
 
   Cutting(at::IntArrayRef sizes, at::IntArrayRef strides, at::IntArrayRef patch) {
     TORCH_CHECK_VALUE((patch.size() == 2 || patch.size() == 3) && sizes.size() == patch.size() + 2,
@@ -74,7 +75,7 @@ struct Cutting {
     return b * sample + frame * step[0] + row % grid[1] * step[1] + l % grid[2] * step[2];
   }
 
-  // visit(offset) of each run of `shape.columns` elements, channels first, in a patch that begins at `start`.
+  // Calls visit(offset) for each run of `shape.columns` elements, channels first, in a patch that begins at `start`.
   template <typename Visit>
   void each_row(int64_t start, const Visit& visit) const {
     for (int64_t c = 0; c < shape.channels; ++c)
@@ -89,7 +90,7 @@ void check_element(const char* name, const Tensor& x) {
                     " must be floating-point, of 16, 32 or 64 bits, got ", x.scalar_type());
 }
 
-// What both losses ask of their arguments.
+// The checks that both losses make of their arguments.
 void check_rows(const Tensor& pred, const char* name, const Tensor& target, const Tensor& mask) {
   check_element("pred", pred);
   check_element(name, target);
@@ -105,7 +106,7 @@ void check_grad(const Tensor& grad_losses, const Tensor& mask) {
                     "grad_losses must have mask's shape, got ", grad_losses.sizes(), " and ", mask.sizes());
 }
 
-// visit(i, next) of those from `first` to below `last` that are masked, `next` being the one after i; of the last, i.
+// Calls visit(i, next) for each masked i in [first, last), where `next` is the next masked one, or i for the last.
 template <typename Visit>
 void each_masked(const bool* masked, int64_t first, int64_t last, const Visit& visit) {
   const auto from = [=](int64_t i) { return std::find(masked + i, masked + last, true) - masked; };
@@ -115,8 +116,8 @@ void each_masked(const bool* masked, int64_t first, int64_t last, const Visit& v
   }
 }
 
-// What is compared is a `source`: of row i source.rows(i, next, spare), where `spare` has room for two rows and `next`
-// is the row whose memory shall be fetched meanwhile.
+// A `source` gives the rows to compare: source.rows(i, next, spare) those of row i, where `spare` has room for two
+// rows, and row `next` is prefetched meanwhile.
 
 // The losses (B, L).
 template <typename Source>
@@ -140,12 +141,12 @@ template <typename Source>
 Tensor losses_backward(const Tensor& grad_, const Tensor& pred, const Tensor& mask_, Loss loss, float beta,
                        const Source& source) {
   const Tensor mask = mask_.contiguous(), grad = grad_.to(at::kFloat).contiguous();
-  const Tensor dpred = empty_in_large_pages(pred.sizes(), pred.options());
+  const Tensor grad_pred = empty_in_large_pages(pred.sizes(), pred.options());
   const PatchTiles& tile = FASTSSL_TABLE_IN_USE(patch_tiles);
   const int64_t count = pred.size(2), bytes = count * pred.element_size();
   const bool* const masked = mask.const_data_ptr<bool>();
   const float* const factor = grad.const_data_ptr<float>();
-  char* const to = static_cast<char*>(dpred.mutable_data_ptr());
+  char* const to = static_cast<char*>(grad_pred.mutable_data_ptr());
   at::parallel_for(0, mask.numel(), grain_of(count), [&](int64_t first, int64_t last) {
     std::vector<float> spare(2 * count), target(2 * count);
     int64_t written = first;
@@ -156,7 +157,7 @@ Tensor losses_backward(const Tensor& grad_, const Tensor& pred, const Tensor& ma
     });
     std::memset(to + written * bytes, 0, (last - written) * bytes);
   });
-  return dpred;
+  return grad_pred;
 }
 
 Norm norm_of(c10::string_view name) {
@@ -165,7 +166,7 @@ Norm norm_of(c10::string_view name) {
   return name == "none" ? Norm::None : name == "patch" ? Norm::Patch : Norm::Channel;
 }
 
-// Predictions, and the patches that they are compared with.
+// Source: predictions, and the patches that they are compared with.
 struct MaskedPatches {
   TokenRows pred;
   const char* images;
@@ -216,7 +217,7 @@ Loss loss_of(c10::string_view name) {
   return name == "smooth_l1" ? Loss::SmoothL1 : name == "cosine" ? Loss::Cosine : Loss::MeanSquare;
 }
 
-// Predictions, and the features that they are compared with.
+// Source: predictions, and the features that they are compared with.
 struct MaskedFeatures {
   TokenRows pred, target;
 

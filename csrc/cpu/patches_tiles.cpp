@@ -1,4 +1,4 @@
-// One patch of the losses on masked patches, compiled once per instruction set.
+// The work on one patch in the losses on masked patches, compiled once per instruction set.
 #include "patches_tiles.h"
 
 #include "common/convert.h"
@@ -12,7 +12,7 @@ inline Vec absolute(Vec x) { return x < 0.f ? -x : x; }
 inline float sign(float x) { return x > 0.f ? 1.f : x < 0.f ? -1.f : x; }
 inline Vec sign(Vec x) { return x > 0.f ? broadcast(1.f) : x < 0.f ? broadcast(-1.f) : x; }
 
-// Memory that will be needed next, fetched while a loop runs: with element i of the loop what is i * step bytes on.
+// Memory that will be needed next, prefetched while a loop runs: at element i of the loop, what lies i * step bytes on.
 struct Next {
   const char* data = nullptr;
   int64_t step = 0;
@@ -22,7 +22,7 @@ struct Next {
   }
 };
 
-// The sum of term(x, y) over all elements, of vectors of them where `term` is given one.
+// The sum of term(x, y) over all elements. `term` takes vectors of elements, and single ones at the end.
 template <typename Term>
 inline float sum_of(const float* x, const float* y, int64_t count, Term term, Next next = {}) {
   constexpr int kSums = 4;
@@ -79,19 +79,20 @@ void narrow(const float* x, Element element, int64_t count, void* out) {
   }
 }
 
-// What normalises elements: (x - mean) * scale.
+// The normalisation of elements: (x - mean) * scale.
 struct Standard {
   float mean, scale;
 };
 
-// The variance is unbiased, and taken of the differences from the mean.
+// The variance is unbiased, and is computed from the differences to the mean.
 Standard standard_of(const float* x, int64_t count, Norm norm) {
   const float mean = sum_of(x, x, count, [](auto v, auto) { return v; }) / count;
   const float var = sum_of(x, x, count, [=](auto v, auto) { return (v - mean) * (v - mean); }) / (count - 1);
   return {mean, 1 / (norm == Norm::Patch ? __builtin_sqrtf(var + 1e-6f) : __builtin_sqrtf(var) + 1e-6f)};
 }
 
-// Of three vectors a, b, c the elements a0 b0 c0 a1 ..., as three vectors: each takes from a and b, then from c.
+// Three vectors a, b, c interleaved into a0 b0 c0 a1 ..., as three vectors. Each takes elements from a and b first,
+// then from c.
 struct Lanes {
   int32_t two[3][kLanes], three[3][kLanes];
 
@@ -105,7 +106,7 @@ struct Lanes {
 };
 constexpr Lanes kThreeChannels;
 
-// (channels, pixels) to (pixels, channels), normalised.
+// Transposes (channels, pixels) to (pixels, channels), normalised.
 void interleave(const float* x, int64_t channels, int64_t pixels, Standard by, float* out) {
   const auto value = [=](auto v) { return (v - by.mean) * by.scale; };
   int64_t i = 0;
@@ -153,7 +154,7 @@ const float* as_floats(const void* x, Element element, int64_t count, float* spa
   return spare;
 }
 
-// Lengths |x| and |y|, 1e-12 at least as in torch.nn.functional.normalize, and the cosine of their angle.
+// The lengths |x| and |y|, at least 1e-12 as in torch.nn.functional.normalize, and the cosine of their angle.
 struct Angle {
   float x, y, cosine;
   bool above;  // |x| is 1e-12 or more

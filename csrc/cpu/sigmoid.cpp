@@ -1,15 +1,17 @@
 // The sigmoid contrastive loss on the CPU (SigLIP, arXiv:2303.15343).
 //
 //     S = scale X Y^T + bias,     total = sum_ij softplus(S_ij),     W_ij = sigmoid(S_ij)
-//     dX = scale W Y,   dY = scale W^T X,   dscale = <X, W Y>,   dbias = sum_ij W_ij
+//     grad_x = scale W Y,   grad_y = scale W^T X,   grad_scale = <X, W Y>,   grad_bias = sum_ij W_ij
 //
-// Positive pairs, whose loss is softplus(-S_ij) and whose weight is -sigmoid(-S_ij), are the diagonal of siglip_loss,
-// applied to unrounded rows; similarity_softplus leaves the entries of `exclude` out, and to its caller.
+// In siglip_loss the diagonal holds the positive pairs, with loss softplus(-S_ij) and weight -sigmoid(-S_ij), which are
+// computed from unrounded rows. similarity_softplus leaves out the entries of `exclude`; they are up to its caller.
 //
-// Algorithm. There is no normaliser: a tile's weights are known as soon as it is. Each tile of S is computed once,
-// turned into weights, and multiplied twice, into its rows of dX and, transposed, into its columns of dY, as in
-// contrastive/pairs.h. With U = 2 M N D operations that is 3 U in all and no second pass, in O((M + N) D) memory, where
-// eager PyTorch takes 3 U and keeps several M x N matrices. Without gradients it is 1 U.
+// Algorithm. There is no normaliser, so the weights of a tile are known as soon as the tile is. Each tile of S is
+// computed once, turned into weights, and multiplied twice, W Y_J for its rows of grad_x and W^T X_I for those
+// of grad_y, as in contrastive/pairs.h.
+//
+// Cost. In units U = 2 M N D of floating-point operations (one product): 3 U in all, without a second pass, in
+// O((M + N) D) memory, where eager PyTorch takes 3 U and keeps several M x N matrices. Without gradients it is 1 U.
 #include <torch/library.h>
 
 #include "common/checks.h"
@@ -23,12 +25,13 @@ namespace {
 
 using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// Everything, with `exclude` left out; with `diagonal`, that is left out and added as positive pairs.
+// The loss and all gradients. Entries of `exclude` are left out; with `diagonal`, so is the diagonal, whose entries are
+// then added as positive pairs.
 Results run_softplus(const Tensor& x_, const Tensor& y_, const Tensor& scale_, const Tensor& bias_,
                      const int64_t* exclude, bool diagonal, bool derive, c10::string_view precision) {
   TORCH_CHECK_VALUE(bias_.numel() == 1, "bias must have one element, got shape ", bias_.sizes());
   const float scale = scale_.item<float>(), bias = bias_.item<float>();
-  const float factor = scale ? scale : std::numeric_limits<float>::min();  // 0 times what is excluded would be NaN
+  const float factor = scale ? scale : std::numeric_limits<float>::min();  // 0 times an excluded -inf would be NaN
   const Engine engine(precision);
   const int threads = threads_for(x_.size(0), y_.size(0), x_.size(1));
   const Side x(x_, false, kRows | (derive ? kWeighing : 0), engine, threads);
@@ -55,33 +58,33 @@ Results run_softplus(const Tensor& x_, const Tensor& y_, const Tensor& scale_, c
     }, [&] { engine.release(); });
   };
 
-  double all = 0, dscale = 0, dbias = 0;
+  double all = 0, grad_scale = 0, grad_bias = 0;
   const Numbers<float> positive_weight(diagonal ? x.count : 0);
   if (diagonal) dot_rows(x, y, positive_weight.data);
   for (int64_t i = 0; diagonal && i < x.count; ++i) {
     const Softplus positive(-(double(scale) * positive_weight[i] + bias));
     all += positive.value;
     positive_weight[i] = static_cast<float>(-positive.slope);
-    dbias -= positive.slope;
+    grad_bias -= positive.slope;
   }
   const int64_t dim = x.rows.dim;
-  const Tensor dx = at::empty({derive ? x.count : 0, dim}, at::kFloat);
-  const Tensor dy = at::empty({derive ? y.count : 0, dim}, at::kFloat);
+  const Tensor grad_x = at::empty({derive ? x.count : 0, dim}, at::kFloat);
+  const Tensor grad_y = at::empty({derive ? y.count : 0, dim}, at::kFloat);
   if (derive) {
     Gathered of_x(x, true, nullptr), of_y(y, false, &x);
     sum_up(&of_x, &of_y);
     const Positives texts{y, positive_weight.data}, images{x, positive_weight.data};
-    dscale = finish_side(of_x, diagonal ? &texts : nullptr, scale, dx);
-    finish_side(of_y, diagonal ? &images : nullptr, scale, dy);
+    grad_scale = finish_side(of_x, diagonal ? &texts : nullptr, scale, grad_x);
+    finish_side(of_y, diagonal ? &images : nullptr, scale, grad_y);
   } else {
     sum_up(nullptr, nullptr);
-    dbias = 0;
+    grad_bias = 0;
   }
   for (int64_t b = 0; b < x.cut.blocks; ++b) {
     all += total[b];
-    dbias += weight[b];
+    grad_bias += weight[b];
   }
-  return {scalar(all), dx, dy, scalar(dscale, scale_.options()), scalar(dbias, bias_.options())};
+  return {scalar(all), grad_x, grad_y, scalar(grad_scale, scale_.options()), scalar(grad_bias, bias_.options())};
 }
 
 Results similarity_softplus(const Tensor& x, const Tensor& y, const Tensor& scale, const Tensor& bias,
@@ -97,7 +100,7 @@ Results siglip_loss(const Tensor& x, const Tensor& y, const Tensor& scale, const
   return run_softplus(x, y, scale, bias, nullptr, true, derive, precision);
 }
 
-// Of both operations, for all dtypes: the forward pass has taken the gradients.
+// The backward pass of both operations, for all dtypes: the forward pass has already computed the gradients.
 std::tuple<Tensor, Tensor, Tensor, Tensor> siglip_loss_backward(
     const Tensor& grad_total, const Tensor& x, const Tensor& y, const Tensor& scale, const Tensor& bias,
     const Tensor& kept_x, const Tensor& kept_y, const Tensor& kept_scale, const Tensor& kept_bias) {

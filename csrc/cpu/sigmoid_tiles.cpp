@@ -1,4 +1,4 @@
-// The inside of a tile of the sigmoid loss, compiled once per instruction set.
+// The work within one tile of the sigmoid loss, compiled once per instruction set.
 //
 // With t = exp(-|x|), which never overflows, both functions of x come from one exponential and one division:
 //
@@ -13,7 +13,7 @@
 namespace fastssl::FASTSSL_ISA {
 namespace {
 
-// log(1 + t), 0 <= t <= 1, to 2e-7 relative.
+// log(1 + t) for 0 <= t <= 1, with a relative error of 2e-7.
 inline Vec log1p(Vec t) {
   Vec p = broadcast(5.23268791e-3f);
   p = p * t - 2.95052133e-2f;

@@ -1,4 +1,4 @@
-// What the sigmoid loss does inside one tile: a table of plain functions, one per instruction set.
+// What the sigmoid loss does within one tile: a table of plain functions, one per instruction set.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@ struct SigmoidTiles {
   // Returns sum_ij softplus(scale S_ij + bias).
   double (*softplus)(const float* S, int64_t ld, int64_t rows, int64_t columns, float scale, float bias);
 
-  // The same; W_ij = sigmoid(scale S_ij + bias) goes over S in place or, where `half` is given, as bfloat16 into
+  // The same; W_ij = sigmoid(scale S_ij + bias) overwrites S or, where `half` is given, goes as bfloat16 into
   // half (rows, columns) and pairs (rows / 2, columns, 2), and its sum is added to *weight. `rows` is even.
   double (*softplus_and_weights)(float* S, int64_t ld, int64_t rows, int64_t columns, float scale, float bias,
                                  double* weight, void* half, void* pairs);

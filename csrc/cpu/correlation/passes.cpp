@@ -8,8 +8,8 @@
 //
 // where the gradients, too, leave out the diagonal of A^T B.
 //
-// Algorithms. Dual (dual.cpp) where N is less than D, in units of 2 N N D operations; else primal (primal.cpp), in
-// units of 2 N D D. Each file gives its cost.
+// Algorithms. The caller chooses: dual (dual.cpp), whose products take 2 N N D operations each, where N is well below
+// D, else primal (primal.cpp), whose products take 2 N D D. Each file gives its cost.
 //
 // Threads. No two threads write the same Gram tile, panel or gradient at the same time, and sums are taken in a fixed
 // order: the bits are the same in every run with the same number of threads.

@@ -37,7 +37,7 @@ struct Operands {
 };
 
 // The sum of squares of C = A^T B off its diagonal; and if gradients are wanted, A C into `grad_b` and B C^T into
-// `grad_a`, (N, D) each. If a and b are the same, so are grad_a and grad_b; what C and C^T share is then added only
+// `grad_a`, (N, D) each. If a and b are the same, so are `grad_a` and `grad_b`, to which A C = B C^T is added only
 // once.
 //
 // A square of C, small enough for the third-level cache, is computed tile by tile; then every block of rows is

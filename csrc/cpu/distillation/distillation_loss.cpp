@@ -3,13 +3,16 @@
 //     P = softmax((t - c) / tt),    Q = softmax(s / ts),    H(P, Q) = log sum_k exp((s_k - M) / ts) + <P, M - s> / ts
 //     dH/ds = (Q - P) / ts
 //
-// with M the largest s_k: no terms that cancel. A row of the batch is one thread's: the teacher's exponentials of all its
-// views stay in the second-level cache, and for each view of the student their sum over the other views. Then a row of
-// the student is read from memory, once; its exponentials are kept beside it, so that the gradient, where it is asked
-// for, is one product more. It is written into large pages, and by the cache where it would not stay there.
+// with M the largest s_k, so that no terms cancel.
 //
-// Bytes are the cost: student and teacher read, gradient written, once each. Without `derive` the backward pass reads
-// both again.
+// Algorithm. One thread processes one row of the batch. The exponentials of all of the teacher's views stay in the
+// second-level cache, and so does, for each view of the student, their sum over the other views. Then the student's row
+// is read from memory, once. Its exponentials stay in the cache too, so that the gradient, if it is asked for, takes
+// one more pass over them. The gradient is written into large pages, bypassing the cache if it is too large to stay
+// there.
+//
+// Cost. Memory traffic: student and teacher are read and the gradient is written, once each. Without `derive` the
+// backward pass reads both again.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
@@ -32,10 +35,10 @@
 namespace fastssl {
 namespace {
 
-constexpr int64_t kGrain = 1 << 15;          // logits that are worth a thread
-constexpr int64_t kStreamedBytes = 1 << 25;  // of a gradient that no cache holds until it is read
+constexpr int64_t kGrain = 1 << 15;          // fewer logits are not worth another thread
+constexpr int64_t kStreamedBytes = 1 << 25;  // a larger gradient leaves every cache before it is read
 
-// Rows of one view.
+// The rows of one view.
 struct View {
   char* data;
   Element element;
@@ -51,7 +54,7 @@ void add_views(const Tensor& piece, std::vector<View>& views) {
                      element_of(piece), piece.stride(1) * bytes});
 }
 
-// The views of all pieces (V, N, K), of N rows each.
+// The views of all pieces (V, N, K), each of N rows.
 std::vector<View> views_of(const char* name, at::TensorList pieces, const Tensor& like, std::vector<Tensor>& held) {
   TORCH_CHECK_VALUE(!pieces.empty(), name, " must have at least one tensor");
   std::vector<View> views;
@@ -67,7 +70,7 @@ std::vector<View> views_of(const char* name, at::TensorList pieces, const Tensor
   return views;
 }
 
-// A vector that must be float32 of that length.
+// The data of a vector, checked to be float32 of that length.
 const float* data_of(const char* name, const Tensor& vector, int64_t length, std::vector<Tensor>& held) {
   TORCH_CHECK_VALUE(vector.scalar_type() == at::kFloat && vector.dim() == 1 && vector.size(0) == length, name,
                     " must be float32 of shape (", length, "), got ", vector.scalar_type(), " of shape ",
@@ -76,7 +79,7 @@ const float* data_of(const char* name, const Tensor& vector, int64_t length, std
   return held.back().const_data_ptr<float>();
 }
 
-// 1 / temperature, as a factor of exponents of 2.
+// The factor c with 2^(c x) = exp(x / temperature).
 float exponent_scale(double temperature) { return static_cast<float>(std::min(M_LOG2E / temperature, double(FLT_MAX))); }
 
 struct Distillation {
@@ -110,7 +113,7 @@ struct Distillation {
     return tensors;
   }
 
-  // Each row's loss, unless null; and its gradient times factor[i], if there are any.
+  // Computes each row's loss, unless null; and its gradient times factor[i], if gradients are wanted.
   void run(float* loss, const float* factor) const {
     const DistillationTiles& tile = FASTSSL_TABLE_IN_USE(distillation_tiles);
     const int64_t padded = padded_row(columns), teachers = unlike_views ? teacher.size() : 1;
@@ -119,7 +122,7 @@ struct Distillation {
       return sum + rows * columns * bytes_of(v.element);
     }) > kStreamedBytes;
     at::parallel_for(0, rows, grain, [&](int64_t first, int64_t last) {
-      // The teacher's exponentials, a sum of some, and those of the student.
+      // The exponentials of the teacher's views, the sum of some of them, and those of the student.
       const Blocks memory(teachers + 2, padded * sizeof(float));
       std::vector<Target> targets(teachers), others;
       for (int64_t i = first; i < last; ++i) {
@@ -146,7 +149,7 @@ struct Distillation {
             learn(v, sum_of(tile, others, memory.floats(teachers)), teachers - 1);
           }
           if (student.size() > both) {
-            const Target all = sum_of(tile, targets, memory.floats(0));  // in place: the last use of each
+            const Target all = sum_of(tile, targets, memory.floats(0));  // in place: nothing reads them again
             for (size_t v = both; v < student.size(); ++v) learn(v, all, teachers);
           }
         }
@@ -164,7 +167,7 @@ struct Distillation {
     return {out, 1};
   }
 
-  // The loss of a row that `count` distributions teach, whose sum is `target`.
+  // The loss of a row taught by `count` distributions, whose sum is `target`.
   double learn_row(const DistillationTiles& tile, size_t view, int64_t i, const Target& target, int64_t count,
                    float factor, bool stream, float* exps) const {
     if (count == 0) {

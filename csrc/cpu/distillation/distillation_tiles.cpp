@@ -1,5 +1,5 @@
-// Rows of logits, compiled once per instruction set: a row of 65,536 lies in the second-level cache from its maximum to
-// its gradient.
+// The work on one row of logits, compiled once per instruction set. A row of 65,536 logits stays in the second-level
+// cache from the search for its maximum to its gradient.
 #include "distillation/distillation_tiles.h"
 
 #if defined(__x86_64__)
@@ -18,7 +18,7 @@ typedef uint16_t UnalignedHalves __attribute__((vector_size(kLanes * 2), aligned
 
 constexpr float kNegativeInfinity = -__builtin_inff();
 
-// As common/convert.h has them, of vectors.
+// The conversions of common/convert.h, for vectors.
 struct Float32 {
   typedef float Stored;
   static Vec widen(const float* p) { return load(p); }
@@ -61,7 +61,7 @@ struct Float16 {
   static uint16_t narrow_one(float x) { return float_to_half(x); }
 };
 
-// f(of the type of that element).
+// Calls f with the type above that stands for `element`.
 template <typename F>
 inline auto with_element(Element element, F f) {
   if (element == Element::Float32) return f(Float32{});
@@ -69,7 +69,7 @@ inline auto with_element(Element element, F f) {
   return f(Float16{});
 }
 
-// The last vector of a row whose columns are no multiple of the lanes; `filling` behind them.
+// The last vector of a row whose length is not a multiple of the lanes, with `filling` after the row's end.
 template <typename T>
 inline Vec last(const typename T::Stored* x, int64_t columns, int64_t k, float filling) {
   float rest[kLanes];
@@ -85,7 +85,8 @@ inline Vec within(Vec v, int64_t columns, int64_t k) {
   return load(lanes);
 }
 
-// visit(k) of all full vectors, `kUnrolled` of them with a number each, so that sums need not wait for one another.
+// Calls `visit` for all full vectors. `kUnrolled` consecutive ones get different numbers, so that each may add to a sum
+// of its own and need not wait for the others.
 constexpr int kUnrolled = 4;
 
 template <typename Visit>
@@ -177,7 +178,7 @@ RowSums student(const void* x, Element element, const Target& target, int64_t co
   });
 }
 
-// By the cache, to an address that is a multiple of the vector's size.
+// Stores bypassing the cache, to an address that is a multiple of the vector's size.
 inline void stream(float* p, Vec v) {
 #if defined(__AVX512F__)
   _mm512_stream_ps(p, reinterpret_cast<__m512>(v));

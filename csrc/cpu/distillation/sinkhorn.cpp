@@ -1,15 +1,18 @@
 // Sinkhorn-Knopp on the CPU (SwAV, arXiv:2006.09882; DINOv2, arXiv:2304.07193), and the mean of logits.
 //
-// The assignments of logits t (N, K) at temperature T are P = softmax((t - center) / T), where center (K) is found in
-// iterations:
+// The assignments of logits t (N, K) at temperature T are P = softmax((t - center) / T), where center (K) is found
+// iteratively:
 //
 //     center_k = T log mean_i exp(t_ik / T),                at first
 //     center_k = center_k + T log(K mean_i P_ik),           then
 //
-// Algorithm. Each is one pass over the logits, which writes nothing of their size. column_logsumexp keeps the largest
-// logit so far of each column, and the sum of exponentials about it. assignment_sums takes four rows at a time: their
-// exponentials stay in the second-level cache until their sum is known, and are then added to the columns. Columns' sums
-// are those of blocks of rows, added up in the order of the blocks: the same bits with any number of threads.
+// Algorithm. column_logsumexp keeps the largest logit so far of each column, and the sum of exponentials relative to
+// it. assignment_sums takes four rows at a time: their exponentials stay in the second-level cache until each row's sum
+// is known, and are then added to the columns. Sums of columns are taken over blocks of rows, then over the blocks in
+// their order: the same bits with any number of threads.
+//
+// Cost. Each iteration is one pass over the logits, with one exponential for each of them (and a few more for maxima
+// that grow), and writes nothing of their size.
 #include <torch/library.h>
 
 #include <cmath>
@@ -23,13 +26,13 @@
 namespace fastssl {
 namespace {
 
-// 2^(c x) = exp(x / temperature). NaN for a temperature that is not positive.
+// The c with 2^(c x) = exp(x / temperature); NaN for a temperature that is not positive.
 float exponent_of(double temperature) {
   if (!(temperature > 0)) return std::numeric_limits<float>::quiet_NaN();
   return static_cast<float>(std::min<double>(kLog2E / temperature, std::numeric_limits<float>::max()));
 }
 
-// Logits (N, K) that lie in memory row by row.
+// The rows of logits (N, K) with unit stride within each row.
 Rows rows_of(const Tensor& logits) {
   return {{logits.const_data_ptr(), nullptr}, {logits.stride(0), 0}, logits.size(0), logits.size(1), element_of(logits)};
 }
@@ -42,7 +45,7 @@ Tensor checked(const Tensor& logits, int64_t columns, at::ScalarType dtype) {
   return columns > 1 && logits.stride(1) != 1 ? logits.contiguous() : logits;
 }
 
-// All rows of several matrices of K columns, in blocks: how many depends on their numbers alone.
+// All rows of several matrices of K columns, in blocks. The cut depends on the numbers of rows alone.
 struct RowBlocks {
   struct Block {
     Rows rows;
@@ -64,7 +67,7 @@ struct RowBlocks {
       held.push_back(checked(x, columns, logits[0].scalar_type()));
       all += x.size(0);
     }
-    // Sums of all blocks are about a sixty-fourth of the logits, or of 32 blocks.
+    // Blocks of 8 to 64 rows, about 32 of them where that range allows: their sums are much smaller than the logits.
     const int64_t size = std::min<int64_t>(64, round_up(std::max<int64_t>(all / 32, 1), 8));
     for (const Tensor& x : held)
       for (int64_t first = 0; first < x.size(0); first += size)
@@ -77,7 +80,7 @@ struct RowBlocks {
   // A row of floats for each block, or one row if there are none.
   Tensor sums(float value) const { return at::full({std::max<int64_t>(size(), 1), padded}, value, options); }
 
-  // task(first, count) of columns, which the threads share.
+  // Calls task(first, count) for chunks of columns, which the threads share.
   template <typename Task>
   void each_chunk(const Task& task) const {
     run(threads, pieces(padded, kChunk), [&](int64_t n) {
@@ -99,7 +102,7 @@ struct RowBlocks {
     return row(of_blocks);
   }
 
-  // What the first block's row has become.
+  // The first block's row, without padding.
   Tensor row(const Tensor& of_blocks) const { return of_blocks[0].narrow(0, 0, columns).clone(); }
 };
 
@@ -125,7 +128,7 @@ std::tuple<Tensor, Tensor> column_logsumexp(at::TensorList logits, double temper
   return {all.row(totals), all.row(tops)};
 }
 
-// Of K columns, padded.
+// The center, checked to be float32 of shape (columns), and padded.
 Tensor checked_center(const Tensor& center, int64_t columns) {
   TORCH_CHECK_VALUE(center.scalar_type() == at::kFloat && center.dim() == 1 && center.size(0) == columns,
                     "center must be float32 of shape (", columns, "), got ", center.scalar_type(), " of shape ",
@@ -133,7 +136,7 @@ Tensor checked_center(const Tensor& center, int64_t columns) {
   return at::constant_pad_nd(center, {0, round_up(columns, 32) - columns}).contiguous();
 }
 
-// Rows whose exponentials a thread keeps in the second-level cache, and the memory that they take.
+// How many rows' exponentials a thread keeps in the second-level cache, and how many bytes they take.
 int64_t together(int64_t columns) { return columns <= 1 << 16 ? 4 : columns <= 1 << 17 ? 2 : 1; }
 int64_t scratch_bytes(int64_t columns) {
   return together(columns) * (round_up(columns, 32) + 2 * pieces(columns, kChunk)) * 4;

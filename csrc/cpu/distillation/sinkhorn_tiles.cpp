@@ -1,8 +1,8 @@
-// Rows of logits in Sinkhorn-Knopp, compiled once per instruction set.
+// The work of Sinkhorn-Knopp on a few rows of logits, compiled once per instruction set.
 //
-// Columns are taken in chunks. A chunk of a row is read where it lies, or, if it is of 16 bits or does not fill vectors,
-// copied to a buffer, padded. Several rows are taken together, so that what there is one of per column is read and
-// written once for all of them.
+// Columns are taken in chunks. A chunk of a row is read in place or, if its elements have 16 bits or do not fill
+// vectors, copied to a padded buffer. Several rows are taken together, so that the sums and maxima of columns are read
+// and written once for all of them.
 #include "distillation/sinkhorn_tiles.h"
 
 #include "common/rows.h"
@@ -16,7 +16,7 @@ inline int64_t chunk_at(int64_t first, int64_t columns) {
   return columns - first < kChunk ? columns - first : kChunk;
 }
 
-// Columns [first, first + count) of row i, `pad` where vectors go on.
+// Columns [first, first + count) of row i, followed by `pad` up to a whole vector.
 inline const float* floats(const Rows& t, int64_t i, int64_t first, int64_t count, float pad, float* buffer) {
   const char* const x = static_cast<const char*>(t[i]) + first * bytes_of(t.element);
   if (t.element == Element::Float32 && count % kLanes == 0) return reinterpret_cast<const float*>(x);
@@ -25,7 +25,7 @@ inline const float* floats(const Rows& t, int64_t i, int64_t first, int64_t coun
   return buffer;
 }
 
-// visit.operator()<group>(i) of groups of rows.
+// Calls visit.operator()<group>(i) for groups of rows, then visit.operator()<1>(i) for those that are left.
 template <int group, typename Visit>
 void in_groups(int64_t first, int64_t count, const Visit& visit) {
   int64_t i = first;
@@ -63,8 +63,8 @@ void add_exponentials(const float* more, const float* more_top, int64_t columns,
   }
 }
 
-// Exponentials of a chunk are about its own maximum, so that they are taken while it is in the first-level cache; the
-// row's maximum and sum are known at its end, and make one factor for each chunk.
+// The exponentials of a chunk are relative to the chunk's own maximum, so that they are taken while it is in the
+// first-level cache. At the end of the row its maximum and sum are known, and give one factor for each chunk.
 template <int group>
 void assign_group(const Rows& t, int64_t i, const float* center, float c, float* scratch, float* sums, float* out) {
   const int64_t width = (t.dim + 31) / 32 * 32, chunks = (t.dim + kChunk - 1) / kChunk;
