@@ -5,16 +5,16 @@ With S = scale x y^T + bias for M rows x_i and N rows y_j, the column exclude[i]
     total = sum_ij softplus(S_ij),    W_ij = sigmoid(S_ij)
     dtotal/dx = scale W y,    dtotal/dy = scale W^T x,    dtotal/dscale = <x, W y>,    dtotal/dbias = sum_ij W_ij
 
-There is no normaliser, so the forward pass takes the gradients too: common/accumulate.py with the weights
-"sigmoid", by rows, which also leaves each row's loss and sum of weights; and then with x and y exchanged.
+Algorithm. There is no normaliser, so the forward pass computes the gradients too: common/accumulate.py with the weights
+"sigmoid", by rows, which also gives each row's loss and sum of weights; and then with x and y exchanged.
 
 Cost, in units U = 2 M N D floating-point operations: S and W y 2 U, S^T and W^T x 2 U; 1 U for the loss alone. Both
 products of one S would make it 3 U, but would need atomics.
 
-Numerics: softplus(S) = max(S, 0) + log1p(exp(-|S|)), and W from the same exp(-|S|): neither overflows, and both keep
-their digits where S is far below 0, as most of SigLIP's are. A row's weights are held relative to the power of e that
-its largest S below 0 is, lest float16 lose them where the bias makes all of them small. A row's loss is summed in
-float32, the rows' in float64.
+Numerics: softplus(S) = max(S, 0) + log1p(exp(-|S|)), and W comes from the same exp(-|S|): neither overflows, and both
+keep their digits where S is far below 0, as most of SigLIP's entries are. A row's weights are held relative to
+exp(min(max_j S_ij, 0)), so that float16 does not lose them where the bias makes all of them small. The loss is summed
+in float32 within a row, and in float64 over the rows.
 """
 
 from __future__ import annotations
@@ -56,10 +56,11 @@ def similarity_softplus(
         if not derive:
             gradients = (x.new_empty((0, dim), dtype=torch.float32) for _ in range(2))
             return total, *gradients, scale.new_zeros(()), bias.new_zeros(())
-        dx = collect_sums(sums, x, scale, torch.float32, share=True)
+        collected_x = collect_sums(sums, x, scale, torch.float32, share=True)
         sums = accumulate(
             right, left, (columns, rows), scale, precision, "sigmoid", by_column, bias=bias, exclude=exclude
         )
-        dy = collect_sums(sums, y, scale, torch.float32)
-        dscale, dbias = dx.share.sum().to(scale.dtype), dx.total.sum(dtype=torch.float64).to(bias.dtype)
-        return total, dx.gradient, dy.gradient, dscale, dbias
+        collected_y = collect_sums(sums, y, scale, torch.float32)
+        grad_scale = collected_x.share.sum().to(scale.dtype)
+        grad_bias = collected_x.total.sum(dtype=torch.float64).to(bias.dtype)
+        return total, collected_x.gradient, collected_y.gradient, grad_scale, grad_bias

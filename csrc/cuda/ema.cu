@@ -2,20 +2,20 @@
 //
 //     target = momentum target + (1 - momentum) source
 //
-// of lists of tensors in one pass over memory: a target is read, its source is read, the target is written, 12 bytes for
-// each float32 parameter. One launch serves up to 900 pairs (120 where they are no more, or before CUDA 12.1): the table
-// of their addresses goes along as the kernel's parameter, so nothing is copied and nobody waits. All tensors together are
-// cut into chunks of 4096 elements, one for each block, which finds its pair by bisection. Arithmetic is float32, or
-// float64 where the target is; four elements at once where both addresses allow it.
+// for lists of tensors, in one pass over memory: a target is read, its source is read, the target is written, 12 bytes
+// for each float32 parameter. One launch serves up to 900 pairs (120 if there are no more, or before CUDA 12.1): the
+// table of their addresses is a parameter of the kernel, so nothing is copied and nothing waits. All tensors together
+// are cut into chunks of 4096 elements, one for each block, which finds its pair by bisection. Arithmetic is float32,
+// or float64 where the target is; a thread takes four elements at once where both addresses allow it.
 //
-// Where the source is what AdamW makes of a model (arXiv:1711.05101), in the same pass, 36 bytes instead of 40: with
-// gradient g and step t, which is on the CPU as PyTorch has it,
+// Where the source is a model that AdamW updates (arXiv:1711.05101), one pass does both, with 36 bytes instead of 40:
+// with gradient g and step t, which is on the CPU as in PyTorch,
 //
 //     m = beta1 m + (1 - beta1) g,  v = beta2 v + (1 - beta2) g^2
 //     param = (1 - lr weight_decay) param - lr / (1 - beta1^t) m / (sqrt(v / (1 - beta2^t)) + eps)
 //     ema = momentum ema + (1 - momentum) param
 //
-// A momentum on the GPU is read there.
+// If the momentum is on the GPU, the kernel reads it there.
 #include <algorithm>
 #include <cmath>
 #include <utility>
@@ -31,21 +31,21 @@ constexpr int kThreads = 256;
 constexpr int kAtOnce = 4;
 constexpr int kChunk = 16 * kThreads;  // elements of a block
 
-constexpr int kFewBytes = 3840;  // of a table: 4 KiB are allowed for a kernel's parameters
+constexpr int kFewBytes = 3840;  // of a table: a kernel's parameters may take 4 KiB
 #if CUDART_VERSION >= 12010
-constexpr int kManyBytes = 28800;  // 32764 are allowed
+constexpr int kManyBytes = 28800;  // parameters may take 32764
 #else
 constexpr int kManyBytes = kFewBytes;
 #endif
 
-// Items of work. Those of a table are cut into chunks, and `end` is how many: an item's with those of all before it.
+// Items of work, which are cut into chunks. An item's `end` is the number of its chunks and of all chunks before it.
 template <typename Item, int kItems>
 struct Table {
   Item items[kItems];
   int size;
 };
 
-// Elements lie in memory in one order.
+// A target and its source, whose elements lie in memory in the same order.
 struct Pair {
   void* target;
   const void* source;
@@ -55,13 +55,13 @@ struct Pair {
 };
 
 struct Momentum {
-  const double* at;  // nullptr: `value` it is
+  const double* at;  // nullptr: the momentum is `value`
   double value;
 
   __device__ double get() const { return at ? *at : value; }
 };
 
-// The item of this block, and which of its elements.
+// The item of this block, and which of its elements the block takes.
 template <typename Item>
 struct Chunk {
   const Item& item;
@@ -91,8 +91,8 @@ __device__ W lerp(W start, W end, W weight) {
   return weight < W(0.5) ? start + apart * weight : end - apart * (1 - weight);
 }
 
-// A moving average, from the nearer of both values, so that equal ones stay as they are, -0 too. Where their difference is
-// infinite or NaN, as that of infinities and of huge numbers may be, it is the sum of the shares.
+// A moving average, computed from the nearer of the two values, so that equal values stay as they are, -0 too. If their
+// difference is infinite or NaN, as it may be for infinities and huge numbers, it is the weighted sum instead.
 template <typename W>
 struct Average {
   W momentum, weight;
@@ -163,7 +163,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   }
 }
 
-// A parameter and what belongs to it.
+// A parameter with its gradient and its averages.
 struct Parameter {
   void* param;
   const void* grad;
@@ -187,7 +187,7 @@ struct Step {
         scale(one.scale) {}
 };
 
-// Of kCount elements at once. `ema` may be `param`: it is read after that is written.
+// A step for kCount elements at once. `ema` may be `param`: it is read after `param` is written.
 template <int kCount, typename T, typename S>
 __device__ void advance(T* param, const T* grad, T* exp_avg, T* exp_avg_sq, S* ema, const Step<T>& step,
                         const Average<Wide<S>>& average) {
@@ -252,7 +252,7 @@ __global__ void __launch_bounds__(kThreads, 4)
     advance<float>(parameter, adamw, first, count, number);
 }
 
-// Whether the elements lie one behind another, in any order.
+// Whether the elements fill a range of memory without gaps, in any order.
 bool is_dense(const Tensor& x) {
   std::vector<std::pair<int64_t, int64_t>> dims;
   for (int64_t d = 0; d < x.dim(); ++d)
@@ -266,7 +266,7 @@ bool is_dense(const Tensor& x) {
   return true;
 }
 
-// The addresses of a tensor.
+// The range of addresses of a tensor.
 struct Span {
   uint64_t begin, end;
   const char* list;
@@ -277,10 +277,10 @@ struct Span {
       : begin(address(x)), end(begin + elements(x) * x.element_size()), list(list), index(index), written(written) {}
 };
 
-// What is written may share memory with nothing.
+// A tensor that is written must not share memory with any other.
 void check_spans(std::vector<Span>& spans, const char* written) {
   std::sort(spans.begin(), spans.end(), [](const Span& x, const Span& y) { return x.begin < y.begin; });
-  const Span *last = nullptr, *last_written = nullptr;  // those that end last
+  const Span *last = nullptr, *last_written = nullptr;  // those that end last so far
   for (const Span& span : spans) {
     const Span* const before = span.written ? last : last_written;
     if (before && span.begin < before->end)
@@ -298,10 +298,11 @@ struct List {
   const char* name;
   const Tensors& tensors;
   bool written;
-  bool may_be_first;  // a tensor may be that of the first list
+  bool may_be_first;  // its tensors may be the same as those of the first list
 };
 
-// The lists must fit the first one, tensor by tensor. `written`: the names of those that are; `counts` are, too.
+// Checks that the lists fit the first one, tensor by tensor, and that tensors which are written share no memory.
+// `written`: the names of the lists that are written, for the message; `counts` are written, too.
 void check_lists(const std::vector<List>& lists, const char* written, const Tensors& counts = {}) {
   const List& first = lists[0];
   for (const List& list : lists)
@@ -345,7 +346,7 @@ void check_steps(const Tensors& steps, const Tensors& params) {
              device_of(steps[i]), " of shape ", text(steps[i].sizes()));
 }
 
-// Launches for all items, as many at a time as a table holds.
+// Launches the kernel for all items, as many at a time as a table holds.
 template <typename Item, int kItems, typename... Numbers>
 void launch_all(void (*kernel)(Table<Item, kItems>, Numbers...), const std::vector<Item>& items, const Tensor& on,
                 const Numbers&... numbers) {
@@ -362,7 +363,7 @@ void launch_all(void (*kernel)(Table<Item, kItems>, Numbers...), const std::vect
   }
 }
 
-// The number, and what keeps it where it is.
+// The momentum, and the tensor that keeps it alive.
 std::pair<Momentum, Tensor> read_momentum(const Tensor& momentum, const Tensor& on) {
   Tensor number = to_dtype(momentum, ScalarType::Double);
   if (number.is_cpu()) return {{nullptr, *number.const_data_ptr<double>()}, number};
@@ -375,7 +376,7 @@ void ema_update_(const Tensors& targets, const Tensors& sources, const Tensor& m
   if (momentum.numel() != 1) refuse("momentum must be one number, got shape ", text(momentum.sizes()));
   std::vector<Pair> pairs;
   Tensors held;                                    // copies of sources
-  std::vector<std::pair<Tensor, Tensor>> strided;  // targets, and what is to be copied into them
+  std::vector<std::pair<Tensor, Tensor>> strided;  // targets, and the tensors to be copied into them
   for (size_t i = 0; i < targets.size(); ++i) {
     Tensor target = targets[i], source = sources[i];
     if (target.numel() == 0) continue;
@@ -425,7 +426,7 @@ void adamw_ema_step_(const Tensors& params, const Tensors& grads, const Tensors&
   const double beta1 = number_in(beta1_), beta2 = number_in(beta2_);
   std::vector<Parameter> parameters;
   Tensors held;                                    // copies
-  std::vector<std::pair<Tensor, Tensor>> strided;  // what is written, and what is to be copied into it
+  std::vector<std::pair<Tensor, Tensor>> strided;  // tensors that are written, and those to be copied into them
   for (size_t i = 0; i < params.size(); ++i) {
     const double step = *static_cast<float*>(steps[i].mutable_data_ptr()) += 1;
     if (params[i].numel() == 0) continue;

@@ -1,23 +1,25 @@
-// Moving tokens about on the GPU, as masked autoencoders do (MAE, arXiv:2111.06377).
+// Selecting and restoring tokens on the GPU, as masked autoencoders do (MAE, arXiv:2111.06377).
 //
-//     masking_ids      which tokens of each sample stay
+//     masking_ids      which tokens of each sample stay, at random
 //     gather_tokens    out[b, k] = x[b, ids[b, k]]
 //     scatter_tokens   out[b, l] = sum of tokens[b, k] with ids[b, k] = l, `fill` where there is none
 //     restore_tokens   out[b, l] = x_visible[b, ids_restore[b, l]] or the mask token, + pos_embed[l]
 //
-// Every row of D elements is a warp's, which moves 16 bytes per lane where all rows are so aligned. Each output is written
-// whole, by one thread, so nothing is zeroed first and there are no atomic sums: the same bits in every run. Sums are
-// float32 (float64 of float64) in ascending order of the tokens.
+// Algorithm. A warp moves each row of D elements, 16 bytes per lane where all rows are aligned to that. Each element of
+// an output is written once, by one thread, so nothing is zeroed first and there are no atomic sums: the same bits in
+// every run. Sums are float32 (float64 for float64 tokens), in ascending order of the tokens.
 //
-// Bytes, with s the size of an element: gather 2 B K D s, scatter (B K + B L) D s, restore as much and once more what
-// pos_embed has. The gradients of restore_tokens read the visible rows once for dx, the masked ones once for dmask, and
-// where dpos is wanted all of them for both; a partial sum for each 32 samples and 8 places costs a few per cent more.
+// Cost, in bytes, with s the size of an element: gather 2 B K D s, scatter (B K + B L) D s, restore the same plus one
+// read of pos_embed. The gradients of restore_tokens read the visible rows once for x_visible and the masked rows once
+// for the mask token; where pos_embed's gradient is wanted, one read of all rows gives both sums. A partial sum for
+// every 32 samples and 8 places costs a few per cent more.
 //
-// masking_ids sorts nothing. A position's key is a hash of the seed (SplitMix64) whose lowest bits give way to the position
-// itself, so no two are equal, and ids_restore, the place in sorted order, is the number of keys below one's own: L^2
-// comparisons with keys in shared memory, 256 at a time, for any L. The seed stays on the GPU.
+// masking_ids sorts nothing. A position's key is a hash of the seed (SplitMix64) whose lowest bits are replaced by the
+// position itself, so that no two keys are equal. ids_restore, the place in sorted order, is the number of smaller
+// keys: L^2 comparisons with keys in shared memory, 256 at a time, for any L. The seed stays on the GPU.
 //
-// An id out of range stops the process by an assertion, as PyTorch's own kernels do: nobody waits to report it.
+// An id out of range stops the process with an assertion, as in PyTorch's own kernels: reporting it in another way
+// would make the CPU wait.
 #include <cassert>
 #include <climits>
 #include <optional>
@@ -30,11 +32,11 @@ namespace fastssl {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kPlaces = 64;           // of a sample, that a block of `scatter` fills
-constexpr int kRows = kThreads / 32;  // of a block of sums
-constexpr int kSamples = 32;          // of a partial sum, at least
+constexpr int kPlaces = 64;           // places of a sample that a block of `scatter` fills
+constexpr int kRows = kThreads / 32;  // rows of a block of threads that takes sums
+constexpr int kSamples = 32;          // samples of a partial sum, at least
 constexpr int kMostPartialSums = 64;
-constexpr int64_t kMost = 1 << 30;  // places of a sample, features of a token: counted with 32 bits
+constexpr int64_t kMost = 1 << 30;  // places of a sample, and features of a token: they are counted with 32 bits
 
 __device__ uint64_t key_of(uint64_t seed, int64_t batch_position, int64_t position, uint64_t low) {
   uint64_t x = seed + (static_cast<uint64_t>(batch_position) + 1) * 0x9E3779B97F4A7C15;
@@ -44,7 +46,7 @@ __device__ uint64_t key_of(uint64_t seed, int64_t batch_position, int64_t positi
   return (x & ~low) | static_cast<uint64_t>(position);
 }
 
-// Blocks: (sample, 256 positions each). `low` masks the bits that a position takes.
+// Blocks: (sample, 256 positions). `low` masks the bits that a position takes.
 __global__ void __launch_bounds__(kThreads, 4)
     rank(const int64_t* seed, int64_t length, int64_t keep, uint64_t low, int64_t* ids_keep, int64_t* ids_restore,
          float* mask) {
@@ -71,7 +73,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   }
 }
 
-// Rows of `words` words, `sample` and `row` words apart in x. Blocks: (sample, rows each).
+// Gathers rows of `words` words; samples and rows of x are `sample` and `row` words apart. Blocks: (sample, some rows).
 template <typename Word>
 __global__ void __launch_bounds__(kThreads, 4)
     gather(const Word* __restrict__ x, int64_t sample, int64_t row, Ids ids, int64_t length, int count, int words,
@@ -94,8 +96,8 @@ __global__ void __launch_bounds__(kThreads, 4)
   assert(ids_are_in_range);
 }
 
-// out[b, l] = sum of tokens[b, k] with ids[b, k] = l, `fill` (nullptr: 0) where there is none. `all_fit`: that every id
-// is below length. Blocks: (sample, kPlaces places each), which first find each place's first and last token.
+// out[b, l] = sum of tokens[b, k] with ids[b, k] = l, `fill` (nullptr: 0) where there is none. `all_fit`: whether every
+// id must be below length. Blocks: (sample, kPlaces places), which first find each place's first and last token.
 template <typename scalar_t, int kCount>
 __global__ void __launch_bounds__(kThreads, 4)
     scatter(const Vector<scalar_t, kCount>* __restrict__ tokens, Ids ids, bool all_fit, int count, int length,
@@ -144,10 +146,10 @@ __global__ void __launch_bounds__(kThreads, 4)
     }
     __syncthreads();
   }
-  assert(ids_are_in_range);  // those that are not went nowhere
+  assert(ids_are_in_range);  // tokens with other ids were written nowhere
 }
 
-// Blocks: (sample, rows each).
+// Blocks: (sample, some rows).
 template <typename scalar_t, int kCount>
 __global__ void __launch_bounds__(kThreads, 4)
     restore(const Vector<scalar_t, kCount>* __restrict__ x, Ids ids, int keep, int length, int vectors,
@@ -177,14 +179,14 @@ __global__ void __launch_bounds__(kThreads, 4)
   assert(ids_are_in_range);
 }
 
-// Partial sums of a restored tensor's gradients. Blocks: (kRows places each, 32 vectors each, `samples` samples each).
-//     dpos[z, l]     over the block's samples, (gridDim.z, L, D); nullptr: not wanted
-//     dmask[z, x]    over those and the block's places, of the masked ones, (gridDim.z, gridDim.x, D)
+// Partial sums of the gradient of restored tokens. Blocks: (kRows places, 32 vectors, `samples` samples).
+//     grad_pos_embed[z, l]     over the block's samples, (gridDim.z, L, D); nullptr: not wanted
+//     grad_mask_token[z, x]    over its samples and places, of masked tokens only, (gridDim.z, gridDim.x, D)
 template <typename scalar_t, int kCount>
 __global__ void __launch_bounds__(kThreads, 4)
     sum_gradients(const Vector<scalar_t, kCount>* __restrict__ grad, Ids ids, int64_t batch, int64_t samples,
-                  int64_t length, int64_t keep, int64_t vectors, Wide<scalar_t>* __restrict__ dpos,
-                  Wide<scalar_t>* __restrict__ dmask) {
+                  int64_t length, int64_t keep, int64_t vectors, Wide<scalar_t>* __restrict__ grad_pos_embed,
+                  Wide<scalar_t>* __restrict__ grad_mask_token) {
   __shared__ Wide<scalar_t> rows[kRows][32 * kCount];
   const int64_t l = int64_t(blockIdx.x) * kRows + threadIdx.y;
   const int64_t v = int64_t(blockIdx.y) * 32 + threadIdx.x;
@@ -193,15 +195,15 @@ __global__ void __launch_bounds__(kThreads, 4)
   if (l < length && v < vectors) {
     for (int64_t b = first; b < batch && b < first + samples; ++b) {
       const bool is_masked = ids[b * length + l] >= keep;
-      if (!is_masked && !dpos) continue;
+      if (!is_masked && !grad_pos_embed) continue;
       const Vector<scalar_t, kCount> row = grad[(b * length + l) * vectors + v];
       for (int i = 0; i < kCount; ++i) {
         all[i] += static_cast<Wide<scalar_t>>(row.at[i]);
         if (is_masked) masked[i] += static_cast<Wide<scalar_t>>(row.at[i]);
       }
     }
-    if (dpos)
-      for (int i = 0; i < kCount; ++i) dpos[(blockIdx.z * length + l) * dim + v * kCount + i] = all[i];
+    if (grad_pos_embed)
+      for (int i = 0; i < kCount; ++i) grad_pos_embed[(blockIdx.z * length + l) * dim + v * kCount + i] = all[i];
   }
   for (int i = 0; i < kCount; ++i) rows[threadIdx.y][threadIdx.x * kCount + i] = masked[i];
   __syncthreads();
@@ -210,11 +212,11 @@ __global__ void __launch_bounds__(kThreads, 4)
     if (column >= dim) break;
     Wide<scalar_t> sum = 0;
     for (int y = 0; y < kRows; ++y) sum += rows[y][c];
-    dmask[(int64_t(blockIdx.z) * gridDim.x + blockIdx.x) * dim + column] = sum;
+    grad_mask_token[(int64_t(blockIdx.z) * gridDim.x + blockIdx.x) * dim + column] = sum;
   }
 }
 
-// The sums of columns: a thread's are those of every kRows-th row, then those are added up. Blocks: 32 columns each.
+// The sums of columns: each thread adds up every kRows-th row, then the threads' sums are added. Blocks: 32 columns.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 4)
     sum_rows(const T* __restrict__ x, int64_t rows, int64_t columns, T* __restrict__ out) {
@@ -259,15 +261,15 @@ Tensor checked_ids(const char* name, const Tensor& ids, const Tensor& tokens) {
   return torch::stable::contiguous(ids);
 }
 
-// A row of `dim` elements for each of `rows`, of x's dtype and on its device.
+// `rows`, checked to have that many elements, converted to x's dtype and checked to be on its device.
 Tensor checked_rows(const char* name, const Tensor& rows, const char* rule, int64_t elements, const Tensor& x) {
   if (rows.numel() != elements) refuse(name, " must have ", rule, ", got shape ", text(rows.sizes()));
   check_device(name, rows, x);
   return torch::stable::contiguous(to_dtype(rows, x.scalar_type()));
 }
 
-// visit(Type<Vector<scalar_t, n>>(), vectors of a row): n elements of 16 bytes where rows of `dim` elements at all these
-// addresses allow it, else 1.
+// Calls visit(Type<Vector<scalar_t, n>>(), vectors of a row), where n elements take 16 bytes if rows of `dim` elements
+// at all these addresses allow it, and n = 1 otherwise.
 template <typename Visit, typename... Rows>
 void with_vectors(const char* name, ScalarType dtype, int64_t dim, const Visit& visit, const Rows&... rows) {
   with_float(dtype, name, [&](auto type) {
@@ -302,7 +304,7 @@ Tensor gather_tokens(const Tensor& x_, const Tensor& ids_) {
   return out;
 }
 
-// See the kernel `scatter`.
+// Launches the kernel `scatter`.
 void launch_scatter(const Tensor& tokens, const Tensor& ids, bool all_fit, const Tensor* fill, const Tensor& out) {
   const int64_t length = out.size(1);
   const auto launch = [&]<typename scalar_t, int kCount>(Type<Vector<scalar_t, kCount>>, int64_t vectors) {

@@ -2,10 +2,10 @@
 //
 //     keys[(position + i) mod size] = new_keys[i],  position = (position + B) mod size
 //
-// of the last `size` of B new keys, which may be normalised on the way: x / max(|x|, 1e-12). A key is a warp's, whose lanes
-// add up its squares by exchanging them: in one order, so with the same bits in every run. Each new key is read once, and
-// once more from the cache if it is normalised, and written once: B D elements each way. The position stays on the GPU; a
-// second launch moves it on, after all blocks of the first have read it.
+// for the last `size` of B new keys, which may be normalised on the way: x / max(|x|, 1e-12). A warp takes one key; its
+// lanes exchange their sums of squares in a fixed order: the same bits in every run. Each new key is read once, once
+// more from the cache if it is normalised, and written once: B D elements each way. The position stays on the GPU; a
+// second launch advances it after all blocks of the first have read it.
 #include "common/elements.h"
 #include "common/launch.h"
 
@@ -16,7 +16,7 @@ constexpr int kThreads = 256;
 
 __device__ int64_t modulo(int64_t x, int64_t size) { return (x % size + size) % size; }
 
-// Of rows `first` to `count`. Blocks: 8 rows each.
+// Writes new keys [first, count). Blocks: 8 keys.
 template <typename Key, typename New>
 __global__ void __launch_bounds__(kThreads, 4)
     enter(Key* keys, int64_t key_row, int64_t key_column, const int64_t* position, const New* new_keys, int64_t new_row,

@@ -4,16 +4,18 @@
 //     masked_patch_loss     loss[b, l] = |pred[b, l] - y|^2 / P,    y = patch l of image b, normalised, channels last
 //     masked_feature_loss   loss[b, l] = smooth L1, 1 - cosine, or mean square of pred[b, l] and target[b, l]
 //     gather_patches        out[b, k] = patch ids[b, k] of image b, channels first
-//     scatter_patches       the transpose: images of patches, summed up where several go to one place
+//     scatter_patches       the transpose: images made of patches, which are added where several go to the same place
 //
-// A patch is a warp's: its lanes take neighbouring elements, read images of any strides where they are, and add up by
-// exchanging, in one order, float32 (float64 where an input is): the same bits in every run, no shared memory. Mean and
-// deviation are taken one after the other, as the formula has them; a patch comes from memory once, for the later passes
-// from the cache. With a share m of P B L elements masked, m 2 P B L are read by either pass, and P B L are written by the
-// second. gather_patches moves 16 bytes per lane where rows of patches are so aligned. For scatter_patches every place
-// looks through the K ids of its sample, so each element is written once and nothing is zeroed first.
+// Algorithm. A warp takes one patch. Its lanes take neighbouring elements, read in place from images of any strides,
+// and exchange their sums in a fixed order, in float32 (float64 where an input is): the same bits in every run, no
+// shared memory. The mean is taken first and then the deviation, as in the formula; a patch is read from memory once,
+// and from the cache in later passes. gather_patches moves 16 bytes per lane where rows of patches are aligned to that.
+// In scatter_patches every place looks through the K ids of its sample, so each element is written once and nothing is
+// zeroed first.
 //
-// An id out of range stops the process by an assertion: nobody waits to report it.
+// Cost. With a share m of P B L elements masked, each pass reads 2 m P B L, and the backward pass writes P B L.
+//
+// An id out of range stops the process with an assertion: reporting it in another way would make the CPU wait.
 #include <cassert>
 #include <optional>
 #include <string>
@@ -27,7 +29,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-constexpr int64_t kMost = 1 << 30;  // elements of a patch, patches of an image: counted with 32 bits
+constexpr int64_t kMost = 1 << 30;  // elements of a patch, and patches of an image: they are counted with 32 bits
 
 enum class Norm { None, Patch, Channel };
 enum class Loss { MeanSquare, SmoothL1, Cosine };
@@ -35,11 +37,11 @@ enum class Loss { MeanSquare, SmoothL1, Cosine };
 // How images (B, C, [T,] H, W) are cut into patches, of `elements` elements in the order (c, t, p, q).
 struct Cutting {
   unsigned channels, pixels, elements;
-  Divisor by_pixels, by_frames, by_rows, by_columns;  // of a patch
-  Divisor by_grid_rows, by_grid_columns;              // of patches
+  Divisor by_pixels, by_frames, by_rows, by_columns;  // division by the sizes of a patch
+  Divisor by_grid_rows, by_grid_columns;              // division by the sizes of the grid of patches
   int64_t length;                                     // patches of an image
-  int64_t sample, step[3];                            // from one image, and one patch, to the next
-  int64_t channel, frame, row, column;                // the same within a patch
+  int64_t sample, step[3];                            // strides between images, and between patches
+  int64_t channel, frame, row, column;                // strides within a patch
 
   // Where patch l of image b begins.
   __device__ int64_t offset(int64_t b, unsigned l) const {
@@ -48,7 +50,7 @@ struct Cutting {
     return b * sample + t * step[0] + h * step[1] + w * step[2];
   }
 
-  // From there to element e.
+  // The offset of element e from the beginning of its patch.
   __device__ int64_t within(unsigned e) const {
     const unsigned line = by_columns.quotient(e), plane = by_rows.quotient(line);
     const unsigned c = by_frames.quotient(plane), t = plane - c * by_frames.divisor;
@@ -56,7 +58,7 @@ struct Cutting {
   }
 };
 
-// The patches that predictions are compared with. They are prepared in groups: a channel's, or all elements.
+// The patches that predictions are compared with. Elements are normalised in groups: those of a channel, or all.
 template <typename T>
 struct Patches {
   Elements<T> images;
@@ -112,7 +114,8 @@ __device__ T magnitude(T x) {
   return x < 0 ? -x : x;
 }
 
-// What cosine losses need: 1 / |x|, 1 / |y| (of lengths of 1e-12 at least), the cosine, and whether |x| is above that.
+// What cosine losses need: 1 / |x| and 1 / |y| (where lengths are at least 1e-12), the cosine, and whether |x| is above
+// 1e-12.
 template <typename T>
 struct Angle {
   T x, y, cosine;
@@ -127,14 +130,14 @@ struct Angle {
   }
 };
 
-// Sums over a row: of the loss's terms, or of x x, y y and x y.
+// Sums over a row: of the terms of the loss, or of x x, y y and x y.
 template <typename T, typename Target>
 __device__ void sum_up(const Rows<T>& pred, const Target& target, int64_t b, unsigned l, Loss loss, T beta, T* sums) {
   const int64_t x_start = pred.prepare(b, l, 0);
   for (unsigned g = 0; g < target.groups; ++g) {
     const auto prepared = target.prepare(b, l, g);
     const unsigned end = (g + 1) * target.group;
-    for (unsigned e = g * target.group + threadIdx.x; e < end;) {  // sums of 32 terms, and of those
+    for (unsigned e = g * target.group + threadIdx.x; e < end;) {  // sums of up to 32 terms, then sums of those sums
       T terms[3] = {};
       for (const unsigned stop = min(end - e, 1024u) + e; e < stop; e += 32) {
         const T x = pred.value(x_start, target.place(e)), y = target.value(prepared, e);
@@ -155,7 +158,7 @@ __device__ void sum_up(const Rows<T>& pred, const Target& target, int64_t b, uns
   for (int i = 0; i < (loss == Loss::Cosine ? 3 : 1); ++i) sums[i] = warp_sum(sums[i]);
 }
 
-// Blocks: kWarps rows each.
+// Blocks: kWarps rows.
 template <typename T, typename Target>
 __global__ void __launch_bounds__(kThreads, 4)
     losses(const __grid_constant__ Rows<T> pred, const __grid_constant__ Target target, const bool* mask, int64_t rows,
@@ -171,7 +174,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   if (threadIdx.x == 0) out[i] = result;
 }
 
-// Blocks: kWarps rows each.
+// Blocks: kWarps rows.
 template <typename scalar_t, typename T, typename Target>
 __global__ void __launch_bounds__(kThreads, 4)
     gradients(const T* grad, const __grid_constant__ Rows<T> pred, const __grid_constant__ Target target,
@@ -208,7 +211,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   }
 }
 
-// In words. Blocks: kWarps of K x B patches each.
+// Sizes and strides are in words. Blocks: kWarps of the K x B patches.
 template <typename Word>
 __global__ void __launch_bounds__(kThreads, 4)
     gather_words(const Word* __restrict__ images, const __grid_constant__ Cutting cutting, Ids ids, int64_t count,
@@ -225,7 +228,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   assert(id_is_in_range);
 }
 
-// Blocks: kWarps of L x B places each.
+// Blocks: kWarps of the L x B places.
 template <typename scalar_t>
 __global__ void __launch_bounds__(kThreads, 4)
     scatter_elements(const scalar_t* __restrict__ patches, const __grid_constant__ Cutting cutting, Ids ids,
@@ -260,7 +263,7 @@ __global__ void __launch_bounds__(kThreads, 4)
 
 using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
 
-// Of words of `word` elements.
+// A Cutting whose sizes and strides are in words of `word` elements.
 Cutting cutting_of(Sizes sizes, Sizes strides, const std::vector<int64_t>& patch, int64_t word) {
   if ((patch.size() != 2 && patch.size() != 3) || sizes.size() != patch.size() + 2)
     refuse("images must have shape (B, C, H, W) with patches [p, q], or (B, C, T, H, W) with [t, p, q], got ",
@@ -303,7 +306,7 @@ Element checked_element(const char* name, const Tensor& x) {
   return *element;
 }
 
-// What both losses ask of their arguments.
+// The checks that both losses make of their arguments.
 void check_rows(const Tensor& pred, const char* name, const Tensor& target, const Tensor& mask) {
   checked_element("pred", pred);
   checked_element(name, target);
@@ -324,7 +327,7 @@ Rows<T> rows_of(const Tensor& x) {
   return {{x.const_data_ptr(), *element_of(x)}, x.stride(0), x.stride(1), 1, static_cast<unsigned>(x.size(2))};
 }
 
-// visit(T(), type T of sums): double if one of both is.
+// Calls visit(Type<T>()), where T, the type of sums, is double if x or y is float64, else float.
 template <typename Visit>
 void with_sums(const Tensor& x, const Tensor& y, const Visit& visit) {
   if (x.scalar_type() == ScalarType::Double || y.scalar_type() == ScalarType::Double)
@@ -333,7 +336,7 @@ void with_sums(const Tensor& x, const Tensor& y, const Visit& visit) {
     visit(Type<float>());
 }
 
-// The losses, and where `grad` is given grad_pred. make_target(Type<T>()) is what predictions are compared with.
+// The losses or, where `grad` is given, grad_pred. make_target(Type<T>()) makes what predictions are compared with.
 template <typename MakeTarget>
 Tensor launch_losses(const Tensor* grad_, const Tensor& pred_, const Tensor& other, const Tensor& mask_, Loss loss,
                      double beta, const MakeTarget& make_target) {

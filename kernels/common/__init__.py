@@ -1,1 +1,1 @@
-"""What the families share."""
+"""Kernels and launchers that several families share."""

@@ -1,4 +1,4 @@
-"""Products W y with weights W of similarities S: what the softmax and the sigmoid losses share on the GPU.
+"""Products W y with weights W of similarities S, which the softmax and the sigmoid losses share on the GPU.
 
 For M rows x_i and N rows y_j let S = scale x y^T + bias. Every gradient here, and some of the losses, is a product
 
@@ -9,31 +9,32 @@ whose weights W_ij are a function of S_ij. Neither S nor W is stored: their tile
 Algorithm
   1. `pad` (normalises and) rounds rows to the dtype of the products, once, into a copy whose rows and columns are
      padded with zeros, so that the loops below load whole tiles.
-  2. `accumulate`: a program owns a block of rows of G and walks over the columns: a tile of S, its tile of W, G += W y.
-     G stays in registers while D <= 128; a wider one lies in memory, where the program alone reads and writes it.
-     Where there are too few rows to fill the GPU the columns are split between programs, each with a G of its own.
-     G_j = sum_i W_ij x_i is the same pass with x and y exchanged.
-  3. `collect` adds the splits and applies the factors that all weights of a row share.
+  2. `accumulate`: a program owns a block of rows of G and walks over the columns: it computes a tile of S, from it a
+     tile of W, and adds W y to G. While D <= 128, G stays in registers; a wider G lies in memory, where this program
+     alone reads and writes it. If there are too few rows to fill the GPU, the columns are split between programs, each
+     with a G of its own. G_j = sum_i W_ij x_i is the same pass with x and y exchanged.
+  3. `collect` (collect.py) adds the splits and applies the factors that all weights of a row share.
 
 Two things vary. WEIGHT says how W comes from S:
 
     both      r_i exp(S_ij - s_i) + c_j exp(S_ij - t_j)    given factors r, c and shifts s, t of rows and columns
     column    c_j exp(S_ij - t_j)
-    softmax   exp(S_ij - max_j S_ij)                       the maximum of the columns seen so far, as in flash
-                                                           attention: when it grows, what was summed is scaled down
-    sigmoid   1 / (1 + exp(-S_ij))                         relative to exp(min(max_j S_ij, 0)), kept in the same way
+    softmax   exp(S_ij - max_j S_ij)                       with the maximum over the columns seen so far, as in flash
+                                                           attention: when it grows, earlier sums are scaled down
+    sigmoid   1 / (1 + exp(-S_ij))                         relative to exp(min(max_j S_ij, 0)), handled the same way
 
-EXCLUDE is that of tiles.py.
+EXCLUDE says which entries are left out, as described in tiles.py.
 
 Cost: 2 U, in units U = 2 M N D floating-point operations. No atomics: every word is written by one program, and a
 kernel of one configuration gives the same bits every time. (Autotuning picks the configuration once per process;
 another may differ in the last bits.)
 
-Memory: (M + N) Dp elements of the products' dtype (Dp: D rounded up to 64), none for rows that are already as `pad`
-would leave them; M Dp floats for G, up to 2^15 Dp where columns are split.
+Memory: (M + N) Dp elements of the products' dtype (Dp: D rounded up to a multiple of 64), none for rows that already
+are as `pad` would leave them; M Dp floats for G, up to 2^15 Dp where columns are split.
 
-Numerics: sums, maxima and exponentials are float32. Weights are held at 2^13 times their size
-relative to the largest |factor| (or as above), by powers of two, so that float16 holds small ones.
+Numerics: sums, maxima and exponentials are float32. Weights are divided by a power of two near the largest |factor|
+(for softmax and sigmoid they are relative to a maximum, as above) and multiplied by 2^13, so that float16 holds small
+ones.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ def wide_needs(c: dict[str, int], named: dict[str, Any], size: int, capability: 
 
 @triton.jit
 def power_of_two(x):
-    """A positive number rounded down to a power of two, 2^-100 at least; 1 for 0, infinity, NaN, which set no scale."""
+    """x >= 0 rounded down to a power of two, at least 2^-100; 1 for 0, infinity and NaN, which set no scale."""
     exponent = (x.to(tl.int32, bitcast=True) >> 23) & 255
     exponent = tl.where((x == 0) | (exponent == 255), 127, tl.maximum(exponent, 27))
     return (exponent << 23).to(tl.float32, bitcast=True)
@@ -100,7 +101,7 @@ def power_of_two(x):
 
 @triton.jit
 def load_factors(shift, factor, to_peak, i, count):
-    """(shift, factor scaled by `to_peak`) of rows i; the factor is 0 outside."""
+    """(shift, factor times `to_peak`) of rows i; both are 0 outside."""
     inside = i < count
     scaled = tl.load(factor + i, mask=inside, other=0.0) * to_peak
     return tl.load(shift + i, mask=inside, other=0.0), scaled
@@ -111,7 +112,7 @@ def weights(
     x, shift_i, factor_i, column_shift, column_factor, to_peak, top, total, column, N,
     WEIGHT: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """A tile of W scaled to `PEAK`, what to multiply earlier sums by, and the rows' maxima and totals so far."""
+    """A tile of W scaled to `PEAK`, the factors for earlier sums, and the rows' maxima and totals so far."""
     j = column + tl.arange(0, BN)
     if WEIGHT == "both" or WEIGHT == "column":
         shift_j, factor_j = load_factors(column_shift, column_factor, to_peak, j, N)
@@ -132,7 +133,7 @@ def weights(
 
 @triton.jit
 def begin(exclude, row_shift, row_factor, peak, i, M, N, WEIGHT: tl.constexpr, EXCLUDE: tl.constexpr, BM: tl.constexpr):
-    """A block of rows before its first tile: excluded columns, shifts, factors and their scaling; maximum and sums."""
+    """A block of rows before its first tile: excluded columns, shifts, factors, their scaling; maxima and sums."""
     top = tl.full((BM,), float("-inf"), tl.float32)
     zero = tl.zeros((BM,), tl.float32)
     excluded = i
@@ -148,7 +149,7 @@ def begin(exclude, row_shift, row_factor, peak, i, M, N, WEIGHT: tl.constexpr, E
 
 @triton.jit
 def end(tops, totals, losses, split, i, M, top, total, loss):
-    """Store what a split found of rows i beside G."""
+    """Store what a split has found for rows i besides G."""
     to = split.to(tl.int64) * M + i
     if tops is not None:
         tl.store(tops + to, top, mask=i < M)
@@ -159,7 +160,7 @@ def end(tops, totals, losses, split, i, M, top, total, loss):
 
 @autotune(
     narrow_needs,
-    ["D", "splits", "WEIGHT", "PRECISION"],  # splits: a power of two that falls as rows grow: few sizes are tuned
+    ["D", "splits", "WEIGHT", "PRECISION"],  # splits is a power of two that falls as rows grow, so few sizes are tuned
     configs(
         ({"BM": 128, "BN": 64}, 8, 2),
         ({"BM": 128, "BN": 32}, 8, 2),
@@ -173,7 +174,7 @@ def accumulate_narrow(
     WEIGHT: tl.constexpr, EXCLUDE: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """G = W y for BM rows and one split of the columns; G in registers."""
+    """G = W y for BM rows and one split of the columns, with G in registers."""
     pid = tl.program_id(0)
     split = pid % splits
     row = pid // splits * BM
@@ -224,7 +225,7 @@ def accumulate_wide(
     WEIGHT: tl.constexpr, EXCLUDE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """As `accumulate_narrow`, for any D: G in memory, BK columns of it at a time."""
+    """Like `accumulate_narrow`, for any D: G is in memory, and BK of its columns are processed at a time."""
     pid = tl.program_id(0)
     split = pid % splits
     row = pid // splits * BM
@@ -246,7 +247,7 @@ def accumulate_wide(
                 x, shift_i, factor_i, column_shift, column_factor, to_peak, top, total, column, N, WEIGHT, BN
             )
             w = w.to(right.dtype.element_ty)
-            tl.debug_barrier()  # what other threads of this program stored is seen by its loads
+            tl.debug_barrier()  # makes what other threads of this program have stored visible to the loads below
             y_j = at(right, column, D, BN) + k[None, :]
             to = at(gradient, split.to(tl.int64) * padded_rows + row, D, BM) + k[None, :]
             for _ in range(0, D, BK):
@@ -260,7 +261,7 @@ def accumulate_wide(
 
 
 class Factors(NamedTuple):
-    """What the weights of one side's rows are multiplied by, relative to exp(S - shift)."""
+    """For each row of one side: its weights are factor exp(S - shift)."""
 
     shift: Tensor
     factor: Tensor
@@ -272,7 +273,7 @@ def largest(*factors: Factors) -> Tensor:
 
 
 class Sums(NamedTuple):
-    """What `accumulate` leaves of each split: G; of running weights maxima and totals; of the sigmoid losses."""
+    """What `accumulate` leaves for each split: G; for softmax and sigmoid, maxima and totals; for sigmoid, losses."""
 
     weight: str
     gradient: Tensor | None
@@ -312,12 +313,12 @@ def accumulate(
         exclude_by: EXCLUDE.
         bias: of S, 0-d.
         exclude: the column that a row leaves out, or the row that a column does.
-        rows: of "both".
-        columns: of "both" and "column".
+        rows: factors of the rows, for "both".
+        columns: factors of the columns, for "both" and "column".
         peak: the largest |factor|, 0-d.
         aligned: receives the S of NT-Xent's positives.
         derive: whether G is wanted.
-        loss: whether the losses of the rows are wanted; "sigmoid" has some.
+        loss: whether the losses of the rows are wanted, for "sigmoid".
     """
     count, others = sizes
     padded_rows, padded = left.shape
@@ -336,7 +337,7 @@ def accumulate(
         new(splits, count) if running else None,
         new(splits, count) if loss else None,
     )
-    # Without tensor cores a whole row does not fit a thread's registers.
+    # Without tensor cores a whole row would not fit into a thread's registers.
     kernel = accumulate_narrow if padded <= 128 and precision != "float32" else accumulate_wide
 
     def grid(meta: dict) -> tuple[int]:

@@ -20,7 +20,7 @@ def collect(
     PADDED, padded_rows, splits,
     WEIGHT: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """scale G (G itself for softmax) from the splits' sums, <x_i, G_i>, and the rows' totals and shifts."""
+    """From the sums of the splits: scale G (for softmax, G itself), <x_i, G_i>, and the totals and shifts of rows."""
     row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     rows = row[:, None]
     inside = row < M
@@ -74,7 +74,7 @@ class Collected(NamedTuple):
 
 
 def collect_sums(sums: Sums, x: Tensor, scale: Tensor, dtype: torch.dtype, share: bool = False) -> Collected:
-    """scale G, or G itself for softmax, in `dtype`; the rows' shifts and totals; and <x_i, G_i> in float64."""
+    """scale G (for softmax, G itself) in `dtype`; the shifts and totals of rows; and <x_i, G_i> in float64."""
     (count, dim), (splits, padded_rows, padded) = x.shape, sums.gradient.shape
     out = Collected(
         x.new_empty((count, dim), dtype=dtype),

@@ -11,11 +11,11 @@ import triton.language as tl
 from triton.runtime import driver
 
 DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-ROWS = 128  # rows are padded to a multiple of it: the largest tile
-PEAK = tl.constexpr(8192.0)  # of weights in 16 bits: far enough from float16's 65504 and from its 6e-5
-PROGRAMS = 256  # row blocks times column splits, where the columns suffice
-# Contracting a product with a sum would round S differently in one kernel and in another, and a sum of products
-# differently in the two lanes that share it.
+ROWS = 128  # rows are padded to a multiple of this, the height of the largest tile
+PEAK = tl.constexpr(8192.0)  # the largest weight: well below float16's maximum, 65504, and far above its 6e-5
+PROGRAMS = 256  # how many programs to aim for: row blocks times column splits
+# With fused multiply-adds two kernels might round the same S differently, and two lanes that share a sum of products
+# might round it differently.
 OPTIONS = {"enable_fp_fusion": False}
 
 
@@ -31,19 +31,19 @@ def suited(
     capability: int,
     shared: int,
 ) -> list[triton.Config]:
-    """Those of `configs` that suit a device: `needs` gives the bytes of shared memory of their tiles, or None."""
+    """Those of `configs` that suit a device: `needs` gives the bytes of shared memory of a tile, or None to refuse."""
     size = named["left"].element_size()
     suited = []
     for config in configs:
         choice = config.kwargs | {"warps": config.num_warps, "stages": config.num_stages}
         tiles = needs(choice, named, size, capability)
-        if tiles is not None and tiles + 2048 <= shared:  # reductions across warps need the rest
+        if tiles is not None and tiles + 2048 <= shared:  # 2048 bytes for reductions across warps
             suited.append(config)
     return suited
 
 
 def autotune(needs: Callable[..., int | None], key: list[str], configs: list[triton.Config]) -> Callable:
-    """triton.autotune over the `suited` ones of `configs`."""
+    """triton.autotune over those of `configs` that are `suited`."""
 
     def prune(configs: list[triton.Config], named: dict[str, Any], **meta: Any) -> list[triton.Config]:
         capability = driver.active.get_current_target().arch
@@ -54,12 +54,13 @@ def autotune(needs: Callable[..., int | None], key: list[str], configs: list[tri
 
 
 def suits_units(c: dict[str, int], named: dict[str, Any]) -> bool:
-    """IEEE float32 has no tensor cores: each thread holds a slice of both operands, which must be thin."""
+    """Whether BK suits the precision: without tensor cores (IEEE float32) a thread holds slices of both operands, so
+    they must be thin."""
     return (c["BK"] == 16) == (named["PRECISION"] == "ieee")
 
 
 def row_block(padded: int) -> dict[str, int]:
-    """Tile of the row kernels: 1024 elements, of as few rows as that takes."""
+    """The tile of the kernels over rows: 1024 elements, with as few rows as possible."""
     width = min(triton.next_power_of_2(padded), 1024)
     return {"BR": 1024 // width, "BD": width}
 

@@ -1,7 +1,7 @@
-"""Rows in the dtype of products: (normalised and) rounded once, into a copy whose rows and columns are padded with
-zeros, so that the kernels that multiply load whole tiles.
+"""Rows in the dtype of products: z = x / max(|x|, 1e-12), or x itself, rounded once.
 
-Norms are float64, which costs O(N D).
+The copy's rows and columns are padded with zeros, so that the kernels that multiply load whole tiles. A program takes a
+tile of rows and reads them twice if it normalises them, once otherwise; norms are float64. Cost: O(N D).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def load_rows(z1, z2, rows, columns, B, N, D, row_stride1, column_stride1, row_s
 
 @triton.jit
 def unit(x, inverse):
-    """x over its norm, rounded once."""
+    """x times its inverse norm, rounded once."""
     return (x.to(tl.float64) * inverse).to(tl.float32)
 
 
@@ -36,7 +36,7 @@ def prepare(
     z1, z2, z, inverse, B, N, D, row_stride1, column_stride1, row_stride2, column_stride2, PADDED,
     NORMALIZE: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Write the (normalised) rows, rounded to z's dtype and padded with zeros, and what they were multiplied by."""
+    """Write the (normalised) rows, rounded to z's dtype and padded with zeros, and their inverse norms (else 1)."""
     row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     rows = row[:, None]
     squares = tl.zeros((BR, BD), tl.float64)
@@ -71,7 +71,7 @@ def pad_views(z1: Tensor, z2: Tensor, normalize: bool, precision: str) -> tuple[
 
 
 def pad(x: Tensor, precision: str) -> Tensor:
-    """The padded rows of x in the dtype of the products; x itself where it is so already."""
+    """The padded rows of x in the dtype of the products: x itself, if that is what it already is."""
     rows, dim = x.shape
     whole = rows % ROWS == 0 and dim % 64 == 0 and x.is_contiguous() and x.data_ptr() % 16 == 0
     return x if whole and x.dtype == DTYPES[precision] else pad_views(x, x[:0], False, precision)[0]

@@ -6,10 +6,12 @@ EXCLUDE says which columns j row i leaves out:
     row       exclude[i]
     column    those with exclude[j] = i: `row` after x and y have been exchanged
     diagonal  i
-    partner   i and, apart, (i + N / 2) mod N: NT-Xent's positive, whose S is noted and whose weight the caller adds
+    partner   i, and (i + N / 2) mod N, NT-Xent's positive, whose S is stored and whose weight the caller adds
 
-Sums, maxima and exponentials are float32. Exponents are in natural units, so that a shift that one kernel stores is, to
-the last bit, an entry of the tile that the next one makes again: at any scale their difference is 0 then.
+A tile costs 2 D operations for each of its entries, for the product, and one exponential.
+
+Sums, maxima and exponentials are float32. Exponents are in natural units, so that the shift that one kernel stores
+equals, to the last bit, an entry of the tile that the next kernel computes again: their difference is 0 at any scale.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import triton
 import triton.language as tl
 
 EPS = tl.constexpr(1e-12)  # torch.nn.functional.normalize's
-# A changing batch must not compile anew.
+# Arguments on whose values Triton must not specialise: a new batch size must not compile kernels again.
 COUNTS = ["B", "M", "N", "row_blocks", "blocks", "start", "band", "distances", "splits"]
 
 
@@ -51,14 +53,14 @@ def load_scale(scale):
 
 @triton.jit
 def load_excluded(exclude, i, count, others):
-    """exclude[i] as int32, -1 where it is none of the `others` rows and outside of its own `count`."""
+    """exclude[i] as int32; -1 where it is not in [0, others), or where i >= count."""
     other = tl.load(exclude + i, mask=i < count, other=-1)
     return tl.where((other >= 0) & (other < others), other, -1).to(tl.int32)
 
 
 @triton.jit
 def finite(top):
-    """A maximum to subtract: 0 where nothing was seen."""
+    """A maximum to subtract: 0 in place of minus infinity, where nothing was seen."""
     return tl.where(top == float("-inf"), 0.0, top)
 
 
@@ -79,7 +81,7 @@ def exponents(
     product, scale, bias, excluded, exclude, aligned, row, column, M, N,
     EXCLUDE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """A tile of S, minus infinity where a column is left out. A partner's S goes to `aligned`."""
+    """A tile of S, minus infinity where a column is left out. The S of partners is stored in `aligned`."""
     i = row + tl.arange(0, BM)
     j = column + tl.arange(0, BN)
     x = product * scale
@@ -111,6 +113,6 @@ def exponents(
 
 @triton.jit
 def span(split, splits, N):
-    """Columns [start, stop) of a split, in whole multiples of 128, never none."""
+    """The columns [start, stop) of a split, in units of 128, at least one unit."""
     units = tl.cdiv(N, 128)
     return units * split // splits * 128, units * (split + 1) // splits * 128

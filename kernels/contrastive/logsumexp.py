@@ -1,15 +1,18 @@
-"""Log-sum-exps of similarities S = scale x y^T, and the products W y, W^T x of their gradients, on the GPU:
+"""Log-sum-exps of similarities S = scale x y^T, and the products W y and W^T x of their gradients, on the GPU:
 
-    similarity_logsumexp   of the rows of S                                   forward 2 U (with E y), backward dy: 2 U
+    similarity_logsumexp   of the rows of S                                   forward 2 U (with E y), grad_y 2 U
     pair_logsumexp         of the rows and the columns of S (CLIP)            forward 1 U, backward 4 U
     self_logsumexp         of the rows of scale z z^T, no diagonal (SupCon)   forward 1/2 U, backward 2 U
 
-in units U = 2 M N D floating-point operations (M = N for the last), with E_ij = exp(S_ij - shift_i). fastssl/ops/
-contrastive has the formulas.
+in units U = 2 M N D floating-point operations (M = N for the last). With E_ij = exp(S_ij - shift_i), where shift_i is
+the largest S_ij of row i, and total_i = sum_j E_ij,
 
-Sums are those of sums.py, products those of common/accumulate.py, which recomputes S. One-sided losses need no S at all
-in the backward pass of x: their forward pass is `accumulate` too, with a running maximum. Two outputs per tile would
-make CLIP's backward pass 3 U, but would need atomics.
+    log sum_j exp(S_ij) = shift_i + log(total_i)
+    grad_x = scale W y,    grad_y = scale W^T x,    W_ij = grad_total_i E_ij [+ the same of columns]
+
+Algorithm. Sums are those of sums.py, products those of common/accumulate.py, which computes S again. The forward pass
+of similarity_logsumexp is `accumulate` too, with a running maximum: it leaves E y, so that grad_x needs no S at all.
+Two outputs per tile would make CLIP's backward pass 3 U, but would need atomics.
 """
 
 from __future__ import annotations
@@ -57,12 +60,12 @@ def similarity_logsumexp_backward(
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`fastssl::similarity_logsumexp_backward` for CUDA tensors; see fastssl/ops/contrastive/."""
-    dx = ((grad_total * scale)[:, None] * weighted).to(x.dtype)
+    grad_x = ((grad_total * scale)[:, None] * weighted).to(x.dtype)
     along = (weighted * x).sum(1, dtype=torch.float64)
-    dscale = (grad_total * along).sum().to(scale.dtype)
+    grad_scale = (grad_total * along).sum().to(scale.dtype)
     rows, columns = x.shape[0], y.shape[0]
     if not needs_y or rows == 0 or columns == 0:
-        return dx, y.new_zeros((columns if needs_y else 0, y.shape[1])), dscale
+        return grad_x, y.new_zeros((columns if needs_y else 0, y.shape[1])), grad_scale
     with torch.cuda.device_of(x):
         exclude, by = excluding(exclude, "column")
         factors = Factors(shift.contiguous(), grad_total.contiguous())
@@ -70,7 +73,7 @@ def similarity_logsumexp_backward(
             pad(y, precision), pad(x, precision), (columns, rows), scale, precision, "column", by, exclude=exclude,
             columns=factors, peak=largest(factors),
         )  # fmt: skip
-        return dx, collect_sums(G, y, scale, y.dtype).gradient, dscale
+        return grad_x, collect_sums(G, y, scale, y.dtype).gradient, grad_scale
 
 
 def pair_logsumexp(
@@ -122,13 +125,13 @@ def pair_logsumexp_backward(
             left, right, (rows, columns), scale, precision, "both", by, exclude=exclude,
             rows=of_x, columns=of_y, peak=peak,
         )  # fmt: skip
-        dx = collect_sums(G, x, scale, x.dtype, share=True)
+        collected = collect_sums(G, x, scale, x.dtype, share=True)
         exclude, by = excluding(exclude, "column")
         G = accumulate(
             right, left, (columns, rows), scale, precision, "both", by, exclude=exclude,
             rows=of_y, columns=of_x, peak=peak,
         )  # fmt: skip
-        return dx.gradient, collect_sums(G, y, scale, y.dtype).gradient, dx.share.sum().to(scale.dtype)
+        return collected.gradient, collect_sums(G, y, scale, y.dtype).gradient, collected.share.sum().to(scale.dtype)
 
 
 def self_logsumexp(z: Tensor, scale: Tensor, keep: int, precision: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -156,10 +159,10 @@ def self_logsumexp_backward(
             padded, padded, (rows, rows), scale, precision, "both", "diagonal", rows=factors, columns=factors,
             peak=largest(factors),
         )  # fmt: skip
-        dz = collect_sums(G, z, scale, z.dtype, share=True)
-        return dz.gradient, dz.share.sum().mul(0.5).to(scale.dtype)
+        collected = collect_sums(G, z, scale, z.dtype, share=True)
+        return collected.gradient, collected.share.sum().mul(0.5).to(scale.dtype)
 
 
 def excluding(exclude: Tensor | None, by: str) -> tuple[Tensor | None, str | None]:
-    """`exclude` and EXCLUDE."""
+    """`exclude`, contiguous, and the EXCLUDE that goes with it."""
     return (None, None) if exclude is None else (exclude.contiguous(), by)

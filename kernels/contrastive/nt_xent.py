@@ -1,7 +1,6 @@
 """NT-Xent (SimCLR, arXiv:2002.05709) on the GPU.
 
-With z the N = 2B (normalised) rows of [z1; z2], S = scale
-z z^T, pos(i) = (i + B) mod N:
+With z the N = 2B (normalised) rows of [z1; z2], S = scale z z^T and pos(i) = (i + B) mod N:
 
     lse_i  = log sum_{j != i} exp(S_ij) = shift_i + log(total_i)
     loss_i = lse_i - S_{i, pos(i)}
@@ -12,9 +11,9 @@ and, given g_i = dL/dloss_i, with p_ij = exp(S_ij - lse_i):
     dL/dz_i  = scale G_i,  G = W z,      dL/dscale = 1/2 sum_i <z_i, G_i>
     dL/dx_i  = (dL/dz_i - <dL/dz_i, z_i> z_i) / |x_i|    where rows were normalised, z = x / |x|
 
-Forward: sums.py, 1/2 U, in units U = 2 N N D floating-point operations. Backward: `accumulate`, 2 U; `_project` adds
-the splits and the positives, and applies scale and the derivative of the normalisation. Two outputs per tile would make
-it 1.5 U, but would need atomics.
+Algorithm and cost. Forward: sums.py, 1/2 U, in units U = 2 N N D floating-point operations. Backward: `accumulate`,
+2 U; `_project` adds the splits and the positives, and applies scale and the derivative of the normalisation. Two
+outputs per tile would make it 1.5 U, but would need atomics.
 
 Numerics: norms and row products are float64. The positive's entry in W, g_i (p - 1), is where a confident model's
 gradient cancels: it is left out of the rounded W, and `_project` adds it in float32, from the same S that the sums
@@ -38,7 +37,7 @@ from fastssl.kernels.contrastive.sums import totals_and_shifts
 
 @triton.jit
 def _positive_weight(shift, coefficient, total, peak, aligned, i, inside, N):
-    """g_i (p - 1) of the positive, scaled as W is."""
+    """The positive's g_i (p - 1), scaled like W."""
     shift_i, scaled = load_factors(shift, coefficient, PEAK / power_of_two(tl.load(peak)), i, N)
     denominator = tl.load(total + i, mask=inside, other=1.0)
     x = tl.load(aligned + i, mask=inside, other=0.0)
@@ -51,7 +50,7 @@ def _total_gradient(
     row_stride1, column_stride1, row_stride2, column_stride2, PADDED, padded_rows, splits,
     BR: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """G for a tile of rows and columns: the splits' sum and the positive's term."""
+    """A tile of G: the sum over the splits, and the positive's term."""
     x = load_rows(z1, z2, partner, columns, B, 2 * B, D, row_stride1, column_stride1, row_stride2, column_stride2)
     acc = weight * unit(x, inverse_partner)
     for split in range(splits):
@@ -62,11 +61,11 @@ def _total_gradient(
 
 @triton.jit(do_not_specialize=COUNTS)
 def _project(
-    z1, z2, inverse, scale, shift, coefficient, total, peak, aligned, gradient, dz1, dz2, dscale, B, D,
+    z1, z2, inverse, scale, shift, coefficient, total, peak, aligned, gradient, grad_z1, grad_z2, grad_scale, B, D,
     row_stride1, column_stride1, row_stride2, column_stride2, PADDED, padded_rows, splits,
     NORMALIZE: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """dz1 and dz2 from G, and each row's share of dscale."""
+    """The gradients of z1 and z2 from G, and each row's share of that of scale."""
     row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     rows = row[:, None]
     inside = row < 2 * B
@@ -88,7 +87,7 @@ def _project(
         shares += unit(x, factor).to(tl.float64) * g
     along = tl.sum(shares, 1)
     unscale = power_of_two(tl.load(peak)) / PEAK
-    tl.store(dscale + row, 0.5 * unscale * along, mask=inside)
+    tl.store(grad_scale + row, 0.5 * unscale * along, mask=inside)
     along = tl.where(factor < 1 / EPS, along[:, None], 0.0).to(tl.float32)  # a clamped norm is a constant
     output_scale = tl.load(scale) * unscale
     for start in range(0, D, BD):
@@ -100,9 +99,9 @@ def _project(
         if NORMALIZE:
             x = load_rows(z1, z2, rows, columns, B, 2 * B, D, row_stride1, column_stride1, row_stride2, column_stride2)
             g = unit(g - along * unit(x, factor), factor)
-        out = (g * output_scale).to(dz1.dtype.element_ty)
-        tl.store(dz1 + rows * D + columns, out, mask=(rows < B) & (columns < D))
-        tl.store(dz2 + (rows - B) * D + columns, out, mask=(rows >= B) & inside[:, None] & (columns < D))
+        out = (g * output_scale).to(grad_z1.dtype.element_ty)
+        tl.store(grad_z1 + rows * D + columns, out, mask=(rows < B) & (columns < D))
+        tl.store(grad_z2 + (rows - B) * D + columns, out, mask=(rows >= B) & inside[:, None] & (columns < D))
 
 
 def nt_xent(
@@ -132,14 +131,14 @@ def nt_xent_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(grad_z1, grad_z2, grad_scale) of `fastssl::nt_xent_backward` for CUDA tensors; see fastssl/ops/contrastive/."""
     batch, dim = z1.shape
-    dz1, dz2 = z1.new_empty(z1.shape), z2.new_empty(z2.shape)
+    grad_z1, grad_z2 = z1.new_empty(z1.shape), z2.new_empty(z2.shape)
     if batch == 0:
-        return dz1, dz2, scale.new_zeros(())
+        return grad_z1, grad_z2, scale.new_zeros(())
     with torch.cuda.device_of(z1):
         z, inverse = pad_views(z1, z2, normalize, precision)
         total = total.contiguous()
         factors = Factors(shift.contiguous(), grad_loss / total)
-        aligned, dscale, peak = torch.empty_like(total), torch.empty_like(inverse), largest(factors)
+        aligned, grad_scale, peak = torch.empty_like(total), torch.empty_like(inverse), largest(factors)
         G = accumulate(
             z, z, (2 * batch, 2 * batch), scale, precision, "both", "partner", rows=factors, columns=factors, peak=peak,
             aligned=aligned,
@@ -147,7 +146,7 @@ def nt_xent_backward(
         splits, padded_rows, padded = G.shape
         block = row_block(padded)
         _project[(triton.cdiv(2 * batch, block["BR"]),)](
-            z1, z2, inverse, scale, *factors, total, peak, aligned, G, dz1, dz2, dscale, batch, dim,
+            z1, z2, inverse, scale, *factors, total, peak, aligned, G, grad_z1, grad_z2, grad_scale, batch, dim,
             *z1.stride(), *z2.stride(), padded, padded_rows, splits, normalize, **block, **OPTIONS,
         )  # fmt: skip
-        return dz1, dz2, dscale.sum().to(scale.dtype)
+        return grad_z1, grad_z2, grad_scale.sum().to(scale.dtype)

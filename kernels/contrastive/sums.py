@@ -1,16 +1,19 @@
-"""Maxima and sums of exponentials of the rows of S = scale x y^T, and of its columns.
+"""Maxima and sums of exponentials over the rows of S = scale x y^T, and over its columns:
 
-S is cut into T x T tiles; tile (b, d) is rows of block b against columns of block b + d, modulo the number of column
-blocks. One program takes one tile and leaves the maximum and the sum of exponentials of its rows and, where they are
-wanted, of its columns. A row in block b finds what it needs from column block c in slot (c - b) mod blocks, where
-nobody else writes; a column likewise. `_merge` reduces the slots. Distances d are taken in bands, so the slots need
-O(M + N) memory. Columns are wanted by CLIP, whose shorter side is made the rows; and by a symmetric S, where they stand
-for rows: the distances d = 0 ... blocks // 2 then see every pair once.
+    shift_i = max_j S_ij,    total_i = sum_j exp(S_ij - shift_i).
 
-Memory: at most 512 bytes per row and per column for the slots.
+Algorithm. S is cut into T x T tiles; tile (b, d) is that of row block b and column block b + d, modulo the number of
+column blocks. One program computes one tile, and stores the maximum and the sum of exponentials of each of its rows
+and, where they are wanted, of its columns. For rows of block b, what comes from column block c goes to slot
+(c - b) mod blocks, where no other program writes; likewise for columns. `_merge` reduces the slots. Distances d are
+taken in bands, so the slots need O(M + N) memory. Columns are wanted for CLIP, where the shorter side becomes the rows;
+and for a symmetric S, where they stand for rows: there the distances d = 0 ... blocks // 2 cover every pair once.
 
-A row's maximum is taken before its exponentials, so any scale and any row lengths are safe. NaN spreads to the totals
-whose S it reaches.
+Cost, in units U = 2 M N D floating-point operations: 1 U, about U / 2 for a symmetric S. Memory: at most 512 bytes per
+row and per column for the slots.
+
+Numerics: a row's maximum is taken before its exponentials, so any scale and any lengths of rows are safe. A NaN in S
+makes the totals of its row and column NaN.
 """
 
 from __future__ import annotations
@@ -64,7 +67,7 @@ def _forward_tile(
     left, right, scale, exclude, row_tops, row_sums, column_tops, column_sums, aligned, M, N, D, blocks, start, band,
     EXCLUDE: tl.constexpr, SYMMETRIC: tl.constexpr, T: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Maxima and sums of tile (block, distance), distance = start ... start + band - 1, for its rows and columns."""
+    """Maxima and sums of the rows and columns of tile (block, distance), start <= distance < start + band."""
     pid = tl.program_id(0)
     block = pid // band
     slot = pid % band
@@ -82,7 +85,7 @@ def _forward_tile(
     )  # fmt: skip
     if row + T > M:
         x = tl.where(i[:, None] < M, x, float("-inf"))
-    # No other program sees the transpose of this tile; where S is not symmetric that always holds.
+    # Whether no other program computes the transpose of this tile; always so where S is not symmetric.
     once = (not SYMMETRIC) | ((distance > 0) & (2 * distance < blocks))
     if EXCLUDE == "partner":
         half = N // 2
@@ -122,12 +125,13 @@ def _merge(
     slot = tl.arange(0, SLOTS)
     distance = start + slot % band
     if SYMMETRIC:
-        # A tile at distance 0, or half way round, has left nothing for its columns: they are rows of another tile.
+        # A tile at distance 0, or half way round, stored nothing for its columns: they are rows of the same or another
+        # tile.
         written = (slot < band) | ((slot < 2 * band) & (distance > 0) & (2 * distance < blocks))
         written = written[:, None] & inside[None, :]
     else:
-        # Columns of block c have heard from row block c - d, if there is one; rows, for which row_blocks = blocks, from
-        # every distance.
+        # Columns of block c have an entry from row block c - d, if there is one; rows, for which row_blocks = blocks,
+        # have one from every distance.
         block = (i // T + blocks)[None, :] - distance[:, None]
         written = (slot < band)[:, None] & (block % blocks < row_blocks) & inside[None, :]
     at = slot[:, None].to(tl.int64) * N + i[None, :]
@@ -182,7 +186,7 @@ def totals_and_shifts(
     def new(*shape: int) -> Tensor:
         return left.new_empty(shape, dtype=torch.float32)
 
-    # Of rows, then of columns: slots of maxima and of sums, from how many blocks, shift, total.
+    # For rows, then for columns: slots of maxima and of sums, the number of blocks that they come from, shift, total.
     slots = 2 * band if symmetric else band
     sides = [(new(slots, rows), new(slots, rows), blocks, new(rows), new(rows))]
     if columns:

@@ -15,11 +15,14 @@ and the derivative of the standardisation, r = 1 / sqrt(var + eps), turns g = dA
     Barlow Twins:  dz = r (g - mean g - A sum_n(g A) / (N or N - 1))         VICReg:  dz = g - mean g
 
 Algorithm
-  1. columns.py sums, over slots of rows, what means, variances and the diagonal of C need; barlow_twins.py and
-     vicreg.py make of it, for each column, those numbers, its part of the loss that has no product, and the factor of
-     the gradient's diagonal part. products.py rounds A to the dtype of the products, once.
-  2. dual.py, where N is less than D, or primal.py: the sums of squares, and the products of the gradients.
-  3. derivatives.py applies the derivative of the standardisation, and adds what has no product.
+  1. columns.py sums, over slots of rows, what means, variances and the diagonal of C need; from these barlow_twins.py
+     and vicreg.py compute, for each column, those statistics, its part of the loss that needs no product, and the
+     factor of the diagonal's part of the gradient. products.py rounds A to the dtype of the products, once.
+  2. dual.py, where N is well below D, or else primal.py: the sums of squares, and the products of the gradients.
+  3. derivatives.py applies the derivative of the standardisation, and adds the parts that need no product.
+
+Cost: products of 2 N N D (dual) or 2 N D D (primal) floating-point operations; dual.py and primal.py say how many.
+Everything else is O(N D).
 
 No atomics: every word is written by one program, and a kernel of one configuration gives the same bits every
 time. (Autotuning picks the configuration once per process; another may differ in the last bits.)
@@ -28,10 +31,10 @@ Memory: for each view N D elements of the products' dtype. dual: N N floats for 
 for each view in the backward pass. primal: N D floats for each view, PANEL D (or up to 2^22) for a panel of C, and its
 weights.
 
-Numerics: the diagonals of C (primal) and of G (backward) stay out of rounded weights. Squares are summed in float32 in
-a tile, in float64 across tiles. Weights and Gram matrices are held at 2^13 times their size relative to their largest
-possible entry, so that float16 holds small ones; for float16 so are VICReg's columns, relative to the largest
-deviation.
+Numerics: the diagonals of C (primal) and of the Gram matrices (backward) are left out of rounded weights. Squares are
+summed in float32 within a tile and in float64 across tiles. Weights and Gram matrices are scaled so that their largest
+possible entry is 2^13, so that float16 holds small ones; for float16 VICReg's columns are scaled, too, by a power of
+two near the largest deviation.
 """
 
 from fastssl.kernels.correlation.barlow_twins import barlow_twins, barlow_twins_backward

@@ -1,4 +1,10 @@
-"""Barlow Twins (arXiv:2103.03230) on the GPU: the parts of its loss without products, and its launchers."""
+"""Barlow Twins (arXiv:2103.03230) on the GPU: the parts of its loss that need no product, and its launchers.
+
+    loss = invariance_param sum_i (C_ii - 1)^2 + lambda_param sum_{i != j} C_ij^2,    C = A^T B / N
+
+for the standardised columns A and B of two views. Sums over columns give the diagonal of C, in O(N D); __init__.py has
+the algorithm and the cost of the rest.
+"""
 
 from __future__ import annotations
 

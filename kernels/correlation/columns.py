@@ -1,6 +1,9 @@
-"""Sums over the rows of columns: what means, variances and the diagonal of C = A^T B need.
+"""Sums of columns over the rows, from which means, variances and the diagonal of C = A^T B follow:
 
-Columns are summed in float64, in slots of rows, relative to their first row, so that a constant column is exactly 0.
+    sum_n x_n,  sum_n x_n^2,  x = z - z[0], of each view,    sum_n x_a x_b  or  sum_n (z_a - z_b)^2.
+
+Columns are summed in float64, in slots of rows, relative to their first row, so that a constant column becomes exactly
+0. Each program reads a block of columns of one slot's rows, once; `moments` and `sum_rows` add the slots. Cost: O(N D).
 """
 
 from __future__ import annotations
@@ -15,8 +18,8 @@ from torch import Tensor
 
 from fastssl.kernels.common.launch import OPTIONS, PROGRAMS
 
-SLOTS = 32  # of rows in sums over columns, at most
-BLOCK = {"BR": 16, "BD": 64}  # tile of the kernels over columns
+SLOTS = 32  # the most slots into which the rows of a sum are divided
+BLOCK = {"BR": 16, "BD": 64}  # the tile of the kernels over columns
 COUNTS = ["N", "M", "K", "slots", "splits", "view", "first_row", "first_column", "last_column"]  # see common/tiles.py
 
 
@@ -36,7 +39,7 @@ def load(z, rows, columns, N, D, row_stride, column_stride):
 
 @triton.jit
 def centred(z, offset, rstd, rows, columns, N, D, row_stride, column_stride):
-    """A tile of A in float32, zero outside; `offset` is the mean less the first row. Without `rstd`, centred only."""
+    """A tile of A in float32, zero outside; `offset` is the mean minus the first row. Without `rstd`, only centred."""
     a = load(z, rows, columns, N, D, row_stride, column_stride)
     a -= load(z, rows * 0, columns, N, D, row_stride, column_stride)
     a -= tl.load(offset + columns, mask=columns < D, other=0.0)
@@ -94,7 +97,7 @@ def _statistics(
 
 @triton.jit
 def sum_rows(sums, which, slots, d, D, SLOTS: tl.constexpr):
-    """The `which`-th of the sums that a kernel left in slots."""
+    """The `which`-th of the sums that a kernel has left in slots, added over the slots."""
     slot = tl.arange(0, SLOTS)[:, None]
     parts = sums + (slot + which * slots).to(tl.int64) * D + d[None, :]
     return tl.sum(tl.load(parts, mask=(slot < slots) & (d < D)[None, :], other=0.0), 0)
@@ -110,13 +113,13 @@ def moments(sums, view, slots, d, N, D, SLOTS: tl.constexpr):
 
 
 class Columns(NamedTuple):
-    """Of the columns of the views (V of them): what `_barlow_twins_columns` and `_vicreg_columns` leave."""
+    """The statistics of the columns of V views, as `_barlow_twins_columns` and `_vicreg_columns` compute them."""
 
-    offset: Tensor  # (V, D), the mean less the first row
-    rstd: Tensor | None  # (V, D), Barlow Twins
-    slope: Tensor  # (V, D)
-    terms: Tensor  # summed over columns, float64
-    scale: Tensor | None  # (V,), float64: by what the operands of products were multiplied
+    offset: Tensor  # (V, D), the mean minus the first row
+    rstd: Tensor | None  # (V, D), for Barlow Twins
+    slope: Tensor  # (V, D), the factor of the diagonal's part of the gradient
+    terms: Tensor  # of the loss, summed over columns, float64
+    scale: Tensor | None  # (V,), float64: the factor of the operands of products
 
 
 def slots_for(rows: int, dim: int) -> int:
@@ -125,7 +128,7 @@ def slots_for(rows: int, dim: int) -> int:
 
 
 def column_sums(views: Sequence[Tensor], cross: str | None) -> Tensor:
-    """(2 or 5, slots, D): of each view, of x and x^2; and the cross term."""
+    """(2 or 5, slots, D): for each view the sums of x and x^2, then those of the cross term."""
     (rows, dim), slots = views[0].shape, slots_for(*views[0].shape)
     sums = views[0].new_empty((2 if cross is None else 5, slots, dim), dtype=torch.float64)
     first, last = views[0], views[-1]

@@ -1,5 +1,9 @@
-"""From the gradient of standardised columns to that of the views: `_gradient_sums` and `_differentiate` apply the
-derivative of the standardisation, and add what has no product.
+"""From the gradient of standardised columns, g = dL/dA, to that of the views, with r = 1 / sqrt(var + eps):
+
+    Barlow Twins:  dL/dz = r (g - mean g - A sum_n(g A) / M)         VICReg:  dL/dz = g - mean g + apart (z - other)
+
+`_gradient_sums` takes the sums over rows, `_differentiate` applies them; both compute g from its product and from the
+parts that need none. Cost: O(N D); each reads the views and the product once.
 """
 
 from __future__ import annotations
@@ -27,7 +31,7 @@ from fastssl.kernels.correlation.columns import (
 
 
 class Products(NamedTuple):
-    """What `_gradient` makes of products: weight product, and if dual gram_weight (G_nn A_ni - N C_ii B_ni)."""
+    """The products' part of g: weight product, and for dual gram_weight (G_nn A_ni - N C_ii B_ni) in addition."""
 
     product: Sequence[Tensor]  # of each view, (N, D), padded
     weight: Tensor  # (V,)
@@ -42,8 +46,8 @@ class Products(NamedTuple):
 def _gradient(
     y, slope, product, weight, gram, gram_weight, operand, other_operand, scale, dots, rows, columns, N, D, padded
 ):
-    """A tile of dL/dA: the diagonal's part, the product's, and of a product with `_round_gram`'s matrix what that
-    left out and what it should not contain, G_nn A_ni - N C_ii B_ni."""
+    """A tile of dL/dA: the diagonal's part and the product's. A product with the matrix of `_round_gram` lacks the
+    diagonal of G, and contains that of C, which it should not: G_nn A_ni - N C_ii B_ni corrects both."""
     g = tl.load(slope + columns, mask=columns < D, other=0.0) * y
     if product is not None:
         g += tl.load(product + rows * padded + columns) * tl.load(weight).to(tl.float32)
@@ -64,7 +68,7 @@ def _gradient_sums(
     operand, other_operand, scale, dots, sums, N, D,
     row_stride, column_stride, other_row_stride, other_column_stride, padded, BR: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Column sums over one slot of the rows: of g = dL/dA, and of g A where the columns were divided by deviations."""
+    """Column sums over one slot of the rows: of g, and of g A where the columns were divided by their deviations."""
     block, slot = tl.program_id(0), tl.program_id(1)
     slots = tl.num_programs(1)
     g_1 = tl.zeros((BR, BD), tl.float32)
@@ -95,7 +99,7 @@ def _differentiate(
     row_stride, column_stride, other_row_stride, other_column_stride, padded, slots, M, apart,
     SLOTS: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """dL/dz from dL/dA and its sums. Without `rstd` the views are pulled together too: apart (z - other) is added."""
+    """dL/dz from dL/dA and its sums. Without `rstd`, apart (z - other) is added, which pulls the views together."""
     block = tl.program_id(1)
     rows, columns = tile_at(BR, BD, block, tl.program_id(0) * BR)
     d = block * BD + tl.arange(0, BD)
@@ -130,12 +134,12 @@ def derivatives(
     """dL/dz of each view in `dtype`.
 
     Args:
-        views: z.
-        columns: of the views.
-        products: if the loss has any.
+        views: the z.
+        columns: the statistics of their columns.
+        products: those of the gradient, if it has any.
         M: N, or N - 1 where variances are unbiased.
         apart: the derivative of VICReg's invariance is `apart` (z - other).
-        grad_loss: what to multiply by.
+        grad_loss: a factor of the result, or None.
         dtype: of the result.
     """
     rows, dim = views[0].shape
@@ -167,7 +171,7 @@ def derivatives(
 
 
 def no_sums(views: Sequence[Tensor], dual: bool, derive: bool) -> list[Tensor]:
-    """What a forward pass keeps where its loss has no product, or where no gradient is wanted."""
+    """The tensors that a forward pass keeps if its loss has no product, or if no gradient is wanted."""
     rows, dim = views[0].shape
     shape = (rows if derive else 0, rows if dual else dim)
     return [z.new_zeros(shape, dtype=torch.float32) for z in views]

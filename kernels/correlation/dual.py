@@ -1,11 +1,14 @@
-"""The dual algorithm, where N is less than D: sum_ij (A^T B)_ij^2 = <G_a, G_b>, with the N x N matrices G_a = A A^T and
-G_b = B B^T.
+"""The dual algorithm, where N is well below D, by the N x N Gram matrices G_a = A A^T and G_b = B B^T:
 
-`_multiply` makes the tiles on and below their diagonals, `_gram` the whole of them and their inner product, from which
-the squares of C's diagonal are subtracted. Backward: N B C^T = G_b A, less N C_ii B_ni.
+    sum_{i != j} (A^T B)_ij^2 = <G_a, G_b> - sum_i (A^T B)_ii^2
 
-In units 2 N N D: for each view 1/2 forward, 1 backward. What is subtracted for the diagonal of C is made of the same
-rounded operands as what it is subtracted from.
+Algorithm. `_multiply` computes the tiles of G on and below the diagonal, `_gram` fills in the others and takes the
+inner product, from which the squares of the diagonal are subtracted. Backward: N B C^T = G_b A, minus N C_ii B_ni for
+the diagonal of C.
+
+Cost, in units U = 2 N N D floating-point operations: for each view 1/2 U forward, 1 U backward.
+
+Numerics: what is subtracted for the diagonal is computed from the same rounded operands as what it is subtracted from.
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ def _store_symmetric(gram, tile, row, column, N, T: tl.constexpr):
 
 @triton.jit(do_not_specialize=COUNTS)
 def _gram(products_a, products_b, scale, gram_a, gram_b, inner, N, slot_stride, padded, slots, T: tl.constexpr):
-    """From the lower tiles of A A^T: G, symmetric, and a tile's part of <G_a, G_b>, or <G_a, G_a> where b is None."""
+    """From the lower tiles of A A^T: all of G, and each tile's part of <G_a, G_b>, or of <G_a, G_a> if b is None."""
     pid = tl.program_id(0)
     blocks = padded // T
     row, column = pid // blocks * T, pid % blocks * T
@@ -59,7 +62,7 @@ def _gram(products_a, products_b, scale, gram_a, gram_b, inner, N, slot_stride, 
 
 @triton.jit(do_not_specialize=COUNTS)
 def _diagonal(left, right, scale, dots, K, stride, BR: tl.constexpr, BD: tl.constexpr):
-    """The diagonal of A^T B, of the operands as they are, over one slot of the rows."""
+    """The diagonal of A^T B, from the rounded operands, over one slot of the rows."""
     block, slot = tl.program_id(0), tl.program_id(1)
     total = tl.zeros((BR, BD), tl.float32)
     for start in range(slot * BR, K, tl.num_programs(1) * BR):
@@ -83,7 +86,7 @@ def _round_gram(gram, peak, out, N, padded, TF32: tl.constexpr, BR: tl.constexpr
 
 
 def diagonals(operands: Tensor, scale: Tensor | None, cross: bool) -> Tensor:
-    """The diagonal of A^T B, (1, D), or of A^T A of each view, (V, D), of padded operands."""
+    """The diagonal of A^T B, (1, D), or that of A^T A for each view, (V, D), from padded operands."""
     (views, padded_rows, padded), slots = operands.shape, slots_for(*operands.shape[1:])
     dots = operands.new_empty((1 if cross else views, slots, padded), dtype=torch.float32)
     for view, dot in enumerate(dots):
@@ -97,8 +100,8 @@ def diagonals(operands: Tensor, scale: Tensor | None, cross: bool) -> Tensor:
 def dual_forward(
     operands: Tensor, scale: Tensor | None, rows: int, cross: bool, derive: bool, precision: str
 ) -> tuple[Tensor, list[Tensor]]:
-    """The sum of squares off the diagonal of A^T B, (1,), or of A^T A of each view, (V,), in float64; and the Gram
-    matrices, (N, N), none without `derive`."""
+    """The sum of squares off the diagonal of A^T B, (1,), or of A^T A for each view, (V,), in float64; and the Gram
+    matrices, (N, N), which are empty without `derive`."""
     products = matrix_product(operands, operands, "NT", precision, lower=True)
     views, slots, padded, _ = products.shape
     grams = [products.new_empty((rows, rows)) if derive else None for _ in range(views)]
@@ -118,7 +121,7 @@ def dual_forward(
 def dual_products(
     operands: Tensor, scale: Tensor | None, grams: Sequence[Tensor], cross: bool, weight: float, precision: str
 ) -> Products:
-    """weight G A, G of `grams` and A of `operands`, in two parts: G without its diagonal, rounded, and the rest."""
+    """weight G A for G of `grams` and A of `operands`, in two parts: G without its diagonal, rounded, and the rest."""
     grams = [gram.contiguous() for gram in grams]
     peak = power_of_two_above(torch.stack([g.diagonal().amax() for g in grams]))
     padded, rows = operands.shape[1], grams[0].shape[0]

@@ -1,9 +1,13 @@
-"""The primal algorithm: C = A^T B is made in panels of `PANEL` columns. `_weigh` sums a panel's squares and leaves W,
-from which two products add to the gradients. VICReg's C is symmetric: of its panels only what is on and below the
-diagonal block is made, and what lies below that counts twice.
+"""The primal algorithm, by the D x D matrix C = A^T B / N, or A^T A / M of each view:
 
-In units U = 2 N D D: Barlow Twins 3 U, VICReg 1.5 U for each view (and half a panel's width more); the losses alone 1 U
-and 0.5 U.
+    sum_{i != j} C_ij^2,    B W^T and A W,    W = C but W_ii = 0.
+
+Algorithm. C is computed in panels of `PANEL` columns. `_weigh` sums a panel's squares and stores W, whose two products
+are added to those of earlier panels. VICReg's C is symmetric: only the part of a panel on and below its diagonal block
+is computed, and the squares below that block count twice.
+
+Cost, in units U = 2 N D D floating-point operations: Barlow Twins 3 U, VICReg 1.5 U for each view (and half a panel's
+width more); the losses alone 1 U and 0.5 U.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ from fastssl.kernels.common.launch import OPTIONS, PEAK
 from fastssl.kernels.correlation.columns import COUNTS, tile_at
 from fastssl.kernels.correlation.products import TILE, matrix_product, rounded, sum_slots
 
-PANEL = 1024  # columns of C at a time, a multiple of ROWS
+PANEL = 1024  # columns of C at a time; a multiple of ROWS
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -25,9 +29,9 @@ def _weigh(
     products, scale, weights, squares, view_stride, slot_stride, stride, slots, first_row, first_column, last_column,
     reciprocal, SYMMETRIC: tl.constexpr, TF32: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
-    """From a tile of a panel of C: W, and the sum of its squares. `reciprocal` is that of the number of rows.
+    """From a tile of a panel of C: W, and the sum of its squares. `reciprocal` is 1 over the divisor of C.
 
-    SYMMETRIC: the rows from `last_column` on stand for their transposes too.
+    SYMMETRIC: the rows from `last_column` on also stand for their transposes.
     """
     pid, view = tl.program_id(0), tl.program_id(1).to(tl.int64)
     blocks = stride // T
@@ -36,7 +40,7 @@ def _weigh(
     c = sum_slots(products + view * view_stride + rows * stride + columns, slots, slot_stride) * reciprocal
     c = tl.where(rows + first_row != columns + first_column, c, 0.0)
     if weights is not None:
-        # There is one slot of weights, and as many elements in it.
+        # Weights have one slot, with as many elements as a slot of products.
         to = weights + (view * tl.num_programs(0) * T * T + rows * stride + columns)
         tl.store(to, rounded(c * PEAK, weights.dtype.element_ty, TF32))
     if scale is not None:
@@ -51,9 +55,9 @@ def _weigh(
 def primal_forward(
     left: Tensor, right: Tensor, scale: Tensor | None, count: int, derive: bool, precision: str
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """Sums of squares of C = left^T right / count off its diagonal, (V,), float64; right W^T and left W, of V each.
+    """Sums of squares of C = left^T right / count off its diagonal, (V,), float64; and V products right W^T and left W.
 
-    Where left is right, C is symmetric, and the two are one.
+    Where left is right, C is symmetric, and the two products are one.
     """
     symmetric = left is right
     (views, _, padded), squares, of_left, of_right = left.shape, [], None, None

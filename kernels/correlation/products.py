@@ -1,8 +1,13 @@
-"""Operands of products, rounded once and padded with zeros to whole tiles, and `_multiply`, which is every product.
+"""Operands of products, rounded once and padded with zeros to whole tiles; and `_multiply`, which computes the products
 
-Where its tiles are too few to fill the GPU the contracted dimension is split between programs, each with a slot of its
-own, which the next kernel sums. TF32 is rounded to nearest beforehand, as tensor cores would truncate, which adds up
-where all terms are positive.
+    left right,    left right^T    or    left^T right.
+
+A program computes one tile of the product. If there are too few tiles to fill the GPU, the contracted dimension K is
+split between programs, each with a slot of its own, which the next kernel sums. Cost: 2 M N K floating-point
+operations, about half where only tiles on and below the diagonal are wanted.
+
+Operands are rounded to TF32 beforehand, to nearest: tensor cores would truncate them, an error that adds up where all
+terms are positive.
 """
 
 from __future__ import annotations
@@ -28,14 +33,14 @@ from fastssl.kernels.common.launch import (
 from fastssl.kernels.common.tiles import span
 from fastssl.kernels.correlation.columns import BLOCK, COUNTS, Columns, centred, tile_at
 
-TILE = 32  # of the kernels over a product's tiles
+TILE = 32  # rows and columns of a tile in the kernels that read products
 
 
 def multiply_needs(c: dict[str, int], named: dict[str, Any], size: int, capability: int) -> int | None:
     if not suits_units(c, named):
         return None
     layout, tile = named["LAYOUT"], (c["BM"], c["BN"], c["BK"])
-    spilled = False  # by the assembler: the tests compile every configuration
+    spilled = False  # whether the assembler spills registers: the tests compile every configuration
     if capability // 10 == 9:
         spilled = size == 4 and (layout, tile) == ("TN", (128, 64, 64))
     if capability // 10 == 10:
@@ -48,7 +53,7 @@ def multiply_needs(c: dict[str, int], named: dict[str, Any], size: int, capabili
 
 @triton.jit
 def rounded(x, dtype: tl.constexpr, TF32: tl.constexpr):
-    """x in the dtype of products; to TF32's nearest, as tensor cores would truncate."""
+    """x in the dtype of products; for TF32 rounded to nearest, because tensor cores would truncate."""
     if TF32:
         bits = (x.to(tl.int32, bitcast=True) + 4096) & -8192
         x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
@@ -69,7 +74,7 @@ def _standardise(
 
 
 def power_of_two_above(x: Tensor) -> Tensor:
-    """A power of two from x to 2 x; 1 for 0."""
+    """The smallest power of two above x; 1 for 0."""
     return torch.ldexp(torch.ones_like(x), torch.frexp(x).exponent)
 
 
@@ -87,11 +92,11 @@ def operands_of(views: Sequence[Tensor], columns: Columns, precision: str) -> Te
     return out
 
 
-# Tuning repeats a call, which must not add to `out` then: the first one of a layout and precision, for the first panel,
-# never does.
+# Tuning repeats a call, so a call that adds to `out` must not be tuned: the first call for each layout and precision,
+# that of the first panel, does not add.
 @autotune(
     multiply_needs,
-    ["splits", "LAYOUT", "PRECISION"],  # splits: a power of two that falls as tiles grow in number
+    ["splits", "LAYOUT", "PRECISION"],  # splits is a power of two that falls as the number of tiles grows
     configs(
         ({"BM": 128, "BN": 128, "BK": 64}, 8, 3),
         ({"BM": 128, "BN": 128, "BK": 32}, 8, 3),
@@ -107,7 +112,7 @@ def _multiply(
     out_view, out_slot, out_stride, LAYOUT: tl.constexpr, LOWER: tl.constexpr, ADD: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A tile of left right ("NN"), left right^T ("NT") or left^T right ("TN"), over one split of the K.
+    """A tile of left right ("NN"), left right^T ("NT") or left^T right ("TN"), over one split of the K dimension.
 
     LOWER leaves out the tiles above the diagonal; ADD adds to `out`.
     """
@@ -161,7 +166,7 @@ def matrix_product(
     lower: bool = False,
     add: bool = False,
 ) -> Tensor:
-    """`_multiply` of batches of matrices whose sizes are multiples of `ROWS`.
+    """Products of batches of matrices whose sizes are multiples of `ROWS`.
 
     Args:
         left: (V, M, K), or (V, K, M) for "TN".

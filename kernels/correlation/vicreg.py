@@ -1,4 +1,13 @@
-"""VICReg (arXiv:2105.04906) on the GPU, of two views or one: the parts of its loss without products, its launchers."""
+"""VICReg (arXiv:2105.04906) on the GPU, for two views or one: the parts that need no product, and its launchers.
+
+    loss = lambda_param mean (z_a - z_b)^2
+         + mu_param times the sum over views of mean_i max(0, 1 - sqrt(var_i + eps))
+         + nu_param times the sum over views of sum_{i != j} C_ij^2 / D
+
+where var_i are the variances of a view's columns and C is its D x D covariance matrix; `vicreg` halves mu_param, which
+makes the second sum a mean. Sums over columns give the first two terms, in O(N D); __init__.py has the algorithm and
+the cost of the third.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +31,8 @@ def _vicreg_columns(
     sums, offset, slope, terms, view, slots, N, D, M, eps, pull,
     CROSS: tl.constexpr, SLOTS: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Of a view: offset (D), terms relu(1 - std), var and (z_a - z_b)^2 (3, D), and, for the gradient,
-    slope - pull [std < 1] / std (D)."""
+    """For a view: offset (D); the terms relu(1 - std), var and sum_n (z_a - z_b)^2, (3, D); and, for the gradient,
+    slope = -pull [std < 1] / std (D)."""
     d = tl.program_id(0) * BD + tl.arange(0, BD)
     total, squares = moments(sums, view, slots, d, N, D, SLOTS)
     variance = squares / M
@@ -37,7 +46,7 @@ def _vicreg_columns(
 
 
 def _vicreg_statistics(views: Sequence[Tensor], M: int, eps: float, pull: float, precision: str) -> Columns:
-    """The terms are (V, 3): of relu(1 - std), var, and (z_a - z_b)^2 where there are two views."""
+    """The terms are (V, 3): sums over columns of relu(1 - std), var and, with two views, (z_a - z_b)^2."""
     cross = None if len(views) == 1 else "difference"
     sums, (rows, dim) = column_sums(views, cross), views[0].shape
     offset, slope = (sums.new_empty((len(views), dim), dtype=torch.float32) for _ in range(2))
@@ -101,7 +110,7 @@ def _vicreg_backward(
     dual: bool,
     precision: str,
 ) -> list[Tensor]:
-    """dL/dz of each view, `mu_param` weighing each view's variance."""
+    """dL/dz of each view, where `mu_param` is the weight of each view's variance term."""
     if not dual:
         return [(grad_loss * gradient).to(z.dtype) for gradient, z in zip(kept, views, strict=True)]
     rows, dim = views[0].shape

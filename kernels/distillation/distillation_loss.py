@@ -2,19 +2,19 @@
 
 With a student's logits s, the logits t_1 ... t_T of the teacher's views, a center c and the temperatures ts and tt,
 
-    P_t = softmax((t - c) / tt),  q = softmax(s / ts),  m views that teach this one
+    P_t = softmax((t - c) / tt),  q = softmax(s / ts),  m the number of views that teach this one
     loss = m log sum_k exp((s_k - M) / ts) + sum_t sum_k P_tk (M - s_k) / ts,    M = max_k s_k
     dloss/ds = (m q - sum_t P_t) / ts
 
 Algorithm. One program takes one row of one of the student's views, and walks along its K prototypes twice. First it
-sums, about the maxima so far, the exponentials of the student's and of each teacher's row, and for each teacher the
-products of its exponentials with M - s; a new maximum rescales them, as in flash attention. That is the loss. Then it
-writes the gradient: `weight` says by what the loss is going to be multiplied. A row of 65,536 prototypes stays in the
-second-level cache between the two walks; that of a teacher is shared by the programs of all views.
+sums, relative to the maxima so far, the exponentials of the student's row and of each teacher's row, and for each
+teacher the products of its exponentials with M - s; a new maximum rescales these sums, as in flash attention. They give
+the loss. Then it writes the gradient times `weight`, the factor of the row's loss. A row of 65,536 prototypes stays in
+the second-level cache between the two walks; the programs of all views share a teacher's row there.
 
-Cost. Two exponentials for each student's entry, and two for each of the teacher's that it meets. In global memory the
-student's logits are read once and their gradients written once; nothing else grows with K. Nothing is added with
-atomics: the bits are the same in every run.
+Cost. Two exponentials for each entry of a student's row, and two for each entry of each teacher's row that teaches it.
+Of global memory, the student's logits are read once and their gradients written once; nothing else grows with K. There
+are no atomics: the bits are the same in every run.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def _load_centred(logits, center, columns, K):
 
 @triton.jit
 def _raise(top, x):
-    """The maximum of what was seen and x; what to subtract, and what was subtracted, which are finite."""
+    """The maximum of `top` and x; what to subtract now, and what was subtracted before, both finite."""
     highest = tl.maximum(top, tl.max(x, 0))
     new = finite(highest)
     return highest, new, tl.where(top == float("-inf"), new, top)
@@ -74,12 +74,12 @@ def distill(
     teachers = tl.arange(0, TEACHERS)
     teaches = (teachers < T) & ((teachers != number) == UNLIKE)
 
-    # About the maxima so far: the student's, and those of the teacher's views.
+    # Sums relative to the maxima so far: the student's, and those of the teacher's views.
     top = float("-inf")
     total = 0.0
     tops = tl.full((TEACHERS,), float("-inf"), tl.float32)
     totals = tl.zeros((TEACHERS,), tl.float32)
-    dots = tl.zeros((TEACHERS,), tl.float32)  # of a teacher's exponentials and top - s
+    dots = tl.zeros((TEACHERS,), tl.float32)  # sums of a teacher's exponentials times top - s
     for start in range(0, K, BLOCK):
         columns = start + block
         s = _load(student, columns, K)
@@ -163,7 +163,7 @@ def _launch(
     teacher_temperature: float,
     unlike_views: bool,
 ) -> None:
-    # The teacher's views are few: one kernel reads all of them, through one pointer.
+    # The teacher has few views: one kernel reads all of them, through one pointer.
     teachers = _with_dense_rows(teacher[0] if len(teacher) == 1 else torch.cat(list(teacher)))
     scales = (1 / x if x > 0 else float("nan") for x in (student_temperature, teacher_temperature))
     student_scale, teacher_scale = scales

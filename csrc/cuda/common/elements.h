@@ -1,4 +1,4 @@
-// Elements as kernels read, add up and write them.
+// How kernels read, add up and write elements.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -10,7 +10,7 @@
 
 namespace fastssl {
 
-// Several elements that are read and written at once.
+// Several elements, read and written in one access.
 template <typename T, int kCount>
 struct alignas(kCount * sizeof(T)) Vector {
   T at[kCount];
@@ -18,7 +18,7 @@ struct alignas(kCount * sizeof(T)) Vector {
 
 enum class Element : uint8_t { Float32, BFloat16, Float16, Float64 };
 
-// Elements of any of these, read as T.
+// Elements of any of these types, read as T.
 template <typename T>
 struct Elements {
   const void* at;
@@ -34,7 +34,7 @@ struct Elements {
   }
 };
 
-// int64 or int32.
+// Ids, int64 or int32.
 struct Ids {
   const void* at;
   bool is_long;
@@ -44,7 +44,7 @@ struct Ids {
   }
 };
 
-// Division by a number that kernels do not know when they are compiled, of numbers below 2^31: by multiplication.
+// Division of numbers below 2^31 by a number that is only known at run time, as a multiplication and a shift.
 struct Divisor {
   unsigned divisor, factor, shift;
 
@@ -58,25 +58,25 @@ struct Divisor {
   }
 };
 
-// The sum over a warp, for all its lanes, in one order.
+// The sum over a warp, for all its lanes, in a fixed order.
 template <typename T>
 __device__ T warp_sum(T x) {
   for (int lanes = 16; lanes > 0; lanes /= 2) x += __shfl_xor_sync(0xffffffff, x, lanes);
   return x;
 }
 
-// Sums of T are of this.
+// The type of sums of T.
 template <typename T>
 using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-// The widest of 16, 8, 4, 2 and 1 bytes by which all of these addresses and distances are divisible.
+// The largest of 16, 8, 4, 2 and 1 that divides all of these addresses and distances, in bytes.
 template <typename... Bytes>
 int common_alignment(Bytes... bytes) {
   const uint64_t together = (static_cast<uint64_t>(bytes) | ... | 16u);
   return static_cast<int>(together & -together);
 }
 
-// Threads for rows of `words` words: a warp at most for each row, and 256 in all.
+// A block of 256 threads for rows of `words` words, with at most a warp for each row.
 inline dim3 threads_for_rows(int64_t words) {
   unsigned across = 1;
   while (across < 32 && across < words) across *= 2;

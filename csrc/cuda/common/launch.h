@@ -1,5 +1,5 @@
-// What every launcher needs: errors, dtypes, and a launch on a tensor's device. PyTorch's stable ABI only, so that one
-// build serves every version of it from 2.10 on.
+// What every launcher needs: errors, dtypes, and a launch on a tensor's device. This uses only PyTorch's stable ABI, so
+// that one build serves every version from 2.10 on.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -23,7 +23,7 @@ namespace fastssl {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// In Python a ValueError.
+// Throws what becomes a ValueError in Python.
 template <typename... Parts>
 [[noreturn]] void refuse(const Parts&... parts) {
   std::ostringstream message;
@@ -41,7 +41,7 @@ inline bool same(torch::headeronly::IntHeaderOnlyArrayRef x, torch::headeronly::
   return std::equal(x.begin(), x.end(), y.begin(), y.end());
 }
 
-// A number is a tensor to PyTorch, see fastssl/ops/_numbers.py.
+// Operations take numbers as tensors; see fastssl/ops/_numbers.py.
 inline double number_in(const Tensor& x) {
   if (!x.is_cpu() || x.scalar_type() != ScalarType::Double || x.numel() != 1)
     refuse("a number must be a 0-d float64 tensor on the CPU, got shape ", text(x.sizes()));
@@ -50,7 +50,7 @@ inline double number_in(const Tensor& x) {
 
 inline int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
 
-// For the y and z of a grid, where blocks take several turns if there is more to do.
+// For grid.y and grid.z, which are limited to 65535: blocks take several turns if there is more to do.
 inline unsigned at_most_65535(int64_t blocks) { return static_cast<unsigned>(std::min<int64_t>(blocks, 65535)); }
 
 template <typename T>
@@ -58,7 +58,7 @@ struct Type {
   using type = T;
 };
 
-// visit(Type<float>()) and the like, for float32, bfloat16, float16 and float64.
+// Calls visit(Type<float>()) and the like, for float32, bfloat16, float16 and float64.
 template <typename Visit>
 decltype(auto) with_float(ScalarType dtype, const char* name, const Visit& visit) {
   switch (dtype) {
@@ -80,7 +80,7 @@ inline std::optional<Element> element_of(const Tensor& x) {
   }
 }
 
-// Of sums.
+// The dtype of sums of `dtype`.
 inline ScalarType wide(ScalarType dtype) { return dtype == ScalarType::Double ? dtype : ScalarType::Float; }
 
 inline Tensor to_dtype(const Tensor& x, ScalarType dtype) {
@@ -99,7 +99,7 @@ T* written(const Tensor& x) {
 
 inline uint64_t address(const Tensor& x) { return reinterpret_cast<uint64_t>(x.const_data_ptr()); }
 
-// From the first to the last in memory, of a tensor that has any.
+// How many elements lie in memory from the first to the last of x, both included; x must not be empty.
 inline int64_t elements(const Tensor& x) {
   int64_t count = 1;
   for (int64_t d = 0; d < x.dim(); ++d) count += (x.size(d) - 1) * x.stride(d);
