@@ -1,4 +1,10 @@
-"""What `accumulate` has left in splits: added up, and multiplied by the factors that all weights of a row share."""
+"""What `accumulate` has left in splits s: added up, and multiplied by the factors that all weights of a row share.
+
+    G_i = sum_s exp(top_is - top_i) G_is,    total_i = sum_s exp(top_is - top_i) total_is,    out_i = scale G_i
+
+where top_i is the largest top_is for softmax weights and 0 for sigmoid weights; for others the exponentials are 1. For
+softmax weights out is G itself. A program takes a tile of rows and reads each split once. Cost: O(splits M D).
+"""
 
 from __future__ import annotations
 

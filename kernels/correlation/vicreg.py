@@ -72,7 +72,7 @@ def _vicreg(
     derive: bool,
     precision: str,
 ) -> tuple[Tensor, ...]:
-    """(loss, mean squared difference of two views, variance, covariance, *kept), `mu_param` weighing each view's."""
+    """(loss, mean squared difference of two views, variance, covariance, *kept). `mu_param`: see `_vicreg_backward`."""
     rows, dim = views[0].shape
     M = rows - unbiased
     with torch.cuda.device_of(views[0]):
