@@ -48,9 +48,13 @@ struct Side {
        const float* known = nullptr)
       : Side(x1, x2, normalize, true, wanted, engine, threads, false, known) {}
 
+  // One side of a product that is cut as given, and whose tiles are not turned.
+  Side(const Tensor& x, int wanted, const Engine& engine, int threads, const Cut& cut)
+      : Side(x, nullptr, false, false, wanted, engine, threads, false, nullptr, &cut) {}
+
  private:
   Side(const Tensor& x1, const Tensor* x2, bool normalize, bool symmetric, int wanted, const Engine& engine,
-       int threads, bool lazy, const float* known)
+       int threads, bool lazy, const float* known, const Cut* given = nullptr)
       : first_part(x1.stride(1) == 1 ? x1 : x1.contiguous()),
         second_part(!x2 ? first_part : x2->stride(1) == 1 ? *x2 : x2->contiguous()),
         rows{{first_part.const_data_ptr(), second_part.const_data_ptr()},
@@ -62,10 +66,10 @@ struct Side {
         dim(round_up(x1.size(1), kPadding)),
         engine(engine),
         threads(threads),
-        cut(count, x1.size(1), threads, symmetric),
+        cut(given ? *given : Cut(count, x1.size(1), threads, symmetric)),
         normalize(normalize),
         lazy(lazy),
-        turned(count <= 2 * dim),
+        turned(!given && count <= 2 * dim),
         roles(turned && (wanted & kWeighing) ? (wanted & ~kWeighing) | kWeighed : wanted),
         left(places(), roles & (kRows | (engine.half() ? 0 : kWeighed)) ? block_bytes() : 0),
         right(places(), roles & (kColumns | (engine.half() ? 0 : kWeighing)) ? block_bytes() : 0),
@@ -80,7 +84,8 @@ struct Side {
     }
     const Numbers<float> square(cut.blocks);
     run(threads, cut.blocks, [&](int64_t b) {
-      square[b] = lazy ? engine.tile.largest_square(rows, first(b), size(b), scratch.floats(slot(threads))) : prepare(b);
+      square[b] =
+          lazy ? engine.tile.largest_square(rows, first(b), size(b), scratch.floats(slot(threads))) : prepare(b);
     });
     for (int64_t b = 0; b < cut.blocks; ++b)
       largest_square = square[b] <= largest_square ? largest_square : square[b];

@@ -1,0 +1,48 @@
+// What softmax losses of a linear layer do inside one tile of its logits: a table of plain functions, one per
+// instruction set.
+#pragma once
+
+#include <cstdint>
+
+#include "common/table.h"
+
+namespace fastssl {
+
+// A tile L (classes, rows) of logits, a column for each row of features: rows are lanes. Both are multiples of 32, of
+// which the first `count` classes and `valid` rows are meant.
+struct LogitShape {
+  int64_t classes, rows;
+  int64_t count, valid;
+};
+
+struct LogitsTiles {
+  // E_kr = 2^(c (L_kr - shift_k - largest_r)), largest_r the largest L_kr - shift_k of the tile, as floats into `out`,
+  // which may be L, unless null, and as bfloat16 into `half`, unless null; 0 beside what is meant.
+  // total_r = sum_k E_kr. distance[t][r] = sum_k targets[t]_kr (largest_r - L_kr), of `count` targets. `shift` may be
+  // null.
+  void (*exponentials)(const float* L, const LogitShape& shape, const float* shift, float c, float* out, void* half,
+                       float* largest, float* total, const float* const* targets, int64_t count, float* distance);
+
+  // (top, sum) = sums of exponentials about the largest logit of all tiles, from those of `tiles` tiles, `ld` apart.
+  void (*combine)(const float* largest, const float* total, int64_t tiles, int64_t ld, int64_t rows, float c,
+                  float* top, float* sum);
+
+  // The same of the distances of L and one target, a tile of E with a factor: sum_k target_kr (top_r - L_kr), about
+  // target_top.
+  void (*combine_distance)(const float* distance, const float* largest, const float* top, const float* target_largest,
+                           const float* target_total, const float* target_top, int64_t tiles, int64_t ld, int64_t rows,
+                           float target_c, float* out);
+
+  // out_r = a_r 2^(c (largest_r - top_r)): what a tile's E are to be multiplied by. 0 beside `valid` rows.
+  void (*factors)(const float* a, const float* largest, const float* top, int64_t rows, int64_t valid, float c,
+                  float* out);
+
+  // W_kr = factor_r E_kr - sum_t target_factors[t][r] targets[t]_kr. E and targets are floats, and W is written over E;
+  // or bfloat16, and W is written into half (classes, rows) and pairs (classes / 2, rows, 2).
+  void (*weights)(void* E, const LogitShape& shape, const float* factor, const void* const* targets,
+                  const float* const* target_factors, int64_t count, void* half, void* pairs);
+};
+
+FASTSSL_TABLE(LogitsTiles, logits_tiles)
+
+}  // namespace fastssl
