@@ -7,6 +7,7 @@ element as a 0-d one, and tensors that autocast allows to be of unlike dtypes in
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -203,6 +204,21 @@ def check_weights(weights: Tensor, x: Tensor) -> Tensor:
     return weights
 
 
+class renamed:
+    """Errors raised inside name a function's arguments as its caller's users know them: `renamed(old="new")`."""
+
+    def __init__(self, **names: str) -> None:
+        self._names = names
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
+        if isinstance(error, (TypeError, ValueError)):
+            pattern = rf"\b({'|'.join(self._names)})\b"
+            raise kind(re.sub(pattern, lambda found: self._names[found[0]], str(error))) from error
+
+
 # Numbers
 
 
@@ -218,6 +234,13 @@ def check_share(name: str, share: float) -> float:
     if not 0 <= share <= 1:
         raise ValueError(f"{name} must be from 0 to 1, got {share}")
     return share
+
+
+def check_positive_number(name: str, number: float) -> float:
+    number = check_number(name, number)
+    if number <= 0:
+        raise ValueError(f"{name} must be positive, got {number}")
+    return number
 
 
 def check_eps(eps: float) -> float:

@@ -100,6 +100,10 @@ def _distillation() -> dict[str, Any]:
     }
 
 
+def _teacher_logits() -> dict[str, Any]:
+    return {"teacher_logits": _normal(4, 8), "temperature": 0.4, "iterations": 3, "group": None}
+
+
 FUNCTIONS: dict[str, Callable[[], dict[str, Any]]] = {
     "adamw_ema_step_": _lists,
     "barlow_twins": lambda: _pair(
@@ -225,9 +229,17 @@ FUNCTIONS: dict[str, Callable[[], dict[str, Any]]] = {
         "reduction": "mean",
     },
     "topk_similarity": lambda: {"query": _normal(4, 8), "bank": _normal(5, 8), "k": 2, "normalize": True},
+    "sinkhorn_center": _teacher_logits,
+    "sinkhorn_knopp": _teacher_logits,
     "tube_masking_ids": lambda: _masking(frames=2, length=6),
     "uniformity": lambda: {"x": _leaf(4, 8), "t": 2.0},
     "variance_loss": lambda: {"z": _leaf(4, 8), "eps": 1e-4, "unbiased": True},
+    "update_center_": lambda: {
+        "center": _normal(8),
+        "teacher_logits": [_normal(4, 8, seed=1), _normal(2, 3, 8, seed=2)],
+        "momentum": 0.9,
+        "group": None,
+    },
     "vicreg": lambda: _pair(
         "z_a",
         "z_b",
@@ -320,6 +332,56 @@ MODULES: dict[str, tuple[Callable[[], dict[str, Any]], Callable[[], dict[str, An
         lambda: {"temperature": 0.2, "sigma": 0.4, "gather_distributed": False},
         lambda: _pair("out0", "out1"),
     ),
+    "DINOHead": (
+        lambda: {
+            "in_dim": 8,
+            "out_dim": 6,
+            "use_bn": False,
+            "norm_last_layer": True,
+            "nlayers": 3,
+            "hidden_dim": 8,
+            "bottleneck_dim": 4,
+            "mlp_bias": True,
+            "freeze_last_layer": 1,
+        },
+        lambda: {"x": _leaf(4, 8)},
+    ),
+    "DINOLoss": (
+        lambda: {
+            "output_dim": 8,
+            "warmup_teacher_temp": 0.5,
+            "teacher_temp": 0.4,
+            "warmup_teacher_temp_epochs": 3,
+            "student_temp": 0.5,
+            "center_momentum": 0.9,
+            "center_mode": "mean",
+            "sinkhorn_iterations": 3,
+            "center_once_per_step": False,
+        },
+        lambda: {
+            "teacher_out": [_normal(4, 8, seed=1), _normal(4, 8, seed=2)],
+            "student_out": [_leaf(4, 8, seed=3), _leaf(4, 8, seed=4), _leaf(4, 8, seed=5)],
+            "teacher_temp": None,
+            "epoch": 1,
+        },
+    ),
+    "IBOTPatchLoss": (
+        lambda: {
+            "output_dim": 8,
+            "teacher_temp": 0.4,
+            "student_temp": 0.5,
+            "center_mode": "mean",
+            "center_momentum": 0.9,
+            "sinkhorn_iterations": 3,
+            "center_once_per_step": False,
+        },
+        lambda: {
+            "teacher_out": _normal(3, 8, seed=1),
+            "student_out": _leaf(3, 8, seed=2),
+            "mask": torch.tensor([[[True, False], [True, True]]]),
+            "teacher_temp": None,
+        },
+    ),
     "InfoNCELoss": (
         lambda: {
             "temperature": 0.2,
@@ -332,6 +394,20 @@ MODULES: dict[str, tuple[Callable[[], dict[str, Any]], Callable[[], dict[str, An
             "group": None,
         },
         lambda: _pair("query", "positive_key", negative_keys=_leaf(5, 8, seed=2)),
+    ),
+    "MSNLoss": (
+        lambda: {
+            "temperature": 0.5,
+            "sinkhorn_iterations": 3,
+            "regularization_weight": 0.5,
+            "gather_distributed": False,
+        },
+        lambda: {
+            "anchors": _leaf(4, 8),
+            "targets": _normal(2, 8, seed=1),
+            "prototypes": _leaf(5, 8, seed=2),
+            "target_sharpen_temperature": 0.25,
+        },
     ),
     "MemoryBankModule": (
         lambda: {"size": (5, 8), "gather_distributed": False, "feature_dim_first": True},
@@ -373,6 +449,19 @@ MODULES: dict[str, tuple[Callable[[], dict[str, Any]], Callable[[], dict[str, An
         lambda: {"temperature": 0.2, "contrast_mode": "all", "base_temperature": 0.07},
         lambda: {"features": _leaf(4, 2, 8), "labels": torch.tensor([0, 1, 0, 2]), "mask": None},
     ),
+    "SwaVLoss": (
+        lambda: {
+            "temperature": 0.5,
+            "sinkhorn_iterations": 3,
+            "sinkhorn_epsilon": 0.4,
+            "sinkhorn_gather_distributed": False,
+        },
+        lambda: {
+            "high_resolution_outputs": [_leaf(4, 8), _leaf(4, 8, seed=1)],
+            "low_resolution_outputs": [_leaf(4, 8, seed=2)],
+            "queue_outputs": [_normal(3, 8, seed=3), _normal(3, 8, seed=4)],
+        },
+    ),
     "VICRegLoss": (
         lambda: {"lambda_param": 2.0, "mu_param": 3.0, "nu_param": 1.0, "gather_distributed": False, "eps": 1e-4},
         lambda: _pair("z_a", "z_b"),
@@ -392,8 +481,10 @@ def _module(name: str) -> list[Call]:
         torch.manual_seed(0)
         return cls(**build())(**arguments)
 
-    made = Call(name, build, construct, cls.__init__, others=tuple(inputs()))
-    return [made, Call(f"{name}.forward", inputs, forward, cls.forward)]
+    # A center in float32 says nothing at a temperature of 1e-8.
+    random = name in ("MSNLoss", "SwaVLoss")
+    made = Call(name, build, construct, cls.__init__, random, others=tuple(inputs()))
+    return [made, Call(f"{name}.forward", inputs, forward, cls.forward, random)]
 
 
 class _Encoder(nn.Linear):

@@ -60,6 +60,8 @@ def cases() -> Iterator[Case]:
     for call in CALLS:
         for argument, valid in call.arguments().items():
             for label, make in substitutes(valid):
+                if argument.endswith(("iterations", "nlayers")) and label in ("10**6", "2**31", "2**63 - 1"):
+                    continue  # which take long, and are right
                 yield Case(call, argument, label, make)
 
 
@@ -194,6 +196,9 @@ def _difference(result: Any, references: list[Any], may_be_infinite: bool) -> st
         if may_be_infinite:
             close |= ~(x.isfinite() & y.isfinite())
         values.append(y.flatten())
+    if len(values) == 2:  # in float64, and in the dtype at hand: at most twice the error of that
+        exact, rounded = (y.view_as(x) for y in values)
+        close |= (x - exact).abs() <= 2 * (rounded - exact).abs()
     if close.all():
         return ""
     i = (~close).flatten().nonzero()[0].item()

@@ -184,7 +184,7 @@ struct Distillation {
                     static_cast<float>(scale * target.factor), columns, gradient[view].element, stream,
                     gradient[view].row(i));
     }
-    return count * std::log(static_cast<double>(sums.total)) + sums.distance / student_temperature;
+    return count * std::log(static_cast<double>(sums.total)) + 2.0 * sums.distance / student_temperature;
   }
 };
 

@@ -159,12 +159,12 @@ RowSums student_row(const typename T::Stored* x, const Target& target, int64_t c
     distances[i] += load(target.data + k) * below;
   };
   k = full_vectors(columns, [&](int64_t k, int i) {
-    const Vec below = peak - T::widen(x + k);
-    visit(k, i, below, exp2(below * -scale));
+    const Vec below = 0.5f * peak - 0.5f * T::widen(x + k), exponent = below * -scale;
+    visit(k, i, below, exp2(exponent + exponent));
   });
   if (k < columns) {
-    const Vec below = peak - last<T>(x, columns, k, 0);
-    visit(k, 0, within(below, columns, k), within(exp2(below * -scale), columns, k));
+    const Vec below = 0.5f * peak - 0.5f * last<T>(x, columns, k, 0), exponent = below * -scale;
+    visit(k, 0, within(below, columns, k), within(exp2(exponent + exponent), columns, k));
   }
   return {sum(total_of(sums)), sum(total_of(distances)) * target.factor};
 }

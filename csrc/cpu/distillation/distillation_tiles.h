@@ -7,8 +7,8 @@
 
 namespace fastssl {
 
-// Sums over a student's row x, with M its largest logit: total = sum_k exp2(scale (x_k - M)), and
-// distance = sum_k P_k (M - x_k) for a target P.
+// Sums over a student's row x, with M its largest logit: total = sum_k exp2(scale (x_k - M)), and for a target P
+// distance = sum_k P_k (M / 2 - x_k / 2), in halves lest it overflow.
 struct RowSums {
   float total, distance;
 };

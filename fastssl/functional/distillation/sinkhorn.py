@@ -55,7 +55,7 @@ def sinkhorn_center(
     temperature = check_positive_temperature("temperature", temperature, matrices[0])
     iterations = check_positive("iterations", iterations)
     if current_backend() == "reference":
-        return reference.distillation.sinkhorn_center(teacher_logits, temperature=temperature, iterations=iterations)
+        return reference.distillation.sinkhorn_center(matrices, temperature=temperature, iterations=iterations)
     return _center(matrices, temperature, iterations, group)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastssl import distributed, reference
-from fastssl._checks import DTYPES, check_same_device, check_scalar, check_share, check_tensor
+from fastssl._checks import DTYPES, check_not_negated, check_same_device, check_scalar, check_share, check_tensor
 from fastssl.distributed import ProcessGroup
 from fastssl.functional.distillation.teacher import check_teacher_logits, rows_of
 from fastssl.functional.ema import ema_update_
@@ -43,6 +43,7 @@ def update_center_(
             dtype.
     """
     check_tensor("center", center)
+    check_not_negated("center", center)
     matrices = check_teacher_logits(teacher_logits, group)
     like, prototypes = matrices[0], matrices[0].shape[1]
     if center.dtype not in DTYPES:
@@ -55,7 +56,7 @@ def update_center_(
     check_same_device("center", center, "teacher_logits", like)
     momentum = check_scalar("momentum", momentum) if isinstance(momentum, Tensor) else check_share("momentum", momentum)
     if current_backend() == "reference":
-        reference.distillation.update_center_(center, teacher_logits, momentum)
+        reference.distillation.update_center_(center, matrices, momentum)
         return
     row, rows = center.view(prototypes), rows_of(matrices)
     if group is None and rows == 0:

@@ -75,9 +75,9 @@ def share_of_rows(
     factor = grad_loss[rows] if weight is None else grad_loss * weight[rows]
     total, scale = grad_loss.new_zeros(()), _inverse(student_temperature)
     for x, (P, count) in zip(views, targets, strict=True):
-        below = x.detach().amax(-1, keepdim=True) - x
+        below = x.detach().amax(-1, keepdim=True) / 2 - x / 2  # halves, lest it overflow
         if count:
-            losses = count * (below * -scale).logsumexp(-1) + (P * below).sum(-1) * scale
+            losses = count * (below * -scale * 2).logsumexp(-1) + (P * below).sum(-1) * scale * 2
             total = total + (factor * losses).sum()
     return total
 
@@ -145,11 +145,11 @@ def visit_rows(
                     output[rows] = 0
                 continue
             x = x[rows].to(dtype)
-            below = x.amax(-1, keepdim=True) - x
-            exps = (below * -scale).exp_()
+            below = x.amax(-1, keepdim=True) / 2 - x / 2
+            exps = (below * -scale).mul_(2).exp_()
             sums = exps.sum(-1, keepdim=True)
             if loss is not None:
-                loss[rows] += count * sums.squeeze(-1).log() + (P * below).sum(-1) * scale
+                loss[rows] += count * sums.squeeze(-1).log() + (P * below).sum(-1) * scale * 2
             if output is not None:
                 output[rows] = exps.mul_(count / sums).sub_(P) * (factor[rows, None] * scale)
 

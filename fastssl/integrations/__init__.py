@@ -1,0 +1,1 @@
+"""Adapters for other libraries, a file for each, imported only when asked for."""
