@@ -32,6 +32,7 @@ from fastssl.functional.distillation import (
     update_center_,
 )
 from fastssl.functional.ema import adamw_ema_step_, ema_update_
+from fastssl.functional.koleo import koleo_loss
 from fastssl.functional.masking import (
     block_masking_ids,
     gather_tokens,
@@ -62,6 +63,7 @@ __all__ = [
     "gather_tokens",
     "ibot_loss",
     "info_nce",
+    "koleo_loss",
     "masked_feature_loss",
     "masked_patch_loss",
     "nt_xent",

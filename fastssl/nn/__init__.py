@@ -10,6 +10,7 @@ from fastssl.nn.distill_clip import DistillClipLoss
 from fastssl.nn.ema import EMA
 from fastssl.nn.ibot import IBOTPatchLoss
 from fastssl.nn.info_nce import InfoNCELoss
+from fastssl.nn.koleo import KoLeoLoss
 from fastssl.nn.memory_bank import MemoryBank, MemoryBankModule
 from fastssl.nn.msn import MSNLoss
 from fastssl.nn.ntxent import NTXentLoss
@@ -31,6 +32,7 @@ __all__ = [
     "EMA",
     "IBOTPatchLoss",
     "InfoNCELoss",
+    "KoLeoLoss",
     "MSNLoss",
     "MemoryBank",
     "MemoryBankModule",

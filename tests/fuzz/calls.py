@@ -161,6 +161,7 @@ FUNCTIONS: dict[str, Callable[[], dict[str, Any]]] = {
         return_metrics=True,
         group=None,
     ),
+    "koleo_loss": lambda: {"features": _leaf(4, 8), "eps": 1e-6, "topk": 1, "group_size": 2},
     "masked_feature_loss": lambda: {
         "pred": _leaf(2, 6, 8),
         "target": _normal(2, 6, 8, seed=1),
@@ -395,6 +396,7 @@ MODULES: dict[str, tuple[Callable[[], dict[str, Any]], Callable[[], dict[str, An
         },
         lambda: _pair("query", "positive_key", negative_keys=_leaf(5, 8, seed=2)),
     ),
+    "KoLeoLoss": (lambda: {"p": 2, "eps": 1e-6}, lambda: {"x": _leaf(4, 8)}),
     "MSNLoss": (
         lambda: {
             "temperature": 0.5,

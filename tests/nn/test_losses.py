@@ -331,12 +331,29 @@ def test_info_nce_options(backend):
     torch.testing.assert_close(both, F.cross_entropy(logits, torch.arange(6)))
 
 
+@pytest.mark.parametrize("rows, dim", [(2, 3), (33, 20)])
+def test_koleo_lightly(rows, dim, lightly, backend):
+    features = _rows(rows, dim, unit=False)
+    for eps in (1e-8, 0.1):
+        _assert_agree(
+            *(_value_and_gradients(module.KoLeoLoss(eps=eps), [features]) for module in (ours, lightly)), rtol=1e-5
+        )
+
+
+def test_koleo_lightly_arguments(lightly):
+    for method in ("__init__", "forward"):
+        assert _parameters(getattr(ours.KoLeoLoss, method)) == _parameters(getattr(lightly.KoLeoLoss, method))
+    with pytest.raises(ValueError, match="p must be 2.*got 1"):
+        ours.KoLeoLoss(p=1)
+
+
 LOSSES = {
     "ClipLoss": lambda: _clip_inputs(6, 8),
     "SigLipLoss": lambda: _clip_inputs(6, 8),
     "SupConLoss": lambda: [_rows(6, 2, 8)],
     "DCLLoss": lambda: [_rows(6, 8), _rows(6, 8, seed=1)],
     "DCLWLoss": lambda: [_rows(6, 8), _rows(6, 8, seed=1)],
+    "KoLeoLoss": lambda: [_rows(6, 8)],
     "InfoNCELoss": lambda: [_rows(6, 8), _rows(6, 8, seed=1), _rows(4, 8, seed=2)],
 }
 

@@ -1,0 +1,90 @@
+"""What holds for KoLeo in particular."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastssl.functional import koleo_loss
+from fastssl.functional.koleo import _nearest
+from fastssl.ops import _portable
+from tests.accuracy import with_gradients
+from tests.inputs import normal
+
+
+def _by_pairs(x: torch.Tensor, eps: float, topk: int) -> torch.Tensor:
+    """Row by row, from sorted distances."""
+    z = F.normalize(x, dim=1)
+    total = []
+    for i in range(len(z)):
+        distances = torch.stack([(z[i] - z[j] + eps).norm() for j in range(len(z)) if j != i])
+        total.append((distances.sort().values[:topk] + eps).log())
+    return -torch.cat(total).mean()
+
+
+@pytest.mark.parametrize("topk", [1, 3, 10])
+def test_koleo_by_pairs(topk, backend):
+    x = normal(11, 5, dtype=torch.float64)
+    results = with_gradients(lambda x: koleo_loss(x, topk=topk), x)
+    expected = with_gradients(lambda x: _by_pairs(x, 1e-8, topk), x)
+    for result, right in zip(results, expected, strict=True):
+        torch.testing.assert_close(result, right)
+
+
+@pytest.mark.parametrize("size, topk", [(2, 1), (7, 3), (21, 20)])
+def test_koleo_of_groups_is_the_mean_of_theirs(size, topk, backend):
+    x = normal(42, 8)
+    results = with_gradients(lambda x: koleo_loss(x, topk=topk, group_size=size), x)
+    expected = with_gradients(lambda x: torch.stack([koleo_loss(g, topk=topk) for g in x.split(size)]).mean(), x)
+    for result, right in zip(results, expected, strict=True):
+        torch.testing.assert_close(result, right)
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+@pytest.mark.parametrize("elements", [1, 50, 300, 1 << 22])
+def test_nearest_of_every_block_and_precision(precision, elements, monkeypatch):
+    """Neighbours whose similarities bfloat16, or TF32, takes for equal."""
+    monkeypatch.setattr(_portable, "_BLOCK_ELEMENTS", elements)
+    monkeypatch.setattr("fastssl.functional.koleo._COLUMNS", 1)
+    torch.set_float32_matmul_precision(precision)
+    z = F.normalize(normal(1, 24) + 1e-2 * normal(40, 24, seed=1), dim=1)
+    for size, topk in ((40, 1), (40, 39), (40, 5), (8, 7), (2, 1)):
+        nearest = _nearest(z, topk, size)
+        assert (nearest // size == torch.arange(40)[:, None] // size).all()
+        assert (nearest != torch.arange(40)[:, None]).all()
+        assert (nearest.sort(1).values.diff(dim=1) > 0).all()  # none twice
+        S = z.double() @ z.double().T
+        S.masked_fill_(torch.arange(40)[:, None] // size != torch.arange(40) // size, -2).fill_diagonal_(-2)
+        torch.testing.assert_close(S.gather(1, nearest), S.topk(topk).values, rtol=0, atol=1e-6)
+
+
+def test_koleo_of_duplicates_is_finite(backend):
+    for x in (normal(1, 16).expand(9, 16), normal(5, 16)[[0, 1, 0, 2, 3, 4, 4, 4]], torch.zeros(4, 16)):
+        for topk in (1, 3):
+            value, gradient = with_gradients(lambda x, topk=topk: koleo_loss(x, topk=topk), x)
+            assert value.isfinite() and gradient.isfinite().all()
+
+
+def test_koleo_takes_the_first_of_equally_near_rows(monkeypatch):
+    """As an argmax does, whatever the blocks."""
+    z = torch.tensor([[0.0, 0], [1, 0], [0, 1], [1, 0], [1, 0], [0, 1]])
+    for elements in (1, 15, 1 << 22):
+        monkeypatch.setattr(_portable, "_BLOCK_ELEMENTS", elements)
+        monkeypatch.setattr("fastssl.functional.koleo._COLUMNS", 1)
+        assert _nearest(z, 1, 6).flatten().tolist() == [1, 3, 5, 1, 1, 2]
+
+
+def test_koleo_of_no_rows_is_nan(backend):
+    for group_size in (None, 4):
+        value, gradient = with_gradients(lambda x, size=group_size: koleo_loss(x, group_size=size), normal(0, 8))
+        assert value.isnan() and gradient.shape == (0, 8)
+
+
+def test_koleo_of_a_hub_has_the_same_gradient_in_every_run():
+    """A row that is the nearest of all others, to whose gradient they all add."""
+    torch.set_num_threads(2)
+    hub = normal(1, 64)
+    x = torch.cat([hub, hub + 3 * normal(2000, 64, seed=1)])
+    first, *others = (with_gradients(koleo_loss, x)[1] for _ in range(4))
+    assert all(torch.equal(first, other) for other in others)
