@@ -6,6 +6,7 @@ Where one is missing or does not load, the reason is kept for `python -m fastssl
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
@@ -30,8 +31,12 @@ def _load(name: str, package: Path) -> str | None:
         return f"built with torch {build['torch']}, which torch {torch.__version__} does not match"
     try:
         torch.ops.load_library(str(path))
-    except OSError as error:
+        if name == "_C":
+            import_module("fastssl._C").register_kernels()
+    except (OSError, ImportError) as error:
         return f"does not load: {error}"
+    except (AttributeError, RuntimeError) as error:  # its kernels are those of older sources, or of newer ones
+        return f"built from other sources, build it again: {' '.join(str(error).split()[:25])}"
     return None
 
 

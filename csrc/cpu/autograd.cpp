@@ -19,6 +19,8 @@
 #include <string>
 #include <vector>
 
+#include "common/kernels.h"
+
 namespace fastssl {
 namespace {
 
@@ -193,7 +195,7 @@ struct Autograd : c10::OperatorKernel {
   }
 };
 
-TORCH_LIBRARY_IMPL(fastssl, AutogradCPU, m) {
+FASTSSL_KERNELS(AutogradCPU, m) {
   for (const char* name : {"nt_xent", "similarity_logsumexp", "pair_logsumexp", "self_logsumexp", "clip_loss",
                            "info_nce", "sup_con", "similarity_softplus", "siglip_loss", "barlow_twins", "vicreg",
                            "variance_covariance", "masked_patch_loss", "masked_feature_loss", "restore_tokens"})

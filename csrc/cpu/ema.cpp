@@ -250,7 +250,7 @@ void adamw_ema_step_(at::TensorList params, at::TensorList grads, at::TensorList
   for (const auto& [written, updated] : strided) written.copy_(updated);
 }
 
-TORCH_LIBRARY_IMPL(fastssl, CPU, m) {
+FASTSSL_KERNELS(CPU, m) {
   implement<&ema_update_, 0>(m, "ema_update_");
   implement<&adamw_ema_step_, 0>(m, "adamw_ema_step_");
 }

@@ -348,7 +348,7 @@ std::tuple<Tensor, Tensor, Tensor> restore_tokens_backward(const Tensor& grad_to
           needs_pos_embed ? grad_pos_embed.sum(0) : grad_pos_embed.new_empty({0, dim})};
 }
 
-TORCH_LIBRARY_IMPL(fastssl, CPU, m) {
+FASTSSL_KERNELS(CPU, m) {
   m.impl("masking_ids", &masking_ids);
   m.impl("block_masking_ids", &block_masking_ids);
   m.impl("gather_tokens", &gather_tokens);

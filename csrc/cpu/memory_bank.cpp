@@ -14,6 +14,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "common/kernels.h"
+
 namespace fastssl {
 namespace {
 
@@ -71,7 +73,7 @@ void enqueue_(const Tensor& keys, const Tensor& position, const Tensor& new_keys
   *place = (start + count) % size;
 }
 
-TORCH_LIBRARY_IMPL(fastssl, CPU, m) { m.impl("enqueue_", &enqueue_); }
+FASTSSL_KERNELS(CPU, m) { m.impl("enqueue_", &enqueue_); }
 
 }  // namespace
 }  // namespace fastssl

@@ -3,7 +3,11 @@
 #include <pybind11/stl.h>
 #include <torch/version.h>
 
+#include <memory>
+#include <vector>
+
 #include "common/isa.h"
+#include "common/kernels.h"
 #include "common/kept_tiles.h"
 
 namespace py = pybind11;
@@ -14,6 +18,18 @@ std::vector<std::string> names(const std::vector<fastssl::Isa>& isas) {
   std::vector<std::string> result;
   for (fastssl::Isa isa : isas) result.emplace_back(fastssl::name(isa));
   return result;
+}
+
+// All or, where one does not fit its operation, none.
+void register_kernels() {
+  static std::vector<std::unique_ptr<torch::Library>> registered;
+  if (!registered.empty()) return;
+  std::vector<std::unique_ptr<torch::Library>> libraries;
+  for (const auto& [key, add] : fastssl::kernels()) {
+    libraries.push_back(std::make_unique<torch::Library>(torch::Library::IMPL, "fastssl", key, __FILE__, __LINE__));
+    add(*libraries.back());
+  }
+  registered = std::move(libraries);
 }
 
 }  // namespace
@@ -27,6 +43,7 @@ PYBIND11_MODULE(_C, m) {
 #else
   m.attr("openmp") = false;
 #endif
+  m.def("register_kernels", &register_kernels, "Make the library's kernels those of fastssl's operations.");
   m.def("built_isas", [] { return names(fastssl::built()); }, "Instruction sets that kernels were compiled for.");
   m.def("available_isas", [] { return names(fastssl::available()); }, "Of those built, what this CPU can run.");
   m.def("current_isa", [] { return fastssl::name(fastssl::current()); }, "The instruction set that kernels use.");

@@ -325,7 +325,7 @@ Tensor scatter_patches(const Tensor& patches_, const Tensor& ids_, at::IntArrayR
   return images;
 }
 
-TORCH_LIBRARY_IMPL(fastssl, CPU, m) {
+FASTSSL_KERNELS(CPU, m) {
   implement<&masked_patch_loss, 2>(m, "masked_patch_loss");
   implement<&masked_patch_loss_backward, 3>(m, "masked_patch_loss_backward");
   implement<&masked_feature_loss, 2>(m, "masked_feature_loss");

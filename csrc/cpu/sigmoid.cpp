@@ -115,7 +115,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> similarity_softplus_backward(
   return siglip_loss_backward(grad_total, x, y, scale, bias, kept_x, kept_y, kept_scale, kept_bias);
 }
 
-TORCH_LIBRARY_IMPL(fastssl, CPU, m) {
+FASTSSL_KERNELS(CPU, m) {
   implement<&similarity_softplus>(m, "similarity_softplus");
   m.impl("similarity_softplus_backward", &similarity_softplus_backward);
   implement<&siglip_loss>(m, "siglip_loss");

@@ -114,7 +114,7 @@ def test_commands_parse(block, monkeypatch):
 
 @pytest.mark.parametrize(
     "command",
-    ["fastssl.train simclr --batches 3", "fastssl.train dino", "benchmarks.ops dino", "benchmarks.twins dino"],
+    ["fastssl.train simclr --batches 3", "fastssl.train mugs", "benchmarks.ops dino", "benchmarks.twins mugs"],
 )
 def test_a_wrong_command_is_noticed(command, monkeypatch):
     with pytest.raises(SystemExit):

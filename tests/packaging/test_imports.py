@@ -13,7 +13,7 @@ ROOT = Path(fastssl.__file__).parent
 ROOMS = [  # each uses those before it
     {"reference"},
     {"ops", "kernels"},
-    {"_native", "_arithmetic"},
+    {"_native", "_arithmetic", "_meter"},
     {"distributed"},
     {"_checks", "_exponential_sums"},
     {"functional"},

@@ -87,6 +87,20 @@ def test_import_survives_a_corrupt_library(tmp_path):
 
 
 @needs_library
+def test_import_survives_a_library_of_other_sources(tmp_path):
+    """As one that was not built again after an operation got another argument."""
+    copy = shutil.copytree(PACKAGE, tmp_path / "fastssl", ignore=shutil.ignore_patterns("__pycache__"))
+    source = copy / "ops" / "memory_bank.py"
+    source.write_text(source.read_text().replace("bool normalize)", "bool normalize, bool another=False)"))
+    code = "import torch, fastssl; z = torch.eye(4); print(fastssl.functional.nt_xent(z, z).item())"
+    z = torch.eye(4)
+    assert float(python("-c", code, cwd=tmp_path)) == pytest.approx(reference.nt_xent(z, z).item(), rel=1e-6)
+    report = python("-m", "fastssl", cwd=tmp_path)
+    assert re.search("not loaded: built from other sources, build it again: .*fastssl::enqueue_", report)
+    assert "CPU portable PyTorch" in report
+
+
+@needs_library
 def test_every_operation_with_a_kernel_says_so():
     report = python("-m", "fastssl")
     rows = [line.split() for line in report.splitlines()]

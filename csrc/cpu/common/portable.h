@@ -10,6 +10,8 @@
 #include <type_traits>
 #include <utility>
 
+#include "common/kernels.h"
+
 namespace fastssl {
 
 // Whether one of the first `Operands` tensors, or lists of tensors, is float64.

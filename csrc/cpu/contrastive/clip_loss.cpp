@@ -77,7 +77,7 @@ std::tuple<Tensor, Tensor, Tensor> clip_loss_backward(const Tensor& grad_loss, c
   return pair.differentiate(nullptr, true, rows, columns, weights.data, x_, y_, scale);
 }
 
-TORCH_LIBRARY_IMPL(fastssl, CPU, m) {
+FASTSSL_KERNELS(CPU, m) {
   implement<&clip_loss>(m, "clip_loss");
   implement<&clip_loss_backward>(m, "clip_loss_backward");
 }

@@ -139,7 +139,7 @@ std::tuple<Tensor, Tensor, Tensor> info_nce_backward(const Tensor& grad_loss, co
   return {grad_query, grad_key, scalar(grad_scale, scale.options())};
 }
 
-TORCH_LIBRARY_IMPL(fastssl, CPU, m) {
+FASTSSL_KERNELS(CPU, m) {
   implement<&info_nce>(m, "info_nce");
   implement<&info_nce_backward>(m, "info_nce_backward");
 }

@@ -138,7 +138,7 @@ std::tuple<Tensor, Tensor, Tensor> nt_xent_backward(const Tensor& grad_loss, con
   return {grad_z1, grad_z2, scalar(grad_scale, scale.options())};
 }
 
-TORCH_LIBRARY_IMPL(fastssl, CPU, m) {
+FASTSSL_KERNELS(CPU, m) {
   implement<&nt_xent>(m, "nt_xent");
   implement<&nt_xent_backward>(m, "nt_xent_backward");
 }

@@ -51,7 +51,7 @@ std::tuple<Tensor, Tensor, Tensor> pair_logsumexp_backward(const Tensor& grad_ro
   return pair.differentiate(data_of(exclude), false, rows, columns, nullptr, x_, y_, scale);
 }
 
-TORCH_LIBRARY_IMPL(fastssl, CPU, m) {
+FASTSSL_KERNELS(CPU, m) {
   implement<&pair_logsumexp>(m, "pair_logsumexp");
   implement<&pair_logsumexp_backward>(m, "pair_logsumexp_backward");
 }

@@ -42,7 +42,7 @@ std::tuple<Tensor, Tensor> self_logsumexp_backward(const Tensor& grad_total, con
   return differentiate_self(z, e, Coefficients(grad_total, shift, z, e), tiles, gathered, z_, scale);
 }
 
-TORCH_LIBRARY_IMPL(fastssl, CPU, m) {
+FASTSSL_KERNELS(CPU, m) {
   implement<&self_logsumexp>(m, "self_logsumexp");
   implement<&self_logsumexp_backward>(m, "self_logsumexp_backward");
 }

@@ -131,7 +131,7 @@ std::tuple<Tensor, Tensor, Tensor> similarity_logsumexp_backward(
   return {grad_x, grad_y, grad_scale};
 }
 
-TORCH_LIBRARY_IMPL(fastssl, CPU, m) {
+FASTSSL_KERNELS(CPU, m) {
   implement<&similarity_logsumexp>(m, "similarity_logsumexp");
   implement<&similarity_logsumexp_backward>(m, "similarity_logsumexp_backward");
 }

@@ -132,7 +132,7 @@ std::tuple<Tensor, Tensor> sup_con_backward(const Tensor& grad_loss, const Tenso
   return differentiate_self(z, e, coefficients, tiles, gathered, z_, scale);
 }
 
-TORCH_LIBRARY_IMPL(fastssl, CPU, m) {
+FASTSSL_KERNELS(CPU, m) {
   implement<&sup_con>(m, "sup_con");
   implement<&sup_con_backward>(m, "sup_con_backward");
 }

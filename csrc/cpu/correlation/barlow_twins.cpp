@@ -34,7 +34,7 @@ std::tuple<Tensor, Tensor> barlow_twins_backward(const Tensor& grad_loss, const 
   return {grad_z[0], grad_z[1]};
 }
 
-TORCH_LIBRARY_IMPL(fastssl, CPU, m) {
+FASTSSL_KERNELS(CPU, m) {
   implement<&barlow_twins>(m, "barlow_twins");
   implement<&barlow_twins_backward>(m, "barlow_twins_backward");
 }

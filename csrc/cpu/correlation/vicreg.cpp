@@ -52,7 +52,7 @@ Tensor variance_covariance_backward(const Tensor& grad_loss, const Tensor& z, co
   return correlation::backward({views, 0, mu_param, nu_param}, grad_loss, {kept}, dual, precision)[0];
 }
 
-TORCH_LIBRARY_IMPL(fastssl, CPU, m) {
+FASTSSL_KERNELS(CPU, m) {
   implement<&vicreg>(m, "vicreg");
   implement<&vicreg_backward>(m, "vicreg_backward");
   implement<&variance_covariance>(m, "variance_covariance");

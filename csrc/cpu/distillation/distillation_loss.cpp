@@ -218,7 +218,7 @@ std::vector<Tensor> distillation_loss_backward(const Tensor& grad_loss, at::Tens
   return gradients;
 }
 
-TORCH_LIBRARY_IMPL(fastssl, CPU, m) {
+FASTSSL_KERNELS(CPU, m) {
   implement<&distillation_loss>(m, "distillation_loss");
   implement<&distillation_loss_backward, 2>(m, "distillation_loss_backward");
 }

@@ -266,7 +266,7 @@ std::tuple<Tensor, Tensor> prototype_distillation_loss_backward(
   return {dx, dw};
 }
 
-TORCH_LIBRARY_IMPL(fastssl, CPU, m) {
+FASTSSL_KERNELS(CPU, m) {
   implement<&prototype_distillation_loss, 4>(m, "prototype_distillation_loss");
   implement<&prototype_distillation_loss_backward, 5>(m, "prototype_distillation_loss_backward");
 }

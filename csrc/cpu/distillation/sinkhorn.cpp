@@ -188,7 +188,7 @@ Tensor column_sums(at::TensorList logits) {
   return all.total(sums);
 }
 
-TORCH_LIBRARY_IMPL(fastssl, CPU, m) {
+FASTSSL_KERNELS(CPU, m) {
   implement<&column_logsumexp, 0>(m, "column_logsumexp");
   implement<&assignment_sums, 0>(m, "assignment_sums");
   implement<&assignments>(m, "assignments");
