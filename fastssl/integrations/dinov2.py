@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from fastssl._checks import check_positive, check_positive_number, check_rows, check_share, check_tensors
 from fastssl.distributed import default_group, rank, world_size
-from fastssl.functional import dino_loss, ibot_loss, sinkhorn_center, update_center_
+from fastssl.functional import dino_loss, ibot_loss, koleo_loss, sinkhorn_center, update_center_
 
-__all__ = ["DINOLoss", "TeacherDistribution", "iBOTPatchLoss"]
+__all__ = ["DINOLoss", "KoLeoLoss", "TeacherDistribution", "iBOTPatchLoss"]
 
 
 @dataclass(frozen=True)
@@ -235,6 +235,15 @@ class iBOTPatchLoss(_Loss):
             reduction="sum",
         )
         return loss / student_masks_flat.shape[0]
+
+
+class KoLeoLoss(nn.Module):
+    """DINOv2's KoLeo (arXiv:1806.03198)."""
+
+    def forward(self, student_output: Tensor, eps: float = 1e-8) -> Tensor:
+        """The loss of (B, D) features; in float32, whatever autocast says."""
+        with torch.autocast(student_output.device.type, enabled=False):
+            return koleo_loss(student_output, eps=eps)
 
 
 def _sinkhorn(logits: Tensor, temperature: float, iterations: int) -> TeacherDistribution:

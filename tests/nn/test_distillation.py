@@ -203,6 +203,11 @@ def test_dinov2(sinkhorn, backend):
         torch.testing.assert_close(patches(s_patch, full, mask), expected)
 
 
+def test_dinov2_koleo():
+    x = _logits(9, 5)
+    torch.testing.assert_close(dinov2.KoLeoLoss()(x), ours.KoLeoLoss()(x))
+
+
 @pytest.mark.parametrize(
     "call, message",
     [
