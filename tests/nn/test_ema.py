@@ -290,7 +290,7 @@ def test_update_compiles_once_or_twice(how):
         step = [i + 1] if how == "step" else []
         assert float(update(*step)) == pytest.approx(eager.update(student, *step), abs=1e-12)
         torch.testing.assert_close(teacher.state_dict(), eager.state_dict())
-    assert counter.frame_count <= 2
+    assert counter.frame_count <= 3  # two, of which PyTorch starts the first anew if it makes a tensor of the number
     assert teacher.update(student) == eager.update(student)
 
 
