@@ -43,7 +43,9 @@ def sinkhorn_center(
             of all. They exchange K numbers in each iteration, and as many again in the first.
 
     Returns:
-        (K,) in float32, in float64 for float64. NaN without rows, or if a logit is NaN or infinite.
+        (K,) in float32, in float64 for float64, whose last digits are those of the largest logit and of temperature:
+        assignments are rough where temperature is below 1e-6 of the logits. NaN without rows, or if a logit is NaN or
+        infinite.
 
     Raises:
         TypeError: if a tensor is none, temperature neither number nor tensor, or iterations no integer.
