@@ -3,6 +3,7 @@
 from fastssl.distributed import contrastive, distillation, sigmoid
 from fastssl.distributed.processes import (
     ProcessGroup,
+    all_processes,
     check_alike,
     check_group,
     default_group,
@@ -19,6 +20,7 @@ from fastssl.distributed.ring import Ring
 __all__ = [
     "ProcessGroup",
     "Ring",
+    "all_processes",
     "check_alike",
     "check_group",
     "contrastive",

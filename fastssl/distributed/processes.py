@@ -47,6 +47,11 @@ def default_group(index: int, processes: int) -> ProcessGroup:
     return dist.group.WORLD
 
 
+def all_processes() -> ProcessGroup | None:
+    """The default group, None where this process is alone."""
+    return default_group(rank(), world_size()) if world_size() > 1 else None
+
+
 def gather_rows(x: Tensor, group: ProcessGroup | None = None) -> Tensor:
     """The rows of x of all processes, in the order of their ranks.
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastssl._checks import check_positive, check_positive_number, check_rows, check_share, check_tensors
-from fastssl.distributed import default_group, rank, world_size
+from fastssl.distributed import all_processes
 from fastssl.functional import dino_loss, ibot_loss, koleo_loss, sinkhorn_center, update_center_
 
 __all__ = ["DINOLoss", "KoLeoLoss", "TeacherDistribution", "iBOTPatchLoss"]
@@ -92,7 +92,7 @@ class _Loss(nn.Module):
         """Move the center now, if it has not moved since `update_center`."""
         if self._batch:
             rows = [x.flatten(0, -2) for x in self._batch]
-            update_center_(self.center.view(-1), rows, self.center_momentum, _group())
+            update_center_(self.center.view(-1), rows, self.center_momentum, all_processes())
             self._batch = []
 
 
@@ -248,7 +248,7 @@ class KoLeoLoss(nn.Module):
 
 def _sinkhorn(logits: Tensor, temperature: float, iterations: int) -> TeacherDistribution:
     logits = logits.detach()
-    center = sinkhorn_center(logits, temperature=temperature, iterations=iterations, group=_group())
+    center = sinkhorn_center(logits, temperature=temperature, iterations=iterations, group=all_processes())
     return TeacherDistribution(logits, center, temperature)
 
 
@@ -271,7 +271,3 @@ def _logits_of(
         raise TypeError(f"the teacher's views must all be TeacherDistribution or all Tensor, got {kinds}")
     dtype = torch.promote_types(student[0].dtype, logits[0].dtype)
     return [x.to(dtype) for x in student], [x.to(dtype) for x in logits], center, temperature
-
-
-def _group():
-    return default_group(rank(), world_size()) if world_size() > 1 else None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastssl._checks import check_choice, check_positive, check_share
-from fastssl.distributed import default_group, rank, world_size
+from fastssl.distributed import all_processes
 from fastssl.functional import sinkhorn_center, update_center_
 
 
@@ -51,7 +51,7 @@ class Center(nn.Module):
         """The center for these logits, (K,)."""
         if self.mode == "mean":
             return self.center.flatten()
-        return sinkhorn_center(logits, temperature=temperature, iterations=self.iterations, group=_group())
+        return sinkhorn_center(logits, temperature=temperature, iterations=self.iterations, group=all_processes())
 
     @torch.no_grad()
     def update(self, logits: Tensor | Sequence[Tensor]) -> None:
@@ -59,7 +59,7 @@ class Center(nn.Module):
         if self.mode != "mean":
             return
         if not self.once_per_step:
-            update_center_(self.center.view(-1), logits, self.momentum, _group())
+            update_center_(self.center.view(-1), logits, self.momentum, all_processes())
             return
         mean = torch.zeros_like(self.center).flatten()
         update_center_(mean, logits, 0.0)
@@ -72,12 +72,9 @@ class Center(nn.Module):
         if self.gathered:
             batches = torch.stack(self.gathered)
             means, rows = batches[:, :-1], batches[:, -1:]
-            update_center_(self.center.view(-1), (means * rows).sum(0, True) / rows.sum(), self.momentum, _group())
+            mean = (means * rows).sum(0, True) / rows.sum()
+            update_center_(self.center.view(-1), mean, self.momentum, all_processes())
             self.gathered.clear()
 
     def extra_repr(self) -> str:
         return f"{tuple(self.center.shape)}, mode={self.mode!r}, momentum={self.momentum}"
-
-
-def _group():
-    return default_group(rank(), world_size()) if world_size() > 1 else None

@@ -17,7 +17,7 @@ from fastssl._checks import (
     check_size,
     renamed,
 )
-from fastssl.distributed import default_group, rank, world_size
+from fastssl.distributed import all_processes
 from fastssl.functional import ibot_loss, sinkhorn_center
 
 
@@ -88,7 +88,7 @@ class MSNLoss(nn.Module):
             codes = (F.linear(targets, prototypes).float() / (self.temperature * sharpening)).log_softmax(1)
             center = None
             if self.sinkhorn_iterations:
-                group = default_group(rank(), world_size()) if self.gather_distributed and world_size() > 1 else None
+                group = all_processes() if self.gather_distributed else None
                 center = sinkhorn_center(codes, temperature=1.0, iterations=self.sinkhorn_iterations, group=group)
             codes = codes.to(logits.dtype).repeat(anchors.shape[0] // targets.shape[0], 1)
         with renamed(student_temperature="temperature"):

@@ -16,7 +16,7 @@ from fastssl._checks import (
     check_tensors,
     renamed,
 )
-from fastssl.distributed import default_group, rank, world_size
+from fastssl.distributed import all_processes
 from fastssl.functional import dino_loss, sinkhorn_center
 
 
@@ -87,8 +87,7 @@ class SwaVLoss(nn.Module):
                 counts = f"{len(queues)} and {len(high)}"
                 raise ValueError(f"queue_outputs and high_resolution_outputs must be as many, got {counts}")
             batches = [[x, queue] for x, queue in zip(high, queues, strict=True)]
-        distributed = self.sinkhorn_gather_distributed and world_size() > 1
-        group = default_group(rank(), world_size()) if distributed else None
+        group = all_processes() if self.sinkhorn_gather_distributed else None
         options = dict(temperature=self.sinkhorn_epsilon, iterations=self.sinkhorn_iterations, group=group)
         crops = [*high, *low]
         names = [f"high_resolution_outputs[{i}]" for i in range(len(high))]

@@ -29,7 +29,8 @@ kernel's arguments have the names that they have here.
 What is not regular, and why:
 
 - What a signature calls `float` is a 0-d tensor to PyTorch, see `_numbers.py`.
-- `distillation_loss` takes lists of tensors, and takes gradients in the forward pass; see `_derivative.py`.
+- `distillation_loss` and `prototype_distillation_loss` take lists of tensors, and take gradients in the forward pass;
+  see `_derivative.py`.
 - An operation in place, whose name ends in "_", and one that has no floating-point inputs, has no `backward`.
 - `gather_tokens` and `scatter_tokens`, `gather_patches` and `scatter_patches` are each other's derivatives, and need no
   backward operations: their `derivative` is written by hand.
@@ -175,7 +176,8 @@ def triton_launcher(family: str, name: str, numbers: Sequence[int] = ()) -> Func
         return None
 
     def launch(*args: Any) -> Any:
-        if args[-1] == "float64" or any(x.dtype == torch.float64 for x in args if isinstance(x, list) for x in x):
+        lists = [x for x in args if isinstance(x, list)]
+        if args[-1] == "float64" or any(x.dtype == torch.float64 for tensors in lists for x in tensors):
             return getattr(torch.ops.fastssl, portable_name(name))(*args)
         return taking_tensors(getattr(import_module(f"fastssl.kernels.{family}"), name), numbers)(*args)
 

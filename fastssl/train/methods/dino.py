@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fastssl.functional import dino_loss, ema_update_
+from fastssl.functional import dino_loss, update_center_
 from fastssl.nn import EMA
 from fastssl.ops._precision import widen
 from fastssl.train.multi_crop import MultiCrop, by_size
@@ -108,7 +108,7 @@ class DINO(MultiCrop):
         return dino_loss(logits[:-2], logits[-2:], center=self.center, **self.temperatures)
 
     def after_step(self, *logits: Tensor) -> None:
-        ema_update_([self.center], [widen(torch.cat(logits[-2:])).mean(0)], self.center_momentum)
+        update_center_(self.center, logits[-2:], self.center_momentum)
         self.teacher.update(self.student)
 
     def monitored(self, *logits: Tensor) -> tuple[Tensor, ...]:

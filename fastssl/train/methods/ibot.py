@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fastssl.functional import block_masking_ids, ema_update_, gather_tokens, ibot_loss
-from fastssl.ops._precision import widen
+from fastssl.functional import block_masking_ids, gather_tokens, ibot_loss, update_center_
 from fastssl.train.methods.dino import DINO
 from fastssl.train.multi_crop import by_size
 from fastssl.train.networks.vit import ViT
@@ -120,7 +119,7 @@ class IBOT(DINO):
 
     def after_step(self, *logits: Tensor) -> None:
         *images, _, targets = logits
-        ema_update_([self.patch_center], [widen(targets).mean((0, 1))], self.center_momentum)
+        update_center_(self.patch_center, targets, self.center_momentum)
         super().after_step(*images)
 
     def monitored(self, *logits: Tensor) -> tuple[Tensor, ...]:
