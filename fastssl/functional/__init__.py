@@ -33,6 +33,7 @@ from fastssl.functional.distillation import (
 )
 from fastssl.functional.ema import adamw_ema_step_, ema_update_
 from fastssl.functional.koleo import koleo_loss
+from fastssl.functional.linear_cross_entropy import linear_cross_entropy
 from fastssl.functional.masking import (
     block_masking_ids,
     gather_tokens,
@@ -64,6 +65,7 @@ __all__ = [
     "ibot_loss",
     "info_nce",
     "koleo_loss",
+    "linear_cross_entropy",
     "masked_feature_loss",
     "masked_patch_loss",
     "nt_xent",

@@ -11,6 +11,7 @@ from fastssl.nn.ema import EMA
 from fastssl.nn.ibot import IBOTPatchLoss
 from fastssl.nn.info_nce import InfoNCELoss
 from fastssl.nn.koleo import KoLeoLoss
+from fastssl.nn.linear_cross_entropy import LinearCrossEntropyLoss
 from fastssl.nn.memory_bank import MemoryBank, MemoryBankModule
 from fastssl.nn.msn import MSNLoss
 from fastssl.nn.ntxent import NTXentLoss
@@ -33,6 +34,7 @@ __all__ = [
     "IBOTPatchLoss",
     "InfoNCELoss",
     "KoLeoLoss",
+    "LinearCrossEntropyLoss",
     "MSNLoss",
     "MemoryBank",
     "MemoryBankModule",

@@ -1,6 +1,17 @@
 """The contract of every operation: schema, fake kernel, autograd formula, portable code."""
 
-from fastssl.ops import contrastive, correlation, distillation, ema, masking, memory_bank, patches, scale, sigmoid
+from fastssl.ops import (
+    contrastive,
+    correlation,
+    distillation,
+    ema,
+    linear_cross_entropy,
+    masking,
+    memory_bank,
+    patches,
+    scale,
+    sigmoid,
+)
 from fastssl.ops._backend import current_backend, use_backend
 
 __all__ = [
@@ -9,6 +20,7 @@ __all__ = [
     "current_backend",
     "distillation",
     "ema",
+    "linear_cross_entropy",
     "masking",
     "memory_bank",
     "patches",

@@ -162,6 +162,18 @@ FUNCTIONS: dict[str, Callable[[], dict[str, Any]]] = {
         group=None,
     ),
     "koleo_loss": lambda: {"features": _leaf(4, 8), "eps": 1e-6, "topk": 1, "group_size": 2},
+    "linear_cross_entropy": lambda: {
+        "input": _leaf(4, 8),
+        "linear_weight": _leaf(5, 8, seed=1),
+        "target": torch.tensor([0, 4, -100, 2]),
+        "linear_bias": _leaf(5, seed=2),
+        "weight": _normal(5, seed=3).abs(),
+        "reduction": "mean",
+        "ignore_index": -100,
+        "label_smoothing": 0.1,
+        "temperature": torch.tensor(0.5, requires_grad=True),
+        "normalize": True,
+    },
     "masked_feature_loss": lambda: {
         "pred": _leaf(2, 6, 8),
         "target": _normal(2, 6, 8, seed=1),
@@ -397,6 +409,23 @@ MODULES: dict[str, tuple[Callable[[], dict[str, Any]], Callable[[], dict[str, An
         lambda: _pair("query", "positive_key", negative_keys=_leaf(5, 8, seed=2)),
     ),
     "KoLeoLoss": (lambda: {"p": 2, "eps": 1e-6}, lambda: {"x": _leaf(4, 8)}),
+    "LinearCrossEntropyLoss": (
+        lambda: {
+            "in_features": 8,
+            "num_classes": 5,
+            "bias": True,
+            "device": "cpu",
+            "dtype": torch.float32,
+            "reduction": "mean",
+            "weight": _normal(5, seed=3).abs(),
+            "ignore_index": -100,
+            "label_smoothing": 0.1,
+            "temperature": 0.5,
+            "normalize": True,
+            "linear_weight": None,
+        },
+        lambda: {"input": _leaf(4, 8), "target": torch.tensor([0, 4, -100, 2])},
+    ),
     "MSNLoss": (
         lambda: {
             "temperature": 0.5,

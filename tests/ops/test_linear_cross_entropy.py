@@ -1,0 +1,269 @@
+"""The cross-entropy of a linear layer: what it is, what it leaves out, and gradients taken in the forward pass."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import fastssl
+from fastssl.functional import linear_cross_entropy
+from fastssl.nn import LinearCrossEntropyLoss
+from tests.recorder import Recorder
+
+NAN = float("nan")
+BACKWARD = {"linear_cross_entropy_backward", "linear_cross_entropy_backward_portable"}
+
+
+def _normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _leaf(*shape: int, seed: int = 0) -> Tensor:
+    return _normal(*shape, seed=seed).requires_grad_()
+
+
+def _labels(count: int, classes: int, ignored: float = 0.0) -> Tensor:
+    source = torch.Generator().manual_seed(3)
+    labels = torch.randint(classes, (count,), generator=source)
+    return labels.where(torch.rand(count, generator=source) >= ignored, -100)
+
+
+def _pytorch(x: Tensor, w: Tensor, y: Tensor, linear_bias: Tensor | None = None, **named: object) -> Tensor:
+    return F.cross_entropy(F.linear(x.double(), w.double(), linear_bias), y, **named)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_is_pytorchs(reduction, label_smoothing, weighted, kernels):
+    """Losses, and the gradients of all reductions, those that the forward pass takes among them."""
+    x, w, b, y = _leaf(70, 20), _leaf(90, 20, seed=1), _leaf(90, seed=2), _labels(70, 90, 0.4)
+    weight = _normal(90, seed=4).abs() if weighted else None
+    named = {"reduction": reduction, "label_smoothing": label_smoothing}
+    results = []
+    for loss in (
+        linear_cross_entropy(x, w, y, linear_bias=b, weight=weight, **named),
+        _pytorch(x, w, y, b.double(), weight=weight.double() if weighted else None, **named),
+    ):
+        results.append([z.double() for z in (loss, *torch.autograd.grad(2 * loss.sum(), (x, w, b)))])
+    torch.testing.assert_close(*results, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("count", [1, 33, 129, 300])
+@pytest.mark.parametrize("classes", [1, 31, 65, 257])
+def test_every_edge(count, classes, kernels):
+    x, w, y = _leaf(count, 8), _leaf(classes, 8, seed=1), _labels(count, classes, 0.2)
+    y[0] = classes - 1
+    results = []
+    for loss in (linear_cross_entropy(x, w, y), _pytorch(x, w, y)):
+        results.append([z.double() for z in (loss, *torch.autograd.grad(loss, (x, w)))])
+    torch.testing.assert_close(*results, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_ignored_rows_take_no_part(reduction, backend):
+    """They may hold NaN."""
+    x, w, y = _normal(50, 12), _leaf(40, 12, seed=1), _labels(50, 40, 0.6)
+    expected = _pytorch(x[y >= 0], w, y[y >= 0], reduction=reduction)
+    x[y < 0] = NAN
+    x.requires_grad_()
+    loss = linear_cross_entropy(x, w, y, reduction=reduction)
+    grad_x, grad_w = torch.autograd.grad(loss.sum(), (x, w))
+    if reduction == "none":
+        assert not loss[y < 0].any()
+        loss = loss[y >= 0]
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
+    assert grad_w.isfinite().all() and not grad_x[y < 0].any() and grad_x[y >= 0].all()
+
+
+@pytest.mark.parametrize("ignore_index", [None, 7, -1])
+def test_ignore_index(ignore_index, backend):
+    x, w, y = _leaf(20, 6), _leaf(9, 6, seed=1), _labels(20, 9)
+    y[::2] = -100 if ignore_index is None else ignore_index
+    loss = linear_cross_entropy(x, w, y, ignore_index=ignore_index)
+    expected = _pytorch(x, w, y, ignore_index=-100 if ignore_index is None else ignore_index)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [0, 3])
+@pytest.mark.parametrize("weight", [None, torch.rand(5)])
+def test_no_row_labelled(rows, weight, backend):
+    x, w = _leaf(rows, 4), _leaf(5, 4)
+    y = torch.full((rows,), -100)
+    for reduction in ("mean", "sum", "none"):
+        loss = linear_cross_entropy(x, w, y, weight=weight, reduction=reduction)
+        gradients = torch.autograd.grad(loss.sum(), (x, w))
+        assert not any(g.any() for g in gradients)
+        assert loss.isnan() if reduction == "mean" else not loss.any()
+
+
+@pytest.mark.parametrize("wrong", [-1, 5, -101, 1 << 40])
+@pytest.mark.parametrize("chosen", ["auto", "portable"])
+def test_labels_out_of_range(wrong, chosen):
+    y = torch.tensor([0, -100, wrong, 4])
+    with fastssl.use_backend(chosen), pytest.raises(IndexError, match=f"target must be from 0 to below 5.*got {wrong}"):
+        linear_cross_entropy(_normal(4, 3), _normal(5, 3), y)
+
+
+@pytest.mark.parametrize("scale", [1e3, 1e10, 1e30, 1e37])
+def test_huge_logits(scale, kernels):
+    """A softmax is then a maximum."""
+    x, w, y = _leaf(40, 1), scale * _normal(70, 1, seed=1), _labels(40, 70)
+    loss = linear_cross_entropy(x, w, y, reduction="none")
+    expected = _pytorch(x, w, y, reduction="none")
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+    gradients = (torch.autograd.grad(z.sum(), x)[0] / scale for z in (loss, expected))
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["highest", "medium"])
+def test_confident_rows_keep_their_gradient(precision, kernels):
+    """1 - Q of a label is exact where Q rounds to 1."""
+    torch.set_float32_matmul_precision(precision)
+    x = (3 * torch.eye(32)).requires_grad_()  # products of bfloat16 are exact
+    w, y = 3 * torch.eye(32), torch.arange(32)
+    for reduction in ("sum", "none"):
+        loss = linear_cross_entropy(x, w, y, reduction=reduction)
+        expected = _pytorch(x, w, y, reduction=reduction)
+        torch.testing.assert_close(loss.double(), expected, rtol=5e-3, atol=0)
+        gradients = [torch.autograd.grad(z.sum(), x)[0] for z in (loss, expected)]
+        torch.testing.assert_close(*gradients, rtol=8e-3, atol=0)
+
+
+def test_words_that_cannot_be(kernels):
+    """A bias of minus infinity: probability 0."""
+    x, w, y, bias = _leaf(40, 6), _leaf(70, 6, seed=1), _labels(40, 70) // 2, torch.zeros(70)
+    bias[40:] = -torch.inf
+    bias.requires_grad_()
+    loss = linear_cross_entropy(x, w, y, linear_bias=bias)
+    expected = _pytorch(x, w[:40], y)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+    gradients = torch.autograd.grad(loss, (x, w, bias))
+    torch.testing.assert_close(gradients[:2], torch.autograd.grad(expected, (x, w)), rtol=1e-4, atol=1e-6)
+    assert not gradients[2][40:].any() and gradients[2][:40].any()
+
+
+# Gradients taken in the forward pass
+
+
+def _loss(dtype: torch.dtype = torch.float32, **named: object) -> tuple[list[Tensor], Tensor]:
+    leaves = [_normal(40, 8).to(dtype).requires_grad_(), _normal(50, 8, seed=1).to(dtype).requires_grad_()]
+    return leaves, linear_cross_entropy(*leaves, _labels(40, 50, 0.2), **named)
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.3, 65536.0, 0.0, -2.0])
+def test_a_loss_weight(factor, backend):
+    leaves, loss = _loss()
+    with Recorder() as ran:
+        gradients = torch.autograd.grad(factor * loss, leaves)
+    assert not ran & BACKWARD
+    expected = torch.autograd.grad(_pytorch(*leaves, _labels(40, 50, 0.2)), leaves)
+    expected = [factor * x for x in expected]
+    torch.testing.assert_close(list(gradients), expected, rtol=1e-4, atol=1e-6 * abs(factor))
+
+
+def test_what_was_handed_out_is_not_touched_again(backend):
+    leaves, loss = _loss()
+    with Recorder() as ran:
+        first = torch.autograd.grad(loss, leaves, 2 * torch.ones(()), retain_graph=True)
+        assert not ran & BACKWARD
+        copies = [x.clone() for x in first]
+        second = torch.autograd.grad(-3 * loss, leaves)
+        assert ran & BACKWARD
+    assert all(map(torch.equal, first, copies))
+    torch.testing.assert_close([x / 2 for x in first], [x / -3 for x in second], rtol=1e-4, atol=1e-6)
+
+
+def test_float16_leaves_its_gradient_to_the_backward_pass(backend):
+    """It may be too small before a loss scale multiplies it."""
+    leaves, loss = _loss(torch.float16)
+    with Recorder() as ran:
+        (found, _) = torch.autograd.grad(1e4 * (1e-8 * loss.float()), leaves)
+    assert ran & BACKWARD
+    (expected, _) = torch.autograd.grad(1e-4 * _pytorch(*leaves, _labels(40, 50, 0.2)), leaves)
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=1e-7)
+
+
+def test_second_derivatives_of_what_was_taken(backend):
+    """Of "mean", by the inputs and by a learnable temperature."""
+    directions = _normal(40, 8, seed=5)
+    results = []
+    for function in (linear_cross_entropy, fastssl.reference.linear_cross_entropy.linear_cross_entropy):
+        temperature = torch.tensor(0.5, requires_grad=True)
+        leaves, y = [_leaf(40, 8), _leaf(50, 8, seed=1), temperature], _labels(40, 50, 0.2)
+        loss = function(*leaves[:2], y, temperature=temperature, normalize=True, label_smoothing=0.1)
+        (gradient, *others) = torch.autograd.grad(2 * loss, leaves, create_graph=True)
+        results.append([gradient, *others, *torch.autograd.grad((gradient * directions).sum(), leaves)])
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
+def test_one_program_for_all_numbers_of_rows():
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(linear_cross_entropy, fullgraph=True, backend=counter)
+    for i in range(6):
+        x, w, y = _leaf(5 + 3 * i, 20), _leaf(30, 20, seed=1), _labels(5 + 3 * i, 30, 0.3)
+        results = []
+        for function in (compiled, linear_cross_entropy):
+            loss = function(x, w, y)
+            results.append((loss.detach(), *torch.autograd.grad(2 * loss, (x, w))))
+        torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+    assert counter.frame_count <= 2
+
+
+def test_float64_targets_of_float32_rows(backend):
+    x, w, target = _leaf(9, 5), _leaf(12, 5, seed=1), _normal(9, 12, seed=2).softmax(1).double().requires_grad_()
+    loss = linear_cross_entropy(x, w, target)
+    expected = _pytorch(x, w, target)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+    gradients = [torch.autograd.grad(z, (x, w, target)) for z in (loss, expected)]
+    assert [g.dtype for g in gradients[0]] == [torch.float32, torch.float32, torch.float64]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+
+
+# The module
+
+
+@pytest.mark.skipif(not hasattr(nn, "LinearCrossEntropyLoss"), reason="PyTorch 2.13 has it first")
+def test_the_module_is_pytorchs():
+    named = {"bias": True, "weight": _normal(30).abs(), "ignore_index": 3, "label_smoothing": 0.1}
+    theirs, ours = (cls(8, 30, **named) for cls in (nn.LinearCrossEntropyLoss, LinearCrossEntropyLoss))
+    ours.load_state_dict(theirs.state_dict())
+    x, y = _leaf(20, 8), _labels(20, 30)
+    results = []
+    for module in (ours, theirs):
+        loss = module(x, y)
+        results.append((loss, *torch.autograd.grad(loss, (x, *module.parameters()))))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+
+
+def test_a_tied_weight():
+    embedding = nn.Embedding(30, 8)
+    loss = LinearCrossEntropyLoss(8, 30, bias=True, linear_weight=embedding.weight)
+    assert loss.linear.weight is embedding.weight and [x.shape for x in loss.parameters()] == [(30, 8), (30,)]
+    tokens = _labels(20, 30)
+    loss(embedding(tokens), tokens).backward()
+    x = embedding.weight.detach().requires_grad_()
+    _pytorch(x[tokens], x, tokens).backward()
+    torch.testing.assert_close(embedding.weight.grad, x.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "named, error, match",
+    [
+        ({"num_classes": 0}, ValueError, "num_classes must be positive, got 0"),
+        ({"in_features": 1.5}, TypeError, "in_features must be an integer, got float"),
+        ({"weight": torch.ones(7)}, ValueError, r"weight must have shape \(30,\), got \(7,\)"),
+        ({"temperature": 0.0}, ValueError, "temperature must be positive, got 0"),
+        ({"linear_weight": torch.ones(30, 8)}, TypeError, "linear_weight must be a Parameter, got Tensor"),
+        ({"linear_weight": nn.Parameter(torch.ones(8, 30))}, ValueError, r"linear_weight must have shape \(30, 8\)"),
+        ({"reduction": "average"}, ValueError, "reduction must be 'none', 'mean' or 'sum'"),
+        ({"ignore_index": "pad"}, TypeError, "ignore_index must be an integer, got str"),
+    ],
+)
+def test_bad_arguments_of_the_module(named, error, match):
+    with pytest.raises(error, match=match):
+        LinearCrossEntropyLoss(**{"in_features": 8, "num_classes": 30, **named})
