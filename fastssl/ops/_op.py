@@ -101,7 +101,8 @@ class Op:
         self._numbers = numbers_in(schema)
         if triton is not None:
             cuda = triton_launcher(triton, name, self._numbers)
-            backward_cuda = triton_launcher(triton, f"{name}_backward", numbers_in(f"{name}_backward{backward}"))
+            if backward is not None:
+                backward_cuda = triton_launcher(triton, f"{name}_backward", numbers_in(f"{name}_backward{backward}"))
         self.auto, self.portable = _register(schema, fake or _nothing, portable, cuda)
         if backward is not None:
             names = Derivative(schema, f"{name}_backward{backward}")
@@ -170,14 +171,15 @@ def portable_name(name: str) -> str:
 def triton_launcher(family: str, name: str, numbers: Sequence[int] = ()) -> Function | None:
     """The launcher `name` of fastssl.kernels' `family`, imported at its first call; None where Triton is not installed.
 
-    float64 goes to the portable variant: the last argument is the precision of products, or there are none.
+    float64 goes to the portable variant. The last argument is the precision of products; where there are none, the
+    dtype of the first argument says.
     """
     if find_spec("triton") is None:
         return None
 
     def launch(*args: Any) -> Any:
-        lists = [x for x in args if isinstance(x, list)]
-        if args[-1] == "float64" or any(x.dtype == torch.float64 for tensors in lists for x in tensors):
+        first = args[0][0] if isinstance(args[0], list) else args[0]
+        if (args[-1] == "float64") if isinstance(args[-1], str) else (first.dtype == torch.float64):
             return getattr(torch.ops.fastssl, portable_name(name))(*args)
         return taking_tensors(getattr(import_module(f"fastssl.kernels.{family}"), name), numbers)(*args)
 

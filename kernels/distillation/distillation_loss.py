@@ -28,22 +28,10 @@ from torch import Tensor
 
 from fastssl.kernels.common.launch import OPTIONS
 from fastssl.kernels.common.tiles import finite
+from fastssl.kernels.distillation.logits import inverse, load, load_centred, with_dense_rows
 
 BLOCK = 1024  # prototypes at a time
 WARPS = 8
-
-
-@triton.jit
-def _load(logits, columns, K):
-    return tl.load(logits + columns, mask=columns < K, other=float("-inf")).to(tl.float32)
-
-
-@triton.jit
-def _load_centred(logits, center, columns, K):
-    x = _load(logits, columns, K)
-    if center is not None:
-        x -= tl.load(center + columns, mask=columns < K, other=0.0)
-    return x
 
 
 @triton.jit
@@ -82,7 +70,7 @@ def distill(
     dots = tl.zeros((TEACHERS,), tl.float32)  # sums of a teacher's exponentials times top - s
     for start in range(0, K, BLOCK):
         columns = start + block
-        s = _load(student, columns, K)
+        s = load(student, columns, K)
         top, new, old = _raise(top, s)
         total = total * tl.exp((old - new) * student_scale) + tl.sum(tl.exp((s - new) * student_scale), 0)
         dots += totals * (new - old)
@@ -90,7 +78,7 @@ def distill(
         for t in tl.static_range(T):
             if (number != t) == UNLIKE:
                 here = teachers == t
-                x = _load_centred(teacher + t * teacher_view, center, columns, K)
+                x = load_centred(teacher + t * teacher_view, center, columns, K)
                 highest, new_t, old_t = _raise(tl.max(tl.where(here, tops, float("-inf")), 0), x)
                 e = tl.exp((x - new_t) * teacher_scale)
                 shrink = tl.exp((old_t - new_t) * teacher_scale)
@@ -108,11 +96,11 @@ def distill(
         new = finite(top)
         for start in range(0, K, BLOCK):
             columns = start + block
-            g = tl.exp((_load(student, columns, K) - new) * student_scale) * (factor * count / total)
+            g = tl.exp((load(student, columns, K) - new) * student_scale) * (factor * count / total)
             for t in tl.static_range(T):
                 if (number != t) == UNLIKE:
                     here = teachers == t
-                    x = _load_centred(teacher + t * teacher_view, center, columns, K)
+                    x = load_centred(teacher + t * teacher_view, center, columns, K)
                     new_t = finite(tl.max(tl.where(here, tops, float("-inf")), 0))
                     g -= tl.exp((x - new_t) * teacher_scale) * tl.sum(tl.where(here, of_teachers, 0.0), 0)
             tl.store(gradient + columns, g.to(gradient.dtype.element_ty), mask=columns < K)
@@ -164,13 +152,12 @@ def _launch(
     unlike_views: bool,
 ) -> None:
     # The teacher has few views: one kernel reads all of them, through one pointer.
-    teachers = _with_dense_rows(teacher[0] if len(teacher) == 1 else torch.cat(list(teacher)))
-    scales = (1 / x if x > 0 else float("nan") for x in (student_temperature, teacher_temperature))
-    student_scale, teacher_scale = scales
+    teachers = with_dense_rows(teacher[0] if len(teacher) == 1 else torch.cat(list(teacher)))
+    student_scale, teacher_scale = inverse(student_temperature), inverse(teacher_temperature)
     first_view = 0
     for i, piece in enumerate(student):
         views, rows, columns = piece.shape
-        x = _with_dense_rows(piece)
+        x = with_dense_rows(piece)
         if views and rows:
             distill[(views * rows,)](
                 x, teachers, center, weight, None if losses is None else losses[first_view:],
@@ -180,7 +167,3 @@ def _launch(
                 num_warps=WARPS, **OPTIONS,
             )  # fmt: skip
         first_view += views
-
-
-def _with_dense_rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()

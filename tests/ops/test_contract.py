@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from importlib import import_module
 from importlib.util import find_spec
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor
 import fastssl
 from fastssl.functional import gather_tokens, masked_patch_loss, nt_xent, patch_embed, restore_tokens, scatter_tokens
 from fastssl.ops._derivative import Derivative
+from fastssl.ops._numbers import as_tensors
+from fastssl.ops._op import triton_launcher
 from tests.recorder import Recorder
 
 FORWARD = "f(Tensor x, Tensor? y, bool b) -> (Tensor z, Tensor w)"
@@ -55,7 +58,7 @@ def test_the_backward_operation_returns_gradients_of_their_inputs_shapes():
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
-@pytest.mark.parametrize("family", ["contrastive", "correlation", "sigmoid"])
+@pytest.mark.parametrize("family", ["contrastive", "correlation", "distillation", "sigmoid"])
 def test_triton_launchers_take_the_arguments_of_their_operations(family):
     module, operations = import_module(f"fastssl.kernels.{family}"), 0
     for name, launcher in vars(module).items():
@@ -66,6 +69,28 @@ def test_triton_launchers_take_the_arguments_of_their_operations(family):
             )
             operations += 1
     assert operations
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.parametrize(
+    "name, args",
+    [
+        ("distillation_loss", ([torch.ones(2, 3, 4)], [torch.ones(1, 3, 4)], None, None, 1.0, 1.0, True, False)),
+        ("column_sums", ([torch.ones(3, 4)],)),
+        ("assignments", (torch.ones(3, 4), torch.ones(4), 1.0)),
+    ],
+)
+def test_triton_launchers_leave_float64_to_the_portable_code(name, args):
+    """Where no argument says the precision of products: the first one's dtype does."""
+    numbers = [i for i, x in enumerate(args) if isinstance(x, float)]
+    args = as_tensors([_double(x) for x in args], numbers)
+    with Recorder() as ran:
+        triton_launcher("distillation", name, numbers)(*args)
+    assert ran == {f"{name}_portable"}
+
+
+def _double(x: Any) -> Any:
+    return [y.double() for y in x] if isinstance(x, list) else x.double() if isinstance(x, Tensor) else x
 
 
 def _leaf(*shape: int) -> Tensor:

@@ -86,6 +86,7 @@ column_logsumexp = Op(
     "column_logsumexp(Tensor[] logits, float temperature) -> (Tensor total, Tensor top)",
     fake=lambda logits, temperature: (_column(logits), _column(logits)),
     portable=_column_logsumexp,
+    triton="distillation",
 )
 
 # sum_i P_ik.
@@ -93,6 +94,7 @@ assignment_sums = Op(
     "assignment_sums(Tensor[] logits, Tensor center, float temperature) -> Tensor",
     fake=lambda logits, center, temperature: _column(logits),
     portable=_assignment_sums,
+    triton="distillation",
 )
 
 # P, in the dtype of sums.
@@ -100,6 +102,7 @@ assignments = Op(
     "assignments(Tensor logits, Tensor center, float temperature) -> Tensor",
     fake=lambda logits, center, temperature: logits.new_empty(logits.shape, dtype=center.dtype),
     portable=_assignments,
+    triton="distillation",
 )
 
 # sum_i t_ik.
@@ -107,4 +110,5 @@ column_sums = Op(
     "column_sums(Tensor[] logits) -> Tensor",
     fake=_column,
     portable=_column_sums,
+    triton="distillation",
 )
