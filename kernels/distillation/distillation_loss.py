@@ -45,7 +45,7 @@ def _raise(top, x):
 @triton.jit(do_not_specialize=["rows", "first_view"])
 def distill(
     student, teacher, center, weight, loss, gradient, student_scale, teacher_scale, rows, K, first_view,
-    student_view, student_row, teacher_view, teacher_row,
+    student_view, student_row, teacher_view, teacher_row, gradient_view, gradient_row,
     UNLIKE: tl.constexpr, T: tl.constexpr, TEACHERS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The loss of one row of one view, and its gradient times weight[row]; `loss` or `gradient` may be None.
@@ -92,7 +92,7 @@ def distill(
     if gradient is not None:
         factor = tl.load(weight + row) * student_scale
         of_teachers = factor / totals
-        gradient += (view * rows + row) * K
+        gradient += view * gradient_view + row * gradient_row
         new = finite(top)
         for start in range(0, K, BLOCK):
             columns = start + block
@@ -153,17 +153,38 @@ def _launch(
 ) -> None:
     # The teacher has few views: one kernel reads all of them, through one pointer.
     teachers = with_dense_rows(teacher[0] if len(teacher) == 1 else torch.cat(list(teacher)))
-    student_scale, teacher_scale = inverse(student_temperature), inverse(teacher_temperature)
+    numbers = student_temperature, teacher_temperature, unlike_views
     first_view = 0
-    for i, piece in enumerate(student):
-        views, rows, columns = piece.shape
-        x = with_dense_rows(piece)
-        if views and rows:
-            distill[(views * rows,)](
-                x, teachers, center, weight, None if losses is None else losses[first_view:],
-                gradients[i] if gradients else None, student_scale, teacher_scale, rows, columns, first_view,
-                *x.stride()[:2], *teachers.stride()[:2], UNLIKE=unlike_views, T=len(teachers),
-                TEACHERS=triton.next_power_of_2(len(teachers)), BLOCK=min(triton.next_power_of_2(columns), BLOCK),
-                num_warps=WARPS, **OPTIONS,
-            )  # fmt: skip
-        first_view += views
+    for i, x in enumerate(student):
+        of_views = None if losses is None else losses[first_view:]
+        gradient = gradients[i] if gradients else None
+        launch(with_dense_rows(x), teachers, center, weight, of_views, gradient, *numbers, first_view)
+        first_view += len(x)
+
+
+def launch(
+    student: Tensor,
+    teacher: Tensor,
+    center: Tensor | None,
+    weight: Tensor | None,
+    losses: Tensor | None,
+    gradient: Tensor | None,
+    student_temperature: float,
+    teacher_temperature: float,
+    unlike_views: bool,
+    first_view: int = 0,
+) -> None:
+    """Writes `losses` (V, N) of views (V, N, K) of the student, and their `gradient` (V, N, K), which may be the
+    student's logits; or one of them. Rows are dense."""
+    views, rows, columns = student.shape
+    if views == 0 or rows == 0:
+        return
+    constants = center if center is None else center.contiguous()
+    gradient_strides = (0, 0) if gradient is None else gradient.stride()[:2]
+    distill[(views * rows,)](
+        student, teacher, constants, weight, losses, gradient, inverse(student_temperature),
+        inverse(teacher_temperature), rows, columns, first_view,
+        *student.stride()[:2], *teacher.stride()[:2], *gradient_strides, UNLIKE=unlike_views, T=len(teacher),
+        TEACHERS=triton.next_power_of_2(len(teacher)), BLOCK=min(triton.next_power_of_2(columns), BLOCK),
+        num_warps=WARPS, **OPTIONS,
+    )  # fmt: skip

@@ -163,4 +163,5 @@ prototype_distillation_loss = Op(
     portable=(_forward, _backward),
     share=_share,
     blocks=_blocks,
+    triton="distillation",
 )

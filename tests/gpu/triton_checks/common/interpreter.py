@@ -11,7 +11,7 @@ import triton.language as tl
 from triton.runtime import Autotuner, interpreter
 from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
 
-from fastssl.kernels.common import accumulate, collect, rows
+from fastssl.kernels.common import accumulate, collect, logits, rows
 from fastssl.kernels.common.launch import row_block
 
 
@@ -42,6 +42,7 @@ def patch() -> None:
         setattr(InterpreterBuilder, name, cast_impl)
     InterpreterBuilder.create_fp_to_fp = lambda self, x, dtype, rounding: cast_impl(self, x, dtype)
     InterpreterBuilder.create_dot = create_dot
+    logits.product = lambda left, right: left.float() @ right.float()  # a CPU has no products of 16 bits in float32
 
     patch_tensor = interpreter._patch_lang_tensor
 

@@ -18,7 +18,7 @@ _POINTERS = {
     **dict.fromkeys(("student", "teacher", "gradient"), "rows"),
     **dict.fromkeys(("center", "weight", "loss"), "fp32"),
 }
-_KERNEL = Kernel(distill, _POINTERS, ("student_scale", "teacher_scale"), ("student_row", "teacher_row"))
+_KERNEL = Kernel(distill, _POINTERS, ("student_scale", "teacher_scale"), ("student_row", "teacher_row", "gradient_row"))
 _ABSENT = {
     "both": {},
     "loss": {"gradient": None, "weight": None},
