@@ -175,6 +175,20 @@ def check_range(name: str, ids: Tensor, end: int | None = None) -> None:
         raise IndexError(f"{name} must {rule}, got {ids[wrong][0].item()}")
 
 
+def check_lengths(lengths: Tensor, batch: int, length: int, x: Tensor) -> None:
+    """How much of each row of (batch, length) is no padding; of the kind that x is."""
+    check_same_kind("lengths", lengths, "the result", x)
+    if lengths.dtype not in (torch.int64, torch.int32) or lengths.shape != (batch,):
+        found = f"{lengths.dtype} of shape {tuple(lengths.shape)}"
+        raise ValueError(f"lengths must be int64 or int32 of shape ({batch},), got {found}")
+    rule = f"lengths must be from 0 to length, {length}"
+    wrong = (lengths < 0) | (lengths > length)
+    if lengths.device.type != "cpu" or torch.compiler.is_compiling():
+        torch._assert_async(~wrong.any(), rule)
+    elif wrong.any():
+        raise ValueError(f"{rule}, got {lengths[wrong][0]}")
+
+
 def check_labels(labels: Tensor, x: Tensor, name: str) -> None:
     check_tensor("labels", labels)
     if labels.dtype != torch.int64:

@@ -26,6 +26,7 @@
 #include "common/pages.h"
 #include "common/places.h"
 #include "common/portable.h"
+#include "common/random.h"
 #include "common/token_rows.h"
 #include "masking_tiles.h"
 
@@ -35,17 +36,6 @@ namespace {
 constexpr int64_t kGrain = 1 << 15;  // fewer elements are not worth another thread
 
 int64_t per_thread(int64_t elements) { return std::max<int64_t>(1, kGrain / std::max<int64_t>(elements, 1)); }
-
-constexpr uint64_t kStep = 0x9E3779B97F4A7C15;
-
-uint64_t mix(uint64_t x) {
-  x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9;
-  x = (x ^ x >> 27) * 0x94D049BB133111EB;
-  return x ^ x >> 31;
-}
-
-// The i-th random number of a seed, 63 bits.
-uint64_t number(uint64_t seed, int64_t i) { return mix(seed + (static_cast<uint64_t>(i) + 1) * kStep) >> 1; }
 
 // A mask of the lowest bits, as many as positions below `length` take.
 uint64_t position_bits(int64_t length) {
@@ -149,7 +139,7 @@ std::tuple<Tensor, Tensor, Tensor> block_masking_ids(const Tensor& seed, int64_t
     BlockMask blocks{height, width, low, high, aspect_ratios, {}};
     std::vector<char> masked(length);
     for (int64_t b = first; b < last; ++b) {
-      blocks.draw(mix(start + (static_cast<uint64_t>(b) + 1) * kStep), length - keep, masked.data());
+      blocks.draw(seed_at(start, b), length - keep, masked.data());
       int64_t visible = 0, hidden = keep;
       for (int64_t l = 0; l < length; ++l) {
         mask_out[b * length + l] = masked[l];

@@ -47,6 +47,7 @@ from fastssl.functional.masking import (
 from fastssl.functional.memory_bank import enqueue_
 from fastssl.functional.patches import masked_feature_loss, masked_patch_loss, patch_embed
 from fastssl.functional.sigmoid import siglip_loss
+from fastssl.functional.tokens import mask_tokens, sample_negatives, span_corruption
 from fastssl.functional.topk_similarity import topk_similarity
 from fastssl.functional.uniformity import uniformity
 
@@ -66,6 +67,7 @@ __all__ = [
     "info_nce",
     "koleo_loss",
     "linear_cross_entropy",
+    "mask_tokens",
     "masked_feature_loss",
     "masked_patch_loss",
     "nt_xent",
@@ -75,11 +77,13 @@ __all__ = [
     "random_masking_ids",
     "redundancy_loss",
     "restore_tokens",
+    "sample_negatives",
     "scatter_tokens",
     "siglip_loss",
     "similarity_logsumexp",
     "sinkhorn_center",
     "sinkhorn_knopp",
+    "span_corruption",
     "span_masking_ids",
     "sup_con",
     "topk_similarity",

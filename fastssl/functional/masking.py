@@ -11,19 +11,19 @@ from fastssl import reference
 from fastssl._arithmetic import as_scalar
 from fastssl._checks import (
     check_device,
-    check_generator,
     check_holds,
     check_ids,
+    check_lengths,
     check_memory,
     check_number,
     check_range,
     check_rows,
     check_same_device,
-    check_same_kind,
     check_share,
     check_size,
     check_tensor,
 )
+from fastssl._random import draw_seed
 from fastssl.ops import current_backend, masking
 from fastssl.ops._fake import mode_of
 
@@ -59,7 +59,7 @@ def random_masking_ids(
     """
     batch, length = check_size("batch", batch), check_size("length", length)
     keep = _visible(batch, length, mask_ratio)
-    ids_keep, ids_restore, mask = masking.masking_ids(_seed(generator, device), batch, length, keep)
+    ids_keep, ids_restore, mask = masking.masking_ids(draw_seed(generator, device), batch, length, keep)
     return ids_keep, mask, ids_restore
 
 
@@ -148,9 +148,9 @@ def span_masking_ids(
     if lengths is not None:
         check_tensor("lengths", lengths)
         device = lengths.device if device is None else device
-    seed = _seed(generator, device)
+    seed = draw_seed(generator, device)
     if lengths is not None:
-        _check_lengths(lengths, batch, length, seed)
+        check_lengths(lengths, batch, length, seed)
     _, turn, _ = masking.masking_ids(seed, batch, length - span_length + 1, 0)
     step = torch.arange(length, device=turn.device)
     if lengths is None:
@@ -166,19 +166,6 @@ def span_masking_ids(
     # As many in every row go without being kept: what is missing is taken from the end of the padding.
     ids_keep, ids_restore, _ = masking.ids_of(masked | (step >= keep + count), keep)
     return ids_keep, masked.float(), ids_restore
-
-
-def _check_lengths(lengths: Tensor, batch: int, length: int, seed: Tensor) -> None:
-    check_same_kind("lengths", lengths, "the result", seed)
-    if lengths.dtype not in (torch.int64, torch.int32) or lengths.shape != (batch,):
-        found = f"{lengths.dtype} of shape {tuple(lengths.shape)}"
-        raise ValueError(f"lengths must be int64 or int32 of shape ({batch},), got {found}")
-    rule = f"lengths must be from 0 to length, {length}"
-    wrong = (lengths < 0) | (lengths > length)
-    if lengths.device.type != "cpu" or torch.compiler.is_compiling():
-        torch._assert_async(~wrong.any(), rule)
-    elif wrong.any():
-        raise ValueError(f"{rule}, got {lengths[wrong][0]}")
 
 
 def block_masking_ids(
@@ -235,7 +222,7 @@ def block_masking_ids(
         raise ValueError(f"aspect_ratio must be from 1/1000 to 1000, in ascending order, got {aspect_ratio}")
     step = (high / low) ** (1 / _ASPECT_RATIOS)
     ratios = [round(masking.ASPECT_ONE * low * step ** (i + 0.5)) for i in range(_ASPECT_RATIOS)]
-    seed = _seed(generator, "cpu")
+    seed = draw_seed(generator, "cpu")
     triple = masking.block_masking_ids(seed, batch, height, width, keep, min_block, max_block, ratios)
     target = check_device(device) or (generator.device if generator is not None else "cpu")
     ids_keep, ids_restore, mask = (x.to(target) for x in triple)
@@ -248,13 +235,6 @@ def _visible(batch: int, length: int, mask_ratio: float) -> int:
     if batch * length >= 1 << 62:
         raise ValueError(f"batch x length must be below 2^62, got {batch} x {length}")
     return int(length * (1 - mask_ratio))
-
-
-def _seed(generator: torch.Generator | None, device: torch.device | str | None) -> Tensor:
-    check_generator(generator)
-    device = check_device(device)
-    source = generator.device if generator is not None else "cpu"
-    return torch.randint(1 << 62, (), generator=generator, device=source).to(device or source)
 
 
 def random_masking(

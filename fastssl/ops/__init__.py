@@ -11,6 +11,7 @@ from fastssl.ops import (
     patches,
     scale,
     sigmoid,
+    tokens,
 )
 from fastssl.ops._backend import current_backend, use_backend
 
@@ -26,5 +27,6 @@ __all__ = [
     "patches",
     "scale",
     "sigmoid",
+    "tokens",
     "use_backend",
 ]

@@ -11,10 +11,9 @@
 gather_tokens and scatter_tokens are each other's derivatives. They move memory and multiply nothing: B L D elements are
 read once and written once.
 
-The hash is SplitMix64's: each position's number, times an odd constant, added to the seed, is mixed by shifts and
-multiplications. Its lowest bits are replaced by the position: so all numbers differ, and sorting them draws a
-permutation. Blocks are drawn one after another, as many as it takes; each sample hashes the numbers of a seed of its
-own.
+The lowest bits of each position's random number (`_random.py`) are replaced by the position: so all numbers differ, and
+sorting them draws a permutation. Blocks are drawn one after another, as many as it takes; each sample hashes the
+numbers of a seed of its own.
 """
 
 from __future__ import annotations
@@ -26,35 +25,17 @@ import torch
 from torch import Tensor
 
 from fastssl.ops._op import Op
-
-_STEP, _MIX1, _MIX2 = (n - (1 << 64) for n in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
-
+from fastssl.ops._random import numbers, seeds
 
 ATTEMPTS = 10  # as in BEiT: after so many blocks in a row that do not fit, a sample gets no more
 ASPECT_ONE = 1 << 16  # an aspect ratio of 1, of block_masking_ids
 
 
-def _shift(x: Tensor, bits: int) -> Tensor:
-    """x >> bits of unsigned numbers."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _mix(x: Tensor) -> Tensor:
-    x = (x ^ _shift(x, 30)) * _MIX1
-    x = (x ^ _shift(x, 27)) * _MIX2
-    return x ^ _shift(x, 31)
-
-
-def _numbers(seed: Tensor, first: int, count: int) -> Tensor:
-    """(..., count) random numbers of 63 bits, from number `first` of the seed, (..., 1) or 0-d."""
-    return _shift(_mix(seed + torch.arange(first + 1, first + 1 + count, device=seed.device) * _STEP), 1)
-
-
-def _distinct(numbers: Tensor) -> Tensor:
+def _distinct(random: Tensor) -> Tensor:
     """Their lowest bits replaced by their position in the last dimension."""
-    length = numbers.shape[-1]
+    length = random.shape[-1]
     bits = max(length - 1, 0).bit_length()
-    return (numbers >> bits << bits) | torch.arange(length, device=numbers.device)
+    return (random >> bits << bits) | torch.arange(length, device=random.device)
 
 
 def _masking_ids_fake(seed: Tensor, batch: int, length: int, keep: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -63,7 +44,7 @@ def _masking_ids_fake(seed: Tensor, batch: int, length: int, keep: int) -> tuple
 
 
 def _masking_ids_portable(seed: Tensor, batch: int, length: int, keep: int) -> tuple[Tensor, Tensor, Tensor]:
-    ids_shuffle = _distinct(_numbers(seed, 0, batch * length).view(batch, length)).sort(1).indices
+    ids_shuffle = _distinct(numbers(seed, 0, batch * length).view(batch, length)).sort(1).indices
     ids_restore = _inverse(ids_shuffle)
     return ids_shuffle[:, :keep].contiguous(), ids_restore, (ids_restore >= keep).float()
 
@@ -91,11 +72,11 @@ def first_turn(turn: Tensor, span_length: int) -> Tensor:
     return turn
 
 
-def smallest(numbers: Tensor, count: int) -> Tensor:
+def smallest(order: Tensor, count: int) -> Tensor:
     """(B, L) bool: which are the `count` smallest of each row, whose numbers differ."""
-    if count == 0 or numbers.numel() == 0:
-        return torch.zeros_like(numbers, dtype=torch.bool)
-    return numbers <= numbers.kthvalue(count, dim=1, keepdim=True).values
+    if count == 0 or order.numel() == 0:
+        return torch.zeros_like(order, dtype=torch.bool)
+    return order <= order.kthvalue(count, dim=1, keepdim=True).values
 
 
 def _block_masking_ids_fake(
@@ -108,7 +89,7 @@ def _block_masking_ids_portable(
     seed: Tensor, batch: int, height: int, width: int, keep: int, low: int, high: int, aspect_ratios: list[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
     length, target = height * width, height * width - keep
-    seeds = _mix(seed + (torch.arange(batch, device=seed.device)[:, None] + 1) * _STEP)
+    own = seeds(seed, torch.arange(batch, device=seed.device)[:, None])
     ratios = torch.tensor(aspect_ratios, device=seed.device)
     rows, columns = torch.arange(height, device=seed.device), torch.arange(width, device=seed.device)
     masked = torch.zeros((batch, height, width), dtype=torch.bool, device=seed.device)
@@ -119,7 +100,7 @@ def _block_masking_ids_portable(
         active = (left > 0) & (failures < ATTEMPTS)
         if not active.any():
             break
-        area, aspect, top, side = _numbers(seeds, length + 4 * attempt, 4).split(1, 1)
+        area, aspect, top, side = numbers(own, length + 4 * attempt, 4).split(1, 1)
         attempt += 1
         most = left.clamp_max(high)
         fewest = most.clamp_max(low)
@@ -135,7 +116,7 @@ def _block_masking_ids_portable(
         taken = active & fits & (added > 0) & (added <= most)
         masked |= block & taken[:, :, None]
         failures = (failures + 1).where(~taken, 0)
-    first, then = torch.arange(-length, 0, device=seed.device), _distinct(_numbers(seeds, 0, length))
+    first, then = torch.arange(-length, 0, device=seed.device), _distinct(numbers(own, 0, length))
     return ids_of(smallest(torch.where(masked.flatten(1), first, then), target), keep)
 
 

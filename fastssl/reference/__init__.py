@@ -19,6 +19,7 @@ from fastssl.reference import (
     memory_bank,
     patches,
     sigmoid,
+    tokens,
     topk_similarity,
     uniformity,
 )
@@ -38,6 +39,7 @@ __all__ = [
     "memory_bank",
     "patches",
     "sigmoid",
+    "tokens",
     "topk_similarity",
     "uniformity",
 ]

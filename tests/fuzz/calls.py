@@ -241,6 +241,35 @@ FUNCTIONS: dict[str, Callable[[], dict[str, Any]]] = {
         "normalize": True,
         "reduction": "mean",
     },
+    "mask_tokens": lambda: {
+        "input_ids": torch.arange(12).view(2, 6),
+        "mask_token_id": 3,
+        "vocab_size": 20,
+        "probability": 0.5,
+        "mask_share": 0.5,
+        "random_share": 0.25,
+        "special_tokens_mask": _mask(),
+        "word_ids": torch.tensor([[0, 0, 1, 1, 2, -1], [0, 1, 2, 2, 2, 3]]),
+        "generator": torch.Generator().manual_seed(0),
+    },
+    "sample_negatives": lambda: {
+        "batch": 2,
+        "length": 6,
+        "num_negatives": 3,
+        "mask": _mask(),
+        "generator": torch.Generator().manual_seed(0),
+        "device": "cpu",
+    },
+    "span_corruption": lambda: {
+        "input_ids": torch.arange(12).view(2, 6),
+        "first_sentinel_id": 19,
+        "noise_density": 0.5,
+        "mean_span_length": 1.5,
+        "lengths": torch.tensor([6, 4]),
+        "eos_token_id": 1,
+        "pad_token_id": 0,
+        "generator": torch.Generator().manual_seed(0),
+    },
     "topk_similarity": lambda: {"query": _normal(4, 8), "bank": _normal(5, 8), "k": 2, "normalize": True},
     "sinkhorn_center": _teacher_logits,
     "sinkhorn_knopp": _teacher_logits,
@@ -273,7 +302,16 @@ _WRITTEN = {
     "enqueue_": ("keys", "position"),
 }
 _NOT_COMPUTED = {"barlow_twins": ("lambda_param", "redundancy"), "vicreg": ("nu_param", "covariance")}  # at weight 0
-_RANDOM = ("block_masking_ids", "random_masking", "random_masking_ids", "span_masking_ids", "tube_masking_ids")
+_RANDOM = (
+    "block_masking_ids",
+    "mask_tokens",
+    "random_masking",
+    "random_masking_ids",
+    "sample_negatives",
+    "span_corruption",
+    "span_masking_ids",
+    "tube_masking_ids",
+)
 
 
 def _function(name: str) -> Call:

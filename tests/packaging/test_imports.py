@@ -16,6 +16,7 @@ ROOMS = [  # each uses those before it
     {"_native", "_arithmetic", "_meter"},
     {"distributed"},
     {"_checks", "_exponential_sums"},
+    {"_random"},
     {"functional"},
     {"nn", "grad_cache"},
     {"optim", "integrations"},

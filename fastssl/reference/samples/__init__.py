@@ -15,6 +15,7 @@ from fastssl.reference.samples import (
     patches,
     sigmoid,
     sinkhorn,
+    tokens,
     topk_similarity,
     uniformity,
 )
@@ -53,6 +54,7 @@ __all__ = [
     "patches",
     "sigmoid",
     "sinkhorn",
+    "tokens",
     "topk_similarity",
     "uniformity",
 ]
