@@ -36,10 +36,9 @@ def add_exponential(top, total, x, scale):
 
 @triton.jit
 def unite(top, total, scale, AXIS: tl.constexpr):
-    """Sums of exponentials as one, along an axis; NaN if an infinite x was among them."""
+    """Sums of exponentials as one, along an axis. It is NaN if infinity was among them: its difference to itself is."""
     highest = tl.max(top, AXIS)
-    total = tl.sum(total * tl.exp((top - tl.expand_dims(highest, AXIS)) * scale), AXIS)
-    return highest, tl.where(highest == float("inf"), float("nan"), total)
+    return highest, tl.sum(total * tl.exp((top - tl.expand_dims(highest, AXIS)) * scale), AXIS)
 
 
 def inverse(temperature: float) -> float:

@@ -31,8 +31,8 @@ def sinkhorn_center(
         softmax((teacher_logits - center) / temperature)
 
     so that a vector is all that it has to find: `dino_loss` and `ibot_loss` take it as their center, with this
-    temperature as the teacher's. Each iteration reads the logits once, and nothing of their size is written. It works
-    with logarithms, and is right at scales at which the exponentials overflow.
+    temperature as the teacher's. Each iteration reads the logits once (on GPUs all but the first twice), and nothing of
+    their size is written. It works with logarithms, and is right at scales at which the exponentials overflow.
 
     Args:
         teacher_logits: (N, K), or (V, B, K) of several views; or a sequence of such tensors. Their rows, N in all, are
