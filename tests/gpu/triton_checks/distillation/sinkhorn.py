@@ -34,9 +34,10 @@ _VARIANTS = {
 
 
 def cases(capability: int, sweep: bool) -> Iterator[Case]:
+    selected = {90: ("bf16",), 120: ("fp32",)}.get(capability, ())
     for function, (variants, sizes, warps) in _VARIANTS.items():
         kernel = Kernel(function, _POINTERS, ("scale",), ("K", "stride"))
-        for rows in ("fp32", "bf16", "fp16") if sweep else ("fp32", "bf16"):
+        for rows in ("fp32", "bf16", "fp16") if sweep else selected:
             for variant, absent in variants.items():
                 yield Case(kernel, variant, capability, "float32", rows, tuple({**sizes, **absent}.items()), warps)
 
