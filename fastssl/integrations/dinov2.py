@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fastssl._checks import check_positive, check_positive_number, check_rows, check_share, check_tensors
 from fastssl.distributed import all_processes
 from fastssl.functional import dino_loss, ibot_loss, koleo_loss, sinkhorn_center, update_center_
+from fastssl.nn.ibot import patch_weights
 
 __all__ = ["DINOLoss", "KoLeoLoss", "TeacherDistribution", "iBOTPatchLoss"]
 
@@ -222,8 +223,7 @@ class iBOTPatchLoss(_Loss):
             x[:n_masked_patches] for x in (student_patch_tokens_masked, teacher_patch_tokens_masked)
         )  # fmt: skip
         if masks_weight is None:
-            counts = student_masks_flat.sum(1, keepdim=True).clamp_min(1)
-            masks_weight = (1 / counts).expand(student_masks_flat.shape)[student_masks_flat]
+            masks_weight = patch_weights(student_masks_flat)
         (student,), (logits,), center, temperature = _logits_of([student], [teacher])
         loss = ibot_loss(
             student,

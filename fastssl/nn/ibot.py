@@ -84,7 +84,7 @@ class IBOTPatchLoss(nn.Module):
         if mask.dtype != torch.bool or mask.dim() != 3:
             raise ValueError(f"mask must be bool of shape (B, H, W), got {mask.dtype} of shape {tuple(mask.shape)}")
         check_same_kind("mask", mask, "student_out", student_out)
-        weights = _patch_weights(mask.flatten(1)).to(student_out.device)
+        weights = patch_weights(mask.flatten(1)).to(student_out.device)
         if weights.shape[0] != student_out.shape[0]:
             found = f"{weights.shape[0]} in mask and {student_out.shape[0]} in student_out"
             raise ValueError(f"mask and student_out must have the same number of masked patches, got {found}")
@@ -113,6 +113,6 @@ class IBOTPatchLoss(nn.Module):
         self.center.step()
 
 
-def _patch_weights(mask: Tensor) -> Tensor:
+def patch_weights(mask: Tensor) -> Tensor:
     """1 / (masked patches of the image), for each of the masked patches of (B, L)."""
     return (1 / mask.sum(1, keepdim=True).clamp_min(1)).expand(mask.shape)[mask]

@@ -35,9 +35,12 @@ def open_text(path: Path, *, errors: str = "strict", encoding: str = "utf-8", ne
 
 
 def check_writable(path: Path) -> None:
-    """Make its folder, and raise OSError now if a file cannot be written there later."""
+    """Make its folder, and raise OSError now if a file cannot be written there later. It leaves no file behind."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    existed = path.exists()
     open(path, "ab", opener=_open_at_once).close()
+    if not existed:
+        os.unlink(os.path.realpath(path))  # of a link to what was not there, that and not the link
 
 
 def _open_at_once(name: str, flags: int) -> int:

@@ -126,8 +126,19 @@ def test_files_are_opened_as_before(tmp_path):
         assert file.read() == b"bytes"
     with pytest.raises(IsADirectoryError):
         open_regular(tmp_path)
-    check_writable(tmp_path / "new" / "file")
-    assert (tmp_path / "new" / "file").stat().st_mode & 0o111 == 0
+
+
+def test_the_check_leaves_no_file_and_spoils_none(tmp_path):
+    """Of a run that ends early nothing is to be seen."""
+    folder, link = tmp_path / "new", tmp_path / "new" / "link"
+    check_writable(folder / "file")
+    assert not any(folder.iterdir())
+    link.symlink_to(tmp_path / "elsewhere")
+    check_writable(link)
+    assert link.is_symlink() and not link.exists()
+    link.write_bytes(b"bytes")
+    check_writable(link)
+    assert (tmp_path / "elsewhere").read_bytes() == b"bytes"
 
 
 def test_few_bytes_that_claim_to_be_many(tmp_path, monkeypatch):
