@@ -47,12 +47,13 @@ class RunParser(Parser):
 
     def add_arguments_of(self, constructor: type, default: str | None = None, group: Any = None) -> None:
         """An option for each argument of a class except those in GIVEN; its help is taken from the docstring of the
-        class. With `default`, which says what holds where an option is not given, its value is then None. With `group`,
-        the options belong to that group of the parser."""
+        class, or of one that it derives from. With `default`, which says what holds where an option is not given, its
+        value is then None. With `group`, the options belong to that group of the parser."""
+        documentation = "\n".join(kind.__doc__ or "" for kind in constructor.__mro__)
         for argument in inspect.signature(constructor, eval_str=True).parameters.values():
             if argument.name in GIVEN:
                 continue
-            lines = re.search(rf"^ +{argument.name}: (.*(?:\n {{12}}.*)*)", constructor.__doc__, re.MULTILINE)[1]
+            lines = re.search(rf"^ +{argument.name}: (.*(?:\n {{12}}.*)*)", documentation, re.MULTILINE)[1]
             zero = default is not None or argument.default == 0
             kinds = {
                 int: {"type": not_negative_int if zero else positive_int},

@@ -9,7 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import fastssl
-from fastssl.functional import dino_loss, ibot_loss
+from fastssl.functional import dino_loss, ibot_loss, prototype_distillation_loss
 from tests.recorder import Recorder
 
 INF, NAN = float("inf"), float("nan")
@@ -288,4 +288,41 @@ def test_temperatures_and_rows_that_change_are_compiled_twice(reduction, as_tens
             loss = function(student, teacher, teacher_temperature=temperature, reduction=reduction)
             results.append((loss.detach(), *torch.autograd.grad(2 * loss.sum(), student)))
         torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("as_tensors", [True, False])
+def test_multi_crop_with_schedules_is_compiled_twice(as_tensors):
+    """Views in lists, as a training loop has them, temperatures and a center that change at every step."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(dino_loss, fullgraph=True, backend=counter)
+    for i in range(12):
+        student = [_leaf(4, 20, seed=v) for v in range(5)]
+        teacher, center = list(_normal(2, 4, 20, seed=5)), _normal(20, seed=i)
+        numbers = {"student_temperature": 0.1 + i / 50, "teacher_temperature": 0.04 + i / 100}
+        if as_tensors:
+            numbers = {name: torch.tensor(value) for name, value in numbers.items()}
+        results = []
+        for function in (compiled, dino_loss):
+            loss = function(student, teacher, center=center, **numbers)
+            results.append((loss.detach(), *torch.autograd.grad(2 * loss, student)))
+        torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+    assert counter.frame_count <= 2
+
+
+def test_features_of_changing_rows_are_compiled_twice():
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(prototype_distillation_loss, fullgraph=True, backend=counter)
+    student_prototypes, teacher_prototypes = _leaf(20, 6), _normal(20, 6, seed=1)
+    for i in range(8):
+        student, teacher = _leaf(5 + 3 * i, 6), _normal(5 + 3 * i, 6, seed=1)
+        arguments = student, student_prototypes, teacher, teacher_prototypes
+        numbers = {"teacher_temperature": 0.04 + i / 100, "weights": _normal(len(student), seed=2).abs()}
+        results = []
+        for function in (compiled, prototype_distillation_loss):
+            loss = function(*arguments, **numbers)
+            results.append((loss.detach(), *torch.autograd.grad(2 * loss, arguments[:2])))
+        torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
     assert counter.frame_count <= 2

@@ -12,6 +12,7 @@ pytest.importorskip("sklearn")
 
 from rich.console import Console
 
+from fastssl.functional import sinkhorn_center
 from fastssl.train import Method, Run, create, fit, two_views
 from fastssl.train.methods import dino
 from fastssl.train.methods.dino import DINO
@@ -51,25 +52,36 @@ def test_multi_crop_has_two_large_views_and_small_ones(blobs):
     assert len(inputs_of(new("dino", local_views=0), blobs)) == 2
 
 
-def test_dino_is_the_papers_pseudocode(blobs):
-    method = new("dino", local_views=1)
+def logits_of(head: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    bottleneck = F.normalize(head.mlp(x.flatten(0, -2)), dim=1).unflatten(0, x.shape[:-1])
+    return bottleneck @ F.normalize(head.last_layer.parametrizations.weight.original1, dim=1).T
+
+
+@pytest.mark.parametrize("sinkhorn", [False, True])
+def test_dino_is_the_papers_pseudocode(blobs, sinkhorn):
+    method = new("dino", local_views=1, sinkhorn=sinkhorn)
     nn.init.normal_(method.center, std=0.1)
     with torch.no_grad():
-        method.head.prototypes.mul_(3)  # whose lengths do not count
+        method.heads[0].last_layer.parametrizations.weight.original1.mul_(3)  # whose lengths do not count
     views = inputs_of(method, blobs)
-    features = torch.cat([method.encoder(torch.cat(views[:2])), method.encoder(views[2])])
-    student = method.head(features).chunk(3)
+    student = logits_of(
+        method.heads[0], torch.cat([method.encoder(torch.cat(views[:2])), method.encoder(views[2])])
+    ).chunk(3)
     encoder, head = method.teacher.module
-    bottleneck = F.normalize(head.mlp(encoder(torch.cat(views[:2]))), dim=1)
-    teacher = (bottleneck @ F.normalize(head.prototypes, dim=1).T).chunk(2)
+    teacher = logits_of(head, encoder(torch.cat(views[:2]))).chunk(2)
+    before = method.center.clone()
+    center = sinkhorn_center(teacher) if sinkhorn else before
     pairs = [(s, t) for s in range(3) for t in range(2) if s != t]
-    expected = sum(cross_entropy(student[s], teacher[t], method.center) for s, t in pairs) / len(pairs)
+    expected = sum(cross_entropy(student[s], teacher[t], center) for s, t in pairs) / len(pairs)
     logits = method(*views)
     assert [z.requires_grad for z in logits] == [True] * 3 + [False] * 2
     torch.testing.assert_close(method.loss(*logits), expected)
-    center = method.center.clone()
+    assignments = ((teacher[0] - center) / 0.04).softmax(1)
+    torch.testing.assert_close(method.assignments(*logits), assignments, rtol=1e-4, atol=0)
+    torch.testing.assert_close(method.monitored(*logits), tuple(t - center for t in teacher))
     method.after_step(*(z.detach() for z in logits))
-    torch.testing.assert_close(method.center, 0.9 * center + 0.1 * torch.cat(teacher).mean(0))
+    expected = before if sinkhorn else 0.9 * before + 0.1 * torch.cat(teacher).mean(0)
+    torch.testing.assert_close(method.center, expected)
 
 
 def test_teacher_temperature_warms_up(blobs):
@@ -82,29 +94,46 @@ def test_teacher_temperature_warms_up(blobs):
         torch.testing.assert_close(method.assignments(*logits), expected)
 
 
-def test_ibot_hides_patches_of_one_view_and_is_judged_there(blobs):
-    method = new("ibot", local_views=1)
+@pytest.mark.parametrize("name, sinkhorn", [("ibot", False), ("ibot", True), ("dinov2", False), ("dinov2", True)])
+def test_ibot_hides_patches_of_one_view_and_is_judged_there(blobs, name, sinkhorn):
+    method = new(name, local_views=1, sinkhorn=sinkhorn)
     view1, view2, local, mask, ids, first = inputs = inputs_of(method, blobs)
     assert mask.shape == (6, 49) and ids.shape == (6, 15) and mask.sum(1).eq(15).all() and mask.gather(1, ids).all()
     assert first.any() and not first.all()
-    *images, student, teacher = method(*inputs)
-    assert student.requires_grad and not teacher.requires_grad and student.shape == teacher.shape == (6, 15, 1024)
+    *tokens, student, teacher, image1, image2, image3, whole1, whole2 = method(*inputs)
+    images = image1, image2, image3, whole1, whole2
+    assert student.requires_grad and not teacher.requires_grad and student.shape == teacher.shape == (6, 15, 64)
     nn.init.normal_(method.center, std=0.1), nn.init.normal_(method.patch_center, std=0.1)
     pixels = mask.view(6, 1, 7, 7).repeat_interleave(4, 2).repeat_interleave(4, 3) * first.view(-1, 1, 1, 1)
     hidden = torch.where(pixels == 1, torch.rand_like(view1), view1)
-    found = method(hidden, *inputs[1:])
-    torch.testing.assert_close(found[-2], student)  # the student does not see them, the teacher does
-    torch.testing.assert_close(found[0], images[0])
-    assert not torch.allclose(found[-1][first], teacher[first])
-    encoder, head = method.teacher.module
+    found = method(hidden, *inputs[1:])[len(tokens) :]
+    torch.testing.assert_close(found[0], student)  # the student does not see them, the teacher does
+    torch.testing.assert_close(found[2], image1)
+    assert not torch.allclose(found[1][first], teacher[first])
+    encoder, *heads = method.teacher.module
     whole = [encoder.split(encoder.layers(encoder.embed(view)))[1] for view in (view1, view2)]
     chosen = [whole[1 - int(first[i])][i, ids[i]] for i in range(6)]
-    torch.testing.assert_close(teacher, head(torch.stack(chosen)))
-    expected = DINO.loss(method, *images) + cross_entropy(student, teacher, method.patch_center)
-    torch.testing.assert_close(method.loss(*images, student, teacher), expected)
-    center = method.patch_center.clone()
-    method.after_step(*(z.detach() for z in (*images, student, teacher)))
-    torch.testing.assert_close(method.patch_center, 0.9 * center + 0.1 * teacher.mean((0, 1)))
+    targets = logits_of(heads[-1], torch.stack(chosen))
+    torch.testing.assert_close(teacher @ heads[-1].prototypes.T, targets)
+    before = method.patch_center.clone()
+    center = sinkhorn_center(targets.flatten(0, 1)) if sinkhorn else before
+    patches = cross_entropy(student @ method.heads[-1].prototypes.T, targets, center)
+    expected = DINO.loss(method, *images) + patches
+    if name == "dinov2":  # whose patches have a head of their own, and whose class tokens keep apart
+        assert len(heads) == 2 and not torch.equal(heads[0].prototypes, heads[1].prototypes)
+        seen = torch.cat([mask * first[:, None], mask * ~first[:, None]])
+        seen = encoder.embed(torch.cat([view1, view2]), mask=seen, mask_token=method.mask_token)
+        torch.testing.assert_close(torch.cat(tokens), method.encoder.layers(seen)[:, 0])
+        for token in tokens:
+            unit = F.normalize(token, dim=1)
+            distances = torch.cdist(unit, unit).fill_diagonal_(math.inf)
+            expected = expected - 0.1 * distances.amin(1).log().mean()
+    embeddings = *tokens, student, teacher, *images
+    torch.testing.assert_close(method.loss(*embeddings), expected)
+    torch.testing.assert_close(method.assignments(*embeddings), DINO.assignments(method, *images))
+    method.after_step(*(z.detach() for z in embeddings))
+    expected = before if sinkhorn else 0.9 * before + 0.1 * targets.mean((0, 1))
+    torch.testing.assert_close(method.patch_center, expected)
 
 
 def test_the_students_layers_are_dropped_and_the_teachers_are_not(blobs):
@@ -112,8 +141,8 @@ def test_the_students_layers_are_dropped_and_the_teachers_are_not(blobs):
     assert method.encoder.registers.shape == (2, 128) and method.encoder.layers[0].scales is not None
     inputs = inputs_of(method, blobs)
     logits, again = method(*inputs), method(*inputs)
-    assert not torch.equal(logits[0], again[0]) and not torch.equal(logits[-2], again[-2])
-    assert all(torch.equal(logits[i], again[i]) for i in (-1, -3, -4))
+    assert not torch.equal(logits[0], again[0]) and not torch.equal(logits[2], again[2])
+    assert all(torch.equal(logits[i], again[i]) for i in (1, -1, -2))
     with pytest.raises(ValueError, match="drop_path must be from 0 to less than 1, got 1"):
         new("ibot", drop_path=1.0)
 
@@ -224,14 +253,21 @@ def run(method: Method, images, steps: int, **options):
 
 
 @pytest.mark.parametrize(
-    "kind, options, prototypes",
-    [(DINO, {}, None), (Uncentered, {}, 1), (DINO, {"teacher_temperature": 1.0}, 64)],
-    ids=["DINO", "without centering", "without sharpening"],
+    "kind, steps, options, prototypes",
+    [
+        (DINO, 50, {}, None),
+        (DINO, 50, {"sinkhorn": True}, None),
+        (Uncentered, 150, {}, 1),
+        (DINO, 50, {"teacher_temperature": 1.0}, 64),
+    ],
+    ids=["DINO", "Sinkhorn", "without centering", "without sharpening"],
 )
-def test_dino_collapses_without_centering_or_sharpening_and_the_alarm_says_so(blobs, small, kind, options, prototypes):
+def test_dino_collapses_without_centering_or_sharpening_and_the_alarm_says_so(
+    blobs, small, kind, steps, options, prototypes
+):
     torch.manual_seed(0)
-    method = kind(total_steps=50, prototypes=64, local_views=2, momentum=0.9, **options)
-    health = run(method, blobs, 50, learning_rate=3e-3)
+    method = kind(total_steps=steps, prototypes=64, local_views=2, momentum=0.9, **options)
+    health = run(method, blobs, steps, learning_rate=3e-3)
     if prototypes is None:
         assert health.collapse is None and health.used > 1.3 * health.each, health
     else:

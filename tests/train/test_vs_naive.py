@@ -32,7 +32,8 @@ from fastssl.train.data.text import Sentences
 
 QUIET = Console(quiet=True)
 NAMES = program.TWINS
-WITHOUT_MATRIX = "byol", "data2vec", "dino", "ibot", "jepa", "mae", "simsiam"  # of similarities or correlations
+# Of similarities or correlations.
+WITHOUT_MATRIX = "byol", "data2vec", "dino", "dinov2", "ibot", "jepa", "mae", "simsiam"
 needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="resident memory is measured on Linux only")
 
 

@@ -14,6 +14,7 @@ from fastssl.train.methods.byol import BYOL
 from fastssl.train.methods.clip import CLIP
 from fastssl.train.methods.data2vec import Data2Vec
 from fastssl.train.methods.dino import DINO
+from fastssl.train.methods.dinov2 import DINOv2
 from fastssl.train.methods.ibot import IBOT
 from fastssl.train.methods.jepa import JEPA
 from fastssl.train.methods.mae import MAE
@@ -35,6 +36,7 @@ METHODS: dict[str, type[Method]] = {
     "clip": CLIP,
     "data2vec": Data2Vec,
     "dino": DINO,
+    "dinov2": DINOv2,
     "ibot": IBOT,
     "jepa": JEPA,
     "mae": MAE,

@@ -5,12 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fastssl.functional import dino_loss, update_center_
-from fastssl.nn import EMA
+from fastssl.functional import dino_loss, sinkhorn_center, update_center_
+from fastssl.nn import EMA, DINOHead
 from fastssl.ops._precision import widen
 from fastssl.train.multi_crop import MultiCrop, by_size
 from fastssl.train.networks.models import image_encoder
-from fastssl.train.networks.prototypes import PrototypeHead
 from fastssl.train.networks.vit import Layer, ViT
 from fastssl.train.schedules import Schedule
 
@@ -20,12 +19,16 @@ class DINO(MultiCrop):
     view of it. Centering keeps the teacher from giving all images to one prototype, sharpening from giving them alike
     to all.
 
+    The head has batch normalisation, which the paper's has as an option: without it all images have nearly the same
+    logits at first, and short runs do not get beyond that.
+
     Args:
         total_steps: the length of the run, over which the teacher's momentum rises to 1.
         prototypes: their number; the paper's 65,536 is for ImageNet.
         student_temperature: of the student's distributions.
         teacher_temperature: of the teacher's, after a tenth of the run.
         first_teacher_temperature: of the teacher's at first, from where it moves in a line.
+        sinkhorn: take Sinkhorn-Knopp's center of each batch (arXiv:2006.09882), not the moving average of all.
         momentum: of the teacher at first; the paper's 0.996 is for longer runs.
         local_views: number of small crops.
         local_size: of their views, a multiple of 4.
@@ -42,6 +45,7 @@ class DINO(MultiCrop):
     final_weight_decay = 0.4
     patch_size = 4
     center_momentum = 0.9
+    number_of_heads = 1
 
     def __init__(
         self,
@@ -51,6 +55,7 @@ class DINO(MultiCrop):
         student_temperature: float = 0.1,
         teacher_temperature: float = 0.04,
         first_teacher_temperature: float = 0.04,
+        sinkhorn: bool = False,
         momentum: float = 0.98,
         local_views: int = 4,
         local_size: int = 12,
@@ -70,7 +75,10 @@ class DINO(MultiCrop):
             self.encoder = ViT(size, self.patch_size, colours, **tokens, drop_path=drop_path, layer_scale=layer_scale)
         else:
             self.encoder = image_encoder()
-        self.head = PrototypeHead(self.encoder.features, prototypes)
+        self.heads = nn.ModuleList(
+            DINOHead(self.encoder.features, prototypes, use_bn=True, hidden_dim=256, bottleneck_dim=64, mlp_bias=False)
+            for _ in range(self.number_of_heads)
+        )
         # In training mode, as in the paper: a batch normalisation has statistics of its own.
         self.teacher = EMA(
             self.student, momentum, schedule="cosine", total_steps=total_steps, update_buffers=False
@@ -82,16 +90,17 @@ class DINO(MultiCrop):
         self.teacher_temperature = Schedule(
             first_teacher_temperature, teacher_temperature, teacher_temperature, warmup=0.1
         )
+        self.sinkhorn = sinkhorn
         self.register_buffer("center", torch.zeros(prototypes))
 
     @property
     def student(self) -> nn.Module:
         """The networks that the teacher follows."""
-        return nn.Sequential(self.encoder, self.head)
+        return nn.Sequential(self.encoder, *self.heads)
 
     def forward(self, *views: Tensor) -> tuple[Tensor, ...]:
         """The student's logits (B, K) of each view, and the teacher's of the two global ones."""
-        student = self.head(torch.cat(by_size(self.encoder, views))).chunk(len(views))
+        student = self.heads[0](torch.cat(by_size(self.encoder, views))).chunk(len(views))
         with torch.no_grad():
             teacher = self.teacher(torch.cat(views[:2])).chunk(2)
         return *student, *teacher
@@ -104,15 +113,25 @@ class DINO(MultiCrop):
             "teacher_temperature": self.teacher_temperature(self.progress),
         }
 
+    def center_of(self, average: Tensor, *logits: Tensor) -> Tensor:
+        """The center of the teacher's logits: their moving average, or Sinkhorn-Knopp's."""
+        if not self.sinkhorn:
+            return average
+        return sinkhorn_center(logits, temperature=self.temperatures["teacher_temperature"])
+
     def loss(self, *logits: Tensor) -> Tensor:
-        return dino_loss(logits[:-2], logits[-2:], center=self.center, **self.temperatures)
+        center = self.center_of(self.center, *logits[-2:])
+        return dino_loss(logits[:-2], logits[-2:], center=center, **self.temperatures)
 
     def after_step(self, *logits: Tensor) -> None:
-        update_center_(self.center, logits[-2:], self.center_momentum)
+        if not self.sinkhorn:
+            update_center_(self.center, logits[-2:], self.center_momentum)
         self.teacher.update(self.student)
 
     def monitored(self, *logits: Tensor) -> tuple[Tensor, ...]:
-        return tuple(teacher - self.center for teacher in logits[-2:])
+        center = self.center_of(self.center, *logits[-2:])
+        return tuple(teacher - center for teacher in logits[-2:])
 
     def assignments(self, *logits: Tensor) -> Tensor:
-        return ((widen(logits[-2]) - self.center) / self.temperatures["teacher_temperature"]).softmax(1)
+        center = self.center_of(self.center, *logits[-2:])
+        return ((widen(logits[-2]) - center) / self.temperatures["teacher_temperature"]).softmax(1)

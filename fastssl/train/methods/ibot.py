@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastssl.functional import block_masking_ids, gather_tokens, ibot_loss, update_center_
+from fastssl.functional import block_masking_ids, gather_tokens, prototype_distillation_loss, update_center_
+from fastssl.nn import DINOHead
+from fastssl.ops._precision import widen
 from fastssl.train.methods.dino import DINO
 from fastssl.train.multi_crop import by_size
 from fastssl.train.networks.vit import ViT
@@ -27,6 +30,7 @@ class IBOT(DINO):
         student_temperature: of the student's distributions.
         teacher_temperature: of the teacher's, after a tenth of the run.
         first_teacher_temperature: of the teacher's at first, from where it moves in a line.
+        sinkhorn: take Sinkhorn-Knopp's center of each batch (arXiv:2006.09882), not the moving average of all.
         momentum: of the teacher at first; the paper's 0.996 is for longer runs.
         local_views: number of small crops.
         local_size: of their views, a multiple of 4.
@@ -46,6 +50,7 @@ class IBOT(DINO):
         student_temperature: float = 0.1,
         teacher_temperature: float = 0.04,
         first_teacher_temperature: float = 0.04,
+        sinkhorn: bool = False,
         momentum: float = 0.98,
         local_views: int = 4,
         local_size: int = 12,
@@ -62,6 +67,7 @@ class IBOT(DINO):
             student_temperature=student_temperature,
             teacher_temperature=teacher_temperature,
             first_teacher_temperature=first_teacher_temperature,
+            sinkhorn=sinkhorn,
             momentum=momentum,
             local_views=local_views,
             local_size=local_size,
@@ -91,17 +97,21 @@ class IBOT(DINO):
         return *views, mask, ids, torch.rand(len(batch), generator=generator) < 0.5
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """DINO's logits, then the student's and the teacher's of the masked patches (B, M, K)."""
+        """The student's and the teacher's features of the masked patches (B, M, D), of which prototypes make logits;
+        then what DINO's returns."""
+        return self.embed(*inputs)[1:]
+
+    def embed(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """The student's class tokens of the global views (2 B, features), then what `forward` returns."""
         *views, mask, ids, first = inputs
         masks = torch.cat([mask * first[:, None], mask * ~first[:, None]])
         images, patches = self.tokens(self.encoder, views, ids, first, mask=masks, mask_token=self.mask_token)
-        images = torch.cat([images, *by_size(self.encoder, views[2:])])
-        student = self.head(images).chunk(len(views))
+        student = self.heads[0](torch.cat([images, *by_size(self.encoder, views[2:])])).chunk(len(views))
         with torch.no_grad():
-            encoder, head = self.teacher.module
+            encoder, *heads = self.teacher.module
             whole, targets = self.tokens(encoder, views, ids, first)
-            teacher, targets = head(whole).chunk(2), head(targets)
-        return *student, *teacher, self.head(patches), targets
+            teacher, targets = heads[0](whole).chunk(2), self.features(heads[-1], targets)
+        return images, self.features(self.heads[-1], patches), targets, *student, *teacher
 
     @staticmethod
     def tokens(
@@ -111,19 +121,25 @@ class IBOT(DINO):
         images, patches = encoder.split(encoder.layers(encoder.embed(torch.cat(views[:2]), **masked)))
         return images, gather_tokens(torch.where(first[:, None, None], *patches.chunk(2)), ids)
 
-    def loss(self, *logits: Tensor) -> Tensor:
-        *images, student, teacher = logits
+    @staticmethod
+    def features(head: DINOHead, patches: Tensor) -> Tensor:
+        """(B, M, features) -> (B, M, D)."""
+        return head.features(patches.flatten(0, 1)).unflatten(0, patches.shape[:2])
+
+    def loss(self, *embeddings: Tensor) -> Tensor:
+        student, teacher, *logits = embeddings
         student, teacher = student.flatten(0, 1), teacher.flatten(0, 1)
-        of_patches = ibot_loss(student, teacher, center=self.patch_center, **self.temperatures)
-        return super().loss(*images) + of_patches
+        prototypes, center = self.teacher.module[-1].prototypes, self.patch_center
+        if self.sinkhorn:
+            center = self.center_of(center, F.linear(teacher, prototypes))
+        of_patches = prototype_distillation_loss(
+            student, self.heads[-1].prototypes, teacher, prototypes, center=center, **self.temperatures
+        )
+        return super().loss(*logits) + of_patches
 
-    def after_step(self, *logits: Tensor) -> None:
-        *images, _, targets = logits
-        update_center_(self.patch_center, targets, self.center_momentum)
-        super().after_step(*images)
-
-    def monitored(self, *logits: Tensor) -> tuple[Tensor, ...]:
-        return super().monitored(*logits[:-2])
-
-    def assignments(self, *logits: Tensor) -> Tensor:
-        return super().assignments(*logits[:-2])
+    def after_step(self, *embeddings: Tensor) -> None:
+        _, teacher, *logits = embeddings
+        if not self.sinkhorn:  # the mean of logits is that of the mean feature
+            mean = widen(teacher).mean((0, 1)).unsqueeze(0)
+            update_center_(self.patch_center, F.linear(mean, self.teacher.module[-1].prototypes), self.center_momentum)
+        super().after_step(*logits)
