@@ -91,8 +91,10 @@ struct LayerGradients {
                            right, partial.floats(v * splits + split));
   }
 
-  // Writes dX of rows J of view v, contiguous, times `scale`.
-  void finish_rows(const Side& x, int64_t v, int64_t J, float scale, const Tensor& dx) const {
+  // Writes dX of rows J of view v, contiguous, times `scale`, row i of x to row at[i] unless that is null. Returns
+  // sum_i <G_i W, x_i>, x_i as it was multiplied.
+  double finish_rows(const Side& x, int64_t v, int64_t J, float scale, const Tensor& dx,
+                     const int64_t* at = nullptr) const {
     const int64_t rows = x.padded(J), elements = rows * x.dim;
     float* const sum = partial.floats(v * splits);
     for (int64_t split = 1; split < splits; ++split) {
@@ -102,12 +104,14 @@ struct LayerGradients {
     float* const turned = scratch.floats(0);
     weight.engine.tile.transposed(sum, rows, x.dim, turned);
     char* const out = static_cast<char*>(dx.mutable_data_ptr());
+    double along = 0;
     for (int64_t r = 0; r < x.size(J); ++r) {
       const int64_t i = x.first(J) + r;
-      weight.engine.tile.finish(x.rows[i], 1, nullptr, 1, 0, scale, false, x.rows.element, x.rows.dim,
-                                turned + r * x.dim, turned + elements, element_of(dx),
-                                out + i * x.rows.dim * dx.element_size());
+      along += weight.engine.tile.finish(x.rows[i], x.inverse_norm[i], nullptr, 1, 0, scale, x.normalize,
+                                         x.rows.element, x.rows.dim, turned + r * x.dim, turned + elements,
+                                         element_of(dx), out + (at ? at[i] : i) * x.rows.dim * dx.element_size());
     }
+    return along;
   }
 
   void finish_weight(float scale, const Tensor& dw) const { finish_side(of_weight, nullptr, scale, dw); }

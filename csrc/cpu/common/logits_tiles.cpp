@@ -128,7 +128,8 @@ void factors(const float* a, const float* largest, const float* top, int64_t row
 
 template <typename At>
 inline void weights_of(const At& at, const LogitShape& shape, const float* factor, const float* const* target_factors,
-                       int64_t count, float* out, uint16_t* half, uint16_t* pairs) {
+                       int64_t count, const float* uniform, const float* uniform_factor, float* out, uint16_t* half,
+                       uint16_t* pairs) {
   const int64_t rows = shape.rows;
   for (int64_t k = 0; k < shape.classes; k += 2)
     for (int64_t j = 0; j < rows; j += kLanes) {
@@ -140,6 +141,11 @@ inline void weights_of(const At& at, const LogitShape& shape, const float* facto
         w0 -= at(t, i0) * g;
         w1 -= at(t, i1) * g;
       }
+      if (uniform) {
+        const Vec g = load(uniform_factor + j);
+        w0 -= uniform[k] * g;
+        w1 -= uniform[k + 1] * g;
+      }
       if (half) {
         store_pair(w0, w1, half + i0, rows, pairs + k * rows + 2 * j);
       } else {
@@ -150,22 +156,46 @@ inline void weights_of(const At& at, const LogitShape& shape, const float* facto
 }
 
 void weights(void* E, const LogitShape& shape, const float* factor, const void* const* targets,
-             const float* const* target_factors, int64_t count, void* half, void* pairs) {
+             const float* const* target_factors, int64_t count, const float* uniform, const float* uniform_factor,
+             void* half, void* pairs) {
   if (half) {
     const auto at = [&](int64_t t, int64_t i) {
       return load_bfloat16(static_cast<const uint16_t*>(t < 0 ? E : targets[t]) + i);
     };
-    weights_of(at, shape, factor, target_factors, count, nullptr, static_cast<uint16_t*>(half),
-               static_cast<uint16_t*>(pairs));
+    weights_of(at, shape, factor, target_factors, count, uniform, uniform_factor, nullptr,
+               static_cast<uint16_t*>(half), static_cast<uint16_t*>(pairs));
   } else {
     const auto at = [&](int64_t t, int64_t i) { return load(static_cast<const float*>(t < 0 ? E : targets[t]) + i); };
-    weights_of(at, shape, factor, target_factors, count, static_cast<float*>(E), nullptr, nullptr);
+    weights_of(at, shape, factor, target_factors, count, uniform, uniform_factor, static_cast<float*>(E), nullptr,
+               nullptr);
+  }
+}
+
+void distances(const float* L, const LogitShape& shape, const float* shift, const float* largest, const float* a,
+               float* out) {
+  for (int64_t j = 0; j < shape.rows; j += kLanes) {
+    Vec top = load(largest + j), sum = {};
+    top = top == kNegativeInfinity ? Vec{} : top;
+    for (int64_t k = 0; k < shape.count; ++k) {
+      const Vec v = load(L + k * shape.rows + j);
+      sum += a[k] * (top - (shift ? v - shift[k] : v));
+    }
+    store(out + j, sum);
+  }
+}
+
+void class_sums(const void* W, const LogitShape& shape, bool half, float* out) {
+  for (int64_t k = 0; k < shape.count; ++k) {
+    Vec total = {};
+    for (int64_t i = k * shape.rows; i < (k + 1) * shape.rows; i += kLanes)
+      total += half ? load_bfloat16(static_cast<const uint16_t*>(W) + i) : load(static_cast<const float*>(W) + i);
+    out[k] += sum(total);
   }
 }
 
 }  // namespace
 
 extern const LogitsTiles logits_tiles;
-const LogitsTiles logits_tiles = {exponentials, combine, combine_distance, factors, weights};
+const LogitsTiles logits_tiles = {exponentials, combine, combine_distance, factors, distances, weights, class_sums};
 
 }  // namespace fastssl::FASTSSL_ISA

@@ -37,10 +37,19 @@ struct LogitsTiles {
   void (*factors)(const float* a, const float* largest, const float* top, int64_t rows, int64_t valid, float c,
                   float* out);
 
-  // W_kr = factor_r E_kr - sum_t target_factors[t][r] targets[t]_kr. E and targets are floats, and W is written over E;
-  // or bfloat16, and W is written into half (classes, rows) and pairs (classes / 2, rows, 2).
+  // out_r = sum_k a_k (largest_r - (L_kr - shift_k)).
+  void (*distances)(const float* L, const LogitShape& shape, const float* shift, const float* largest, const float* a,
+                    float* out);
+
+  // W_kr = factor_r E_kr - sum_t target_factors[t][r] targets[t]_kr - uniform_k uniform_factor_r, without the last term
+  // where `uniform` is null. E and targets are floats, and W is written over E; or bfloat16, and W is written into half
+  // (classes, rows) and pairs (classes / 2, rows, 2). `uniform` is 0 beside the meant classes, the factors beside rows.
   void (*weights)(void* E, const LogitShape& shape, const float* factor, const void* const* targets,
-                  const float* const* target_factors, int64_t count, void* half, void* pairs);
+                  const float* const* target_factors, int64_t count, const float* uniform, const float* uniform_factor,
+                  void* half, void* pairs);
+
+  // out_k += sum_r W_kr, W being floats, or bfloat16 if `half`.
+  void (*class_sums)(const void* W, const LogitShape& shape, bool half, float* out);
 };
 
 FASTSSL_TABLE(LogitsTiles, logits_tiles)

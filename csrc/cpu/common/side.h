@@ -49,8 +49,8 @@ struct Side {
       : Side(x1, x2, normalize, true, wanted, engine, threads, false, known) {}
 
   // One side of a product that is cut as given, and whose tiles are not turned.
-  Side(const Tensor& x, int wanted, const Engine& engine, int threads, const Cut& cut)
-      : Side(x, nullptr, false, false, wanted, engine, threads, false, nullptr, &cut) {}
+  Side(const Tensor& x, bool normalize, int wanted, const Engine& engine, int threads, const Cut& cut)
+      : Side(x, nullptr, normalize, false, wanted, engine, threads, false, nullptr, &cut) {}
 
  private:
   Side(const Tensor& x1, const Tensor* x2, bool normalize, bool symmetric, int wanted, const Engine& engine,

@@ -94,15 +94,15 @@ struct PrototypeDistillation {
         cut(cut_rows(rows, std::max(student.size(2), teacher.size(2)), classes, derive ? views + teachers : 0,
                      engine.bytes())),
         class_cut(classes, std::max(student.size(2), teacher.size(2)), threads),
-        w(student_prototypes, kRows | (derive ? kWeighing : 0), engine, threads, class_cut),
-        v(teacher_prototypes, kRows, engine, threads, class_cut) {
+        w(student_prototypes, false, kRows | (derive ? kWeighing : 0), engine, threads, class_cut),
+        v(teacher_prototypes, false, kRows, engine, threads, class_cut) {
     if (center_) {
       check_vectors("center", classes, {*center_});
       center = center_->contiguous();
     }
     for (int64_t s = 0; s < views; ++s)
-      x.emplace_back(student.select(0, s), kColumns | (derive ? kWeighed : 0), engine, threads, cut);
-    for (int64_t t = 0; t < teachers; ++t) y.emplace_back(teacher.select(0, t), kColumns, engine, threads, cut);
+      x.emplace_back(student.select(0, s), false, kColumns | (derive ? kWeighed : 0), engine, threads, cut);
+    for (int64_t t = 0; t < teachers; ++t) y.emplace_back(teacher.select(0, t), false, kColumns, engine, threads, cut);
   }
 
   // Each row's loss, unless null; and with `derive` the gradients of sum_i factor[i] loss[i], times `scale`.
@@ -197,7 +197,8 @@ struct PrototypeDistillation {
           }
           void* const E = kept[I * kept_tiles + s];
           auto* const right = half ? left + shape.classes * shape.rows : nullptr;
-          f.weights(E, shape, of_student, targets.data(), target_factors.data(), targets.size(), left, right);
+          f.weights(E, shape, of_student, targets.data(), target_factors.data(), targets.size(), nullptr, nullptr, left,
+                    right);
           gradients->add(split, I, x[s], s, J, half ? left : E, half ? right : E);
         }
       });
