@@ -1,6 +1,6 @@
 """What a loss needs from the other processes: their number, their rows, or sums over all rows."""
 
-from fastssl.distributed import contrastive, distillation, sigmoid
+from fastssl.distributed import contrastive, distillation, koleo, sigmoid
 from fastssl.distributed.processes import (
     ProcessGroup,
     all_processes,
@@ -27,6 +27,7 @@ __all__ = [
     "default_group",
     "distillation",
     "gather_rows",
+    "koleo",
     "mean_over_processes",
     "rank",
     "sigmoid",

@@ -161,7 +161,7 @@ FUNCTIONS: dict[str, Callable[[], dict[str, Any]]] = {
         return_metrics=True,
         group=None,
     ),
-    "koleo_loss": lambda: {"features": _leaf(4, 8), "eps": 1e-6, "topk": 1, "group_size": 2},
+    "koleo_loss": lambda: {"features": _leaf(4, 8), "eps": 1e-6, "topk": 1, "group_size": 2, "group": None},
     "linear_cross_entropy": lambda: {
         "input": _leaf(4, 8),
         "linear_weight": _leaf(5, 8, seed=1),

@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from fastssl.functional import koleo_loss
-from fastssl.functional.koleo import _nearest
-from fastssl.ops import _portable
+from fastssl.ops import _portable, koleo
 from tests.accuracy import with_gradients
 from tests.inputs import normal
 
@@ -41,12 +40,15 @@ def test_koleo_of_groups_is_the_mean_of_theirs(size, topk, backend):
         torch.testing.assert_close(result, right)
 
 
+def _nearest(x: torch.Tensor, topk: int, size: int) -> torch.Tensor:
+    return koleo.koleo_loss(x, 0, x.shape[0], topk, size, 1e-8)[1]
+
+
 @pytest.mark.parametrize("precision", ["highest", "high", "medium"])
-@pytest.mark.parametrize("elements", [1, 50, 300, 1 << 22])
-def test_nearest_of_every_block_and_precision(precision, elements, monkeypatch):
+@pytest.mark.parametrize("elements", [1, 300, 1 << 22])
+def test_nearest_of_every_precision(precision, elements, kernels, monkeypatch):
     """Neighbours whose similarities bfloat16, or TF32, takes for equal."""
     monkeypatch.setattr(_portable, "_BLOCK_ELEMENTS", elements)
-    monkeypatch.setattr("fastssl.functional.koleo._COLUMNS", 1)
     torch.set_float32_matmul_precision(precision)
     z = F.normalize(normal(1, 24) + 1e-2 * normal(40, 24, seed=1), dim=1)
     for size, topk in ((40, 1), (40, 39), (40, 5), (8, 7), (2, 1)):
@@ -59,6 +61,23 @@ def test_nearest_of_every_block_and_precision(precision, elements, monkeypatch):
         torch.testing.assert_close(S.gather(1, nearest), S.topk(topk).values, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "first, rows, size, topk",
+    [(0, 700, 700, 1), (0, 700, 700, 5), (130, 300, 700, 2), (65, 200, 350, 3), (0, 700, 7, 6), (699, 1, 70, 1)],
+)
+def test_nearest_across_tiles(first, rows, size, topk, kernels):
+    """Of some rows, in groups that tiles cut, whose similarities are often nearer than bfloat16 tells apart."""
+    torch.set_num_threads(2)
+    x = normal(1, 40) + 0.3 * normal(700, 40, seed=1)
+    nearest = koleo.koleo_loss(x, first, rows, topk, size, 1e-8)[1]
+    z = F.normalize(x.double(), dim=1)
+    S = z[first : first + rows] @ z.T
+    i, j = torch.arange(first, first + rows)[:, None], torch.arange(700)
+    S.masked_fill_((i // size != j // size) | (i == j), -2)
+    torch.testing.assert_close(S.gather(1, nearest), S.topk(topk).values, rtol=0, atol=1e-6)
+    assert (nearest.sort(1).values.diff(dim=1) > 0).all()
+
+
 def test_koleo_of_duplicates_is_finite(backend):
     for x in (normal(1, 16).expand(9, 16), normal(5, 16)[[0, 1, 0, 2, 3, 4, 4, 4]], torch.zeros(4, 16)):
         for topk in (1, 3):
@@ -66,13 +85,16 @@ def test_koleo_of_duplicates_is_finite(backend):
             assert value.isfinite() and gradient.isfinite().all()
 
 
-def test_koleo_takes_the_first_of_equally_near_rows(monkeypatch):
+def test_koleo_of_two_equal_rows_pulls_neither(kernels):
+    """To each of which the other's difference is added: what is left would be divided by their length of 0."""
+    for x in (torch.zeros(4, 16), normal(1, 16).expand(4, 16)):
+        assert not with_gradients(lambda x: koleo_loss(x, group_size=2), x)[1].any()
+
+
+def test_koleo_takes_the_first_of_equally_near_rows(kernels):
     """As an argmax does, whatever the blocks."""
     z = torch.tensor([[0.0, 0], [1, 0], [0, 1], [1, 0], [1, 0], [0, 1]])
-    for elements in (1, 15, 1 << 22):
-        monkeypatch.setattr(_portable, "_BLOCK_ELEMENTS", elements)
-        monkeypatch.setattr("fastssl.functional.koleo._COLUMNS", 1)
-        assert _nearest(z, 1, 6).flatten().tolist() == [1, 3, 5, 1, 1, 2]
+    assert _nearest(z, 1, 6).flatten().tolist() == [1, 3, 5, 1, 1, 2]
 
 
 def test_koleo_of_no_rows_is_nan(backend):

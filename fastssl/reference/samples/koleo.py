@@ -57,4 +57,4 @@ def _bad_inputs() -> Iterator[BadInput]:
         yield BadInput(label, (x,), options, error, match)
 
 
-OpSpec("koleo_loss", "koleo", koleo_loss, _samples, _bad_inputs, op="", multiplies=False)
+OpSpec("koleo_loss", "koleo", koleo_loss, _samples, _bad_inputs, multiplies=False)

@@ -1,0 +1,180 @@
+// KoLeo on the CPU (arXiv:1806.03198; DINOv2, arXiv:2304.07193): with z_i = x_i / max(|x_i|, eps), the `own` rows i
+// from `first` on, and of each the k nearest rows j != i of its group, those of the largest <z_i, z_j>,
+//
+//     loss = -mean_ij log(d_ij + eps),    d_ij = |u_ij|,    u_ij = z_i - z_j + eps
+//     dloss/du_ij = c_ij u_ij / d_ij,    c_ij = -1 / (own k (d_ij + eps))
+//
+// Algorithm. Z Z^T is symmetric: tiles I <= J, each for its rows and for its columns. Where bfloat16 products are
+// quicker a tile is of those: its error has a bound, and what lies within it of a row's k largest so far is multiplied
+// again, in float32. So the neighbours are those of float32 products, at the cost of bfloat16's where few rows are that
+// near; where all are, as in a collapsed batch, all are multiplied again. The rest is done row by row: a row of the
+// gradient gathers from its own neighbours, and from the rows whose neighbour it is, in their order.
+//
+// Cost: U / 2, with U = 2 N N D floating-point operations, and O(N k D). No two tiles that share a block run at once, and
+// sums have a fixed order: the bits are the same in every run.
+#include <torch/library.h>
+
+#include <cmath>
+
+#include "common/checks.h"
+#include "common/places.h"
+#include "common/portable.h"
+#include "common/similarities.h"
+#include "koleo_tiles.h"
+
+namespace fastssl {
+namespace {
+
+constexpr int64_t kTogether = 64;  // rows of a task, where work is done row by row
+
+int threads_for_rows(int64_t rows, int64_t dim) { return rows * dim < 1 << 16 ? 1 : at::get_num_threads(); }
+
+// Calls task(first, last) for the rows of [0, count) in blocks.
+template <typename Task>
+void each_block(int threads, int64_t count, const Task& task) {
+  run(threads, pieces(count, kTogether),
+      [&](int64_t b) { task(b * kTogether, std::min((b + 1) * kTogether, count)); });
+}
+
+Tensor checked(const Tensor& features, int64_t first, int64_t own, int64_t k) {
+  TORCH_CHECK_VALUE(features.dim() == 2 && features.size(1) > 0 && has_element(features),
+                    "features must have shape (N, D), D > 0, and be float32, bfloat16 or float16, got ",
+                    features.scalar_type(), " of shape ", features.sizes());
+  TORCH_CHECK_VALUE(first >= 0 && own >= 0 && first + own <= features.size(0), "first and rows must be those of ",
+                    features.size(0), " rows, got ", first, " and ", own);
+  TORCH_CHECK_VALUE(k > 0, "topk must be positive, got ", k);
+  return features.stride(1) == 1 ? features : features.contiguous();
+}
+
+Rows rows_of(const Tensor& x) {
+  return {{x.const_data_ptr(), nullptr}, {x.stride(0), 0}, x.size(0), x.size(1), element_of(x)};
+}
+
+// The factors of all rows (see KoleoTiles), and z unless it is null.
+void normalize(const Tensor& x, double eps, double* inverse, float* z) {
+  const KoleoTiles& tile = FASTSSL_TABLE_IN_USE(koleo_tiles);
+  const int threads = threads_for_rows(x.size(0), x.size(1));
+  const Blocks scratch(threads, round_up(x.size(1), kPadding) * 4);
+  each_block(threads, x.size(0), [&](int64_t first, int64_t last) {
+    tile.normalize(rows_of(x), first, last - first, eps, inverse, scratch.floats(slot(threads)), z);
+  });
+}
+
+// How products are multiplied, and how far at most they are from those of `float32` in `product`.
+struct Search {
+  Engine engine{"bfloat16"};
+  float margin;
+
+  explicit Search(int64_t dim) {
+    if (!engine.half()) engine.operand = Operand::Float32;
+    // Of unit rows: operands each rounded by 2^-9 of their length at most, and sums of `dim` terms.
+    margin = static_cast<float>((engine.half() ? 0x1p-8 + 0x1p-17 : 0) + dim * 0x1p-23);
+  }
+};
+
+void find(const Tensor& z, int64_t size, int64_t first, int64_t own, int64_t k, int64_t* index) {
+  const KoleoTiles& tile = FASTSSL_TABLE_IN_USE(koleo_tiles);
+  const int64_t count = z.size(0), dim = z.size(1);
+  const Search search(dim);
+  const Side side(z, nullptr, false, kRows | kColumns, search.engine, threads_for(count, count, dim));
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  const Numbers<float> value(own * k, -kInfinity), threshold(side.padded_count(), kInfinity);
+  std::fill_n(threshold.data + first, own, -kInfinity);
+  std::fill_n(index, own * k, 0);
+  const Nearest nearest{z.const_data_ptr<float>(), count, dim, size, first, own, k, search.margin, value.data, index,
+                        threshold.data};
+  const auto has_own = [&](int64_t b) { return side.first(b) < first + own && side.first(b) + side.size(b) > first; };
+  const Similarities products{side, side, 1, 0, nullptr, false};
+  const Blocks tiles(side.threads, side.cut.block * side.cut.block * 4);
+  tournament(side.threads, side.cut, [&](int64_t I, int64_t J) {
+    const bool groups_meet = (side.first(I) + side.size(I) - 1) / size >= side.first(J) / size;
+    if (!groups_meet || !(has_own(I) || has_own(J))) return;
+    float* const s = tiles.floats(slot(side.threads));
+    products.compute(I, J, s);
+    tile.find(nearest, s, side.first(I), side.size(I), side.first(J), side.size(J), I != J);
+  }, [&] { search.engine.release(); });
+}
+
+std::tuple<Tensor, Tensor> koleo_loss(const Tensor& features, int64_t first, int64_t rows, int64_t topk,
+                                      int64_t group_size, double eps) {
+  const Tensor x = checked(features, first, rows, topk);
+  const int64_t count = x.size(0), dim = x.size(1);
+  TORCH_CHECK_VALUE(rows == 0 || topk < group_size, "topk must be below the number of rows in a group, ", group_size,
+                    ", got ", topk);
+  const Tensor nearest = at::empty({rows, topk}, at::kLong);
+  if (rows == 0) return {scalar(std::numeric_limits<double>::quiet_NaN()), nearest};
+  const KoleoTiles& tile = FASTSSL_TABLE_IN_USE(koleo_tiles);
+  const Numbers<double> inverse(count);
+  const Numbers<float> unit(count * dim);
+  const Tensor z = at::from_blob(unit.data, {count, dim}, at::kFloat);
+  normalize(x, eps, inverse.data, unit.data);
+  int64_t* const index = nearest.mutable_data_ptr<int64_t>();
+  find(z, group_size, first, rows, topk, index);
+  const Numbers<double> sums(pieces(rows, kTogether), 0);
+  each_block(threads_for_rows(rows * topk, dim), rows, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin * topk; p < end * topk; ++p)
+      sums[begin / kTogether] += std::log(
+          tile.distance(unit.data + (first + p / topk) * dim, unit.data + index[p] * dim, dim, static_cast<float>(eps)) +
+          eps);
+  });
+  double total = 0;
+  for (int64_t b = 0; b < pieces(rows, kTogether); ++b) total += sums[b];  // in this order: deterministic
+  return {scalar(-total / static_cast<double>(rows * topk)), nearest};
+}
+
+Tensor koleo_loss_backward(const Tensor& grad_loss, const Tensor& features, const Tensor& nearest_, int64_t first,
+                           double eps) {
+  TORCH_CHECK_VALUE(grad_loss.numel() == 1, "grad_loss must have one element, got shape ", grad_loss.sizes());
+  TORCH_CHECK_VALUE(nearest_.dim() == 2 && nearest_.size(1) > 0, "nearest must have shape (rows, topk), got shape ",
+                    nearest_.sizes());
+  const int64_t rows = nearest_.size(0), topk = nearest_.size(1);
+  const Tensor x = checked(features, first, rows, topk);
+  const int64_t count = x.size(0), dim = x.size(1), padded = round_up(dim, kPadding);
+  const Tensor nearest = checked_ids("nearest", nearest_, count), grad = at::empty(features.sizes(), features.options());
+  const int64_t* const index = nearest.const_data_ptr<int64_t>();
+  const float offset = static_cast<float>(eps);
+  const KoleoTiles& tile = FASTSSL_TABLE_IN_USE(koleo_tiles);
+  const ProductTiles& products = FASTSSL_TABLE_IN_USE(product_tiles);
+  const Numbers<double> inverse(count);
+  const Numbers<float> unit(count * dim), factor(rows * topk), inverse_distance(rows * topk);
+  normalize(x, eps, inverse.data, unit.data);
+  const double scale = -grad_loss.item<double>() / static_cast<double>(rows * topk);
+  each_block(threads_for_rows(rows * topk, dim), rows, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin * topk; p < end * topk; ++p) {
+      const double d = tile.distance(unit.data + (first + p / topk) * dim, unit.data + index[p] * dim, dim, offset);
+      factor[p] = static_cast<float>(d == 0 ? 0 : scale / (d + eps));  // 0 is a norm's gradient at 0
+      inverse_distance[p] = static_cast<float>(d == 0 ? 0 : 1 / d);
+    }
+  });
+  Places incoming(count, rows * topk);
+  incoming.fill(index);
+  const int threads = threads_for_rows(count + rows * topk, dim);
+  const Blocks scratch(threads, padded * (8 + 4 + 4));
+  const Rows from = rows_of(x);
+  char* const out = static_cast<char*>(grad.mutable_data_ptr());
+  each_block(threads, count, [&](int64_t begin, int64_t end) {
+    double* const sums = static_cast<double*>(scratch[slot(threads)]);
+    float *const row = reinterpret_cast<float*>(sums + padded), *const spare = row + padded;
+    for (int64_t i = begin; i < end; ++i) {
+      const float* const z = unit.data + i * dim;
+      std::fill_n(sums, padded, 0.);
+      if (i >= first && i < first + rows)
+        for (int64_t p = (i - first) * topk; p < (i - first + 1) * topk; ++p)
+          tile.add_difference(factor[p], inverse_distance[p], z, unit.data + index[p] * dim, dim, offset, sums);
+      for (int64_t p = incoming.head[i]; p >= 0; p = incoming.next[p])
+        tile.add_difference(factor[p], inverse_distance[p], z, unit.data + (first + p / topk) * dim, dim, -offset, sums);
+      for (int64_t d = 0; d < padded; ++d) row[d] = static_cast<float>(sums[d]);
+      products.finish(from[i], static_cast<float>(inverse[i]), nullptr, 1, 0, 1, true, from.element, dim, row, spare,
+                      from.element, out + i * dim * bytes_of(from.element));
+    }
+  });
+  return grad;
+}
+
+FASTSSL_KERNELS(CPU, m) {
+  implement<&koleo_loss>(m, "koleo_loss");
+  implement<&koleo_loss_backward, 2>(m, "koleo_loss_backward");
+}
+
+}  // namespace
+}  // namespace fastssl
