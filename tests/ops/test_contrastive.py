@@ -65,7 +65,7 @@ def _ragged(name: str, rows: int, columns: int, dim: int) -> tuple[Sample, tuple
 
 
 @pytest.mark.parametrize("rows", [pytest.param(n, marks=[pytest.mark.unsanitized] * (n > 500)) for n in SIZES])
-@pytest.mark.parametrize("name", ["nt_xent", "similarity_logsumexp", "clip_loss", "sup_con"])
+@pytest.mark.parametrize("name", ["nt_xent", "similarity_logsumexp", "clip_loss", "sup_con", "dcl"])
 @pytest.mark.sanitized
 def test_every_edge_of_a_tile(name, rows, kernels):
     columns = dict(zip(DIMS, SIZES, strict=False)) if name == "similarity_logsumexp" else dict.fromkeys(DIMS, rows)

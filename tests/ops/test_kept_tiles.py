@@ -21,7 +21,9 @@ from fastssl import _C
 
 HEADER = 64  # bytes before the tiles
 PRECISIONS = "float32", "bfloat16"
-FAMILY = "nt_xent", "clip_loss", "info_nce", "sup_con"
+VIEWS = "nt_xent", "dcl"
+FAMILY = *VIEWS, "clip_loss", "info_nce", "sup_con"
+ONE_SIDE = "sup_con", "self_logsumexp"
 OPERATIONS = *FAMILY, "pair_logsumexp", "self_logsumexp", "similarity_logsumexp"
 
 
@@ -50,14 +52,15 @@ class Pass:
     def __init__(self, name: str, precision: str, count: int = 150, dim: int = 96, scale: float = 10.0) -> None:
         self.backward = getattr(torch.ops.fastssl, f"{name}_backward").default
         x, y, s = rows(count, dim), rows(count, dim, 1), torch.tensor(scale)
-        g, own = torch.randn(2 * count, generator=torch.Generator().manual_seed(2)), torch.arange(count)
+        g, w = torch.randn(2, 2 * count, generator=torch.Generator().manual_seed(2))
+        own = torch.arange(count)
         forward = getattr(torch.ops.fastssl, name).default
-        symmetric = name in ("nt_xent", "sup_con", "self_logsumexp")
-        shape = (2 * count,) if name == "nt_xent" else (count,) if symmetric else (count, count)
-        inputs = (x, y, s) if name == "nt_xent" or not symmetric else (x, s)
+        shape = (2 * count,) if name in VIEWS else (count,) if name in ONE_SIDE else (count, count)
+        inputs = (x, s) if name in ONE_SIDE else (x, y, s)
         self.keep = whole(precision, inputs, *shape)
         self.call = {
             "nt_xent": lambda keep: forward(x, y, s, True, keep, precision),
+            "dcl": lambda keep: forward(x, y, w, s, True, keep, precision),
             "clip_loss": lambda keep: forward(x, y, s, True, keep, precision),
             "info_nce": lambda keep: forward(x, y, s, True, True, keep, precision),
             "sup_con": lambda keep: forward(x, own % 7, s, True, keep, precision),
@@ -68,6 +71,7 @@ class Pass:
         g1, g2 = g.split(count)
         self.arguments = {
             "nt_xent": lambda o, kept: (g, x, y, s, *o, kept, True, precision),
+            "dcl": lambda o, kept: (g, x, y, w, s, *o, kept, True, precision),
             "clip_loss": lambda o, kept: (g1, x, y, s, *o, kept, True, precision),
             "info_nce": lambda o, kept: (g1, x, y, s, *o, kept, True, True, precision),
             "sup_con": lambda o, kept: (g1, x, own % 7, s, *o, kept, True, precision),

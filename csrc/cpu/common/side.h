@@ -123,6 +123,9 @@ struct Side {
   int64_t padded(int64_t b) const { return cut.padded(b, count); }
   int64_t padded_count() const { return cut.blocks * cut.block; }
 
+  // The row that is paired with row i of another side; where a side has two tensors, with its own row i.
+  int64_t partner(int64_t i) const { return (i + rows.batch) % count; }
+
   // Block b as each operand.
   const void* as_rows(int64_t b) const { return as_they_lie(b) ? rows[first(b)] : left[place(b)]; }
   const void* as_columns(int64_t b) const { return right[place(b)]; }
@@ -183,10 +186,11 @@ struct Gathered {
   }
 };
 
-// <x_i, y_i> of row i of two sides, (normalised but) unrounded. `spare`: 2 x.dim floats.
+// The product of row i of x with its partner in y, (normalised but) unrounded. `spare`: 2 x.dim floats.
 inline double dot_row(const Side& x, const Side& y, int64_t i, float* spare) {
-  const double dot = x.engine.tile.dot(x.rows[i], y.rows[i], x.rows.element, x.rows.dim, spare);
-  return dot * std::abs(x.inverse_norm[i]) * std::abs(y.inverse_norm[i]);
+  const int64_t j = y.partner(i);
+  const double dot = x.engine.tile.dot(x.rows[i], y.rows[j], x.rows.element, x.rows.dim, spare);
+  return dot * std::abs(x.inverse_norm[i]) * std::abs(y.inverse_norm[j]);
 }
 
 // The same of all rows.
@@ -198,32 +202,34 @@ inline void dot_rows(const Side& x, const Side& y, float* dots) {
   });
 }
 
-// A positive for each row of a side: the row of `other` with its number, and its weight.
+// The positives of a side's rows: their partners in `other`, and the weight of each.
 struct Positives {
   const Side& other;
   const float* weight;
 };
 
-// The gradient G of a side, what its blocks have gathered [+ weights of positives]: dx = scale G, in dx's dtype; where
-// rows were normalised, through that. Returns sum_i <G_i, z_i>, z the rows as they were multiplied.
-inline double finish_side(const Gathered& gathered, const Positives* positives, float scale, const Tensor& dx) {
+// Writes the gradient of a side's tensor, or tensors: scale G, where G is what the blocks have gathered plus, unless
+// `positives` is null, weighted positives; for normalised rows, the gradient of the rows before they were normalised.
+// Returns sum_i <G_i, z_i>, z being the rows as they were multiplied.
+inline double finish_side(const Gathered& gathered, const Positives* positives, float scale, const Tensor& grad,
+                          const Tensor* grad_of_second = nullptr) {
   const Side& side = gathered.side;
   const Numbers<double> along(side.cut.blocks, 0);
   const Blocks scratch(side.threads, (side.dim + side.cut.block * side.dim) * 4);
-  char* const out = static_cast<char*>(dx.mutable_data_ptr());
-  const int64_t row_bytes = side.rows.dim * dx.element_size();
+  const Rows out{{grad.mutable_data_ptr(), (grad_of_second ? *grad_of_second : grad).mutable_data_ptr()},
+                 {side.rows.dim, side.rows.dim}, side.rows.batch, side.rows.dim, element_of(grad)};
   const float* const inverse_norm = side.inverse_norm.data;
-  const float* const other_norm = positives ? positives->other.inverse_norm.data : nullptr;
   run(side.threads, side.cut.blocks, [&](int64_t b) {
     float* const row = scratch.floats(slot(side.threads));
     float* const sums = gathered(b, row + side.dim);
     for (int64_t r = 0; r < side.size(b); ++r) {
-      const int64_t i = side.first(b) + r;
+      const int64_t i = side.first(b) + r, j = positives ? positives->other.partner(i) : 0;
       along[b] += side.engine.tile.finish(side.rows[i], inverse_norm[i],
-                                          positives ? positives->other.rows[i] : nullptr, positives ? other_norm[i] : 1,
+                                          positives ? positives->other.rows[j] : nullptr,
+                                          positives ? positives->other.inverse_norm[j] : 1,
                                           positives ? positives->weight[i] : 0, scale, side.normalize,
                                           side.rows.element, side.rows.dim, sums + r * side.dim, row,
-                                          element_of(dx), out + i * row_bytes);
+                                          out.element, const_cast<void*>(out[i]));
     }
   });
   double total = 0;

@@ -35,17 +35,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> nt_xent(const Tensor& z1, const Tenso
                                                    bool normalize, int64_t keep, c10::string_view precision) {
   check_pairs("z1 and z2", z1, z2, scale);
   const int64_t count = 2 * z1.size(0);
-  const Engine engine(precision);
-  const Side z(z1, &z2, normalize, kRows | kColumns, engine, threads_for(count, count, z1.size(1)));
-  const Exponent e(scale, z, z);
-  Tensor kept = at::empty({keep}, at::kByte);
-  const KeptTiles tiles(kept, {count, count, z1.size(1), z.threads, true}, engine, e.shared, z.largest_square,
-                        z.largest_square, count);
+  const SummedSelf self(z1, &z2, scale, normalize, keep, precision, count);
+  const Side& z = self.z;
+  const Exponent& e = self.e;
+  const KeptTiles& tiles = self.tiles;
   const Numbers<float> aligned(tiles.any() ? 0 : count);
   // <z_i, z_pos(i)>, from the same tile that is summed. In kept tiles the positive's exponential is set to 0.
   float* const alignment = tiles.any() ? tiles.numbers() : aligned.data;
-  const Sums sums = sum_symmetric(
-      {z, z, e.factor, e.excluded, nullptr, true}, e, tiles,
+  const Sums sums = self.sum(
+      nullptr,
       [&](int64_t I, int64_t J, const float* s) {
         each_positive(z, I, J, [&](int64_t r, int64_t c, int64_t i, int64_t j) {
           alignment[i] = alignment[j] = s[r * z.padded(J) + c];
@@ -66,7 +64,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> nt_xent(const Tensor& z1, const Tenso
   float* const out_shift = shift.mutable_data_ptr<float>();
   at::parallel_for(0, count, 4096, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const float origin = e.shared ? e.origin : sums.extreme[i];
+      const float origin = sums.extreme[i];
       const double value = std::log(sums.total[i]) + e.step * (origin - alignment[i]);
       // No loss is negative, and that of a single pair is 0: anything else is rounding. value - value, not 0, so that
       // NaN stays NaN.
@@ -76,7 +74,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> nt_xent(const Tensor& z1, const Tenso
       out_total[i] = static_cast<float>(sums.about(i, e, origin_of(out_shift[i], e)));
     }
   });
-  return {loss, shift, total, kept};
+  return {loss, shift, total, self.kept};
 }
 
 std::tuple<Tensor, Tensor, Tensor> nt_xent_backward(const Tensor& grad_loss, const Tensor& z1, const Tensor& z2,
@@ -86,12 +84,10 @@ std::tuple<Tensor, Tensor, Tensor> nt_xent_backward(const Tensor& grad_loss, con
   const int64_t count = 2 * z1.size(0);
   check_vectors("grad_loss, shift and total", count, {grad_loss, shift, total});
   check_kept(kept);
-  const Engine engine(precision);
-  const int threads = threads_for(count, count, z1.size(1));
-  const KeptTiles tiles(kept, {count, count, z1.size(1), threads, true}, engine, count);
-  const Side z(z1, &z2, normalize, roles_in_backward(tiles), engine, threads, tiles.largest_square(0));
-  const Exponent e(scale, z, z);
-  tiles.check(e.shared);
+  const DerivedSelf self(z1, &z2, scale, normalize, kept, precision, count);
+  const Side& z = self.z;
+  const Exponent& e = self.e;
+  const KeptTiles& tiles = self.tiles;
   const Tensor gradient = grad_loss.contiguous(), totals = total.contiguous();
   const float *const g = gradient.const_data_ptr<float>(), *const t = totals.const_data_ptr<float>();
   const Coefficients p([&](int64_t i) { return g[i] / t[i]; }, shift, z, e);
@@ -115,27 +111,8 @@ std::tuple<Tensor, Tensor, Tensor> nt_xent_backward(const Tensor& grad_loss, con
     });
     if (!exponentials) S.exclude_from(I, J, s);
     weights.multiply(I, J, exponentials, &gathered, I == J ? nullptr : &gathered);
-  }, [&] { engine.release(); });
-
-  const Tensor grad_z1 = at::empty(z1.sizes(), z1.options()), grad_z2 = at::empty(z2.sizes(), z2.options());
-  const Rows out{{grad_z1.mutable_data_ptr(), grad_z2.mutable_data_ptr()}, {z.rows.dim, z.rows.dim}, z.rows.batch,
-                 z.rows.dim, z.rows.element};
-  const Numbers<double> along(z.cut.blocks, 0);
-  const float* const inverse_norm = z.inverse_norm.data;
-  const Blocks scratches(z.threads, (z.dim + z.cut.block * z.dim) * 4);
-  run(z.threads, z.cut.blocks, [&](int64_t b) {
-    float* const scratch = scratches.floats(slot(z.threads));
-    float* const sums = gathered(b, scratch + z.dim);
-    for (int64_t r = 0; r < z.size(b); ++r) {
-      const int64_t i = z.first(b) + r, partner = i < z.rows.batch ? i + z.rows.batch : i - z.rows.batch;
-      along[b] += engine.tile.finish(z.rows[i], inverse_norm[i], z.rows[partner], inverse_norm[partner],
-                                     positive_weight[i], e.scale, normalize, z.rows.element, z.rows.dim,
-                                     sums + r * z.dim, scratch, z.rows.element, const_cast<void*>(out[i]));
-    }
-  });
-  double grad_scale = 0;
-  for (int64_t b = 0; b < z.cut.blocks; ++b) grad_scale += along[b] / 2;  // in fixed order
-  return {grad_z1, grad_z2, scalar(grad_scale, scale.options())};
+  }, [&] { self.engine.release(); });
+  return finish_views(gathered, positive_weight.data, e, z1, z2, scale);
 }
 
 FASTSSL_KERNELS(CPU, m) {

@@ -62,14 +62,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sup_con(const Tensor& z_, const Tenso
                                                    bool normalize, int64_t keep, c10::string_view precision) {
   check_sides("features and features", z_, z_, scale);
   check_labels(labels, z_);
-  const Engine engine(precision);
-  const Side z(z_, nullptr, normalize, kRows | kColumns, engine, threads_for(z_.size(0), z_.size(0), z_.size(1)));
-  const Exponent e(scale, z, z);
-  Tensor kept = at::empty({keep}, at::kByte);
-  const KeptTiles tiles(kept, {z.count, z.count, z.rows.dim, z.threads, true}, engine, e.shared, z.largest_square,
-                        z.largest_square);
-  const Sums sums = sum_symmetric({z, z, e.factor, e.excluded, nullptr, true}, e, tiles);
-  if (e.shared) std::fill_n(sums.extreme.data, z.count, e.origin);
+  const SummedSelf self(z_, nullptr, scale, normalize, keep, precision);
+  const Side& z = self.z;
+  const Exponent& e = self.e;
+  const Sums sums = self.sum();
   const auto [total, shift] = finish_sums(sums, z.count, e);
   const Classes classes(z, z_, labels);
   const Tensor class_sums = classes.sum([](int64_t) { return 1.f; }), loss = at::empty({z.count}, at::kFloat);
@@ -87,7 +83,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sup_con(const Tensor& z_, const Tenso
       out[i] = classes.others[i] ? static_cast<float>(value) : 0;
     }
   });
-  return {loss, shift, total, kept};
+  return {loss, shift, total, self.kept};
 }
 
 // The positives' part of the gradient, with p_i = g_i / (number of others) and sums over all rows j with row i's label:
@@ -99,11 +95,8 @@ std::tuple<Tensor, Tensor> sup_con_backward(const Tensor& grad_loss, const Tenso
   check_labels(labels, z_);
   check_vectors("grad_loss, shift and total", z_.size(0), {grad_loss, shift, total});
   check_kept(kept);
-  const Engine engine(precision);
-  const int threads = threads_for(z_.size(0), z_.size(0), z_.size(1));
-  const KeptTiles tiles(kept, {z_.size(0), z_.size(0), z_.size(1), threads, true}, engine);
-  const Side z(z_, nullptr, normalize, roles_in_backward(tiles), engine, threads, tiles.largest_square(0));
-  const Exponent e(scale, z, z);
+  const DerivedSelf self(z_, nullptr, scale, normalize, kept, precision);
+  const Side& z = self.z;
   const Classes classes(z, z_, labels);
   const Tensor gradient = grad_loss.contiguous(), totals = total.contiguous();
   const float *const g = gradient.const_data_ptr<float>(), *const t = totals.const_data_ptr<float>();
@@ -111,7 +104,7 @@ std::tuple<Tensor, Tensor> sup_con_backward(const Tensor& grad_loss, const Tenso
   const Coefficients coefficients([&](int64_t i) {
     p[i] = classes.others[i] ? static_cast<float>(g[i] / classes.others[i]) : 0;
     return classes.others[i] ? g[i] / t[i] : 0;
-  }, shift, z, e);
+  }, shift, z, self.e);
   const Tensor class_sums = classes.sum([](int64_t) { return 1.f; });
   const Tensor class_gradients = classes.sum([&p](int64_t i) { return p[i]; });
   Gathered gathered(z, true, &z);
@@ -129,7 +122,8 @@ std::tuple<Tensor, Tensor> sup_con_backward(const Tensor& grad_loss, const Tenso
         sums[r * z.dim + d] = -(p[i] * (of_class[k * dim + d] - 2 * rows[i * dim + d]) + gradient_of_class[k * dim + d]);
     }
   });
-  return differentiate_self(z, e, coefficients, tiles, gathered, z_, scale);
+  self.multiply(nullptr, coefficients, gathered);
+  return finish_self(gathered, self.e, z_, scale);
 }
 
 FASTSSL_KERNELS(CPU, m) {

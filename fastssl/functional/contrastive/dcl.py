@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from fastssl import reference
-from fastssl._arithmetic import dot, finish, inverse, logsumexp, of_reference, unit
+from fastssl._arithmetic import finish, inverse, of_reference, unit
 from fastssl._checks import check_flag, check_pair, check_reduction, check_temperature, check_weights
-from fastssl._exponential_sums import pair_sums, self_sums
-from fastssl.ops import current_backend
-from fastssl.ops._precision import product_precision
+from fastssl.ops import contrastive, current_backend
+from fastssl.ops._precision import accumulate_dtype, product_precision
 
 
 def dcl(
@@ -61,11 +60,11 @@ def dcl(
         )
         return of_reference(loss, z1)
     scale, precision = inverse(temperature, z1), product_precision(z1)
-    x, y = unit(torch.cat([z1, z2])).tensor_split(2) if normalize else (z1, z2)
-    positive = dot(x, y) * scale
-    own = torch.arange(x.shape[0], device=x.device)
-    # Of both sides' rows at once: in a small batch the elementwise steps cost most.
-    sums = pair_sums(x, y, scale, own, precision), [self_sums(z, scale, precision) for z in (x, y)]
-    across, within = (logsumexp(*map(torch.cat, zip(*sides, strict=True))) for sides in sums)
-    aligned = [positive, positive] if weigh is None else [positive * weigh(*pair) for pair in ((x, y), (y, x))]
-    return finish(torch.logaddexp(within, across) - torch.cat(aligned), reduction, z1)
+    if weigh is None:
+        weight = z1.new_ones(2 * z1.shape[0], dtype=accumulate_dtype(z1.dtype))
+    else:
+        x, y = (unit(z) if normalize else z for z in (z1, z2))
+        weight = torch.cat([weigh(x, y), weigh(y, x)]).to(accumulate_dtype(z1.dtype))
+    keep = contrastive.bytes_to_keep(precision, (z1, z2, scale), 2 * z1.shape[0])
+    loss, *_ = contrastive.dcl(z1, z2, weight, scale, normalize, keep, precision)
+    return finish(loss, reduction, z1)

@@ -24,13 +24,17 @@ negatives, InfoNCE is softplus(n_i - S_ip), which loses nothing where a confiden
 
     similarity_logsumexp   of each row of S
     pair_logsumexp         of each row and of each column of S (CLIP)
-    self_logsumexp         of each row of S = scale z z^T without the diagonal (SupCon, DCL)
+    self_logsumexp         of each row of S = scale z z^T without the diagonal (SupCon, uniformity)
 
-and clip_loss, info_nce and sup_con, which do that in one operation, the norms of rows included: in a small batch the
-elementwise steps cost most. info_nce is the loss of one direction, clip_loss that of both. SupCon's positives are the
-other rows of row i's label, c_i of them, and need no product either:
+and clip_loss, info_nce, sup_con and dcl, which do that in one operation, the norms of rows included: in a small batch
+the elementwise steps cost most. info_nce is the loss of one direction, clip_loss that of both. SupCon's positives are
+the other rows of row i's label, c_i of them, and need no product either:
 
     loss_i = lse_i - <z_i, sum_j z_j - z_i> scale / c_i,  j of row i's label,    0 where there are none
+
+DCL is NT-Xent whose sum leaves out the positive, with n_i its log-sum-exp and weights w_i:
+
+    loss_i = n_i - w_i S_{i, pos(i)}
 
 Each gives the log-sum-exp as a pair again, total_i = sum_j E_ij, E_ij = exp(S_ij - shift_i); here shift_i is the row's
 largest S_ij, which metrics read, or 0 where every column is excluded (not in self_logsumexp: any number near). What is
@@ -52,6 +56,7 @@ contents are the kernel's own; the backward pass then need not multiply for them
 
 from fastssl.ops.contrastive._shared import bytes_to_keep, nothing_kept
 from fastssl.ops.contrastive.clip_loss import clip_loss
+from fastssl.ops.contrastive.dcl import dcl
 from fastssl.ops.contrastive.info_nce import info_nce
 from fastssl.ops.contrastive.nt_xent import nt_xent
 from fastssl.ops.contrastive.pair_logsumexp import pair_logsumexp
@@ -63,6 +68,7 @@ __all__ = [
     "bytes_to_keep",
     "class_sums",
     "clip_loss",
+    "dcl",
     "info_nce",
     "nothing_kept",
     "nt_xent",

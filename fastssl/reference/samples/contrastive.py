@@ -438,6 +438,5 @@ OpSpec(
     _dcl_samples,
     _dcl_bad_inputs,
     _temperature_magnitude(0.1),
-    op="pair_logsumexp",  # and self_logsumexp
     reductions=("none", "mean", "sum"),
 )
