@@ -1,6 +1,6 @@
 """What a loss needs from the other processes: their number, their rows, or sums over all rows."""
 
-from fastssl.distributed import contrastive, distillation, koleo, sigmoid
+from fastssl.distributed import contrastive, distillation, koleo, linear_cross_entropy, sigmoid
 from fastssl.distributed.processes import (
     ProcessGroup,
     all_processes,
@@ -28,6 +28,7 @@ __all__ = [
     "distillation",
     "gather_rows",
     "koleo",
+    "linear_cross_entropy",
     "mean_over_processes",
     "rank",
     "sigmoid",

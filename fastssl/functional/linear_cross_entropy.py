@@ -7,12 +7,13 @@ import math
 import torch
 from torch import Tensor
 
-from fastssl import reference
+from fastssl import distributed, reference
 from fastssl._arithmetic import finish, inverse, needs_gradient, of_reference
 from fastssl._checks import (
     DTYPES,
     check_compatible,
     check_flag,
+    check_group,
     check_integer,
     check_positive_temperature,
     check_reduction,
@@ -21,6 +22,7 @@ from fastssl._checks import (
     check_share,
     check_tensor,
 )
+from fastssl.distributed import ProcessGroup, check_alike
 from fastssl.ops import current_backend
 from fastssl.ops import linear_cross_entropy as ops
 from fastssl.ops._precision import accumulate_dtype, product_precision
@@ -38,6 +40,7 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     temperature: float | Tensor = 1.0,
     normalize: bool = False,
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     r"""`F.cross_entropy(F.linear(input, linear_weight, linear_bias), target, ...)`, the last layer and the loss of
     language models in one. It takes the place of PyTorch's function of this name.
@@ -62,6 +65,9 @@ def linear_cross_entropy(
             gradient.
         normalize: the rows of input and linear_weight are scaled to unit length: logits are cosines over the
             temperature, as in wav2vec 2.0 and HuBERT.
+        group: processes that share out the words: linear_weight, linear_bias and weight have the rows of this one's,
+            those of rank 0 first, any number of them; input and target are the same on all, and labels count through
+            all words. All get the same loss, the exact gradients of their own rows, and all the gradient of input.
 
     Returns:
         0-d loss, or (...) with reduction "none", 0 where there is no label; in input's dtype, float32 under autocast.
@@ -70,7 +76,8 @@ def linear_cross_entropy(
     Raises:
         TypeError: if an argument is of the wrong kind.
         ValueError: if shapes, dtypes or devices do not fit, label_smoothing is not from 0 to 1, temperature is a number
-            that is not finite and positive (a tensor that is not positive makes the loss NaN), or reduction is unknown.
+            that is not finite and positive (a tensor that is not positive makes the loss NaN), reduction is unknown,
+            or with group target is not of labels; or on every process, if input or target differ in shape or dtype.
         IndexError: on the CPU, if a label is neither from 0 to below V nor ignore_index. On CUDA an assertion stops the
             process.
     """
@@ -83,6 +90,9 @@ def linear_cross_entropy(
     label_smoothing = check_share("label_smoothing", label_smoothing)
     temperature = check_positive_temperature("temperature", temperature, input)
     normalize = check_flag("normalize", normalize)
+    check_group(group)
+    if group is not None and soft:
+        raise ValueError("target must be labels with group, got distributions")
     if current_backend() == "reference":
         return _of_reference(
             input,
@@ -102,6 +112,14 @@ def linear_cross_entropy(
     bias = linear_weight.new_empty(0) if linear_bias is None else linear_bias
     scale = inverse(temperature, input).reshape(1)
     class_weight = None if weight is None else weight.detach().to(dtype)
+    if group is not None:
+        check_alike(group, {"input": x, "target": y})
+        arguments = x, linear_weight, bias, y, scale, class_weight, label_smoothing, ignore_index, normalize
+        shared = distributed.linear_cross_entropy.linear_cross_entropy
+        loss, weights = shared(group, *arguments, product_precision(input))
+        if reduction == "mean":
+            loss = loss.sum() / weights.sum()
+        return finish(loss.view(input.shape[:-1]) if reduction == "none" else loss.sum(), "none", input)
     row_weight, nothing = None, 0.0
     if reduction != "none":
         row_weight, nothing = _row_weights(x, y, class_weight, classes, ignore_index, reduction)

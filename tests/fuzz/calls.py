@@ -173,6 +173,7 @@ FUNCTIONS: dict[str, Callable[[], dict[str, Any]]] = {
         "label_smoothing": 0.1,
         "temperature": torch.tensor(0.5, requires_grad=True),
         "normalize": True,
+        "group": None,
     },
     "masked_feature_loss": lambda: {
         "pred": _leaf(2, 6, 8),
