@@ -19,7 +19,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fastssl.ops._op import Op
+from fastssl.ops._op import Op, triton_launcher
 from fastssl.ops._portable import row_blocks
 from fastssl.ops._precision import accumulate_dtype, product_precision
 
@@ -91,6 +91,13 @@ def _find(z: Tensor, first: int, rows: int, topk: int, group_size: int) -> Tenso
     return nearest
 
 
+_find_by_kernel = triton_launcher("koleo", "nearest_rows")
+
+
+def _find_on_gpu(z: Tensor, *options: int) -> Tensor:
+    return (_find if _find_by_kernel is None or z.dtype == torch.float64 else _find_by_kernel)(z, *options)
+
+
 def _operands(z: Tensor) -> tuple[Tensor, Tensor]:
     """(x, y), whose product x y^T is z z^T in float32, whatever precision is set.
 
@@ -118,4 +125,5 @@ koleo_loss = Op(
     portable=(partial(_forward, _find), _backward),
     share=_share,
     blocks=_blocks,
+    cuda=(partial(_forward, _find_on_gpu), None),
 )
