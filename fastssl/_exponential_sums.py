@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastssl import distributed
@@ -12,13 +11,6 @@ from fastssl.distributed import Ring
 from fastssl.ops import contrastive
 
 Sums = tuple[Tensor, Tensor]  # (total, shift) of the exponentials of similarities: log-sum-exp = log(total) + shift
-
-
-def sum_exponentials(S: Tensor) -> Sums:
-    """(total, shift) of the rows of a matrix that is stored, as the operations give them."""
-    shift = F.pad(S.detach(), (0, 1), value=float("-inf")).amax(1)
-    shift = shift.where(shift != float("-inf"), 0)
-    return (S - shift[:, None]).exp().sum(1), shift
 
 
 def row_sums(

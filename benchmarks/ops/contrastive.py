@@ -11,6 +11,7 @@ from torch import Tensor
 from benchmarks.ops import peers
 from benchmarks.ops.registry import (
     Benchmark,
+    Inputs,
     Loss,
     Size,
     blockwise,
@@ -173,6 +174,68 @@ Benchmark(
     oracle=_symmetric_oracle,
     kernel="clip_loss",
     name="info_nce_symmetric",
+)
+
+
+def _named_inputs(size: Size, dtype: torch.dtype) -> Inputs:
+    """Queries, their positive keys, shared keys, all of which require gradients, and the ids of each query's own."""
+    queries, keys, negatives, dim = size
+    q, k, shared = (z.to(dtype).requires_grad_() for z in _rows((queries, dim), (queries, dim), (keys, dim)))
+    return q, k, shared, torch.randint(keys, (queries, negatives), generator=torch.Generator().manual_seed(3))
+
+
+def _named(loss: Loss, queries: Tensor, keys: Tensor, shared: Tensor, ids: Tensor) -> Tensor:
+    return loss(queries, keys, shared, negative_ids=ids)
+
+
+def _cosine(queries: Tensor, keys: Tensor, shared: Tensor, ids: Tensor) -> Tensor:
+    """As transformers' code of wav2vec 2.0 has it: cosines with the positive and its negatives, in one tensor."""
+    all_keys = torch.cat([keys[:, None], shared[ids]], 1)
+    logits = F.cosine_similarity(queries[:, None].float(), all_keys.float(), dim=-1) / IN_BATCH_TEMPERATURE
+    return F.cross_entropy(logits, torch.zeros(len(queries), dtype=torch.int64))
+
+
+Benchmark(
+    "info_nce",
+    sizes=((2048, 4096, 100, 256), (512, 2048, 100, 256)),  # queries x keys x negatives of each x features
+    memory_sizes=(),
+    inputs=_named_inputs,
+    # A dot product forward, and a sum for either side.
+    flops=lambda size: 3 * 2 * size[0] * size[2] * size[3],
+    # As of a batch; the ids are read by both passes, a number for each is written and read.
+    traffic=lambda size, itemsize: (size[0] + size[1]) * size[3] * 6 * itemsize + size[0] * size[2] * 24,
+    # Gathered keys and their gradient; and for cosines as many of both in float32.
+    needs=lambda size, itemsize: {
+        "naive": 3 * size[0] * size[2] * size[3] * itemsize,
+        "compile": 3 * size[0] * size[2] * size[3] * itemsize,
+        "cosine": 8 * size[0] * size[2] * size[3] * 4,
+    },
+    arguments={"temperature": IN_BATCH_TEMPERATURE},
+    call=_named,
+    peers={"cosine": lambda: _cosine},
+    kernel="selected_logsumexp",
+    name="info_nce_of_ids",
+)
+
+
+def _paired_inputs(size: Size, dtype: torch.dtype) -> Inputs:
+    queries, negatives, dim = size
+    q, k, own = (z.to(dtype) for z in _rows((queries, dim), (queries, dim), (queries * negatives, dim)))
+    return q.requires_grad_(), k.requires_grad_(), own.view(queries, negatives, dim).requires_grad_()
+
+
+Benchmark(
+    "info_nce",
+    sizes=((2048, 100, 256), (256, 15, 768)),  # queries x negatives of each x features
+    memory_sizes=(),
+    inputs=_paired_inputs,
+    flops=lambda size: 3 * 2 * math.prod(size),
+    # Negatives are read by both passes, and their gradient is written.
+    traffic=lambda size, itemsize: 3 * math.prod(size) * itemsize,
+    needs=lambda size, itemsize: dict.fromkeys(("naive", "compile"), 4 * math.prod(size) * itemsize),
+    arguments={"temperature": IN_BATCH_TEMPERATURE, "negative_mode": "paired"},
+    kernel="selected_logsumexp",
+    name="info_nce_paired",
 )
 
 

@@ -31,7 +31,18 @@ _FLOAT64_ELEMENTS = 1 << 28  # above, an oracle works in float32
 _BLOCK_ELEMENTS = 1 << 22
 
 BENCHMARKS: dict[str, Benchmark] = {}
-BASELINES = ("naive", "compile", "lightly", "open_clip", "metric_learning", "pytorch", "assign", "foreach", "fused")
+BASELINES = (
+    "naive",
+    "compile",
+    "lightly",
+    "open_clip",
+    "metric_learning",
+    "cosine",
+    "pytorch",
+    "assign",
+    "foreach",
+    "fused",
+)
 
 
 @dataclass(frozen=True)

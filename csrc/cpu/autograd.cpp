@@ -197,9 +197,9 @@ struct Autograd : c10::OperatorKernel {
 
 FASTSSL_KERNELS(AutogradCPU, m) {
   for (const char* name : {"nt_xent", "dcl", "similarity_logsumexp", "pair_logsumexp", "self_logsumexp", "clip_loss",
-                           "info_nce", "sup_con", "similarity_softplus", "siglip_loss", "barlow_twins", "vicreg",
-                           "variance_covariance", "masked_patch_loss", "masked_feature_loss", "restore_tokens",
-                           "koleo_loss"})
+                           "info_nce", "sup_con", "selected_logsumexp", "similarity_softplus", "siglip_loss",
+                           "barlow_twins", "vicreg", "variance_covariance", "masked_patch_loss", "masked_feature_loss",
+                           "restore_tokens", "koleo_loss"})
     m.impl(name, torch::CppFunction::makeFromBoxedFunctor(std::make_unique<Autograd>(name)));
 }
 

@@ -45,24 +45,32 @@ class InfoNCELoss(nn.Module):
         self.reduction = reduction
         self.group = group
 
-    def forward(self, query: Tensor, positive_key: Tensor, negative_keys: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        query: Tensor,
+        positive_key: Tensor,
+        negative_keys: Tensor | None = None,
+        negative_ids: Tensor | None = None,
+    ) -> Tensor:
         """The loss.
 
         Args:
             query: (B, D) float32, bfloat16, float16 or float64.
             positive_key: (B, D), of query's dtype and device.
             negative_keys: (K, D), or with negative_mode "paired" (B, K, D); see `fastssl.nn.MemoryBank` for a queue.
+            negative_ids: (B, K), the rows of negative_keys that each query has; None: all, or its own.
 
         Returns:
             0-d loss, or with reduction "none" (B,) losses.
 
         Raises:
-            TypeError, ValueError: as `fastssl.functional.info_nce`.
+            TypeError, ValueError, IndexError: as `fastssl.functional.info_nce`.
         """
         return info_nce(
             query,
             positive_key,
             negative_keys,
+            negative_ids=negative_ids,
             temperature=self.temperature,
             negative_mode=self.negative_mode,
             in_batch_negatives=self.in_batch_negatives,

@@ -66,6 +66,7 @@ def info_nce(
     positive_key: Tensor,
     negative_keys: Tensor | None = None,
     *,
+    negative_ids: Tensor | None = None,
     temperature: float | Tensor = 0.1,
     negative_mode: str = "unpaired",
     in_batch_negatives: bool | None = None,
@@ -86,9 +87,15 @@ def info_nce(
     if not in_batch_negatives:
         similarity, target = (query * positive_key).sum(1, keepdim=True), torch.zeros_like(target)
     if negative_keys is not None:
-        equation = "bd,bkd->bk" if negative_mode == "paired" else "bd,kd->bk"
+        if negative_ids is not None:
+            none = negative_keys.shape[0]  # the id of a row of zeros
+            negative_keys = F.pad(negative_keys, (0, 0, 0, 1))[negative_ids.long().where(negative_ids >= 0, none)]
+        equation = "bd,bkd->bk" if negative_keys.dim() == 3 else "bd,kd->bk"
         similarity = torch.cat([similarity, torch.einsum(equation, query, negative_keys)], 1)
     logits = similarity / temperature
+    if negative_ids is not None:
+        others = logits.shape[1] - negative_ids.shape[1]
+        logits = logits.masked_fill(F.pad(negative_ids < 0, (others, 0)), float("-inf"))
     loss = F.cross_entropy(logits, target, label_smoothing=label_smoothing, reduction="none")
     if symmetric:
         loss = (loss + F.cross_entropy(logits.T, target, label_smoothing=label_smoothing, reduction="none")) / 2

@@ -44,7 +44,7 @@ def test_names_choose_benchmarks():
     both = {"ema_update_", "ema_of_small_tensors"}
     assert set(registry.load(["ema"])) - {"adamw_ema_step_"} == set(registry.load(["ema_update_"])) == both
     assert set(registry.load(["ema_of_small_tensors", "siglip_loss"])) == {"ema_of_small_tensors", "siglip_loss"}
-    of_info_nce = {"info_nce", "info_nce_in_batch", "info_nce_symmetric"}
+    of_info_nce = {"info_nce", "info_nce_in_batch", "info_nce_of_ids", "info_nce_paired", "info_nce_symmetric"}
     assert set(registry.load(["info_nce"])) == of_info_nce
     assert set(registry.load(["contrastive"])) == {"nt_xent", *of_info_nce, "clip_loss", "sup_con", "dcl"}
     assert {b.family for b in registry.load().values()} <= {m.name for m in pkgutil.iter_modules(functional.__path__)}

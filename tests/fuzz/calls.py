@@ -151,6 +151,7 @@ FUNCTIONS: dict[str, Callable[[], dict[str, Any]]] = {
         "query",
         "positive_key",
         negative_keys=_leaf(5, 8, seed=2),
+        negative_ids=torch.tensor([[0, 4], [2, -1], [3, 3], [1, 0]]),
         temperature=0.2,
         negative_mode="unpaired",
         in_batch_negatives=True,
@@ -445,7 +446,12 @@ MODULES: dict[str, tuple[Callable[[], dict[str, Any]], Callable[[], dict[str, An
             "reduction": "mean",
             "group": None,
         },
-        lambda: _pair("query", "positive_key", negative_keys=_leaf(5, 8, seed=2)),
+        lambda: _pair(
+            "query",
+            "positive_key",
+            negative_keys=_leaf(5, 8, seed=2),
+            negative_ids=torch.tensor([[0, 4], [2, -1], [3, 3], [1, 0]]),
+        ),
     ),
     "KoLeoLoss": (lambda: {"p": 2, "eps": 1e-6}, lambda: {"x": _leaf(4, 8)}),
     "LinearCrossEntropyLoss": (

@@ -12,17 +12,18 @@ from fastssl._arithmetic import cross_entropy, dot, finish, inverse, kept, logsu
 from fastssl._checks import (
     check_flag,
     check_group,
+    check_ids,
     check_negatives,
     check_pair,
     check_reduction,
     check_share,
     check_temperature,
 )
-from fastssl._exponential_sums import Sums, bytes_to_keep_for, row_sums, sum_exponentials
+from fastssl._exponential_sums import Sums, bytes_to_keep_for, row_sums
 from fastssl.distributed import ProcessGroup, Ring
 from fastssl.functional.contrastive.pairs import mean_row, pair_loss, pair_metrics
 from fastssl.ops import contrastive, current_backend
-from fastssl.ops._precision import product_precision
+from fastssl.ops._precision import product_precision, widen
 
 
 def info_nce(
@@ -30,6 +31,7 @@ def info_nce(
     positive_key: Tensor,
     negative_keys: Tensor | None = None,
     *,
+    negative_ids: Tensor | None = None,
     temperature: float | Tensor = 0.1,
     negative_mode: str = "unpaired",
     in_batch_negatives: bool | None = None,
@@ -45,16 +47,20 @@ def info_nce(
         loss_i = -log( exp(<q_i, k_i> / temperature) / sum_k exp(<q_i, k> / temperature) )
 
     where k runs over the positive key of query i and its negatives: those of `negative_keys` (a queue, as in MoCo,
-    arXiv:1911.05722), the positive keys of the other queries (SimCSE, arXiv:2104.08821; MoCo v3, arXiv:2104.02057),
-    or both (SimCSE with hard negatives).
+    arXiv:1911.05722), or those of them that it names by their ids (wav2vec 2.0, arXiv:2006.11477), the positive keys of
+    the other queries (SimCSE, arXiv:2104.08821; MoCo v3, arXiv:2104.02057), or both (SimCSE with hard negatives).
 
-    The similarities with shared keys are never stored: memory is O((B + K) D). Keys without `requires_grad`
-    cost nothing in the backward pass, and may be overwritten before it, unless `symmetric`.
+    The similarities with shared keys are never stored: memory is O((B + K) D). With ids, keys are read where they are,
+    and memory is O((B + N) D + B K). Keys without `requires_grad` cost nothing in the backward pass, and may be
+    overwritten before it, unless `symmetric`.
 
     Args:
         query: (B, D) float32, bfloat16, float16 or float64.
         positive_key: (B, D), of query's dtype and device.
-        negative_keys: (K, D), negatives of every query, or with negative_mode "paired" (B, K, D), K for each.
+        negative_keys: (K, D), negatives of every query, or with negative_mode "paired" (B, K, D), K for each, or with
+            negative_ids (N, D).
+        negative_ids: (B, K) int64 or int32, the rows of negative_keys that are a query's negatives, in any order, such
+            as `sample_negatives` draws; those below 0 are none. None: negative_mode says which are.
         temperature: divides the similarities: a number, or a 0-d tensor, which gets its exact gradient.
         negative_mode: "unpaired" or "paired", the shape of negative_keys.
         in_batch_negatives: whether other queries' positive keys are negatives; None: where there are no
@@ -77,13 +83,17 @@ def info_nce(
         |q_i - k_i|^2 (arXiv:2005.10242).
 
     Raises:
-        TypeError: if query, positive_key or negative_keys is no tensor, or temperature neither number nor tensor.
+        TypeError: if query, positive_key, negative_keys or negative_ids is no tensor, or temperature neither number nor
+            tensor.
+        IndexError: on the CPU, if one of negative_ids is not below N. On CUDA an assertion stops the process.
         ValueError: if shapes, dtypes, devices or options do not fit, or temperature is a number that is zero or not
             finite (as a tensor: NaN comes out), or on every process, if those of group differ in shapes, dtypes or
             requires_grad.
     """
     query, positive_key = check_pair(query, positive_key, "query", "positive_key")
     query, positive_key, negative_keys = check_negatives(query, positive_key, negative_keys, negative_mode)
+    if negative_ids is not None:
+        _check_negative_ids(negative_ids, query, negative_keys, negative_mode)
     if in_batch_negatives is None:
         in_batch_negatives = negative_keys is None
     in_batch_negatives = check_flag("in_batch_negatives", in_batch_negatives)
@@ -99,7 +109,8 @@ def info_nce(
     if current_backend() == "reference":
         positive_key, negative_keys = (None if x is None else kept(x) for x in (positive_key, negative_keys))
         return reference.contrastive.info_nce(
-            query, positive_key, negative_keys, temperature=temperature, negative_mode=negative_mode,
+            query, positive_key, negative_keys, negative_ids=negative_ids, temperature=temperature,
+            negative_mode=negative_mode,
             in_batch_negatives=in_batch_negatives, symmetric=symmetric, normalize=normalize,
             label_smoothing=label_smoothing, reduction=reduction, return_metrics=return_metrics,
         )  # fmt: skip
@@ -110,10 +121,14 @@ def info_nce(
     in_batch = negative_keys is None and in_batch_negatives and ring is None  # one operation
     whole = in_batch and label_smoothing == 0  # which is all there is to do, norms included
     q, k, others = query, positive_key, negative_keys
+    if negative_mode == "paired" and others is not None:
+        negative_ids = torch.arange(others.shape[0] * others.shape[1], device=q.device).view(others.shape[:2])
+        others = others.flatten(0, 1)
     if not whole and normalize:
-        q, k, others = (None if x is None else unit(x) for x in (q, k, others))
+        q, k = unit(q), unit(k)
+        others = others if others is None or negative_ids is not None else unit(others)
     elif not whole:
-        k, others = kept(k), kept(others) if negative_mode == "paired" and others is not None else others
+        k = kept(k)
     if symmetric:
         loss, sums = pair_loss(q, k, scale, None, label_smoothing, precision, ring, whole and normalize)
         directions = [[pair] for pair in sums]
@@ -125,7 +140,7 @@ def info_nce(
             directions = [[sums]]
         else:
             keys = k if in_batch_negatives else None
-            sums = _sums_of_negatives(q, keys, others, negative_mode, scale, precision, ring)
+            sums = _sums_of_negatives(q, keys, others, negative_ids, scale, normalize, precision, ring)
             positive = dot(q, k) * scale
             negatives = [logsumexp(*pair) for pair in sums] or [torch.full_like(positive, float("-inf"))]
             loss = cross_entropy(functools.reduce(torch.logaddexp, negatives), positive)
@@ -141,21 +156,34 @@ def info_nce(
     return loss, {"accuracy": torch.stack(accuracy).mean(), **metrics}
 
 
+def _check_negative_ids(negative_ids: Tensor, query: Tensor, negative_keys: Tensor | None, negative_mode: str) -> None:
+    if negative_keys is None:
+        raise ValueError("negative_keys must be given with negative_ids, got None")
+    if negative_mode != "unpaired":
+        raise ValueError(f"negative_mode must be 'unpaired' with negative_ids, got {negative_mode!r}")
+    check_ids("negative_ids", negative_ids, query, "query")
+    if current_backend() == "reference" and not negative_ids.is_meta and (negative_ids >= len(negative_keys)).any():
+        raise IndexError(f"negative_ids must be below {len(negative_keys)}, got {negative_ids.max()}")
+
+
 def _sums_of_negatives(
     q: Tensor,
     keys: Tensor | None,
     others: Tensor | None,
-    mode: str,
+    ids: Tensor | None,
     scale: Tensor,
+    normalize: bool,
     precision: str,
     ring: Ring | None,
 ) -> list[Sums]:
-    """Of `keys`, those of the batch without a query's own, and of `others`, in as few parts as there are."""
+    """Of `keys`, those of the batch without a query's own, and of `others`, in as few parts as there are: of all of
+    them, or of those that each query names by `ids`, which are then to be normalised."""
     sums, shared = [], [keys] if keys is not None and ring is None else []
-    if others is not None and mode == "unpaired":
+    if others is not None and ids is None:
         shared.append(others)
     elif others is not None:
-        sums.append(sum_exponentials(dot(q[:, None], others) * scale))
+        weigh = needs_gradient(q, others, scale)
+        sums.append(contrastive.selected_logsumexp(widen(q), others, ids.long(), scale, normalize, weigh)[:2])
     own = None if keys is None else torch.arange(q.shape[0], device=q.device)
     if ring is not None:
         sums.append(row_sums(q, keys, scale, own, precision, ring))

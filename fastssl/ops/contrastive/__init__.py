@@ -25,6 +25,7 @@ negatives, InfoNCE is softplus(n_i - S_ip), which loses nothing where a confiden
     similarity_logsumexp   of each row of S
     pair_logsumexp         of each row and of each column of S (CLIP)
     self_logsumexp         of each row of S = scale z z^T without the diagonal (SupCon, uniformity)
+    selected_logsumexp     of each row's similarities with rows of its own choice, by their ids (InfoNCE)
 
 and clip_loss, info_nce, sup_con and dcl, which do that in one operation, the norms of rows included: in a small batch
 the elementwise steps cost most. info_nce is the loss of one direction, clip_loss that of both. SupCon's positives are
@@ -60,6 +61,7 @@ from fastssl.ops.contrastive.dcl import dcl
 from fastssl.ops.contrastive.info_nce import info_nce
 from fastssl.ops.contrastive.nt_xent import nt_xent
 from fastssl.ops.contrastive.pair_logsumexp import pair_logsumexp
+from fastssl.ops.contrastive.selected_logsumexp import selected_logsumexp
 from fastssl.ops.contrastive.self_logsumexp import self_logsumexp
 from fastssl.ops.contrastive.similarity_logsumexp import similarity_logsumexp
 from fastssl.ops.contrastive.sup_con import class_sums, sup_con
@@ -73,6 +75,7 @@ __all__ = [
     "nothing_kept",
     "nt_xent",
     "pair_logsumexp",
+    "selected_logsumexp",
     "self_logsumexp",
     "similarity_logsumexp",
     "sup_con",

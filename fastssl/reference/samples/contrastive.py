@@ -17,7 +17,7 @@ from fastssl.reference.samples._inputs import (
     sized,
     unit_generator,
 )
-from fastssl.reference.samples._spec import EDGE, POISONED, TRACED, BadInput, OpSpec, Sample
+from fastssl.reference.samples._spec import EDGE, POISONED, RAGGED, TRACED, BadInput, OpSpec, Sample
 
 
 def _nt_xent_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
@@ -150,6 +150,21 @@ def _info_nce_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
         tags={TRACED, POISONED},
     )
     yield Sample("paired, no keys", (leaf(q), leaf(k), leaf(paired[:, :0])), mode)
+    source = torch.Generator().manual_seed(1)
+    ids = torch.randint(-2, 127, (33, 9), generator=source).to(device)
+    ids[5], ids[7] = 3, -1
+    yield Sample("ids", keys, {"negative_ids": ids})
+    yield Sample("ids and batch", keys, {"negative_ids": ids.int(), "in_batch_negatives": True}, tags={TRACED})
+    unit_ids = {"negative_ids": ids, "normalize": False, "temperature": 0.07}
+    yield Sample("ids, not normalized", (*unit_keys[:2], leaf(unit(127, 24))), unit_ids, tags={POISONED})
+    few_ids = torch.tensor([[0, 3, -1], [3, 3, 1]], device=device)
+    few = leaf(q[:2, :4]), leaf(k[:2, :4]), leaf(queue[:4, :4])
+    yield Sample("learnable temperature, ids", few, {"negative_ids": few_ids, "temperature": learnable}, tags={TRACED})
+    wide = leaf(rows(40, 129)), leaf(rows(40, 129)), leaf(rows(50, 129))
+    wide_ids = torch.randint(50, (40, 70), generator=source).to(device)
+    yield Sample("ids, wide", wide, {"negative_ids": wide_ids, "temperature": -0.2}, tags={RAGGED})
+    yield Sample("ids, no keys", (leaf(q), leaf(k), leaf(queue[:0])), {"negative_ids": ids.clamp_max(-1)}, tags={EDGE})
+    yield Sample("no ids", keys, {"negative_ids": ids[:, :0]}, tags={EDGE})
     yield Sample("no negatives", (leaf(q), leaf(k)), {"in_batch_negatives": False})
     yield Sample("symmetric", (leaf(q), leaf(k)), {"symmetric": True, "reduction": "sum"})
     yield Sample("smoothed", (leaf(q), leaf(k)), {"label_smoothing": 0.1, "reduction": "none"})
@@ -224,6 +239,23 @@ def _info_nce_bad_inputs() -> Iterator[BadInput]:
         ("key list", queue.tolist(), "unpaired", TypeError, r"negative_keys .*Tensor.*list"),
     ):
         yield BadInput(label, (q, k, keys), {"negative_mode": mode}, error, match)
+    ids = torch.zeros(8, 5, dtype=torch.int64)
+    for label, keys, options, error, match in (
+        ("ids flat", queue, {"negative_ids": ids[0]}, ValueError, r"negative_ids must have shape \(8, K\).*\(5,\)"),
+        ("ids of fewer rows", queue, {"negative_ids": ids[:7]}, ValueError, r"negative_ids must have shape \(8, K\)"),
+        ("ids floats", queue, {"negative_ids": ids.float()}, ValueError, "negative_ids must have dtype .*float32"),
+        ("ids list", queue, {"negative_ids": ids.tolist()}, TypeError, "negative_ids must be a Tensor, got list"),
+        ("ids elsewhere", queue, {"negative_ids": ids.to("meta")}, ValueError, "negative_ids and query .*device"),
+        ("ids without keys", None, {"negative_ids": ids}, ValueError, "negative_keys must be given with negative_ids"),
+        (
+            "paired ids",
+            paired,
+            {"negative_ids": ids, "negative_mode": "paired"},
+            ValueError,
+            "negative_mode must be 'unpaired' with negative_ids, got 'paired'",
+        ),
+    ):
+        yield BadInput(label, (q, k, keys), options, error, match)
     for name, value in (("symmetric", True), ("label_smoothing", 0.1)):
         match = f"{name} .*negatives.*{value}"
         yield BadInput(f"{name} with a queue", (q, k, queue), {name: value}, ValueError, match)
