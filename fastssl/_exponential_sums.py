@@ -46,6 +46,16 @@ def self_sums(z: Tensor, scale: Tensor, precision: str) -> Sums:
     return contrastive.self_logsumexp(z, scale, keep, precision)[:2]
 
 
+def joined(sums: list[Sums]) -> Sums:
+    """Their sum, of which every derivative is finite where one of them is of nothing."""
+    if len(sums) == 1:
+        return sums[0]
+    shifts = torch.stack([shift.where(total != 0, float("-inf")) for total, shift in sums])
+    shift = shifts.amax(0)
+    shift = shift.where(shift != float("-inf"), 0)
+    return sum(total * factor for (total, _), factor in zip(sums, (shifts - shift).exp(), strict=True)), shift
+
+
 def largest_similarity(sums: list[Sums]) -> Tensor | float:
     """The largest similarity of each row that any of the sums has: NaN if one is, minus infinity if there is none."""
     shifts = [shift.where(total != 0, float("-inf")) + 0 * total for total, shift in sums]

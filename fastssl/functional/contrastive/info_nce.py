@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
@@ -19,7 +17,7 @@ from fastssl._checks import (
     check_share,
     check_temperature,
 )
-from fastssl._exponential_sums import Sums, bytes_to_keep_for, row_sums
+from fastssl._exponential_sums import Sums, bytes_to_keep_for, joined, row_sums
 from fastssl.distributed import ProcessGroup, Ring
 from fastssl.functional.contrastive.pairs import mean_row, pair_loss, pair_metrics
 from fastssl.ops import contrastive, current_backend
@@ -142,8 +140,8 @@ def info_nce(
             keys = k if in_batch_negatives else None
             sums = _sums_of_negatives(q, keys, others, negative_ids, scale, normalize, precision, ring)
             positive = dot(q, k) * scale
-            negatives = [logsumexp(*pair) for pair in sums] or [torch.full_like(positive, float("-inf"))]
-            loss = cross_entropy(functools.reduce(torch.logaddexp, negatives), positive)
+            negatives = logsumexp(*joined(sums)) if sums else torch.full_like(positive, float("-inf"))
+            loss = cross_entropy(negatives, positive)
             directions = [sums]
         if label_smoothing:
             loss = loss + label_smoothing * scale * (dot(q, k) - dot(q, mean_row(k, ring)))
