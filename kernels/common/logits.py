@@ -9,7 +9,8 @@ logits into a workspace; a kernel of the family takes the losses of its rows, an
 products multiply it. Rows of the workspace are padded, so that they are aligned for tensor cores whatever K is.
 
 Cost. With U = 2 V N K D floating-point operations, 3 U with gradients, U without. Of memory, `WORKSPACE` bytes, as many
-rows as they hold; and dW in float32, to which each block adds: 20 K D bytes are read and written for it.
+rows as they hold; dW in float32, to which each block adds, which reads and writes 20 K D bytes; and operands that have
+not the dtype of the products once more in it.
 
 Numerics. Operands, logits and G have the dtype of the products, sums and dW are float32. G may be too small for
 float16: it is multiplied by a power of two, the `gain`, for which it is at most `PEAK`, and the gradients are divided

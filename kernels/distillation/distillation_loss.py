@@ -134,7 +134,7 @@ def distillation_loss_backward(
     teacher_temperature: float,
     unlike_views: bool,
 ) -> list[Tensor]:
-    weight = (grad_loss if weight is None else grad_loss * weight).contiguous()
+    weight = grad_loss if weight is None else grad_loss * weight
     gradients = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in student]
     _launch(student, teacher, center, weight, None, gradients, student_temperature, teacher_temperature, unlike_views)
     return gradients
@@ -179,10 +179,10 @@ def launch(
     views, rows, columns = student.shape
     if views == 0 or rows == 0:
         return
-    constants = center if center is None else center.contiguous()
+    center, weight = (x if x is None else x.contiguous() for x in (center, weight))
     gradient_strides = (0, 0) if gradient is None else gradient.stride()[:2]
     distill[(views * rows,)](
-        student, teacher, constants, weight, losses, gradient, inverse(student_temperature),
+        student, teacher, center, weight, losses, gradient, inverse(student_temperature),
         inverse(teacher_temperature), rows, columns, first_view,
         *student.stride()[:2], *teacher.stride()[:2], *gradient_strides, UNLIKE=unlike_views, T=len(teacher),
         TEACHERS=triton.next_power_of_2(len(teacher)), BLOCK=min(triton.next_power_of_2(columns), BLOCK),

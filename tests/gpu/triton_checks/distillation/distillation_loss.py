@@ -91,8 +91,8 @@ def test_ibot(center):
 
 def test_strides_and_far_rows():
     student, teacher = (_views(1, 4, 40, seed)[0] for seed in (0, 1))
-    weight = torch.ones(4, device=DEVICE)
-    _check([student.T.contiguous().T[None]], [far_apart(teacher)[None]], None, weight, 0.1, 0.04, False)
+    center, weight = (torch.linspace(0.5, 2, n, device=DEVICE).repeat_interleave(2)[::2] for n in (40, 4))
+    _check([student.T.contiguous().T[None]], [far_apart(teacher)[None]], center, weight, 0.1, 0.04, False)
 
 
 def test_rising_rows_rescale():
