@@ -7,8 +7,12 @@
 // Algorithm. Z Z^T is symmetric: tiles I <= J, each for its rows and for its columns. Where bfloat16 products are
 // quicker a tile is of those: its error has a bound, and what lies within it of a row's k largest so far is multiplied
 // again, in float32. So the neighbours are those of float32 products, at the cost of bfloat16's where few rows are that
-// near; where all are, as in a collapsed batch, all are multiplied again. The rest is done row by row: a row of the
-// gradient gathers from its own neighbours, and from the rows whose neighbour it is, in their order.
+// near. Features tend to be near to each other, all being near to their mean m, and so tiles are of y = z - m:
+//
+//     <z_i, z_j> = <y_i, y_j> + o_i + o_j,    o_i = <z_i, m> - |m|^2 / 2
+//
+// whose error is as much smaller as y is than z. The rest is done row by row: a row of the gradient gathers from its own
+// neighbours, and from the rows whose neighbour it is, in their order.
 //
 // Cost: U / 2, with U = 2 N N D floating-point operations, and O(N k D). No two tiles that share a block run at once, and
 // sums have a fixed order: the bits are the same in every run.
@@ -60,28 +64,45 @@ void normalize(const Tensor& x, double eps, double* inverse, float* z) {
   });
 }
 
-// How products are multiplied, and how far at most they are from those of `float32` in `product`.
-struct Search {
-  Engine engine{"bfloat16"};
-  float margin;
+// bfloat16 products, where there are such, else float32.
+Engine engine_of_search() {
+  Engine engine("bfloat16");
+  if (!engine.half()) engine.operand = Operand::Float32;
+  return engine;
+}
 
-  explicit Search(int64_t dim) {
-    if (!engine.half()) engine.operand = Operand::Float32;
-    // Of unit rows: operands each rounded by 2^-9 of their length at most, and sums of `dim` terms.
-    margin = static_cast<float>((engine.half() ? 0x1p-8 + 0x1p-17 : 0) + dim * 0x1p-23);
-  }
-};
+// The mean of up to 64 of the rows: any vector near to most of them will do.
+void find_middle(const Tensor& z, float* middle) {
+  const int64_t count = z.size(0), dim = z.size(1), step = pieces(count, 64);
+  std::fill_n(middle, dim, 0.f);
+  for (int64_t i = 0; i < count; i += step)
+    for (int64_t d = 0; d < dim; ++d) middle[d] += z.const_data_ptr<float>()[i * dim + d];
+  for (int64_t d = 0; d < dim; ++d) middle[d] /= static_cast<float>(pieces(count, step));
+}
 
 void find(const Tensor& z, int64_t size, int64_t first, int64_t own, int64_t k, int64_t* index) {
   const KoleoTiles& tile = FASTSSL_TABLE_IN_USE(koleo_tiles);
   const int64_t count = z.size(0), dim = z.size(1);
-  const Search search(dim);
-  const Side side(z, nullptr, false, kRows | kColumns, search.engine, threads_for(count, count, dim));
+  const Numbers<float> middle(dim), centered(count * dim), offset(round_up(count, kPadding), 0);
+  find_middle(z, middle.data);
+  double square = 0;
+  for (int64_t d = 0; d < dim; ++d) square += double(middle[d]) * middle[d];
+  each_block(threads_for_rows(count, dim), count, [&](int64_t begin, int64_t end) {
+    tile.center(z.const_data_ptr<float>(), begin, end - begin, dim, middle.data, static_cast<float>(square / 2),
+                centered.data, offset.data);
+  });
+  const Tensor y = at::from_blob(centered.data, {count, dim}, at::kFloat);
+  const Engine engine = engine_of_search();
+  const Side side(y, nullptr, false, kRows | kColumns, engine, threads_for(count, count, dim));
+  // Each operand is rounded by 2^-9 of its length at most, each of `dim` additions by 2^-24 of the product of lengths;
+  // and numbers of about 1 by what float32 does.
+  const double error = (engine.half() ? 0x1p-8 + 0x1p-17 : 0) + dim * 0x1p-23;
+  const float margin = static_cast<float>(side.largest_square * error + 0x1p-20);
   constexpr float kInfinity = std::numeric_limits<float>::infinity();
   const Numbers<float> value(own * k, -kInfinity), threshold(side.padded_count(), kInfinity);
   std::fill_n(threshold.data + first, own, -kInfinity);
   std::fill_n(index, own * k, 0);
-  const Nearest nearest{z.const_data_ptr<float>(), count, dim, size, first, own, k, search.margin, value.data, index,
+  const Nearest nearest{z.const_data_ptr<float>(), count, dim, size, first, own, k, margin, offset.data, value.data, index,
                         threshold.data};
   const auto has_own = [&](int64_t b) { return side.first(b) < first + own && side.first(b) + side.size(b) > first; };
   const Similarities products{side, side, 1, 0, nullptr, false};
@@ -92,7 +113,7 @@ void find(const Tensor& z, int64_t size, int64_t first, int64_t own, int64_t k, 
     float* const s = tiles.floats(slot(side.threads));
     products.compute(I, J, s);
     tile.find(nearest, s, side.first(I), side.size(I), side.first(J), side.size(J), I != J);
-  }, [&] { search.engine.release(); });
+  }, [&] { engine.release(); });
 }
 
 std::tuple<Tensor, Tensor> koleo_loss(const Tensor& features, int64_t first, int64_t rows, int64_t topk,

@@ -37,10 +37,28 @@ void normalize(const Rows& x, int64_t first, int64_t count, double eps, double* 
   }
 }
 
+void center(const float* z, int64_t first, int64_t count, int64_t dim, const float* middle, float half, float* y,
+            float* offset) {
+  for (int64_t i = first; i < first + count; ++i) {
+    double partial[kLanes] = {};
+    each(dim, [&](int64_t d, int l) {
+      y[i * dim + d] = z[i * dim + d] - middle[d];
+      partial[l] += static_cast<double>(z[i * dim + d]) * middle[d];
+    });
+    offset[i] = static_cast<float>(total(partial) - half);
+  }
+}
+
 float product(const float* a, const float* b, int64_t dim) {
-  float partial[kLanes] = {};
-  each(dim, [&](int64_t d, int l) { partial[l] += a[d] * b[d]; });
-  return total(partial);
+  Vec partial[4] = {};  // four sums need not wait for each other
+  int64_t d = 0;
+  for (; d + 4 * kLanes <= dim; d += 4 * kLanes)
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) partial[v] += load(a + d + v * kLanes) * load(b + d + v * kLanes);
+  for (; d + kLanes <= dim; d += kLanes) partial[0] += load(a + d) * load(b + d);
+  float rest = 0;
+  for (; d < dim; ++d) rest += a[d] * b[d];
+  return sum((partial[0] + partial[1]) + (partial[2] + partial[3])) + rest;
 }
 
 // Whether x may be for a list with this threshold: NaN is for all.
@@ -66,28 +84,28 @@ void enter(const Nearest& nearest, int64_t i, float x, int64_t j) {
   if (at == nearest.k) return;
   value[at] = x;
   index[at] = j;
-  nearest.threshold[i] = value[nearest.k - 1] - nearest.margin;
+  nearest.threshold[i] = value[nearest.k - 1] - nearest.margin - nearest.offset[i];
 }
 
 void find(const Nearest& nearest, const float* s, int64_t row, int64_t rows, int64_t column, int64_t columns,
           bool both) {
   const int64_t ld = (columns + 31) / 32 * 32;
+  const float *const of_columns = nearest.threshold + column, *const offset = nearest.offset + column;
   for (int64_t i = row; i < row + rows; ++i, s += ld) {
-    const float *const of_row = nearest.threshold + i, *const of_columns = nearest.threshold + column;
+    const float *const of_row = nearest.threshold + i, own_offset = nearest.offset[i];
+    const auto candidates = [&](int64_t c) {
+      const IntVec for_row = may_enter(load(s + c) + load(offset + c), broadcast(*of_row));
+      return both ? for_row | may_enter(load(s + c) + own_offset, load(of_columns + c)) : for_row;
+    };
     IntVec found = {};
-    for (int64_t c = 0; c < ld; c += kLanes) {
-      found |= may_enter(load(s + c), broadcast(*of_row));
-      if (both) found |= may_enter(load(s + c), load(of_columns + c));
-    }
+    for (int64_t c = 0; c < ld; c += kLanes) found |= candidates(c);
     if (!any(found)) continue;
     const int64_t group = i / nearest.size * nearest.size;
     for (int64_t c = 0; c < ld; c += kLanes) {
-      IntVec here = may_enter(load(s + c), broadcast(*of_row));
-      if (both) here |= may_enter(load(s + c), load(of_columns + c));
-      if (!any(here)) continue;
+      if (!any(candidates(c))) continue;
       for (int64_t l = c; l < c + kLanes && l < columns; ++l) {
         const int64_t j = column + l;
-        const bool for_row = !(s[l] < *of_row), for_column = both && !(s[l] < of_columns[l]);
+        const bool for_row = !(s[l] + offset[l] < *of_row), for_column = both && !(s[l] + own_offset < of_columns[l]);
         if (!(for_row || for_column) || i == j || j < group || j >= group + nearest.size) continue;
         const float exact = product(nearest.z + i * nearest.dim, nearest.z + j * nearest.dim, nearest.dim);
         const float x = exact == exact ? exact : kInfinity;
@@ -116,6 +134,6 @@ void add_difference(float factor, float inverse_distance, const float* a, const 
 }  // namespace
 
 extern const KoleoTiles koleo_tiles;
-const KoleoTiles koleo_tiles = {normalize, find, distance, add_difference};
+const KoleoTiles koleo_tiles = {normalize, center, find, distance, add_difference};
 
 }  // namespace fastssl::FASTSSL_ISA

@@ -9,14 +9,16 @@
 namespace fastssl {
 
 // The search for the k rows j != i, of the group of `size` consecutive rows that row i is in, whose products with it
-// are largest, for the `own` rows i from `first` on.
+// are largest, for the `own` rows i from `first` on. Tiles are of products of other rows y, <y_i, y_j> being about
+// <z_i, z_j> - offset_i - offset_j.
 struct Nearest {
   const float* z;  // (count, dim)
   int64_t count, dim, size, first, own, k;
-  float margin;      // a tile's products are that close to those that decide
-  float* value;      // (own, k), in descending order; minus infinity where there is none yet, infinity for NaN
-  int64_t* index;    // (own, k); equal products in ascending order
-  float* threshold;  // of each row, padded: products below it are too small for its list; infinity for other rows
+  float margin;         // what a tile tells of <z_i, z_j> is that close to it
+  const float* offset;  // of each row, padded
+  float* value;         // (own, k), in descending order; minus infinity where there is none yet, infinity for NaN
+  int64_t* index;       // (own, k); equal products in ascending order
+  float* threshold;     // of row i, padded: what <y_i, y_j> + offset_j must reach; infinity for rows that are not own
 };
 
 struct KoleoTiles {
@@ -24,7 +26,11 @@ struct KoleoTiles {
   // which each was multiplied, negative where eps was larger than the norm. `scratch`: padded dim floats.
   void (*normalize)(const Rows& x, int64_t first, int64_t count, double eps, double* inverse, float* scratch, float* z);
 
-  // Enters into the lists what is in the tile s (rows, columns) of Z Z^T, whose first entry is (row, column): of its
+  // Of rows [first, first + count): y = z - middle, and offset = <z, middle> - half.
+  void (*center)(const float* z, int64_t first, int64_t count, int64_t dim, const float* middle, float half, float* y,
+                 float* offset);
+
+  // Enters into the lists what is in the tile s (rows, columns) of Y Y^T, whose first entry is (row, column): of its
   // rows and, if `both`, of its columns.
   void (*find)(const Nearest& nearest, const float* s, int64_t row, int64_t rows, int64_t column, int64_t columns,
                bool both);

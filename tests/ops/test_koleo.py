@@ -68,14 +68,15 @@ def test_nearest_of_every_precision(precision, elements, kernels, monkeypatch):
 def test_nearest_across_tiles(first, rows, size, topk, kernels):
     """Of some rows, in groups that tiles cut, whose similarities are often nearer than bfloat16 tells apart."""
     torch.set_num_threads(2)
-    x = normal(1, 40) + 0.3 * normal(700, 40, seed=1)
-    nearest = koleo.koleo_loss(x, first, rows, topk, size, 1e-8)[1]
-    z = F.normalize(x.double(), dim=1)
-    S = z[first : first + rows] @ z.T
     i, j = torch.arange(first, first + rows)[:, None], torch.arange(700)
-    S.masked_fill_((i // size != j // size) | (i == j), -2)
-    torch.testing.assert_close(S.gather(1, nearest), S.topk(topk).values, rtol=0, atol=1e-6)
-    assert (nearest.sort(1).values.diff(dim=1) > 0).all()
+    around = normal(3, 40, seed=2)[torch.arange(700) % 3]
+    for x in (normal(1, 40) + 0.3 * normal(700, 40, seed=1), around + 0.01 * normal(700, 40, seed=1)):
+        nearest = koleo.koleo_loss(x, first, rows, topk, size, 1e-8)[1]
+        z = F.normalize(x.double(), dim=1)
+        S = z[first : first + rows] @ z.T
+        S.masked_fill_((i // size != j // size) | (i == j), -2)
+        torch.testing.assert_close(S.gather(1, nearest), S.topk(topk).values, rtol=0, atol=1e-6)
+        assert (nearest.sort(1).values.diff(dim=1) > 0).all()
 
 
 def test_koleo_of_duplicates_is_finite(backend):
