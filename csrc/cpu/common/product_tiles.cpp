@@ -11,15 +11,55 @@ namespace {
 
 constexpr float kNormFloor = 1e-12f;  // torch.nn.functional.normalize's eps
 
-// In double, so that rows of numbers such as 1e30 or 1e-30 have a norm; `dim` is padded.
-double dot(const float* a, const float* b, int64_t dim) {
-  double partial[kLanes] = {};
-  for (int64_t d = 0; d < dim; d += kLanes)
-    for (int i = 0; i < kLanes; ++i) partial[i] += static_cast<double>(a[d + i]) * b[d + i];
+double sum(const double (&partial)[kLanes]) {
   double total = 0;
   for (int i = 0; i < kLanes; ++i) total += partial[i];
   return total;
 }
+
+// <a, b>; `dim` is padded. Four products at a time are summed in float32, and these sums in double. Where the products
+// are too large or too small for that, they are double as well: rows of numbers such as 1e30 or 1e-30 have a norm.
+double dot(const float* a, const float* b, int64_t dim) {
+  double partial[kLanes] = {};
+  for (int64_t d = 0; d < dim;) {
+    Vec four = {};
+    for (const int64_t end = d + 4 * kLanes < dim ? d + 4 * kLanes : dim; d < end; d += kLanes)
+      four += load(a + d) * load(b + d);
+    for (int i = 0; i < kLanes; ++i) partial[i] += four[i];
+  }
+  const double total = sum(partial), size = __builtin_fabs(total);
+  if (size > 1e-25 && size < __builtin_inf()) return total;
+  for (int i = 0; i < kLanes; ++i) partial[i] = 0;
+  for (int64_t d = 0; d < dim; d += kLanes)
+    for (int i = 0; i < kLanes; ++i) partial[i] += static_cast<double>(a[d + i]) * b[d + i];
+  return sum(partial);
+}
+
+// Whether a float holds x, which it does neither 1e40 nor, with all its digits, 1e-40.
+bool fits_float(double x) { return __builtin_fabs(x) >= __FLT_MIN__ && __builtin_fabs(x) <= __FLT_MAX__; }
+
+// out = x factor, of `dim` numbers; `out` may be x.
+void scale_row(const float* x, double factor, int64_t dim, float* out) {
+  const float narrow = static_cast<float>(factor);
+  if (fits_float(factor)) {
+    for (int64_t d = 0; d < dim; ++d) out[d] = x[d] * narrow;
+  } else {
+    for (int64_t d = 0; d < dim; ++d) out[d] = static_cast<float>(x[d] * factor);
+  }
+}
+
+// A row, still to be multiplied with a factor.
+struct ScaledRow {
+  const float* x;
+  float factor;
+
+  // x times `factor`; x itself if it is float32, padded, and its products with the factor are no extreme numbers.
+  ScaledRow(const void* row, Element element, int64_t dim, float factor_, float* spare) {
+    const bool moderate = factor_ > 1e-15f && factor_ < 1e15f;
+    factor = moderate ? factor_ : 1;
+    x = row_of(row, element, dim, moderate ? 1 : factor_, spare);
+  }
+};
 
 void arrange(const float* z, int64_t rows, int64_t dim, Operand operand, float* spare, const Packed& out) {
   const int64_t elements = rows * dim;
@@ -58,28 +98,26 @@ void arrange(const float* z, int64_t rows, int64_t dim, Operand operand, float* 
 float pack(const Rows& rows, int64_t first, int64_t count, int64_t padded_rows, int64_t padded_dim, bool normalize,
            Operand operand, float* inverse_norm, float* scratch, const Packed& out) {
   float* z = operand == Operand::BFloat16 || !out.left ? scratch : static_cast<float*>(out.left);
-  const bool wanted = out.left || out.right || out.right_pairs || out.left_columns;
+  const bool wanted = out.left || out.right || out.right_pairs || out.left_columns, copied = wanted && !out.as_they_lie;
   double largest = 0;
   for (int64_t r = 0; r < count; ++r) {
-    float* const row = z + r * padded_dim;
-    const float* x = row;
-    if (wanted) {
-      load_row(rows[first + r], rows.element, rows.dim, 1, row);
-    } else {
-      x = row_of(rows[first + r], rows.element, rows.dim, 1, scratch);
-    }
+    float* const row = copied ? z + r * padded_dim : scratch;
+    const float* const x = row_of(rows[first + r], rows.element, rows.dim, 1, row);
     const double square = dot(x, x, padded_dim);
+    double inverse = 1;
     inverse_norm[r] = 1;
     if (normalize) {
       const double norm = __builtin_sqrt(square);
-      const double inverse = 1 / (norm > kNormFloor || norm != norm ? norm : kNormFloor);
-      for (int64_t d = 0; wanted && d < padded_dim; ++d) row[d] = static_cast<float>(row[d] * inverse);
+      inverse = 1 / (norm > kNormFloor || norm != norm ? norm : kNormFloor);
       inverse_norm[r] = static_cast<float>(norm > kNormFloor || norm != norm ? inverse : -inverse);
     } else {
       largest = square <= largest ? largest : square;
     }
+    if (copied && (x != row || normalize)) scale_row(x, inverse, padded_dim, row);
   }
-  if (wanted) {
+  if (wanted && out.as_they_lie) {
+    arrange(out.as_they_lie, padded_rows, padded_dim, operand, scratch, out);
+  } else if (wanted) {
     const int64_t elements = padded_rows * padded_dim;
     for (int64_t i = count * padded_dim; i < elements; ++i) z[i] = 0;
     arrange(z, padded_rows, padded_dim, operand, scratch + elements, out);
@@ -107,20 +145,18 @@ double finish(const void* x, float inverse_norm, const void* positive, float pos
   const int64_t padded = (dim + 31) / 32 * 32;
   const float inverse = __builtin_fabsf(inverse_norm);
   if (positive) {
-    const float* const p = row_of(positive, element, dim, __builtin_fabsf(positive_inverse_norm), scratch);
-    for (int64_t d = 0; d < padded; ++d) sums[d] += positive_weight * p[d];
+    const ScaledRow p(positive, element, dim, __builtin_fabsf(positive_inverse_norm), scratch);
+    const float weight = positive_weight * p.factor;
+    for (int64_t d = 0; d < padded; ++d) sums[d] += weight * p.x[d];
   }
-  const float* const z = row_of(x, element, dim, inverse, scratch);
-  const double along = dot(sums, z, padded);
-  const float projection = normalize && inverse_norm > 0 ? static_cast<float>(along) : 0;
+  const ScaledRow z(x, element, dim, inverse, scratch);
+  const double along = dot(sums, z.x, padded) * z.factor;
+  const float projection = normalize && inverse_norm > 0 ? static_cast<float>(along * z.factor) : 0;
   if (projection != 0)
-    for (int64_t d = 0; d < padded; ++d) sums[d] -= projection * z[d];
-  if (inverse != 1) {
-    const double factor = double(scale) * inverse;  // in double: a float holds neither 1e40 nor 1e-50
-    for (int64_t d = 0; d < padded; ++d) sums[d] = static_cast<float>(sums[d] * factor);
-    scale = 1;
-  }
-  store_row(sums, out_element, dim, scale, out);
+    for (int64_t d = 0; d < padded; ++d) sums[d] -= projection * z.x[d];
+  const double factor = double(scale) * inverse;
+  if (!fits_float(factor)) scale_row(sums, factor, padded, sums);
+  store_row(sums, out_element, dim, fits_float(factor) ? static_cast<float>(factor) : 1, out);
   return along;
 }
 

@@ -39,6 +39,7 @@ struct Packed {
   void* right;        // (dim, rows), in pairs if bfloat16: right operand of X Z^T; in float32 also left of Z^T W
   void* right_pairs;  // bfloat16 only: (rows, dim) in pairs: right operand of W Z
   void* left_columns; // bfloat16 only: (dim, rows): left operand of Z^T W
+  const float* as_they_lie = nullptr;  // unless null, the rows themselves, which are `left` without being packed
 };
 
 struct ProductTiles {

@@ -1,4 +1,4 @@
-// The sides of a product of two matrices of rows: packed as its operands, and what they gather of their gradients.
+// The two sides of a product X Y^T: their rows, packed as operands, and the sums that become their gradients.
 #pragma once
 
 #include <algorithm>
@@ -12,7 +12,7 @@
 
 namespace fastssl {
 
-// What a block of rows Z is multiplied as.
+// The operands that a block of rows Z is packed as.
 enum Role : int {
   kNothing = 0,
   kRows = 1,      // Z in S = Z Y^T
@@ -21,8 +21,9 @@ enum Role : int {
   kWeighing = 8,  // Z in W^T Z; see `Gathered`
 };
 
-// One side of S: the rows of a tensor, or of two on top of each other, (normalised and) packed block by block. A lazy
-// one is not packed as a whole: a thread calls prepare(b) before it uses block b, and keeps one block at a time.
+// One side of S: the rows of one tensor, or of two, the second below the first, which are (normalised and) packed in
+// blocks. A lazy side is not packed as a whole: a thread calls prepare(b) before it uses block b, and keeps one block
+// at a time.
 struct Side {
   Tensor first_part, second_part;
   Rows rows;
@@ -32,13 +33,13 @@ struct Side {
   int threads;
   Cut cut;
   bool normalize, lazy;
-  bool turned;  // W^T Z is a product of turned W, else of Z^T
+  bool turned;  // whether W^T Z is computed from W transposed, or else transposed, as Z^T W
   int roles;
   Blocks left, right, right_pairs, left_columns, scratch;
   Numbers<float> inverse_norm;
-  float largest_square = 0;  // max |z_i|^2, 1 where rows are normalised; with NaN rows any number: tiles carry NaN
+  float largest_square = 0;  // max |z_i|^2, 1 for normalised rows; any number if a row is NaN, as its tiles are then
 
-  // One side of a pair. `known`, unless null, is the largest square, which then need not be found.
+  // One side of a pair. `known`, unless null, is the largest square, which then need not be computed.
   Side(const Tensor& x, bool normalize, int wanted, const Engine& engine, int threads, bool lazy = false,
        const float* known = nullptr)
       : Side(x, nullptr, normalize, false, wanted, engine, threads, lazy, known) {}
@@ -95,18 +96,20 @@ struct Side {
   // Packs block b, and returns its largest |z|^2.
   float prepare(int64_t b) const {
     const int64_t at = place(b);
-    const Packed out{as_they_lie(b) ? nullptr : left[at], right[at], right_pairs[at], left_columns[at]};
+    const bool lie = as_they_lie(b);
+    const Packed out{lie ? nullptr : left[at], right[at], right_pairs[at], left_columns[at],
+                     lie ? static_cast<const float*>(rows[first(b)]) : nullptr};
     return engine.tile.pack(rows, first(b), size(b), padded(b), dim, normalize, engine.operand,
                             inverse_norm.data + first(b), scratch.floats(slot(threads)), out);
   }
 
-  // Whether block b is an operand without being packed.
+  // Whether block b, as it lies in memory, is the operand that packing would make of it.
   bool as_they_lie(int64_t b) const {
     return engine.operand == Operand::Float32 && rows.element == Element::Float32 && !normalize && rows.dim == dim &&
         rows.stride[0] == dim && size(b) == padded(b) && rows.batch == count;
   }
 
-  // Whether all blocks are all the operands they are wanted as.
+  // Whether that holds for every block and every operand that is wanted.
   bool as_they_lie() const {
     bool lie = !right.bytes_per_block && !right_pairs.bytes_per_block && !left_columns.bytes_per_block;
     for (int64_t b = 0; lie && left.bytes_per_block && b < cut.blocks; ++b) lie = as_they_lie(b);
@@ -133,18 +136,18 @@ struct Side {
   const void* weighing(int64_t b) const { return engine.half() ? left_columns[place(b)] : right[place(b)]; }
 };
 
-// What the blocks of a side gather of their gradient from weights W of tiles of S: W Y of its columns where the side is
-// X, W^T X of its rows where it is Y.
+// The sums that become a side's gradient, one for each block of its rows: of W Y if the side is X, the rows of S, and
+// of W^T X if it is Y, the columns. W are the weights of a tile of S.
 //
-// W^T X is gathered transposed, as X^T W: W is then a right operand as it lies, and X is packed transposed, once. Where
-// X has few rows, at most twice its features, to turn the tiles is less work.
+// W^T X is summed transposed, as X^T W: W is then a right operand as it lies, and X is packed transposed once. If X has
+// few rows, at most twice as many as features, it is less work to transpose the tiles.
 struct Gathered {
   const Side& side;
   Blocks sums, transposed;  // (rows, dim) and (dim, rows) floats each
   Blocks turned;
-  std::vector<char> has_sums, has_transposed;  // the first term of a sum is stored, not added
+  std::vector<char> has_sums, has_transposed;  // a sum's first term is stored, not added
 
-  // Of rows' tiles, if `of_rows`, and of columns' unless `x` is null, the side that S has as rows then.
+  // `of_rows`: for sums of W Y. `x`, unless null: for sums of W^T X as well.
   Gathered(const Side& side, bool of_rows, const Side* x)
       : side(side),
         sums(side.cut.blocks, of_rows || (x && x->turned) ? side.cut.block * side.dim * 4 : 0),
@@ -153,13 +156,13 @@ struct Gathered {
         has_sums(side.cut.blocks),
         has_transposed(side.cut.blocks) {}
 
-  // Block I gathers W Y_J, W being (rows, columns) of float32 or bfloat16.
+  // Adds W Y_J to the sum of block I. W is (rows, columns) of float32 or bfloat16.
   void add(int64_t I, const void* W, const Side& y, int64_t J) {
     side.engine.multiply(side.padded(I), side.dim, y.padded(J), std::exchange(has_sums[I], 1), W, y.weighed(J),
                          sums.floats(I));
   }
 
-  // Block J gathers W^T X_I, W being float32, or bfloat16 in pairs.
+  // Adds W^T X_I to the sum of block J. W is float32, or bfloat16 in pairs.
   void add_columns(int64_t J, const void* W, const Side& x, int64_t I) {
     const int64_t m = x.padded(I), n = side.padded(J);
     if (!x.turned) {
@@ -171,7 +174,7 @@ struct Gathered {
     side.engine.multiply(n, side.dim, m, std::exchange(has_sums[J], 1), turn, x.weighed(I), sums.floats(J));
   }
 
-  // What block b has gathered, (rows, dim). `spare` has room for it.
+  // The sum of block b, (rows, dim). `spare` has room for it.
   float* operator()(int64_t b, float* spare) const {
     const int64_t elements = side.padded(b) * side.dim;
     if (has_transposed[b]) side.engine.tile.transposed(transposed.floats(b), side.padded(b), side.dim, spare);
@@ -186,7 +189,7 @@ struct Gathered {
   }
 };
 
-// The product of row i of x with its partner in y, (normalised but) unrounded. `spare`: 2 x.dim floats.
+// The product of row i of x with its partner in y, both (normalised but) unrounded. `spare`: 2 x.dim floats.
 inline double dot_row(const Side& x, const Side& y, int64_t i, float* spare) {
   const int64_t j = y.partner(i);
   const double dot = x.engine.tile.dot(x.rows[i], y.rows[j], x.rows.element, x.rows.dim, spare);
@@ -208,8 +211,8 @@ struct Positives {
   const float* weight;
 };
 
-// Writes the gradient of a side's tensor, or tensors: scale G, where G is what the blocks have gathered plus, unless
-// `positives` is null, weighted positives; for normalised rows, the gradient of the rows before they were normalised.
+// Writes the gradient of a side's tensor, or tensors: scale G, where G is the blocks' sums plus, unless `positives` is
+// null, weighted positives; for normalised rows, the gradient of the rows before they were normalised.
 // Returns sum_i <G_i, z_i>, z being the rows as they were multiplied.
 inline double finish_side(const Gathered& gathered, const Positives* positives, float scale, const Tensor& grad,
                           const Tensor* grad_of_second = nullptr) {
