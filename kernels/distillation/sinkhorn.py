@@ -42,7 +42,6 @@ from fastssl.kernels.distillation.logits import (
 )
 
 BLOCK = {"BR": 8, "BK": 256}  # the tile of the kernels over columns: 16 logits for each thread
-SLOTS = 64  # the most slots into which the rows of a sum are divided
 WARPS = 4
 ROW = {"BLOCK": 4096}  # logits of a row at a time: 16 for each thread
 ROW_WARPS = 8
@@ -154,7 +153,7 @@ def column_sums(logits: Sequence[Tensor]) -> Tensor:
 def _slots(x: Tensor, count: int) -> Tensor:
     """(count, slots, K), a row for each slot into which the rows of x are divided."""
     rows, columns = x.shape
-    slots = min(SLOTS, triton.cdiv(rows, 4 * BLOCK["BR"]), 4 * PROGRAMS // triton.cdiv(columns, BLOCK["BK"]))
+    slots = min(triton.cdiv(rows, 4 * BLOCK["BR"]), 4 * PROGRAMS // triton.cdiv(columns, BLOCK["BK"]))
     return x.new_empty((count, max(slots, 1), columns), dtype=torch.float32)
 
 

@@ -98,11 +98,11 @@ def test_no_rows():
     assert not found["assignment_sums"].any() and not found["column_sums"].any()
 
 
-@pytest.mark.parametrize("slots", [1, 2, kernels.SLOTS])
-def test_slots_share_out_the_rows(slots, monkeypatch):
-    monkeypatch.setattr(kernels, "SLOTS", slots)
+@pytest.mark.parametrize("programs, slots", [(0, 1), (1, 3)])
+def test_slots_share_out_the_rows(programs, slots, monkeypatch):
+    monkeypatch.setattr(kernels, "PROGRAMS", programs)
     logits = _logits(70, 40)
-    assert kernels._slots(logits, 1).shape == (1, min(slots, 3), 40)
+    assert kernels._slots(logits, 1).shape == (1, slots, 40)
     _check(logits)
 
 
