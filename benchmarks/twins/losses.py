@@ -128,10 +128,20 @@ def _vicreg(z_a: Tensor, z_b: Tensor, *, lambda_param: float, mu_param: float, n
     return loss
 
 
+def _linear_cross_entropy(features: Tensor, weight: Tensor, labels: Tensor, *, linear_bias: Tensor) -> Tensor:
+    features, labels = features.flatten(0, -2), labels.flatten()
+
+    def share(row: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(features[row], weight, linear_bias), labels[row], reduction="sum")
+
+    return _sum(share, len(features)) / (labels >= 0).sum()
+
+
 CHUNKED = {
     "barlow_twins": _barlow_twins,
     "clip_loss": _clip_loss,
     "info_nce": _info_nce,
+    "linear_cross_entropy": _linear_cross_entropy,
     "nt_xent": _nt_xent,
     "siglip_loss": _siglip_loss,
     "sup_con": _sup_con,

@@ -172,6 +172,8 @@ def _train(args: argparse.Namespace) -> None:
         writer.close()
     for test, value in parallel.in_first_process(lambda: method.evaluate(dataset)).items():
         console.print(f"{test} {value:.1%}, with random weights {untrained[test]:.1%}")
+    for text in parallel.in_first_process(lambda: method.samples(dataset)) if hasattr(method, "samples") else ():
+        console.print(text, markup=False, highlight=False)
     if pictures is not None:
         parallel.in_first_process(lambda: method.pictures(dataset, pictures))
     if collapse := history[args.method][-1].health.collapse:

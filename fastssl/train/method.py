@@ -23,9 +23,10 @@ all: see `fastssl.train.parallel`.
 The command line also calls `load`, `training_data` and `evaluate`, which say what data a method learns from and what it
 is worth; they have defaults for images. Its options are the arguments of the method's constructor: each has a type
 annotation, float, int or bool, a default, and a line under "Args:". `total_steps` is not an option but the length of
-the run; `size`, `colours` and `classes` are those of the images. `--impl naive` runs the step, but not its views, in
-the backend "reference" of `fastssl.use_backend`: a method calls the functions and modules of fastssl and nothing else
-for its losses, moving averages and queues. Views, masks among them, and measurements are the same in both.
+the run; `size`, `colours` and `classes` are those of the images, `vocabulary` that of the text. If there is
+`samples(dataset)`, it prints these texts at the end. `--impl naive` runs the step, but not its views, in the backend
+"reference" of `fastssl.use_backend`: a method calls the functions and modules of fastssl and nothing else for its
+losses, moving averages and queues. Views, masks among them, and measurements are the same in both.
 """
 
 from __future__ import annotations
@@ -43,7 +44,13 @@ from fastssl.train.data import images
 from fastssl.train.data.augment import Augmentation
 
 IMPLEMENTATIONS = {"fastssl": "auto", "naive": "reference"}  # name -> the backend of fastssl.use_backend
-GIVEN = {"total_steps", "size", "colours", "classes"}  # a constructor's arguments that the run and the images decide
+GIVEN = {
+    "total_steps",
+    "size",
+    "colours",
+    "classes",
+    "vocabulary",
+}  # arguments that run and data decide
 
 
 class Method(nn.Module):

@@ -58,7 +58,7 @@ def data_of(method: Method) -> Any:
     tokens = torch.randint(1, 200, (40, 8), generator=generator)
     if method.load is METHODS["clip"].load:
         return TensorDataset(images.unsqueeze(1).expand(-1, 3, -1, -1), tokens)
-    if method.load is METHODS["simcse"].load:
+    if method.load in (METHODS["simcse"].load, METHODS["bert"].load):
         return tokens
     labelled = isinstance(method, (METHODS["sup_con"], METHODS["supervised"]))
     return TensorDataset(images, torch.arange(len(images)) % 3) if labelled else images

@@ -26,8 +26,10 @@ from benchmarks.twins.results import Timing, step_ratio
 from fastssl.train import METHODS, Method, Run, Step, cli, create, fit, twins
 from fastssl.train.data import images as images_module
 from fastssl.train.data import pairs as pairs_module
+from fastssl.train.data import subwords as subwords_module
 from fastssl.train.data import text as text_module
 from fastssl.train.data.pairs import Pairs
+from fastssl.train.data.subwords import Subwords
 from fastssl.train.data.text import Sentences
 
 QUIET = Console(quiet=True)
@@ -47,7 +49,10 @@ def small_data(monkeypatch, blobs, blob_places):
     train, test = (TensorDataset(coloured[part], texts[part]) for part in (slice(64), slice(64, 96)))
     pairs = Pairs("pairs", train, test, (), torch.full((32,), -1))
     sentences = Sentences("sentences", *torch.randint(1, 50, (96, 6), generator=generator).split((64, 32)))
-    for module, dataset in ((images_module, blobs), (pairs_module, pairs), (text_module, sentences)):
+    subwords = Subwords("subwords", sentences.train, sentences.test, "")
+    monkeypatch.setattr(Subwords, "facts", {"vocabulary": 50})
+    datasets = (images_module, blobs), (pairs_module, pairs), (text_module, sentences), (subwords_module, subwords)
+    for module, dataset in datasets:
         monkeypatch.setattr(module, "load", lambda source, dataset=dataset: dataset)
 
 

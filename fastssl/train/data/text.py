@@ -43,9 +43,17 @@ class Sentences(NamedTuple):
 
 
 def load(source: str | os.PathLike[str] | None = None) -> Sentences:
-    """24,408 of the King James Bible's 31,102 verses in its order, or the sentences of a text.
+    """The words of `read`'s sentences."""
+    name, sentences = read(source)
+    test = len(sentences) // 4
+    tokens = tokenize(sentences)
+    return Sentences(name, tokens[:-test], tokens[-test:])
 
-    The package lacks the others. The last quarter begins at Zephaniah 1:13.
+
+def read(source: str | os.PathLike[str] | None = None) -> tuple[str, list[str]]:
+    """24,408 of the King James Bible's 31,102 verses in its order, or the sentences of a text; and what they are.
+
+    The package lacks the other verses. The last quarter begins at Zephaniah 1:13.
 
     Args:
         source: text file in UTF-8; "python", see `fastssl.train.data.python_doc`; or folder that has the Bible
@@ -55,16 +63,13 @@ def load(source: str | os.PathLike[str] | None = None) -> Sentences:
         DataError: if a text cannot be had, or the file has fewer than 8 sentences of at least three words.
     """
     if source == "python":
-        name, sentences = "Python's documentation", _sentences("\n\n".join(python_doc.read()))
-    elif source is not None and not Path(source).is_dir():
-        name, sentences = Path(source).name, _sentences(_text(Path(source)))
+        return "Python's documentation", _sentences("\n\n".join(python_doc.read()))
+    if source is not None and not Path(source).is_dir():
+        sentences = _sentences(_text(Path(source)))
         if len(sentences) < 8:
             raise DataError(f"{source} must have at least 8 sentences, got {len(sentences)}")
-    else:
-        name, sentences = "King James Bible", _verses(packages.read("king-james", KING_JAMES, source)["Bible.db"])
-    test = len(sentences) // 4
-    tokens = tokenize(sentences)
-    return Sentences(name, tokens[:-test], tokens[-test:])
+        return Path(source).name, sentences
+    return "King James Bible", _verses(packages.read("king-james", KING_JAMES, source)["Bible.db"])
 
 
 def tokenize(texts: Sequence[str]) -> Tensor:

@@ -10,11 +10,13 @@ from typing import Any
 
 from fastssl.train.method import Method
 from fastssl.train.methods.barlow_twins import BarlowTwins
+from fastssl.train.methods.bert import BERT
 from fastssl.train.methods.byol import BYOL
 from fastssl.train.methods.clip import CLIP
 from fastssl.train.methods.data2vec import Data2Vec
 from fastssl.train.methods.dino import DINO
 from fastssl.train.methods.dinov2 import DINOv2
+from fastssl.train.methods.gpt import GPT
 from fastssl.train.methods.ibot import IBOT
 from fastssl.train.methods.jepa import JEPA
 from fastssl.train.methods.mae import MAE
@@ -32,11 +34,13 @@ from fastssl.train.networks import models
 
 METHODS: dict[str, type[Method]] = {
     "barlow_twins": BarlowTwins,
+    "bert": BERT,
     "byol": BYOL,
     "clip": CLIP,
     "data2vec": Data2Vec,
     "dino": DINO,
     "dinov2": DINOv2,
+    "gpt": GPT,
     "ibot": IBOT,
     "jepa": JEPA,
     "mae": MAE,

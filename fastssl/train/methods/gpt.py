@@ -1,0 +1,38 @@
+"""GPT: causal language modelling (Radford et al. 2018); at the end it writes a few sentences."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastssl.train.data.subwords import LENGTH, Subwords
+from fastssl.train.language import LanguageModel
+
+
+class GPT(LanguageModel):
+    """Each subword is to be predicted from those before it."""
+
+    predicted, causal = "next subwords", True
+
+    def views(self, batch: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """(B, L) subwords, as they are."""
+        return (batch,)
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, ...]:
+        """Features (B, L - 1, features) of all but the last, and what follows each."""
+        return self.encoder(tokens[:, :-1]), tokens[:, 1:]
+
+    @torch.no_grad()
+    def samples(self, dataset: Subwords, count: int = 3, temperature: float = 0.8) -> list[str]:
+        """Texts that it goes on with after the beginnings of sequences to be tested, drawn from its distributions."""
+        training = self.training
+        self.eval()
+        generator = torch.Generator().manual_seed(0)
+        begun = LENGTH // 8
+        texts = dataset.test[:: max(1, len(dataset.test) // count)][:count, :begun]
+        for _ in range(LENGTH - begun):
+            logits = self.encoder(texts)[:, -1] @ self.encoder.words.weight.T + self.bias
+            drawn = (logits / temperature).softmax(1).multinomial(1, generator=generator)
+            texts = torch.cat([texts, drawn], 1)
+        self.train(training)
+        return [f"{dataset.decode(text[:begun])} ... {dataset.decode(text[begun:])}" for text in texts]

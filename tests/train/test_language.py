@@ -1,0 +1,112 @@
+"""BERT and GPT: subwords of a text, what is to be predicted, what that is worth."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("rich")
+pytest.importorskip("sklearn")
+
+from fastssl.train import Method, Run, create, fit
+from fastssl.train.data import subwords
+from fastssl.train.data.packages import DataError
+from fastssl.train.data.subwords import LENGTH, Subwords
+from tests.train.runs import QUIET
+
+WORDS = 30
+
+
+@pytest.fixture
+def text(monkeypatch) -> Subwords:
+    """Subwords that count up from a random one."""
+    monkeypatch.setattr(Subwords, "facts", {"vocabulary": WORDS})
+    monkeypatch.setattr(Subwords, "decode", lambda self, sequence: " ".join(map(str, sequence.tolist())))
+    first = torch.randint(1, WORDS, (60, 1), generator=torch.Generator().manual_seed(0))
+    sequences = 1 + (first + torch.arange(LENGTH)) % (WORDS - 1)
+    return Subwords("counting", sequences[:48], sequences[48:], "")
+
+
+def new(name: str, text: Subwords, **options) -> Method:
+    torch.manual_seed(0)
+    return create(name, 4, text, features=32, depth=1, **options)
+
+
+def test_bert_predicts_what_was_hidden(text):
+    method = new("bert", text, probability=0.4)
+    corrupted, labels = method.views(text.train[:8], torch.Generator().manual_seed(0))
+    assert torch.equal(torch.where(labels >= 0, labels, corrupted), text.train[:8])
+    assert 0.3 < (labels >= 0).float().mean() < 0.5 and (corrupted[labels >= 0] == 0).float().mean() > 0.6
+    features, labels = method(corrupted, labels)
+    logits = F.linear(features, method.encoder.words.weight, method.bias)
+    torch.testing.assert_close(method.loss(features, labels), F.cross_entropy(logits.flatten(0, 1), labels.flatten()))
+    changed = corrupted.clone()
+    changed[:, -1] = 7
+    assert not torch.allclose(method.encoder(changed)[:, 0], features[:, 0])  # it sees both sides
+
+
+def test_gpt_predicts_what_follows_and_does_not_see_it(text):
+    method = new("gpt", text)
+    features, labels = method(*method.views(text.train[:8], torch.Generator()))
+    logits = F.linear(features, method.encoder.words.weight, method.bias)
+    expected = F.cross_entropy(logits.flatten(0, 1), text.train[:8, 1:].flatten())
+    torch.testing.assert_close(method.loss(features, labels), expected)
+    changed = text.train[:8].clone()
+    changed[:, 20:] = 7
+    torch.testing.assert_close(method(changed)[0][:, :20], features[:, :20])
+    assert not torch.allclose(method(changed)[0][:, 20], features[:, 20])
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt"])
+def test_marks_are_those_of_the_model_and_of_frequencies(name, text):
+    """With the logits of the frequencies, the perplexities are the same; a trained model's is lower."""
+    method = new(name, text)
+    with torch.no_grad():
+        method.encoder.words.weight.zero_()
+        counts = 1 + text.train.flatten().bincount(minlength=WORDS).double()
+        method.bias.copy_(counts.log())
+    right, ratio = method.evaluate(text).values()
+    assert ratio == pytest.approx(1, abs=1e-4) and right == pytest.approx(1 / (WORDS - 1), abs=0.03)
+    method = new(name, text)
+    before = method.evaluate(text)
+    history = fit({"m": method}, text.train, Run(batch_size=16, steps=90, learning_rate=1e-2), console=QUIET)["m"]
+    assert history[-1].loss < 0.9 * history[0].loss
+    right, ratio = method.evaluate(text).values()
+    assert right > list(before.values())[0] and ratio < 0.9 and method.training
+
+
+def test_gpt_goes_on_with_a_text(text):
+    method = new("gpt", text)
+    torch.manual_seed(0)
+    first, second = method.samples(text, 2), method.samples(text, 2)
+    assert first == second and len(set(first)) == 2
+    beginning, rest = first[0].split(" ... ")
+    assert beginning == " ".join(map(str, text.test[0, :8].tolist())) and len(rest.split()) == LENGTH - 8
+
+
+def test_subwords_of_a_text(tmp_path, monkeypatch):
+    pytest.importorskip("tokenizers")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    sentences = [f"The {i}th sheep jumped over the fence, and naïve people counted {i * i} of them." for i in range(99)]
+    (tmp_path / "story.txt").write_text("\n\n".join(sentences))
+    data = subwords.load(tmp_path / "story.txt")
+    assert data.name == "story.txt" and data.train.shape[1] == data.test.shape[1] == LENGTH
+    assert data.train.max() < data.facts["vocabulary"] <= subwords.VOCABULARY
+    whole = data.decode(data.train.flatten())
+    assert "\n".join(sentences).startswith(whole.rstrip("\ufffd")) and "naïve" in whole
+    assert data.decode(data.test[0]).startswith(sentences[75])
+    again = subwords.load(tmp_path / "story.txt")
+    assert again.tokenizer == data.tokenizer and torch.equal(again.test, data.test)
+    (tmp_path / "short.txt").write_text("\n\n".join(sentences[:8]))
+    with pytest.raises(DataError, match="short.txt must have 64 subwords to train on and as many to test"):
+        subwords.load(tmp_path / "short.txt")
+
+
+def test_without_tokenizers(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    (tmp_path / "story.txt").write_text("\n\n".join(["A sentence of five words."] * 9))
+    with pytest.raises(DataError, match="subwords need the tokenizers library: pip install tokenizers"):
+        subwords.load(tmp_path / "story.txt")
