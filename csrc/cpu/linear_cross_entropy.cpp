@@ -8,10 +8,11 @@
 // y being the row's label, w class weights, and X and W as they are or normalised. A row without a label has loss 0;
 // where no labels are given, the loss is lse.
 //
-// Algorithm. The rows that have a label, a block at a time, as common/logits.h says. What a tile holds is L = W x^T, and
-// L + b / scale its logits over the scale. The label's element of G, p_i (Q_iy - 1) and what smoothing adds, comes from
-// the row's loss, not from Q, which bfloat16 rounds: it is what a confident row still has to learn. With U = 2 N V D
-// operations, N the rows that have a label, that is 3 U, and U without gradients, in O(block V) memory.
+// Algorithm. The rows that have a label, a panel of several blocks at a time, as common/logits.h says: W and dW travel
+// through the caches once for a panel. What a tile holds is L = W x^T, and L + b / scale its logits over the scale.
+// The label's element of G, p_i (Q_iy - 1) and what smoothing adds, comes from the row's loss, not from Q, which
+// bfloat16 rounds: it is what a confident row still has to learn. With U = 2 N V D operations, N the rows that have a
+// label, that is 3 U, and U without gradients, in O(panel V) memory.
 #include <torch/library.h>
 
 #include <cfloat>
@@ -26,6 +27,8 @@
 
 namespace fastssl {
 namespace {
+
+constexpr int64_t kPanelRows = 1024;
 
 // The rows of `target` that have a label, or undefined where all have, or there are no labels.
 Tensor labelled_rows(const std::optional<Tensor>& target, int64_t classes, int64_t ignore_index) {
@@ -57,6 +60,7 @@ struct LinearCrossEntropy {
   const int64_t count;  // of the rows that have a label
   const int threads;
   const Cut cut, class_cut;
+  const int64_t panel;  // blocks of rows
   const Side w, x;
   double uniform_sum = 0;
   Numbers<float> shift, uniform, label_weight;  // -b / scale and c, with room beside the classes; p
@@ -76,7 +80,9 @@ struct LinearCrossEntropy {
         threads(threads_for(count, classes, weight.size(1))),
         cut(cut_rows(count, weight.size(1), classes, derive, engine.bytes())),
         class_cut(classes, weight.size(1), threads),
-        w(weight, normalize, kRows | (derive ? kWeighing : 0), engine, threads, class_cut),
+        panel(std::clamp<int64_t>(kKeptBytes / (cut.block * round_up(classes, kPadding) * engine.bytes()), 1,
+                                  std::min(cut.blocks + !cut.blocks, std::max<int64_t>(kPanelRows / cut.block, 1)))),
+        w(weight, normalize, kRows | (derive ? LayerGradients::roles(engine) : 0), engine, threads, class_cut),
         x(chosen_rows.defined() ? input.index_select(0, chosen_rows) : input, normalize,
           kColumns | (derive ? kWeighed : 0), engine, threads, cut),
         shift(bias.numel() ? w.padded_count() : 0),
@@ -106,45 +112,52 @@ struct LinearCrossEntropy {
   // `loss` and `factor` have an element for each row of `input`. Returns the gradient of the scale.
   double run(float* loss, bool derive, const float* factor, float upstream, const Tensor& dx, const Tensor& dw,
              float* db) const {
-    const int64_t tile = class_cut.block * cut.block;
+    const int64_t tile = class_cut.block * cut.block, most = panel * cut.block;
     const bool half = engine.half();
     const int64_t* const y = labels.defined() ? labels.const_data_ptr<int64_t>() : nullptr;
-    const LogitSums sums(class_cut.blocks, cut.block);
-    const Blocks kept(derive ? class_cut.blocks : 0, tile * engine.bytes());
+    const LogitSums sums(class_cut.blocks, most);
+    const Blocks kept(derive ? class_cut.blocks * panel : 0, tile * engine.bytes());
     const Blocks tiles(threads, tile * 4), narrow(threads, derive && half ? 2 * tile * 2 : 0);
     const Blocks scaled(threads, cut.block * 4);
-    const Numbers<float> label(cut.block), coefficient(cut.block), spread(cut.block), of_label(cut.block);
-    const Numbers<float> distance(has_uniform ? class_cut.blocks * cut.block : 0);
+    const Numbers<float> label(most), coefficient(most), spread(most), of_label(most);
+    const Numbers<float> distance(has_uniform ? class_cut.blocks * most : 0);
     const Numbers<float> bias_sums(derive && has_bias ? w.padded_count() : 0, 0.f);
     std::optional<LayerGradients> gradients;
-    if (derive) gradients.emplace(w, 1, cut.block);
+    if (derive) gradients.emplace(w, panel, cut.block, dw);
     const Layer layer{w};
     double along = 0;
 
-    for (int64_t J = 0; J < cut.blocks; ++J) {
-      const int64_t padded = x.padded(J), first = x.first(J), rows = x.size(J);
-      // Calls visit(r, k) for rows of the block whose label is class k of block I.
-      const auto each_label = [&](int64_t I, const auto& visit) {
+    for (int64_t J0 = 0; J0 < cut.blocks; J0 += panel) {
+      const int64_t J1 = std::min(J0 + panel, cut.blocks), first = x.first(J0);
+      const int64_t rows = x.first(J1 - 1) + x.size(J1 - 1) - first;
+      // Calls visit(r, k) for rows of block J whose label is class k of block I.
+      const auto each_label = [&](int64_t I, int64_t J, const auto& visit) {
         if (!y) return;
         const int64_t from = w.first(I), size = w.size(I);
-        for (int64_t r = 0; r < rows; ++r)
-          if (const int64_t k = y[first + r] - from; k >= 0 && k < size) visit(r, k);
+        const int64_t* const of_block = y + x.first(J);
+        for (int64_t r = 0; r < x.size(J); ++r)
+          if (const int64_t k = of_block[r] - from; k >= 0 && k < size) visit(r, k);
       };
       fastssl::run(threads, class_cut.blocks, [&](int64_t I) {
         float* const L = tiles.floats(slot(threads));
-        float* const largest = sums.largest + I * cut.block;
-        const LogitShape shape = layer.shape(x, I, J);
         const float* const offset = has_bias ? shift.data + w.first(I) : nullptr;
-        layer.compute(x, I, J, L);
-        each_label(I, [&](int64_t r, int64_t k) { label[r] = L[k * padded + r] - (offset ? offset[k] : 0); });
-        void* const to = derive ? kept[I] : nullptr;
-        // Distances are of the tile, which exponentials may overwrite; they need its largest logits.
-        f.exponentials(L, shape, offset, c, half || !to ? nullptr : static_cast<float*>(to), half ? to : nullptr,
-                       largest, sums.total + I * cut.block, nullptr, 0, nullptr);
-        if (has_uniform)
-          f.distances(L, shape, offset, largest, uniform.data + w.first(I), distance.data + I * cut.block);
+        for (int64_t J = J0; J < J1; ++J) {
+          const int64_t at = x.first(J) - first;
+          float* const largest = sums.largest + I * most + at;
+          const LogitShape shape = layer.shape(x, I, J);
+          layer.compute(x, I, J, L);
+          each_label(I, J, [&](int64_t r, int64_t k) {
+            label[at + r] = L[k * shape.rows + r] - (offset ? offset[k] : 0);
+          });
+          void* const to = derive ? kept[I * panel + J - J0] : nullptr;
+          f.exponentials(L, shape, offset, c, half || !to ? nullptr : static_cast<float*>(to), half ? to : nullptr,
+                         largest, sums.total + I * most + at, nullptr, 0, nullptr);
+          if (has_uniform)
+            f.distances(L, shape, offset, largest, uniform.data + w.first(I), distance.data + I * most + at);
+        }
       }, [&] { engine.release(); });
-      sums.combine(f, c);
+      const int64_t last = J1 - 1, padded = x.first(last) + x.padded(last) - first;
+      f.combine(sums.largest, sums.total, class_cut.blocks, most, padded, c, sums.top, sums.sum);
 
       for (int64_t r = 0; r < padded; ++r) coefficient[r] = spread[r] = 0;
       for (int64_t r = 0; r < rows; ++r) {
@@ -168,25 +181,34 @@ struct LinearCrossEntropy {
         float* const factors = scaled.floats(slot(threads));
         auto* const left = half ? static_cast<at::BFloat16*>(narrow[slot(threads)]) : nullptr;
         auto* const right = half ? left + tile : nullptr;
-        auto* const E = static_cast<float*>(kept[I]);
-        const LogitShape shape = layer.shape(x, I, J);
-        f.factors(coefficient.data, sums.largest + I * cut.block, sums.top, padded, shape.valid, c, factors);
-        f.weights(E, shape, factors, nullptr, nullptr, 0, has_uniform ? uniform.data + w.first(I) : nullptr,
-                  spread.data, left, right);
-        each_label(I, [&](int64_t r, int64_t k) {
-          if (half)
-            left[k * padded + r] = right[k / 2 * 2 * padded + 2 * r + k % 2] = of_label[r];
-          else
-            E[k * padded + r] = of_label[r];
-        });
-        if (has_bias) f.class_sums(half ? static_cast<void*>(left) : E, shape, half, bias_sums.data + w.first(I));
-        gradients->add(split, I, x, 0, J, half ? static_cast<void*>(left) : E, half ? static_cast<void*>(right) : E);
+        for (int64_t J = J0; J < J1; ++J) {
+          const int64_t at = x.first(J) - first;
+          auto* const E = static_cast<float*>(kept[I * panel + J - J0]);
+          const LogitShape shape = layer.shape(x, I, J);
+          f.factors(coefficient.data + at, sums.largest + I * most + at, sums.top + at, shape.rows, shape.valid, c,
+                    factors);
+          f.weights(E, shape, factors, nullptr, nullptr, 0, has_uniform ? uniform.data + w.first(I) : nullptr,
+                    spread.data + at, left, right);
+          each_label(I, J, [&](int64_t r, int64_t k) {
+            if (half)
+              left[k * shape.rows + r] = right[k / 2 * 2 * shape.rows + 2 * r + k % 2] = of_label[at + r];
+            else
+              E[k * shape.rows + r] = of_label[at + r];
+          });
+          const void* const G = half ? static_cast<void*>(left) : E;
+          if (has_bias) f.class_sums(G, shape, half, bias_sums.data + w.first(I));
+          gradients->add(split, I, x, J - J0, J, G, right);
+        }
       });
-      const int64_t* const at = chosen_rows.defined() ? chosen_rows.const_data_ptr<int64_t>() : nullptr;
-      along += gradients->finish_rows(x, 0, J, scale * upstream, dx, at);
+      const int64_t* const to = chosen_rows.defined() ? chosen_rows.const_data_ptr<int64_t>() : nullptr;
+      const Numbers<double> of_block(J1 - J0);
+      fastssl::run(threads, J1 - J0, [&](int64_t v) {
+        of_block[v] = gradients->finish_rows(x, v, J0 + v, scale * upstream, dx, to);
+      });
+      for (int64_t v = 0; v < J1 - J0; ++v) along += of_block[v];  // in this order: deterministic
     }
     if (!derive) return 0;
-    gradients->finish_weight(scale * upstream, dw);
+    gradients->finish_weight(scale * upstream);
     for (int64_t k = 0; has_bias && k < classes; ++k) db[k] = bias_sums[k] * upstream;
     return along * upstream;
   }
@@ -196,7 +218,7 @@ struct LinearCrossEntropy {
   double far(const Numbers<float>& distance, const LogitSums& sums, int64_t r) const {
     double total = 0;
     for (int64_t I = 0; I < class_cut.blocks; ++I) {
-      const int64_t at = I * cut.block + r;
+      const int64_t at = I * sums.rows + r;
       double part = 0;
       for (int64_t k = w.first(I); k < w.first(I) + w.size(I); ++k) part += uniform[k];
       const float largest = sums.largest[at] == -INFINITY ? 0 : sums.largest[at];

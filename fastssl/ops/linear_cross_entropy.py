@@ -376,6 +376,7 @@ linear_cross_entropy = Op(
     portable=(_forward, _backward),
     share=_share,
     blocks=_blocks,
+    triton="linear_cross_entropy",
 )
 
 linear_soft_cross_entropy = Op(

@@ -31,7 +31,7 @@ inline Cut cut_rows(int64_t N, int64_t D, int64_t K, int64_t views, int64_t byte
 
 // The logits of one layer, whose blocks of features are cut alike.
 struct Layer {
-  const Side& weight;  // W, as kRows [and kWeighing]
+  const Side& weight;  // W, as kRows [and LayerGradients::roles]
 
   LogitShape shape(const Side& x, int64_t I, int64_t J) const {
     return {weight.padded(I), x.padded(J), weight.size(I), x.size(J)};
@@ -61,34 +61,54 @@ struct LogitSums {
 };
 
 // Gradients of features and of the weight, from tiles of G.
+//
+// dX_J = sum_I G_IJ^T W_I is a product of turned tiles in float32, so that W is an operand as it lies; in bfloat16, in
+// which W must be packed anyway, it is gathered transposed. dW_I is summed where it is returned, if it can be.
 struct LayerGradients {
   const Side& weight;
-  Gathered of_weight;
+  const Tensor& dw;
+  const bool direct;  // dW is float32 as it is summed, but for rows that pad its last block
   int64_t splits;
-  Blocks partial, scratch;  // (dim, rows) of dX for each split and view; room to finish rows
+  Blocks sums, partial;        // of dW_I; of dX for each split and view
+  Blocks scratch, turned;      // room to finish rows, and to turn tiles
+  std::vector<char> has_sums;  // the first term of a sum is stored, not added
 
-  LayerGradients(const Side& weight, int64_t views, int64_t block)
+  LayerGradients(const Side& weight, int64_t views, int64_t block, const Tensor& dw)
       : weight(weight),
-        of_weight(weight, true, nullptr),
+        dw(dw),
+        direct(dw.scalar_type() == at::kFloat && dw.size(1) == weight.dim && !weight.normalize),
         splits(std::min<int64_t>(weight.threads, weight.cut.blocks)),
+        sums(direct ? 1 : weight.cut.blocks, weight.cut.block * weight.dim * 4),
         partial(splits * views, weight.dim * block * 4),
-        scratch(1, (weight.dim * block + weight.dim) * 4) {}
+        scratch(weight.threads, (weight.dim * std::max(block, weight.cut.block) + weight.dim) * 4),
+        turned(weight.engine.half() ? 0 : weight.threads, weight.cut.block * block * 4),
+        has_sums(weight.cut.blocks) {}
+
+  // What W needs to be packed as.
+  static int roles(const Engine& engine) { return engine.half() ? kWeighing : kNothing; }
 
   // Calls visit(split, I) for all blocks of classes, each split's in order.
   template <typename Visit>
   void each(const Visit& visit) const {
     run(weight.threads, splits, [&](int64_t split) {
-      const int64_t blocks = weight.cut.blocks;
-      for (int64_t I = blocks * split / splits; I < blocks * (split + 1) / splits; ++I) visit(split, I);
+      for (int64_t I = first(split); I < first(split + 1); ++I) visit(split, I);
     }, [&] { weight.engine.release(); });
   }
 
   // Tile (I, J) of G of view v: as left operand (classes, rows), and as right operand, which in bfloat16 is in pairs.
   void add(int64_t split, int64_t I, const Side& x, int64_t v, int64_t J, const void* left, const void* right) {
-    of_weight.add(I, left, x, J);
-    const int64_t blocks = weight.cut.blocks;
-    weight.engine.multiply(weight.dim, x.padded(J), weight.padded(I), I > blocks * split / splits, weight.weighing(I),
-                           right, partial.floats(v * splits + split));
+    const int64_t classes = weight.padded(I), rows = x.padded(J), dim = weight.dim;
+    const Engine& engine = weight.engine;
+    engine.multiply(classes, dim, rows, std::exchange(has_sums[I], 1), left, x.weighed(J), sum_of(I));
+    float* const to = partial.floats(v * splits + split);
+    const bool add = I > first(split);
+    if (engine.half()) {
+      engine.multiply(dim, rows, classes, add, weight.weighing(I), right, to);
+    } else {
+      float* const turn = turned.floats(slot(weight.threads));
+      engine.tile.transposed(static_cast<const float*>(left), rows, classes, turn);
+      engine.multiply(rows, dim, classes, add, turn, weight.weighed(I), to);
+    }
   }
 
   // Writes dX of rows J of view v, contiguous, times `scale`, row i of x to row at[i] unless that is null. Returns
@@ -101,20 +121,45 @@ struct LayerGradients {
       const float* const other = partial.floats(v * splits + split);
       for (int64_t i = 0; i < elements; ++i) sum[i] += other[i];
     }
-    float* const turned = scratch.floats(0);
-    weight.engine.tile.transposed(sum, rows, x.dim, turned);
-    char* const out = static_cast<char*>(dx.mutable_data_ptr());
+    float* const spare = scratch.floats(slot(weight.threads));
+    float* const by_row = weight.engine.half() ? spare : sum;
+    if (weight.engine.half()) weight.engine.tile.transposed(sum, rows, x.dim, spare);
     double along = 0;
-    for (int64_t r = 0; r < x.size(J); ++r) {
-      const int64_t i = x.first(J) + r;
-      along += weight.engine.tile.finish(x.rows[i], x.inverse_norm[i], nullptr, 1, 0, scale, x.normalize,
-                                         x.rows.element, x.rows.dim, turned + r * x.dim, turned + elements,
-                                         element_of(dx), out + (at ? at[i] : i) * x.rows.dim * dx.element_size());
-    }
+    for (int64_t r = 0; r < x.size(J); ++r)
+      along += finish(x, x.first(J) + r, at ? at[x.first(J) + r] : x.first(J) + r, scale, by_row + r * x.dim,
+                      spare + elements, dx);
     return along;
   }
 
-  void finish_weight(float scale, const Tensor& dw) const { finish_side(of_weight, nullptr, scale, dw); }
+  // Writes dW, times `scale`.
+  void finish_weight(float scale) const {
+    run(weight.threads, weight.cut.blocks, [&](int64_t I) {
+      const bool there = direct && sum_of(I) != sums.floats(0);
+      if (there && scale == 1 && has_sums[I]) return;
+      float* const sum = sum_of(I);
+      if (!has_sums[I]) std::fill_n(sum, weight.size(I) * weight.dim, 0.f);
+      for (int64_t r = 0; r < weight.size(I); ++r)
+        finish(weight, weight.first(I) + r, weight.first(I) + r, scale, sum + r * weight.dim,
+               scratch.floats(slot(weight.threads)), dw);
+    });
+  }
+
+ private:
+  int64_t first(int64_t split) const { return weight.cut.blocks * split / splits; }
+
+  float* sum_of(int64_t I) const {
+    if (!direct) return sums.floats(I);
+    if (weight.size(I) < weight.padded(I)) return sums.floats(0);
+    return dw.mutable_data_ptr<float>() + weight.first(I) * weight.dim;
+  }
+
+  static double finish(const Side& side, int64_t i, int64_t to, float scale, float* sum, float* spare,
+                       const Tensor& out) {
+    return side.engine.tile.finish(side.rows[i], side.inverse_norm[i], nullptr, 1, 0, scale, side.normalize,
+                                   side.rows.element, side.rows.dim, sum, spare, element_of(out),
+                                   static_cast<char*>(out.mutable_data_ptr()) +
+                                       to * side.rows.dim * out.element_size());
+  }
 };
 
 }  // namespace fastssl

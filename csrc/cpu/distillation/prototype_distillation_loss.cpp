@@ -94,7 +94,7 @@ struct PrototypeDistillation {
         cut(cut_rows(rows, std::max(student.size(2), teacher.size(2)), classes, derive ? views + teachers : 0,
                      engine.bytes())),
         class_cut(classes, std::max(student.size(2), teacher.size(2)), threads),
-        w(student_prototypes, false, kRows | (derive ? kWeighing : 0), engine, threads, class_cut),
+        w(student_prototypes, false, kRows | (derive ? LayerGradients::roles(engine) : 0), engine, threads, class_cut),
         v(teacher_prototypes, false, kRows, engine, threads, class_cut) {
     if (center_) {
       check_vectors("center", classes, {*center_});
@@ -124,7 +124,7 @@ struct PrototypeDistillation {
     const Blocks coefficients(views + teachers, cut.block * 4);
     const Blocks scaled(threads, (1 + most) * cut.block * 4);
     std::optional<LayerGradients> gradients;
-    if (derive) gradients.emplace(w, views, cut.block);
+    if (derive) gradients.emplace(w, views, cut.block, dw);
     const Layer student{w}, teacher{v};
 
     for (int64_t J = 0; J < cut.blocks; ++J) {
@@ -204,7 +204,7 @@ struct PrototypeDistillation {
       });
       for (int64_t s = 0; s < views; ++s) gradients->finish_rows(x[s], s, J, scale, dx[s]);
     }
-    if (gradients) gradients->finish_weight(scale, dw);
+    if (gradients) gradients->finish_weight(scale);
   }
 
  private:
