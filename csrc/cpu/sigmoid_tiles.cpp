@@ -7,6 +7,7 @@
 // log(1 + t) on [0, 1] is t times a polynomial, so that a small t keeps all its digits.
 #include "sigmoid_tiles.h"
 
+#include "common/rows.h"
 #include "common/simd.h"
 #include "common/weights.h"
 
@@ -66,9 +67,13 @@ double softplus_and_weights(float* S, int64_t ld, int64_t rows, int64_t columns,
   return total;
 }
 
+void scaled(const float* x, int64_t count, float factor, Element element, void* out) {
+  store_row(x, element, count, factor, out);
+}
+
 }  // namespace
 
 extern const SigmoidTiles sigmoid_tiles;
-const SigmoidTiles sigmoid_tiles = {softplus, softplus_and_weights};
+const SigmoidTiles sigmoid_tiles = {softplus, softplus_and_weights, scaled};
 
 }  // namespace fastssl::FASTSSL_ISA

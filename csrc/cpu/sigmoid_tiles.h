@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "common/product_tiles.h"
 #include "common/table.h"
 
 namespace fastssl {
@@ -15,6 +16,9 @@ struct SigmoidTiles {
   // half (rows, columns) and pairs (rows / 2, columns, 2), and its sum is added to *weight. `rows` is even.
   double (*softplus_and_weights)(float* S, int64_t ld, int64_t rows, int64_t columns, float scale, float bias,
                                  double* weight, void* half, void* pairs);
+
+  // out = x factor, of `count` numbers.
+  void (*scaled)(const float* x, int64_t count, float factor, Element element, void* out);
 };
 
 FASTSSL_TABLE(SigmoidTiles, sigmoid_tiles)
