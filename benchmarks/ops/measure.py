@@ -70,7 +70,7 @@ def measure(
     dtype = MODES[mode].dtype
     inputs = benchmark.inputs(size, dtype)
     expected = benchmark.expected(benchmark.inputs(size, dtype))
-    products = torch.bfloat16 if mode == "medium" else dtype
+    products = benchmark.products or (torch.bfloat16 if mode == "medium" else dtype)
     floor = benchmark.floor(size, dtype.itemsize, rates.product[products][0], rates.copy)
     results, steps = {r.contestant: r for r in unmeasured(benchmark, size, mode, contestants)}, {}
     for name, contestant in contestants.items():

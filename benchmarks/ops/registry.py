@@ -117,6 +117,7 @@ class Benchmark:
         needs: (size, bytes per element) -> estimate of the peak extra memory of "naive", and of every other baseline
             that is to run.
         flops: (size) -> floating-point operations of the step's matrix products at best.
+        products: the dtype of those products; None: the mode's.
         arguments: keyword arguments of fastssl's function and of the naive one.
         call: (function, *inputs) -> its result, including what people compute before calling it; not applied to peers,
             which do that themselves.
@@ -139,6 +140,7 @@ class Benchmark:
     traffic: Callable[[Size, int], float]
     needs: Callable[[Size, int], dict[str, float]]
     flops: Callable[[Size], float] = lambda size: 0.0
+    products: torch.dtype | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
     call: Function | None = None
     naive: Function | None = None
