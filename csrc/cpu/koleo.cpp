@@ -72,24 +72,23 @@ Engine engine_of_search() {
 }
 
 // The mean of up to 64 of the rows: any vector near to most of them will do.
-void find_middle(const Tensor& z, float* middle) {
-  const int64_t count = z.size(0), dim = z.size(1), step = pieces(count, 64);
+void find_middle(const float* z, int64_t count, int64_t dim, float* middle) {
+  const int64_t step = pieces(count, 64);
   std::fill_n(middle, dim, 0.f);
   for (int64_t i = 0; i < count; i += step)
-    for (int64_t d = 0; d < dim; ++d) middle[d] += z.const_data_ptr<float>()[i * dim + d];
+    for (int64_t d = 0; d < dim; ++d) middle[d] += z[i * dim + d];
   for (int64_t d = 0; d < dim; ++d) middle[d] /= static_cast<float>(pieces(count, step));
 }
 
-void find(const Tensor& z, int64_t size, int64_t first, int64_t own, int64_t k, int64_t* index) {
+void find(const float* z, int64_t count, int64_t dim, int64_t size, int64_t first, int64_t own, int64_t k,
+          int64_t* index) {
   const KoleoTiles& tile = FASTSSL_TABLE_IN_USE(koleo_tiles);
-  const int64_t count = z.size(0), dim = z.size(1);
   const Numbers<float> middle(dim), centered(count * dim), offset(round_up(count, kPadding), 0);
-  find_middle(z, middle.data);
+  find_middle(z, count, dim, middle.data);
   double square = 0;
   for (int64_t d = 0; d < dim; ++d) square += double(middle[d]) * middle[d];
   each_block(threads_for_rows(count, dim), count, [&](int64_t begin, int64_t end) {
-    tile.center(z.const_data_ptr<float>(), begin, end - begin, dim, middle.data, static_cast<float>(square / 2),
-                centered.data, offset.data);
+    tile.center(z, begin, end - begin, dim, middle.data, static_cast<float>(square / 2), centered.data, offset.data);
   });
   const Tensor y = at::from_blob(centered.data, {count, dim}, at::kFloat);
   const Engine engine = engine_of_search();
@@ -102,8 +101,7 @@ void find(const Tensor& z, int64_t size, int64_t first, int64_t own, int64_t k, 
   const Numbers<float> value(own * k, -kInfinity), threshold(side.padded_count(), kInfinity);
   std::fill_n(threshold.data + first, own, -kInfinity);
   std::fill_n(index, own * k, 0);
-  const Nearest nearest{z.const_data_ptr<float>(), count, dim, size, first, own, k, margin, offset.data, value.data, index,
-                        threshold.data};
+  const Nearest nearest{z, count, dim, size, first, own, k, margin, offset.data, value.data, index, threshold.data};
   const auto has_own = [&](int64_t b) { return side.first(b) < first + own && side.first(b) + side.size(b) > first; };
   const Similarities products{side, side, 1, 0, nullptr, false};
   const Blocks tiles(side.threads, side.cut.block * side.cut.block * 4);
@@ -127,10 +125,9 @@ std::tuple<Tensor, Tensor> koleo_loss(const Tensor& features, int64_t first, int
   const KoleoTiles& tile = FASTSSL_TABLE_IN_USE(koleo_tiles);
   const Numbers<double> inverse(count);
   const Numbers<float> unit(count * dim);
-  const Tensor z = at::from_blob(unit.data, {count, dim}, at::kFloat);
   normalize(x, eps, inverse.data, unit.data);
   int64_t* const index = nearest.mutable_data_ptr<int64_t>();
-  find(z, group_size, first, rows, topk, index);
+  find(unit.data, count, dim, group_size, first, rows, topk, index);
   const Numbers<double> sums(pieces(rows, kTogether), 0);
   each_block(threads_for_rows(rows * topk, dim), rows, [&](int64_t begin, int64_t end) {
     for (int64_t p = begin * topk; p < end * topk; ++p)

@@ -90,6 +90,8 @@ def test_koleo_of_two_equal_rows_pulls_neither(kernels):
     """To each of which the other's difference is added: what is left would be divided by their length of 0."""
     for x in (torch.zeros(4, 16), normal(1, 16).expand(4, 16)):
         assert not with_gradients(lambda x: koleo_loss(x, group_size=2), x)[1].any()
+    value, gradient = with_gradients(lambda x: koleo_loss(x, eps=0.0), normal(1, 16).expand(4, 16))
+    assert value == float("inf") and not gradient.any()  # without eps, their distance is 0
 
 
 def test_koleo_takes_the_first_of_equally_near_rows(kernels):

@@ -62,8 +62,12 @@ def test_takes_the_first_of_equally_near_rows():
     z = torch.tensor([[0.0, 0], [1, 0], [0, 1], [1, 0], [1, 0], [0, 1]], device=DEVICE)
     assert _nearest(z, 0, 6, 2, 6).tolist() == [[1, 2], [3, 4], [5, 0], [1, 4], [1, 3], [2, 0]]
     assert _nearest(z[:1].expand(150, 2), 0, 150, 1, 150).flatten().tolist() == [1] + [0] * 149
-    opposite = _rows(1, 8) * torch.tensor([[1.0], [-1.0]], device=DEVICE)
-    assert _nearest(opposite, 0, 2, 1, 2).tolist() == [[1], [0]]
+
+
+def test_negative_products():
+    z = torch.tensor([[1.0, 0], [-0.6, 0.8], [-0.8, -0.6]], device=DEVICE)
+    assert _nearest(z, 0, 3, 2, 3).tolist() == [[1, 2], [2, 0], [1, 0]]
+    assert _nearest(-z[:1] * torch.tensor([[1.0], [-1.0]], device=DEVICE), 0, 2, 1, 2).tolist() == [[1], [0]]
 
 
 def test_nan_is_the_nearest():
