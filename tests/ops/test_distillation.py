@@ -100,10 +100,11 @@ def test_a_view_without_a_teacher_takes_no_part(backend):
         assert loss.isfinite() and not gradient[0].any() and gradient[1:].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("side", ["student", "teacher"])
-def test_infinite_logits_and_nan(side, kernels):
+def test_infinite_logits_and_nan(side, dtype, kernels):
     """As it is said in docs/bad-input.md, of float64's result: each row has its own."""
-    student, teacher = 3 * _normal(9, 40), 3 * _normal(9, 40, seed=1)
+    student, teacher = (3 * _normal(9, 40, seed=seed).to(dtype) for seed in (0, 1))
     x = student if side == "student" else teacher
     for row, value in enumerate((NAN, INF, -INF), 1):
         x[row, 7] = value
@@ -116,11 +117,11 @@ def test_infinite_logits_and_nan(side, kernels):
     assert torch.equal(loss.isnan(), expected.isnan()) and torch.equal(loss.isinf(), expected.isinf())
     assert expected.isnan().tolist()[:3] == [False, True, True]
     assert expected.isinf().sum() == (side == "student") and expected[6].isnan() and expected[7].isnan()
-    settled = expected.isfinite()
-    torch.testing.assert_close(loss[settled].double(), expected[settled], rtol=1e-5, atol=1e-5)
+    settled, eps = expected.isfinite(), torch.finfo(dtype).eps
+    torch.testing.assert_close(loss[settled].double(), expected[settled], rtol=max(1e-5, eps), atol=1e-5)
     for value in (loss.sum(), ibot_loss(student, teacher, reduction="sum")):
         (found,) = torch.autograd.grad(value, student)
-        torch.testing.assert_close(found.double(), gradient, rtol=1e-4, atol=1e-5, equal_nan=True)
+        torch.testing.assert_close(found.double(), gradient, rtol=max(1e-4, eps), atol=1e-5, equal_nan=True)
 
 
 def _float64(student: Tensor, teacher: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -138,6 +139,50 @@ def test_huge_logits(scale, kernels):
     loss = ibot_loss(student, teacher, reduction="none")
     torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
     torch.testing.assert_close(torch.autograd.grad(loss.sum(), student)[0].double(), gradient, rtol=1e-6, atol=1e-6)
+
+
+def test_logits_at_the_end_of_the_range(kernels):
+    """Their distance is more than float32 holds, and what 1 / temperature makes of an exponent may be."""
+    student = torch.tensor([3e38, -3e38, 0.0]).repeat(23)[:67].repeat(2, 1)
+    teacher = torch.full_like(student, -1.0).scatter(1, torch.tensor([[1], [65]]), 0.0)
+    x = student.double().requires_grad_()
+    expected = -((teacher.double() / 0.04).softmax(-1) * (x / 10).log_softmax(-1)).sum(-1)
+    student.requires_grad_()
+    loss = ibot_loss(student, teacher, student_temperature=10, reduction="none")
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
+    gradients = (torch.autograd.grad(value.sum(), z)[0].double() for value, z in ((loss, student), (expected, x)))
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-9)
+    student = teacher.clone().requires_grad_()
+    loss = ibot_loss(student, teacher, student_temperature=3.5e-39, teacher_temperature=3.5e-39)
+    assert loss == 0 and not torch.autograd.grad(loss, student)[0].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_are_rounded_to_even(dtype, kernels):
+    """At the beginning of a row, and at an end that is no whole vector."""
+    eps, places = torch.finfo(dtype).eps, torch.tensor([[0, 1], [65, 66]]).repeat(2, 1)
+    student = torch.full((4, 67), -1000.0).scatter(1, places, 0.0).to(dtype).requires_grad_()
+    teacher = torch.full((4, 67), -1000.0).scatter(1, places[:, :1], 0.0).to(dtype)
+    weights = 2 + eps * torch.tensor([1.0, 1.0, 3.0, 3.0])  # twice a tie between two numbers of the dtype
+    options = {"student_temperature": 1, "teacher_temperature": 1, "weights": weights, "reduction": "sum"}
+    (gradient,) = torch.autograd.grad(ibot_loss(student, teacher, **options), student)
+    expected = torch.tensor([1.0, 1.0, 1 + 2 * eps, 1 + 2 * eps])
+    assert torch.equal(gradient.float().gather(1, places), torch.stack([-expected, expected], 1))
+
+
+@pytest.mark.parametrize("columns", [65536, 65537])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_that_bypass_the_cache(dtype, columns, kernels):
+    """Of more than 32 MiB, in rows that begin at a cache line, and in rows that do not."""
+    if kernels == "portable":
+        pytest.skip("has no such path")
+    rows = (1 << 25) // (dtype.itemsize * columns) + 2
+    student, teacher = (_normal(1, columns, seed=seed).to(dtype).expand(rows, -1) for seed in (0, 1))
+    student.requires_grad_()
+    (gradient,) = torch.autograd.grad(ibot_loss(student, teacher, reduction="sum"), student)
+    expected = 10 * ((student[0].double() / 0.1).softmax(-1) - (teacher[0].double() / 0.04).softmax(-1))
+    torch.testing.assert_close(gradient[0].double(), expected, rtol=max(1e-4, torch.finfo(dtype).eps), atol=1e-6)
+    assert torch.equal(gradient, gradient[:1].expand(rows, -1))
 
 
 def test_logits_far_from_zero_lose_nothing(kernels):
