@@ -295,6 +295,20 @@ def test_the_gradient_is_kept_once(backend):
     assert gradient.data_ptr() == piece.data_ptr() and not loss.grad_fn.taken
 
 
+def test_many_prototypes_a_center_and_a_second_backward_pass(kernels):
+    """In several blocks of prototypes, each with its part of the center; gradients of another factor than the first."""
+    x, w, y, v = _leaf(7, 16), _leaf(1500, 16, seed=1), _normal(7, 16, seed=2), _normal(1500, 16, seed=3)
+    center, weights = _normal(1500, seed=4), _normal(7, seed=5).abs()
+    loss = prototype_distillation_loss(x, w, y, v, center=center, weights=weights)
+    with fastssl.use_backend("reference"):
+        expected = ibot_loss(x @ w.T, y @ v.T, center=center, weights=weights)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    gradients = torch.autograd.grad(expected, (x, w))
+    for factor in (2.0, -3.0):
+        found = torch.autograd.grad(factor * loss, (x, w), retain_graph=True)
+        torch.testing.assert_close(found, tuple(factor * g for g in gradients), rtol=1e-4, atol=1e-5)
+
+
 def test_second_derivatives(backend):
     def product() -> tuple[Tensor, ...]:
         x, loss = _loss()
