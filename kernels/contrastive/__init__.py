@@ -1,5 +1,6 @@
 """Softmax contrastive losses on the GPU: log-sum-exps of similarities, and the products of their gradients."""
 
+from fastssl.kernels.contrastive.info_nce import info_nce, info_nce_backward
 from fastssl.kernels.contrastive.logsumexp import (
     pair_logsumexp,
     pair_logsumexp_backward,
@@ -11,6 +12,8 @@ from fastssl.kernels.contrastive.logsumexp import (
 from fastssl.kernels.contrastive.nt_xent import nt_xent, nt_xent_backward
 
 __all__ = [
+    "info_nce",
+    "info_nce_backward",
     "nt_xent",
     "nt_xent_backward",
     "pair_logsumexp",

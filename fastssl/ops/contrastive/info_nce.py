@@ -1,10 +1,6 @@
-"""InfoNCE within a batch (CPC, arXiv:1807.03748), over similarity_logsumexp."""
+"""InfoNCE within a batch (CPC, arXiv:1807.03748)."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +22,7 @@ def _fake(
     return *results, query.new_empty(keep, dtype=torch.uint8)
 
 
-def _forward(
-    logsumexp: Callable[..., Any],
+def _portable(
     query: Tensor,
     positive_key: Tensor,
     scale: Tensor,
@@ -38,7 +33,7 @@ def _forward(
 ) -> tuple[Tensor, ...]:
     (q, norms), (k, _) = (normalized_rows(z, normalize) for z in (query, positive_key))
     own = torch.arange(q.shape[0], device=q.device)
-    total, shift, weighted, kept = logsumexp(q, k, scale, own, weigh, keep, precision)
+    total, shift, weighted, kept = row_sums(q, k, scale, own, weigh, keep, precision)
     positive = torch.linalg.vecdot(q, k) * scale
     n = margin(total, shift, positive)
     loss = -F.logsigmoid(-n)
@@ -49,8 +44,7 @@ def _forward(
     return loss, positive, total, shift, through_norms(pull, q, norms), torch.linalg.vecdot(q, pull), kept
 
 
-def _backward(
-    logsumexp_backward: Callable[..., Any],
+def _portable_backward(
     grad_loss: Tensor,
     query: Tensor,
     positive_key: Tensor,
@@ -73,7 +67,7 @@ def _backward(
     own = torch.arange(q.shape[0], device=q.device)
     slope = margin(total, shift, positive).sigmoid() * grad_loss
     grad_total = (slope / total).where(total != 0, 0)
-    grad_k = logsumexp_backward(grad_total, q, k, scale, own, shift, torch.zeros_like(q), kept, True, precision)[1]
+    grad_k = row_sums_backward(grad_total, q, k, scale, own, shift, torch.zeros_like(q), kept, True, precision)[1]
     grad_positive_key = through_norms(grad_k - (slope * scale)[:, None] * q, k, norms)
     return grad_query, grad_positive_key.to(positive_key.dtype), grad_scale
 
@@ -94,11 +88,8 @@ info_nce = Op(
     " Tensor shift, Tensor query_slope, Tensor scale_slope, Tensor kept, bool needs_positive_key, bool normalize,"
     " str precision) -> (Tensor grad_query, Tensor grad_positive_key, Tensor grad_scale)",
     fake=_fake,
-    portable=(partial(_forward, row_sums), partial(_backward, row_sums_backward)),
+    portable=(_portable, _portable_backward),
     share=_share,
     blocks=lambda query: row_blocks(query.shape[0], query.shape[0]),
-    cuda=(
-        partial(_forward, torch.ops.fastssl.similarity_logsumexp),
-        partial(_backward, torch.ops.fastssl.similarity_logsumexp_backward),
-    ),
+    triton="contrastive",
 )
