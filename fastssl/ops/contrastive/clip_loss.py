@@ -1,10 +1,6 @@
-"""CLIP's loss (arXiv:2103.00020), which is InfoNCE in both directions, over pair_logsumexp."""
+"""CLIP's loss (arXiv:2103.00020), which is InfoNCE in both directions."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,20 +18,17 @@ def _fake(x: Tensor, y: Tensor, scale: Tensor, normalize: bool, keep: int, preci
     return *sums, x.new_empty(keep, dtype=torch.uint8)
 
 
-def _forward(
-    pair: Callable[..., Any], x: Tensor, y: Tensor, scale: Tensor, normalize: bool, keep: int, precision: str
-) -> tuple[Tensor, ...]:
+def _portable(x: Tensor, y: Tensor, scale: Tensor, normalize: bool, keep: int, precision: str) -> tuple[Tensor, ...]:
     wide_x, wide_y = (normalized_rows(z, normalize)[0] for z in (x, y))
     own = torch.arange(x.shape[0], device=x.device)
     positive = torch.linalg.vecdot(wide_x, wide_y) * scale
-    *sums, kept = pair(*((wide_x, wide_y) if normalize else (x, y)), scale, own, keep, precision)
+    *sums, kept = pair_logsumexp_portable(*((wide_x, wide_y) if normalize else (x, y)), scale, own, keep, precision)
     margins = margin(*sums[:2], positive), margin(*sums[2:], positive)
     loss = -(F.logsigmoid(-margins[0]) + F.logsigmoid(-margins[1])) / 2
     return loss, positive, *sums, kept
 
 
-def _backward(
-    pair_backward: Callable[..., Any],
+def _portable_backward(
     grad_loss: Tensor,
     x: Tensor,
     y: Tensor,
@@ -56,7 +49,7 @@ def _backward(
     # In the dtype of sums, where the positives' terms are still to be added.
     (wide_x, norms_x), (wide_y, norms_y) = (normalized_rows(z, normalize) for z in (x, y))
     own = torch.arange(x.shape[0], device=x.device)
-    grad_x, grad_y, grad_scale = pair_backward(
+    grad_x, grad_y, grad_scale = pair_logsumexp_portable_backward(
         *grad_totals, wide_x, wide_y, scale, own, row_shift, column_shift, kept, precision
     )
     weight = -(slopes[0] + slopes[1])
@@ -82,11 +75,8 @@ clip_loss = Op(
     " Tensor column_total, Tensor column_shift, Tensor kept, bool normalize, str precision)"
     " -> (Tensor grad_x, Tensor grad_y, Tensor grad_scale)",
     fake=_fake,
-    portable=(partial(_forward, pair_logsumexp_portable), partial(_backward, pair_logsumexp_portable_backward)),
+    portable=(_portable, _portable_backward),
     share=_share,
     blocks=pair_blocks,
-    cuda=(
-        partial(_forward, torch.ops.fastssl.pair_logsumexp),
-        partial(_backward, torch.ops.fastssl.pair_logsumexp_backward),
-    ),
+    triton="contrastive",
 )

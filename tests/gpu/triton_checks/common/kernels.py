@@ -12,11 +12,14 @@ from tests.gpu.triton_checks.common.compile_gate import DTYPES, PRECISIONS, Case
 # Of all kernels over tiles of S.
 POINTERS = {
     "exclude": "i64",
-    **dict.fromkeys(("inverse", "grad_scale", "share"), "fp64"),
+    **dict.fromkeys(("inverse", "inverse1", "inverse2", "grad_scale", "share"), "fp64"),
     **dict.fromkeys(("z", "left", "right"), "product"),
     **dict.fromkeys(("z1", "z2", "grad_z1", "grad_z2", "x", "out"), "rows"),
     **dict.fromkeys(("scale", "bias", "aligned", "loss", "losses", "shift", "total", "coefficient"), "fp32"),
     **dict.fromkeys(("tops", "sums", "totals", "row_tops", "row_sums", "column_tops", "column_sums"), "fp32"),
+    **dict.fromkeys(
+        ("row_total", "column_total", "positive", "factor", "weight", "query_slope", "scale_slope"), "fp32"
+    ),
     **dict.fromkeys(("row_shift", "row_factor", "column_shift", "column_factor", "peak", "gradient"), "fp32"),
 }
 PADDED = ("PADDED", "padded_rows")
