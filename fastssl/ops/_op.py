@@ -38,7 +38,6 @@ What is not regular, and why:
   takes only the sizes of inputs, so that these need not be kept, and so has a fake of its own.
 - `sup_con`, `dcl` and `siglip_loss` have no Triton kernels of their own, but code that calls those of other operations
   (`cuda`). The backward passes of the sigmoid losses, which multiply by a number, have none either.
-  (`cuda`). The backward passes of the sigmoid losses, which multiply by a number, have none either.
 """
 
 from __future__ import annotations

@@ -25,9 +25,9 @@ Two things vary. WEIGHT says how W comes from S:
 
 EXCLUDE says which entries are left out, as described in tiles.py.
 
-Cost: 2 U, in units U = 2 M N D floating-point operations. No atomics: every word is written by one program, and a
-kernel of one configuration gives the same bits every time. (Autotuning picks the configuration once per process;
-another may differ in the last bits.)
+Cost: 2 U, in units U = 2 M N D floating-point operations, 1 U where a forward pass has kept its products (kept.py). No
+atomics: every word is written by one program, and a kernel of one configuration gives the same bits every time.
+(Autotuning picks the configuration once per process; another may differ in the last bits.)
 
 Memory: (M + N) Dp elements of the products' dtype (Dp: D rounded up to a multiple of 64), none for rows that already
 are as `pad` would leave them; M Dp floats for G, up to 2^15 Dp where columns are split.
@@ -39,6 +39,7 @@ ones.
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -46,12 +47,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastssl.kernels.common.launch import OPTIONS, PEAK, PROGRAMS, ROWS, autotune, configs, input_precision, suits_units
+from fastssl.kernels.common.launch import (
+    OPTIONS,
+    PEAK,
+    PROGRAMS,
+    ROWS,
+    autotune,
+    configs,
+    input_precision,
+    is_wide,
+    suits_units,
+)
 from fastssl.kernels.common.tiles import (
     COUNTS,
     at,
     exponents,
     finite,
+    kept_tile,
     load_excluded,
     load_scale,
     products,
@@ -221,11 +233,14 @@ def accumulate_narrow(
 @triton.jit(do_not_specialize=COUNTS)
 def accumulate_wide(
     left, right, scale, bias, exclude, row_shift, row_factor, column_shift, column_factor, peak, aligned,
-    tops, totals, losses, gradient, M, N, padded_rows, splits, D,
+    tops, totals, losses, gradient, M, N, padded_rows, splits, D, kept, step_i, step_j,
     WEIGHT: tl.constexpr, EXCLUDE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Like `accumulate_narrow`, for any D: G is in memory, and BK of its columns are processed at a time."""
+    """Like `accumulate_narrow`, for any D: G is in memory, and BK of its columns are processed at a time.
+
+    `kept`, if there, are all products: a forward pass (weights with a running maximum) writes them, a backward pass
+    reads them."""
     pid = tl.program_id(0)
     split = pid % splits
     row = pid // splits * BM
@@ -238,7 +253,12 @@ def accumulate_wide(
     k = tl.arange(0, BK)
     start, stop = span(split, splits, N)
     for column in range(start, stop, BN):
-        product = products(left, right, row, column, D, BM, BN, BK, PRECISION)
+        if (kept is not None) and (WEIGHT == "both" or WEIGHT == "column"):
+            product = tl.load(kept_tile(kept, row, column, step_i, step_j, BM, BN))
+        else:
+            product = products(left, right, row, column, D, BM, BN, BK, PRECISION)
+            if kept is not None:
+                tl.store(kept_tile(kept, row, column, step_i, step_j, BM, BN), product)
         x = exponents(product, factor, offset, excluded, exclude, aligned, row, column, M, N, EXCLUDE, BM, BN)
         if losses is not None:
             loss += tl.sum(softplus(x), 1)
@@ -269,7 +289,7 @@ class Factors(NamedTuple):
 
 def largest(*factors: Factors) -> Tensor:
     """The largest |factor|, on the device."""
-    return torch.stack([torch.linalg.vector_norm(f.factor, float("inf")) for f in factors]).amax()
+    return reduce(torch.maximum, (torch.linalg.vector_norm(f.factor, float("inf")) for f in factors))
 
 
 class Sums(NamedTuple):
@@ -300,6 +320,7 @@ def accumulate(
     aligned: Tensor | None = None,
     derive: bool = True,
     loss: bool = False,
+    kept: Tensor | None = None,
 ) -> Sums:
     """G = W y in splits, of (M, N) = `sizes` rows and columns, for x and y as `pad` leaves them.
 
@@ -319,6 +340,7 @@ def accumulate(
         aligned: receives the S of NT-Xent's positives.
         derive: whether G is wanted.
         loss: whether the losses of the rows are wanted, for "sigmoid".
+        kept: all products <x_i, y_j>, see kept.py: written for "softmax", else read.
     """
     count, others = sizes
     padded_rows, padded = left.shape
@@ -337,8 +359,10 @@ def accumulate(
         new(splits, count) if running else None,
         new(splits, count) if loss else None,
     )
-    # Without tensor cores a whole row would not fit into a thread's registers.
-    kernel = accumulate_narrow if padded <= 128 and precision != "float32" else accumulate_wide
+    kernel, only_wide = accumulate_narrow, {}
+    if is_wide(padded, precision):
+        steps = (None, None) if kept is None else kept.stride()
+        kernel, only_wide = accumulate_wide, {"kept": kept, "step_i": steps[0], "step_j": steps[1]}
 
     def grid(meta: dict) -> tuple[int]:
         return (triton.cdiv(count, meta["BM"]) * splits,)
@@ -346,6 +370,6 @@ def accumulate(
     kernel[grid](
         left, right, scale, bias, exclude, *(rows or (None, None)), *(columns or (None, None)), peak, aligned,
         sums.top, sums.total, sums.loss, sums.gradient, count, others, padded_rows, splits, D=padded,
-        WEIGHT=weight, EXCLUDE=exclude_by, PRECISION=input_precision(precision), **OPTIONS,
+        WEIGHT=weight, EXCLUDE=exclude_by, PRECISION=input_precision(precision), **only_wide, **OPTIONS,
     )  # fmt: skip
     return sums

@@ -65,6 +65,11 @@ def row_block(padded: int) -> dict[str, int]:
     return {"BR": 1024 // width, "BD": width}
 
 
+def is_wide(dim: int, precision: str) -> bool:
+    """Whether rows are too wide for registers; without tensor cores all are, as a thread would hold a whole row."""
+    return dim > 128 or precision == "float32"
+
+
 def input_precision(precision: str) -> str:
     """tl.dot's `input_precision`, which matters for float32 operands only."""
     return "ieee" if precision == "float32" else "tf32"

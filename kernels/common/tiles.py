@@ -47,6 +47,13 @@ def products(
 
 
 @triton.jit
+def kept_tile(products, row, column, step_i, step_j, BM: tl.constexpr, BN: tl.constexpr):
+    """Pointers to a tile of products that are kept, one of (step_i, step_j) apart."""
+    corner = products + tl.cast(row, tl.int64) * step_i + tl.cast(column, tl.int64) * step_j
+    return corner + (tl.arange(0, BM)[:, None] * step_i + tl.arange(0, BN)[None, :] * step_j)
+
+
+@triton.jit
 def load_scale(scale):
     return tl.load(scale).to(tl.float32)
 

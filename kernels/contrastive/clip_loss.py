@@ -11,7 +11,8 @@ and, given g_i = dL/dloss_i, with r_i = 1/2 g_i sigmoid(n_i - S_ii) and c_j = 1/
     dL/dx = scale W y,    dL/dy = scale W^T x,    dL/dscale = sum_i <x_i, (W y)_i>
 
 Forward: sums.py, 1 U, in units U = 2 N N D floating-point operations; `_losses` computes the positives. Backward:
-`accumulate` without the positives for either side, 4 U; positives.py adds them and goes back through the norms.
+`accumulate` without the positives for either side, 4 U, or 2 U with products that the forward pass has kept;
+positives.py adds them and goes back through the norms.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastssl.kernels.common.accumulate import Factors, accumulate, largest
-from fastssl.kernels.common.kept import nothing_kept
+from fastssl.kernels.common.kept import kept_products, nothing_kept, room_for_products
 from fastssl.kernels.common.launch import OPTIONS, row_block
 from fastssl.kernels.common.tiles import COUNTS, softplus
 from fastssl.kernels.contrastive.positives import (
@@ -93,16 +94,17 @@ def clip_loss(x: Tensor, y: Tensor, scale: Tensor, normalize: bool, keep: int, p
         return *(loss.clone() for _ in range(6)), nothing_kept(x, keep)
     with torch.cuda.device_of(x):
         (left, inverse_x), (right, inverse_y) = (rows_of_products(z, normalize, precision) for z in (x, y))
+        kept, products = room_for_products(x, keep, rows, rows, precision)
         own = torch.arange(rows, device=x.device)
         of_rows, of_columns = totals_and_shifts(
-            left, right, (rows, rows), scale, precision, "row", exclude=own, columns=True
+            left, right, (rows, rows), scale, precision, "row", exclude=own, columns=True, kept=products
         )
         block = row_block(left.shape[1])
         _losses[(triton.cdiv(rows, block["BR"]),)](
             x, y, inverse_x, inverse_y, scale, *of_rows, *of_columns, loss, positive, rows, dim, *x.stride(),
             *y.stride(), **block, num_warps=WARPS, **OPTIONS,
         )  # fmt: skip
-    return loss, positive, *of_rows, *of_columns, nothing_kept(x, keep)
+    return loss, positive, *of_rows, *of_columns, kept
 
 
 def clip_loss_backward(
@@ -135,14 +137,15 @@ def clip_loss_backward(
         )  # fmt: skip
         own, peak = torch.arange(rows, device=x.device), largest(of_rows, of_columns)
         share = x.new_empty(rows, dtype=torch.float64)
+        products = kept_products(kept, rows, rows, x.shape[1], precision)
         sums = accumulate(
             left, right, (rows, rows), scale, precision, "both", "row", exclude=own,
-            rows=of_rows, columns=of_columns, peak=peak,
+            rows=of_rows, columns=of_columns, peak=peak, kept=products,
         )  # fmt: skip
         grad_x = projected(x, y, (inverse_x, inverse_y), scale, sums, weight, share)
         sums = accumulate(
             right, left, (rows, rows), scale, precision, "both", "column", exclude=own,
-            rows=of_columns, columns=of_rows, peak=peak,
+            rows=of_columns, columns=of_rows, peak=peak, kept=None if products is None else products.T,
         )  # fmt: skip
         grad_y = projected(y, x, (inverse_y, inverse_x), scale, sums, weight)
         return grad_x, grad_y, share.sum().to(scale.dtype)

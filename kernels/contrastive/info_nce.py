@@ -13,7 +13,8 @@ and, given g_i = dL/dloss_i, with E_ij = exp(S_ij - shift_i), E_ii = 0:
 
 Forward: `accumulate` of E k, 2 U, in units U = 2 N N D floating-point operations; `_finish` adds the splits and leaves
 each row's loss and its derivatives, so that nothing remains for the backward pass of the queries. Without gradients
-sums.py, 1 U. Backward, for the keys: `accumulate` of E^T q, 2 U; positives.py adds the positives.
+sums.py, 1 U. Backward, for the keys: `accumulate` of E^T q, 2 U, or 1 U with products that the forward
+pass has kept; positives.py adds the positives.
 
 Numerics: as in positives.py.
 """
@@ -26,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastssl.kernels.common.accumulate import Factors, accumulate, largest
-from fastssl.kernels.common.kept import nothing_kept
+from fastssl.kernels.common.kept import kept_products, nothing_kept, room_for_products
 from fastssl.kernels.common.launch import OPTIONS, PEAK, row_block
 from fastssl.kernels.common.rows import unit
 from fastssl.kernels.common.tiles import COUNTS, EPS, finite, softplus
@@ -138,13 +139,14 @@ def info_nce(
     with torch.cuda.device_of(query):
         (q, inverse_q), (k, inverse_k) = (rows_of_products(z, normalize, precision) for z in (query, positive_key))
         own = torch.arange(rows, device=query.device)
+        kept, products = room_for_products(query, keep, rows, rows, precision)
         inputs = q, k, (rows, rows), scale, precision
         if weigh:
-            sums = accumulate(*inputs, "softmax", "row", exclude=own)
+            sums = accumulate(*inputs, "softmax", "row", exclude=own, kept=products)
             gradient, tops, totals = sums.gradient, sums.top, sums.total
             splits, padded_rows, padded = gradient.shape
         else:
-            [(totals, tops)] = totals_and_shifts(*inputs, "row", exclude=own)
+            [(totals, tops)] = totals_and_shifts(*inputs, "row", exclude=own, kept=products)
             gradient, splits, (padded_rows, padded) = None, 1, q.shape
         block = row_block(padded)
         _finish[(triton.cdiv(rows, block["BR"]),)](
@@ -152,7 +154,7 @@ def info_nce(
             *query.stride(), *positive_key.stride(), padded, padded_rows, splits, **block,
             num_warps=WARPS, **OPTIONS,
         )  # fmt: skip
-    return *results, nothing_kept(query, keep)
+    return *results, kept
 
 
 def info_nce_backward(
@@ -185,8 +187,10 @@ def info_nce_backward(
             BR=ROWS_OF_FACTORS, **OPTIONS,
         )  # fmt: skip
         peak, own = largest(factors), torch.arange(rows, device=query.device)
+        products = kept_products(kept, rows, rows, query.shape[1], precision)
         sums = accumulate(
-            k, q, (rows, rows), scale, precision, "column", "column", exclude=own, columns=factors, peak=peak
-        )
+            k, q, (rows, rows), scale, precision, "column", "column", exclude=own, columns=factors, peak=peak,
+            kept=None if products is None else products.T,
+        )  # fmt: skip
         grad_key = projected(positive_key, query, (inverse_k, inverse_q), scale, sums, weight)
     return grad_query, grad_key, grad_scale

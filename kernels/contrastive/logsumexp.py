@@ -4,7 +4,8 @@
     pair_logsumexp         of the rows and the columns of S (CLIP)            forward 1 U, backward 4 U
     self_logsumexp         of the rows of scale z z^T, no diagonal (SupCon)   forward 1/2 U, backward 2 U
 
-in units U = 2 M N D floating-point operations (M = N for the last). With E_ij = exp(S_ij - shift_i), where shift_i is
+in units U = 2 M N D floating-point operations (M = N for the last); backward half as much where the forward pass has
+kept its products (common/kept.py). With E_ij = exp(S_ij - shift_i), where shift_i is
 the largest S_ij of row i, and total_i = sum_j E_ij,
 
     log sum_j exp(S_ij) = shift_i + log(total_i)
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from fastssl.kernels.common.accumulate import Factors, accumulate, largest
 from fastssl.kernels.common.collect import collect_sums
-from fastssl.kernels.common.kept import nothing_kept
+from fastssl.kernels.common.kept import kept_products, nothing_kept, room_for_products
 from fastssl.kernels.common.rows import pad
 from fastssl.kernels.contrastive.sums import totals_and_shifts
 
@@ -38,13 +39,14 @@ def similarity_logsumexp(
     with torch.cuda.device_of(x):
         exclude, by = excluding(exclude, "row")
         inputs = pad(x, precision), pad(y, precision), (rows, columns), scale, precision
+        kept, products = room_for_products(x, keep, rows, columns, precision)
         if weigh:
             weighted, shift, total, _ = collect_sums(
-                accumulate(*inputs, "softmax", by, exclude=exclude), x, scale, torch.float32
+                accumulate(*inputs, "softmax", by, exclude=exclude, kept=products), x, scale, torch.float32
             )
-            return total, shift, weighted, nothing_kept(x, keep)
-        [(total, shift)] = totals_and_shifts(*inputs, by, exclude=exclude)
-        return total, shift, x.new_empty((0, dim), dtype=torch.float32), nothing_kept(x, keep)
+            return total, shift, weighted, kept
+        [(total, shift)] = totals_and_shifts(*inputs, by, exclude=exclude, kept=products)
+        return total, shift, x.new_empty((0, dim), dtype=torch.float32), kept
 
 
 def similarity_logsumexp_backward(
@@ -69,9 +71,10 @@ def similarity_logsumexp_backward(
     with torch.cuda.device_of(x):
         exclude, by = excluding(exclude, "column")
         factors = Factors(shift.contiguous(), grad_total.contiguous())
+        products = kept_products(kept, rows, columns, x.shape[1], precision)
         G = accumulate(
             pad(y, precision), pad(x, precision), (columns, rows), scale, precision, "column", by, exclude=exclude,
-            columns=factors, peak=largest(factors),
+            columns=factors, peak=largest(factors), kept=None if products is None else products.T,
         )  # fmt: skip
         return grad_x, collect_sums(G, y, scale, y.dtype).gradient, grad_scale
 
@@ -86,17 +89,26 @@ def pair_logsumexp(
         return *sums, nothing_kept(x, keep)
     with torch.cuda.device_of(x):
         left, right = pad(x, precision), pad(y, precision)
+        kept, products = room_for_products(x, keep, rows, columns, precision)
         if rows <= columns:
             exclude, by = excluding(exclude, "row")
             of_x, of_y = totals_and_shifts(
-                left, right, (rows, columns), scale, precision, by, exclude=exclude, columns=True
+                left, right, (rows, columns), scale, precision, by, exclude=exclude, columns=True, kept=products
             )
         else:
             exclude, by = excluding(exclude, "column")
             of_y, of_x = totals_and_shifts(
-                right, left, (columns, rows), scale, precision, by, exclude=exclude, columns=True
+                right,
+                left,
+                (columns, rows),
+                scale,
+                precision,
+                by,
+                exclude=exclude,
+                columns=True,
+                kept=None if products is None else products.T,
             )
-        return *of_x, *of_y, nothing_kept(x, keep)
+        return *of_x, *of_y, kept
 
 
 def pair_logsumexp_backward(
@@ -120,16 +132,17 @@ def pair_logsumexp_backward(
         of_x = Factors(row_shift.contiguous(), grad_row_total.contiguous())
         of_y = Factors(column_shift.contiguous(), grad_column_total.contiguous())
         peak = largest(of_x, of_y)
+        products = kept_products(kept, rows, columns, x.shape[1], precision)
         exclude, by = excluding(exclude, "row")
         G = accumulate(
             left, right, (rows, columns), scale, precision, "both", by, exclude=exclude,
-            rows=of_x, columns=of_y, peak=peak,
+            rows=of_x, columns=of_y, peak=peak, kept=products,
         )  # fmt: skip
         collected = collect_sums(G, x, scale, x.dtype, share=True)
         exclude, by = excluding(exclude, "column")
         G = accumulate(
             right, left, (columns, rows), scale, precision, "both", by, exclude=exclude,
-            rows=of_y, columns=of_x, peak=peak,
+            rows=of_y, columns=of_x, peak=peak, kept=None if products is None else products.T,
         )  # fmt: skip
         return collected.gradient, collect_sums(G, y, scale, y.dtype).gradient, collected.share.sum().to(scale.dtype)
 
@@ -141,8 +154,9 @@ def self_logsumexp(z: Tensor, scale: Tensor, keep: int, precision: str) -> tuple
         return *(z.new_zeros(0, dtype=torch.float32) for _ in range(2)), nothing_kept(z, keep)
     with torch.cuda.device_of(z):
         padded = pad(z, precision)
-        [sums] = totals_and_shifts(padded, padded, (rows, rows), scale, precision, "diagonal")
-        return *sums, nothing_kept(z, keep)
+        kept, products = room_for_products(z, keep, rows, rows, precision)
+        [sums] = totals_and_shifts(padded, padded, (rows, rows), scale, precision, "diagonal", kept=products)
+        return *sums, kept
 
 
 def self_logsumexp_backward(
@@ -157,7 +171,7 @@ def self_logsumexp_backward(
         factors = Factors(shift.contiguous(), grad_total.contiguous())
         G = accumulate(
             padded, padded, (rows, rows), scale, precision, "both", "diagonal", rows=factors, columns=factors,
-            peak=largest(factors),
+            peak=largest(factors), kept=kept_products(kept, rows, rows, z.shape[1], precision),
         )  # fmt: skip
         collected = collect_sums(G, z, scale, z.dtype, share=True)
         return collected.gradient, collected.share.sum().mul(0.5).to(scale.dtype)

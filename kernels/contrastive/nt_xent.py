@@ -12,8 +12,8 @@ and, given g_i = dL/dloss_i, with p_ij = exp(S_ij - lse_i):
     dL/dx_i  = (dL/dz_i - <dL/dz_i, z_i> z_i) / |x_i|    where rows were normalised, z = x / |x|
 
 Algorithm and cost. Forward: sums.py, 1/2 U, in units U = 2 N N D floating-point operations. Backward: `accumulate`,
-2 U; `_project` adds the splits and the positives, and applies scale and the derivative of the normalisation. Two
-outputs per tile would make it 1.5 U, but would need atomics.
+2 U, or 1 U with products that the forward pass has kept; `_project` adds the splits and the positives, and applies
+scale and the derivative of the normalisation. Two outputs per tile would make it 1.5 U, but would need atomics.
 
 Numerics: norms and row products are float64. The positive's entry in W, g_i (p - 1), is where a confident model's
 gradient cancels: it is left out of the rounded W, and `_project` adds it in float32, from the same S that the sums
@@ -28,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastssl.kernels.common.accumulate import Factors, accumulate, largest, load_factors, power_of_two
-from fastssl.kernels.common.kept import nothing_kept
+from fastssl.kernels.common.kept import kept_products, nothing_kept, room_for_products
 from fastssl.kernels.common.launch import OPTIONS, PEAK, row_block
 from fastssl.kernels.common.rows import load_rows, pad_views, unit
 from fastssl.kernels.common.tiles import COUNTS, EPS
@@ -114,8 +114,9 @@ def nt_xent(
         return loss, loss.clone(), loss.clone(), nothing_kept(z1, keep)
     with torch.cuda.device_of(z1):
         z, _ = pad_views(z1, z2, normalize, precision)
-        [(total, shift)] = totals_and_shifts(z, z, (rows, rows), scale, precision, "partner", loss=loss)
-    return loss, shift, total, nothing_kept(z1, keep)
+        kept, products = room_for_products(z1, keep, rows, rows, precision)
+        [(total, shift)] = totals_and_shifts(z, z, (rows, rows), scale, precision, "partner", loss=loss, kept=products)
+    return loss, shift, total, kept
 
 
 def nt_xent_backward(
@@ -141,7 +142,7 @@ def nt_xent_backward(
         aligned, grad_scale, peak = torch.empty_like(total), torch.empty_like(inverse), largest(factors)
         G = accumulate(
             z, z, (2 * batch, 2 * batch), scale, precision, "both", "partner", rows=factors, columns=factors, peak=peak,
-            aligned=aligned,
+            aligned=aligned, kept=kept_products(kept, 2 * batch, 2 * batch, dim, precision),
         ).gradient  # fmt: skip
         splits, padded_rows, padded = G.shape
         block = row_block(padded)

@@ -34,9 +34,10 @@ WARPS = 8  # of these kernels: with 4 they spill registers
 @triton.jit
 def load_inverse(inverse, row, inside, BR: tl.constexpr):
     """Inverse norms (BR, 1); 1 where rows are not normalised."""
-    if inverse is None:
-        return tl.full((BR, 1), 1.0, tl.float64)
-    return tl.load(inverse + row, mask=inside, other=1.0)[:, None]
+    factor = tl.full((BR, 1), 1.0, tl.float64)
+    if inverse is not None:
+        factor = tl.load(inverse + row, mask=inside, other=1.0)[:, None]
+    return factor
 
 
 @triton.jit

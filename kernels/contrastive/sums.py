@@ -30,6 +30,7 @@ from fastssl.kernels.common.tiles import (
     COUNTS,
     exponents,
     finite,
+    kept_tile,
     load_excluded,
     load_scale,
     products,
@@ -64,7 +65,8 @@ def _maximum_and_sum(x, AXIS: tl.constexpr):
 )
 @triton.jit(do_not_specialize=COUNTS)
 def _forward_tile(
-    left, right, scale, exclude, row_tops, row_sums, column_tops, column_sums, aligned, M, N, D, blocks, start, band,
+    left, right, scale, exclude, row_tops, row_sums, column_tops, column_sums, aligned, kept, step_i, step_j,
+    M, N, D, blocks, start, band,
     EXCLUDE: tl.constexpr, SYMMETRIC: tl.constexpr, T: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Maxima and sums of the rows and columns of tile (block, distance), start <= distance < start + band."""
@@ -79,8 +81,13 @@ def _forward_tile(
     excluded = i
     if EXCLUDE == "row":
         excluded = load_excluded(exclude, i, M, N)
+    product = products(left, right, row, column, D, T, T, BK, PRECISION)
+    if kept is not None:
+        tl.store(kept_tile(kept, row, column, step_i, step_j, T, T), product)
+        if SYMMETRIC:
+            tl.store(kept_tile(kept, column, row, step_i, step_j, T, T), tl.trans(product))
     x = exponents(
-        products(left, right, row, column, D, T, T, BK, PRECISION), load_scale(scale), None, excluded, exclude, None,
+        product, load_scale(scale), None, excluded, exclude, None,
         row, column, M, N, "diagonal" if EXCLUDE == "partner" else EXCLUDE, T, T,
     )  # fmt: skip
     if row + T > M:
@@ -161,6 +168,7 @@ def totals_and_shifts(
     exclude: Tensor | None = None,
     columns: bool = False,
     loss: Tensor | None = None,
+    kept: Tensor | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
     """[(total, shift)] of the rows of S, then of its columns if wanted.
 
@@ -174,6 +182,7 @@ def totals_and_shifts(
         exclude: the column that a row leaves out, or the row that a column does.
         columns: whether the columns' sums are wanted.
         loss: receives NT-Xent's losses.
+        kept: receives all products <x_i, y_j>, see common/kept.py.
     """
     symmetric = exclude_by in ("diagonal", "partner")
     rows, others = sizes
@@ -196,8 +205,9 @@ def totals_and_shifts(
     for start in range(0, distances, band):
         width = min(band, distances - start)
         _forward_tile[(row_blocks * width,)](
-            left, right, scale, exclude, *sides[0][:2], *column_slots, aligned, *sizes, left.shape[1], blocks, start,
-            width, EXCLUDE=exclude_by, SYMMETRIC=symmetric, T=tile, PRECISION=input_precision(precision), **OPTIONS,
+            left, right, scale, exclude, *sides[0][:2], *column_slots, aligned, kept,
+            *((None, None) if kept is None else kept.stride()), *sizes, left.shape[1], blocks, start, width,
+            EXCLUDE=exclude_by, SYMMETRIC=symmetric, T=tile, PRECISION=input_precision(precision), **OPTIONS,
         )  # fmt: skip
         for tops, sums, heard, shift, total in sides:
             count = shift.shape[0]

@@ -52,7 +52,8 @@ the row (but for the factor scale) and by scale: for keys without gradients the 
 
 The exponentials E are what the forward and the backward pass both need. Where the caller allows it (`keep`, in bytes:
 `bytes_to_keep`), a kernel keeps those of as many tiles as fit, in `kept`, a tensor of just that many bytes whose
-contents are the kernel's own; the backward pass then need not multiply for them again.
+contents are the kernel's own; the backward pass then need not multiply for them again. On a GPU it is the products that
+are kept, all or none, and only where reading them is quicker than multiplying again (kernels/common/kept.py).
 """
 
 from fastssl.ops.contrastive._shared import bytes_to_keep, nothing_kept

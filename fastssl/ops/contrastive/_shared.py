@@ -32,42 +32,53 @@ def through_norms(gradient: Tensor, z: Tensor, norms: Tensor | None) -> Tensor:
 
 
 def bytes_to_keep(precision: str, inputs: Sequence[Tensor], rows: int, columns: int | None = None) -> int:
-    """How many bytes a forward pass is to keep for its backward pass, the argument `keep` of the operations: as many as
-    the exponentials of all rows x columns similarities take, at most four times those of the inputs.
+    """How many bytes a forward pass is to keep for its backward pass, the argument `keep` of the operations: at most
+    four times those of the inputs. On a CPU as many as the exponentials of all rows x columns similarities take; on a
+    GPU all products <x_i, y_j> in float32, or if that is too much none.
 
-    0 where no gradient of the inputs is wanted, and where no kernel would keep anything.
+    0 where no gradient of the inputs is wanted, and where no kernel would keep anything: on a GPU that goes by the cost
+    of a product, see kernels/common/kept.py.
 
     Args:
         precision: that of products. Where it is bfloat16, exponentials are kept in bfloat16, else in float32.
-        columns: None: similarities of the rows with themselves, of which half are enough.
+        columns: None: similarities of the rows with themselves, of which half are enough on a CPU.
     """
     x = inputs[0]
-    if x.device.type != "cpu" or x.dtype == torch.float64 or current_backend() != "auto" or not _has_kernel():
+    if x.dtype == torch.float64 or current_backend() != "auto" or not _has_kernel(x.device.type):
         return 0
     if not torch.is_grad_enabled() or not any(x.requires_grad for x in inputs):
         return 0
+    bound = 4 * sum(x.numel() * x.element_size() for x in inputs)
+    if x.device.type == "cuda":
+        if precision != "float32" and not (precision == "tf32" and x.shape[1] >= 512):
+            return 0
+        from torch.fx.experimental.symbolic_shapes import guard_or_false  # takes longer to import than fastssl
+
+        needed = 4 * _padded(rows, 128) * _padded(rows if columns is None else columns, 128)
+        return needed if guard_or_false(needed <= bound) else 0
     height, width = _padded(rows), _padded(rows if columns is None else columns)
     count = height * width
     if columns is None:  # the tiles on the diagonal, of up to 256 rows, are whole
         count = torch.sym_min(count, height * (width + 256) // 2)
     needed = count * (2 if precision == "bfloat16" else 4) + 4 * height + 128
-    return torch.sym_min(needed, 4 * sum(x.numel() * x.element_size() for x in inputs))
+    return torch.sym_min(needed, bound)
 
 
-def _padded(rows: int) -> int:
-    """Tiles have multiples of 32 rows."""
-    return (rows + 31) // 32 * 32
+def _padded(rows: int, multiple: int = 32) -> int:
+    """Tiles have multiples of 32 rows, on a GPU of 128."""
+    return (rows + multiple - 1) // multiple * multiple
 
 
-def _has_kernel() -> bool:
-    """Whether the C++ library is loaded, without which portable code runs on CPUs too."""
-    global _loaded
-    if _loaded is None:
-        _loaded = torch._C._dispatch_has_kernel_for_dispatch_key("fastssl::pair_logsumexp", "CPU")
-    return _loaded
+def _has_kernel(device_type: str) -> bool:
+    """Whether the device has kernels of its own: without the C++ library, or without Triton, portable code runs."""
+    if device_type not in _found:
+        key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
+        _found[device_type] = key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(_OPERATION, key)
+    return _found[device_type]
 
 
-_loaded: bool | None = None
+_OPERATION = "fastssl::pair_logsumexp"
+_found: dict[str, bool] = {}
 _has_kernel._dynamo_marked_constant = True  # see ops/_precision.py
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fastssl.kernels.common import accumulate, collect, launch, rows
@@ -20,17 +20,19 @@ POINTERS = {
     **dict.fromkeys(
         ("row_total", "column_total", "positive", "factor", "weight", "query_slope", "scale_slope"), "fp32"
     ),
-    **dict.fromkeys(("row_shift", "row_factor", "column_shift", "column_factor", "peak", "gradient"), "fp32"),
+    **dict.fromkeys(("kept", "row_shift", "row_factor", "column_shift", "column_factor", "peak", "gradient"), "fp32"),
 }
 PADDED = ("PADDED", "padded_rows")
+STEPS = ("step_i", "step_j")
 PREPARE = Kernel(rows.prepare, POINTERS, multiples=PADDED)
 COLLECT = Kernel(collect.collect, POINTERS, multiples=PADDED)
 NARROW = Kernel(accumulate.accumulate_narrow, POINTERS, multiples=PADDED, needs=accumulate.narrow_needs)
-WIDE = Kernel(accumulate.accumulate_wide, POINTERS, multiples=(*PADDED, "D"), needs=accumulate.wide_needs)
+WIDE = Kernel(accumulate.accumulate_wide, POINTERS, multiples=(*PADDED, *STEPS, "D"), needs=accumulate.wide_needs)
 
 # What a launcher does not pass. With `exclude` the variants compute more, so those without it are left out.
 NO_EXCLUDE = {"exclude": None}
 NO_RUNNING = {"tops": None, "totals": None, "losses": None}
+NO_KEPT = {"kept": None, "step_i": None, "step_j": None}
 NO_ROWS = {"row_shift": None, "row_factor": None}
 NO_FACTORS = {**NO_ROWS, "column_shift": None, "column_factor": None, "peak": None}
 
@@ -39,9 +41,24 @@ def accumulate_cases(
     variants: Mapping[str, Mapping[str, Any]], capability: int, sweep: bool, largest: str | None = None
 ) -> Iterator[Case]:
     """D is a constant of the narrow kernel; of the wide one a runtime argument, so one specialisation serves all."""
-    yield from product_cases(WIDE, variants, capability, sweep, largest=largest)
+    wide = {name: {**NO_KEPT, **constants} for name, constants in variants.items()}
+    yield from product_cases(WIDE, wide, capability, sweep, largest=largest)
     narrow = {"D": 64}, {"D": 128}
     yield from product_cases(NARROW, variants, capability, sweep, narrow, float32_shapes=(), largest=largest)
+
+
+def kept_cases(
+    kernel: Kernel,
+    variants: Mapping[str, Mapping[str, Any]],
+    capability: int,
+    sweep: bool,
+    shapes: Sequence[Mapping[str, int]] = ({},),
+) -> Iterator[Case]:
+    """Of a kernel that keeps its products, or reads those that are kept: float32 and TF32 only."""
+    if sweep or capability == 80:
+        for case in product_cases(kernel, variants, capability, True, shapes, shapes[:1]):
+            if case.precision == "float32" or (sweep and case.precision == "tf32"):
+                yield case
 
 
 def row_cases(

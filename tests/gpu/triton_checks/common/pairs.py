@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastssl.kernels.common import accumulate
 from fastssl.kernels.common.launch import DTYPES
+from tests.gpu.triton_checks.common.launches import count_launches
 from tests.gpu.triton_checks.common.numerics import (
     DEVICE,
     INTERPRETED,
@@ -30,7 +31,9 @@ def rows(batch: int, dim: int, dtype: torch.dtype = torch.float32, near: float =
 
 
 class PairTests(ABC):
-    """An operation's class of tests says how to launch it, and what its losses are."""
+    """An operation's class of tests says how to launch it, what its losses are, and how many launches both take."""
+
+    launches: int
 
     @abstractmethod
     def launch(
@@ -167,6 +170,13 @@ class PairTests(ABC):
         for same in (x, torch.eye(24, device=DEVICE, dtype=x.dtype)):
             loss, *_ = self.fused(same, same, random_gradient(same.shape[0]), 100.0, precision=precision)
             assert (loss >= 0).all()
+
+    @pytest.mark.skipif(not INTERPRETED, reason="launches are counted in the interpreter")
+    @pytest.mark.parametrize("batch", [32, 256])
+    def test_launches(self, batch):
+        x, y = rows(batch, 32)
+        g, scale = random_gradient(batch), torch.tensor(2.0)
+        assert count_launches(lambda: self.launch(x, y, g, scale, True, "float32")) == self.launches
 
     @pytest.mark.parametrize("dim", [32, 140])
     def test_splits(self, dim, monkeypatch):

@@ -37,6 +37,8 @@ def cases(capability: int, sweep: bool) -> Iterator[Case]:
 
 
 class TestClipLoss(PairTests):
+    launches = 7 + 13
+
     def launch(self, x, y, g, scale, normalize, precision):
         *outputs, kept = kernels.clip_loss(x, y, scale, normalize, 0, precision)
         assert all(t.dtype == torch.float32 for t in outputs)

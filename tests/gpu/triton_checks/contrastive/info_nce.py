@@ -43,6 +43,8 @@ def cases(capability: int, sweep: bool) -> Iterator[Case]:
 
 
 class TestInfoNCE(PairTests):
+    launches = 5 + 12
+
     def launch(self, x, y, g, scale, normalize, precision):
         *outputs, kept = kernels.info_nce(x, y, scale, normalize, True, 0, precision)
         assert all(t.dtype == torch.float32 for t in outputs)

@@ -15,17 +15,19 @@ from tests.gpu.triton_checks.common.compile_gate import Case, Kernel, product_ca
 from tests.gpu.triton_checks.common.kernels import (
     NO_EXCLUDE,
     NO_FACTORS,
+    NO_KEPT,
     NO_ROWS,
     NO_RUNNING,
     PADDED,
     POINTERS,
+    STEPS,
     accumulate_cases,
     collect_cases,
 )
 from tests.gpu.triton_checks.common.numerics import DEVICE, INTERPRETED, THOROUGH, random_gradient
 from tests.gpu.triton_checks.common.tiles import TileTests, both, some_excluded
 
-FORWARD = Kernel(of_sums._forward_tile, POINTERS, multiples=(*PADDED, "D"), needs=of_sums._forward_needs)
+FORWARD = Kernel(of_sums._forward_tile, POINTERS, multiples=(*PADDED, *STEPS, "D"), needs=of_sums._forward_needs)
 MERGE = Kernel(of_sums._merge, POINTERS, multiples=PADDED)
 SUMS = {
     "self": {"EXCLUDE": "diagonal", "SYMMETRIC": True, **NO_EXCLUDE, "aligned": None},
@@ -49,6 +51,7 @@ def sum_cases(
     variants: Mapping[str, Mapping[str, Any]], capability: int, sweep: bool, largest: str | None = None
 ) -> Iterator[Case]:
     tiles = {"T": 64}, {"T": 128}
+    variants = {name: {**NO_KEPT, **constants} for name, constants in variants.items()}
     yield from product_cases(FORWARD, variants, capability, sweep, tiles, float32_shapes=tiles[:1], largest=largest)
 
 

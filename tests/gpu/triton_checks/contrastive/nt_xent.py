@@ -24,6 +24,7 @@ from tests.gpu.triton_checks.common.kernels import (
     accumulate_cases,
     row_cases,
 )
+from tests.gpu.triton_checks.common.launches import count_launches
 from tests.gpu.triton_checks.common.numerics import (
     DEVICE,
     INTERPRETED,
@@ -229,6 +230,19 @@ def test_bands(batch, monkeypatch):
     monkeypatch.setattr(sums, "_BAND", 2)
     for mine, other in zip(fused(z1, z2, g, 10.0), expected, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="launches are counted in the interpreter")
+@pytest.mark.parametrize("batch", [32, 256])
+def test_launches(batch):
+    z1, z2 = rows(batch, 32)
+    g, s = random_gradient(2 * batch), torch.tensor(2.0)
+
+    def run() -> None:
+        _, *kept_for_backward = kernels.nt_xent(z1, z2, s, True, 0, "float32")
+        kernels.nt_xent_backward(g, z1, z2, s, *kept_for_backward, True, "float32")
+
+    assert count_launches(run) == 3 + 7
 
 
 @pytest.mark.parametrize("dim", [32, 140])
