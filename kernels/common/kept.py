@@ -33,15 +33,19 @@ def nothing_kept(x: Tensor, keep: int) -> Tensor:
 
 def kept_products(kept: Tensor, rows: int, columns: int, dim: int, precision: str) -> Tensor | None:
     """The products in `kept`, for one pass to write and the other to read: rows x columns, padded to multiples of
-    `ROWS`; None if `kept` is not of their size, or the kernels of these products keep none."""
+    `ROWS`; None if `kept` is too small for them, or the kernels of these products keep none."""
     height, width = (triton.cdiv(count, ROWS) * ROWS for count in (rows, columns))
-    if kept.numel() != 4 * height * width or not is_wide(dim, precision):
+    size = 4 * height * width
+    if kept.numel() < size or not is_wide(dim, precision):
         return None
-    return kept.view(torch.float32).view(height, width)
+    return kept[:size].view(torch.float32).view(height, width)
 
 
 def room_for_products(x: Tensor, keep: int, rows: int, columns: int, precision: str) -> tuple[Tensor, Tensor | None]:
     """The output `kept`, and `kept_products` of it for the forward pass to write."""
     kept = x.new_empty(keep, dtype=torch.uint8)
     products = kept_products(kept, rows, columns, x.shape[1], precision)
-    return (nothing_kept(x, keep) if products is None else kept), products
+    if products is None:
+        return nothing_kept(x, keep), None
+    kept[4 * products.numel() :].zero_()
+    return kept, products
