@@ -65,9 +65,10 @@ def test_takes_the_first_of_equally_near_rows():
 
 
 def test_negative_products():
-    z = torch.tensor([[1.0, 0], [-0.6, 0.8], [-0.8, -0.6]], device=DEVICE)
-    assert _nearest(z, 0, 3, 2, 3).tolist() == [[1, 2], [2, 0], [1, 0]]
-    assert _nearest(-z[:1] * torch.tensor([[1.0], [-1.0]], device=DEVICE), 0, 2, 1, 2).tolist() == [[1], [0]]
+    """Of a group that lies in two tiles."""
+    z = _rows(66, 2)
+    z[63:] = torch.tensor([[1.0, 0], [-0.5, 0.75**0.5], [-0.7, -(0.51**0.5)]], device=DEVICE)
+    assert _nearest(z, 63, 3, 2, 3).tolist() == [[64, 65], [65, 63], [64, 63]]
 
 
 def test_nan_is_the_nearest():
