@@ -198,7 +198,7 @@ def _random_pieces(seed: Tensor, sizes: Tensor, counts: Tensor, largest: int, mo
     _, turn, _ = masking.masking_ids(seed, len(sizes), largest - 1, 0)
     number = torch.arange(largest, device=turn.device)
     turn = F.pad(turn, (0, 1)).where(number < sizes - 1, largest)
-    last = turn.sort(1).values.gather(1, (counts - 2).clamp_min(0))
+    last = turn.topk(most, dim=1, largest=False).values.gather(1, (counts - 2).clamp_min(0))
     ends = ((turn <= last) & (counts > 1)).long()
     return turn.new_zeros((len(sizes), most)).scatter_add(1, ends.cumsum(1) - ends, (number < sizes).long())
 
