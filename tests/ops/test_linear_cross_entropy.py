@@ -7,10 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastssl
 from fastssl.functional import linear_cross_entropy
 from fastssl.nn import LinearCrossEntropyLoss
+from fastssl.ops.linear_cross_entropy import _forward
 from tests.recorder import Recorder
 
 NAN = float("nan")
@@ -77,6 +79,18 @@ def test_ignored_rows_take_no_part(reduction, backend):
         loss = loss[y >= 0]
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
     assert grad_w.isfinite().all() and not grad_x[y < 0].any() and grad_x[y >= 0].all()
+
+
+def test_ignored_rows_cost_no_products():
+    x, w, y = _normal(50, 12), _normal(40, 12, seed=1), _labels(50, 40, 0.6)
+
+    def operations(x: Tensor, y: Tensor) -> int:
+        numbers = torch.ones(1), None, torch.ones(len(x)), 0.0, -100, False, True, "float32"
+        with FlopCounterMode(display=False) as counted:
+            _forward(x, w, w.new_empty(0), y, *numbers)
+        return counted.get_total_flops()
+
+    assert 0 < operations(x, y) == operations(x[y >= 0], y[y >= 0]) < operations(x, y.clamp(min=0))
 
 
 @pytest.mark.parametrize("ignore_index", [None, 7, -1])
