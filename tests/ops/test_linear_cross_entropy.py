@@ -81,6 +81,14 @@ def test_ignored_rows_take_no_part(reduction, backend):
     assert grad_w.isfinite().all() and not grad_x[y < 0].any() and grad_x[y >= 0].all()
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_ignored_rows_where_nothing_may_wait(reduction, monkeypatch):
+    """On other devices the portable code masks them."""
+    monkeypatch.setattr("fastssl.ops.linear_cross_entropy._labelled", lambda *_: None)
+    with fastssl.use_backend("portable"):
+        test_ignored_rows_take_no_part(reduction, None)
+
+
 def test_ignored_rows_cost_no_products():
     x, w, y = _normal(50, 12), _normal(40, 12, seed=1), _labels(50, 40, 0.6)
 
