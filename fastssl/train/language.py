@@ -44,7 +44,7 @@ class LanguageModel(Method):
         return (features.flatten(0, 1),)
 
     @torch.no_grad()
-    def evaluate(self, dataset: Subwords) -> dict[str, float]:
+    def marks(self, dataset: Subwords, predicted: str) -> dict[str, float]:
         """The share of subwords that are predicted rightly, and the perplexity as a share of that of a model that knows
         how often each subword occurs, and no more."""
         training = self.training
@@ -64,6 +64,6 @@ class LanguageModel(Method):
         most = (torch.cat(naive_bits) == -unigram.max()).double().mean().item()
         ratio = (torch.cat(bits).double().mean() - torch.cat(naive_bits).mean()).exp().item()
         return {
-            f"{self.predicted} right ({most:.1%}: always the most frequent)": torch.cat(right).double().mean().item(),
+            f"{predicted} right ({most:.1%}: always the most frequent)": torch.cat(right).double().mean().item(),
             f"perplexity over that of single subwords' frequencies, {torch.cat(naive_bits).mean().exp():.0f},": ratio,
         }

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastssl.functional import mask_tokens
-from fastssl.train.data.subwords import VOCABULARY
+from fastssl.train.data.subwords import VOCABULARY, Subwords
 from fastssl.train.language import LanguageModel
 
 
@@ -16,8 +16,6 @@ class BERT(LanguageModel):
     Args:
         probability: that a subword is to be found.
     """
-
-    predicted = "masked subwords"
 
     def __init__(
         self, *, probability: float = 0.15, features: int = 128, depth: int = 4, vocabulary: int = VOCABULARY
@@ -36,3 +34,6 @@ class BERT(LanguageModel):
     def forward(self, corrupted: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
         """Features (B, L, features), and the labels."""
         return self.encoder(corrupted), labels
+
+    def evaluate(self, dataset: Subwords) -> dict[str, float]:
+        return self.marks(dataset, "masked subwords")

@@ -12,7 +12,7 @@ from fastssl.train.language import LanguageModel
 class GPT(LanguageModel):
     """Each subword is to be predicted from those before it."""
 
-    predicted, causal = "next subwords", True
+    causal = True
 
     def views(self, batch: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
         """(B, L) subwords, as they are."""
@@ -21,6 +21,9 @@ class GPT(LanguageModel):
     def forward(self, tokens: Tensor) -> tuple[Tensor, ...]:
         """Features (B, L - 1, features) of all but the last, and what follows each."""
         return self.encoder(tokens[:, :-1]), tokens[:, 1:]
+
+    def evaluate(self, dataset: Subwords) -> dict[str, float]:
+        return self.marks(dataset, "next subwords")
 
     @torch.no_grad()
     def samples(self, dataset: Subwords, count: int = 3, temperature: float = 0.8) -> list[str]:
