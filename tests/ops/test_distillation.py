@@ -192,6 +192,13 @@ def test_logits_far_from_zero_lose_nothing(kernels):
     torch.testing.assert_close(loss.double(), _float64(student, teacher)[0], rtol=1e-5, atol=0)
 
 
+def test_reductions_are_of_the_mean_over_pairs(backend):
+    student, teacher = _normal(4, 3, 9), _normal(2, 3, 9, seed=1)
+    losses = dino_loss(student, teacher, reduction="none")
+    torch.testing.assert_close(dino_loss(student, teacher, reduction="sum"), losses.sum())
+    torch.testing.assert_close(dino_loss(student, teacher), losses.mean())
+
+
 def test_one_prototype(kernels):
     student = _leaf(3, 4, 1)
     loss = dino_loss(student, _normal(2, 4, 1))
