@@ -146,11 +146,13 @@ def natural_sizes(spec: OpSpec, sample: Sample, truth: Results) -> list[tuple[Te
     sizes: list[tuple[Tensor | float, float]] = [
         (1.0, magnitude * x.numel() ** 0.5 + x.double().norm().item()) for x in outputs
     ]
+    summed = sample.kwargs.get("reduction") == "sum" and spec.reductions[0] == "none"  # one number for each row's loss
     for leaf, gradient in zip(leaves_of(sample), truth[len(outputs) :], strict=True):
         x = leaf.detach().double()
         weight = x.norm(dim=-1, keepdim=True).clamp_min(1e-12) if x.dim() >= 2 else x.abs()
         size = torch.where(gradient.isfinite(), gradient * weight, 0).norm()
-        sizes.append((weight, magnitude * cotangent_for(outputs[0]).norm().item() + size.item()))
+        rows = len(x) ** 0.5 if summed and x.dim() else 1.0
+        sizes.append((weight, magnitude * rows * cotangent_for(outputs[0]).norm().item() + size.item()))
     return sizes
 
 

@@ -86,13 +86,14 @@ def training_table(history: dict[str, list[Step]], accuracy: dict[str, float], u
 
 
 def growing_batches(largest: int, console: Console) -> dict[str, list[Cost]]:
-    """NT-Xent at 2,048 rows, doubled up to `largest`; naive only as long as it fits into memory."""
+    """NT-Xent at 2,048 rows, or at `largest` if that is less, doubled up to it; naive only as long as it fits into
+    memory."""
     costs: dict[str, list[Cost]] = {"naive": [], "fastssl": []}
     available = available_memory()
     table = Table(title=f"NT-Xent, forward + backward, rows x {FEATURES}, float32")
     for column in ("rows", "naive time", "naive memory", "estimate", "fastssl time", "fastssl memory"):
         table.add_column(column, justify="right")
-    rows = 2048
+    rows = min(2048, largest)
     with console.status("") as status:
         while rows <= largest:
             status.update(f"NT-Xent at {rows:,} rows")

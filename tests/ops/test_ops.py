@@ -70,6 +70,9 @@ def _tagged(*tags: str) -> Callable[[OpSpec, Sample], bool]:
     return lambda spec, sample: not sample.tags.isdisjoint(tags)
 
 
+_few = _tagged(TRACED, EDGE, COMPILED)
+
+
 def _settled(spec: OpSpec, sample: Sample) -> bool:
     """Whether the arguments settle the outputs."""
     return spec.check is None
@@ -105,6 +108,18 @@ def test_value_and_gradients(spec, sample, kernels):
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(4).isnan().all()
     assert_as_accurate_as_eager(spec, sample, evaluate(public(spec), sample), yardstick)
+
+
+@_cases(torch.float32, torch.bfloat16, where=lambda spec, sample: spec.reductions and _few(spec, sample))
+def test_reductions(spec, sample, backend):
+    """Those that sum up, and with them what is computed only where the gradient is one number."""
+    for reduction in spec.reductions[1:]:
+        reduced = Sample(sample.label, sample.args, {**sample.kwargs, "reduction": reduction}, sample.tags)
+        results, yardstick = evaluate(public(spec), reduced), truth_and_eager(spec, reduced)
+        if yardstick[0][0].isnan():  # the mean of nothing
+            assert results[0].isnan()
+        else:
+            assert_as_accurate_as_eager(spec, reduced, results, yardstick)
 
 
 @_cases(torch.float32)

@@ -60,7 +60,7 @@ def test_a_seed_draws_the_same_everywhere(name):
         assert all(x.is_contiguous() for result in results for x in result)
 
 
-@pytest.mark.parametrize("name", set(CALLS) - {"all negatives", "too many negatives"})
+@pytest.mark.parametrize("name", [name for name in CALLS if name not in ("all negatives", "too many negatives")])
 def test_seeds_and_calls_differ(name):
     def drawn(**options) -> Tensor:
         result = CALLS[name](**options)

@@ -382,11 +382,11 @@ def demo():
 def test_demo_from_training_to_figure(monkeypatch, capsys, tmp_path, images, demo):
     monkeypatch.setattr(demo, "load", lambda directory: images)
     figure = tmp_path / "new" / "figure.png"
-    options = ["--steps", 3, "--batch-size", 64, "--rows", 2048, "--output", figure]
+    options = ["--steps", 3, "--batch-size", 64, "--rows", 1000, "--output", figure]
     assert command(monkeypatch, demo.main, *options) == 0
     assert figure.read_bytes().startswith(b"\x89PNG")
     output = capsys.readouterr().out
-    for term in ("step time", "loss time", "peak memory", "kNN accuracy", "random init", "2,048"):
+    for term in ("step time", "loss time", "peak memory", "kNN accuracy", "random init", "1,000"):
         assert term in output
 
 
