@@ -121,15 +121,16 @@ def _block_masking_ids_portable(
 
 
 masking_ids = Op(
-    "masking_ids(Tensor seed, int batch, int length, int keep) -> (Tensor ids_keep, Tensor ids_restore, Tensor mask)",
+    "masking_ids(Tensor seed, SymInt batch, SymInt length, SymInt keep)"
+    " -> (Tensor ids_keep, Tensor ids_restore, Tensor mask)",
     fake=_masking_ids_fake,
     portable=_masking_ids_portable,
 )
 
 
 block_masking_ids = Op(
-    "block_masking_ids(Tensor seed, int batch, int height, int width, int keep, int low, int high, int[] aspect_ratios)"
-    " -> (Tensor ids_keep, Tensor ids_restore, Tensor mask)",
+    "block_masking_ids(Tensor seed, SymInt batch, int height, int width, int keep, int low, int high,"
+    " int[] aspect_ratios) -> (Tensor ids_keep, Tensor ids_restore, Tensor mask)",
     fake=_block_masking_ids_fake,
     portable=_block_masking_ids_portable,
 )

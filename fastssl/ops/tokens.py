@@ -110,7 +110,7 @@ def _sample_negatives_portable(seed: Tensor, mask: Tensor | None, batch: int, le
 
 
 sample_negatives = Op(
-    "sample_negatives(Tensor seed, Tensor? mask, int batch, int length, int count) -> Tensor ids",
+    "sample_negatives(Tensor seed, Tensor? mask, SymInt batch, SymInt length, SymInt count) -> Tensor ids",
     fake=_sample_negatives_fake,
     portable=_sample_negatives_portable,
 )

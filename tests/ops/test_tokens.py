@@ -8,9 +8,16 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastssl
-from fastssl.functional import mask_tokens, sample_negatives, span_corruption
+from fastssl.functional import (
+    block_masking_ids,
+    mask_tokens,
+    random_masking_ids,
+    sample_negatives,
+    span_corruption,
+)
 from tests.inputs import seeded
 
 chisquare = pytest.importorskip("scipy.stats").chisquare
@@ -158,3 +165,26 @@ def test_negatives_beside_a_mask_on_another_device():
     assert sample_negatives(3, 5, 2, mask=mask).is_meta
     with pytest.raises(ValueError, match="mask and the result must both be meta"):
         sample_negatives(3, 5, 2, mask=mask, device="cpu")
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda x: sample_negatives(*x.shape, 3),
+        lambda x: span_corruption(x, first_sentinel_id=90),
+        lambda x: random_masking_ids(*x.shape, 0.75),
+        lambda x: block_masking_ids(x.shape[0], 6, 6, 0.5),
+    ],
+    ids=["sample_negatives", "span_corruption", "random_masking_ids", "block_masking_ids"],
+)
+def test_one_program_for_all_numbers_of_rows(draw):
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(draw, fullgraph=True, backend=counter)
+    for i in range(4):
+        results = []
+        for function in (compiled, draw):
+            torch.manual_seed(i)
+            results.append(function(_ids(4 + 3 * i, 20 + i)))
+        torch.testing.assert_close(*results, rtol=0, atol=0)
+    assert counter.frame_count <= 2
