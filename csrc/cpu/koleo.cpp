@@ -93,9 +93,9 @@ void find(const float* z, int64_t count, int64_t dim, int64_t size, int64_t firs
   const Tensor y = at::from_blob(centered.data, {count, dim}, at::kFloat);
   const Engine engine = engine_of_search();
   const Side side(y, nullptr, false, kRows | kColumns, engine, threads_for(count, count, dim));
-  // Each operand is rounded by 2^-9 of its length at most, each of `dim` additions by 2^-24 of the product of lengths;
+  // Each operand is rounded by 2^-8 of its length at most, each of `dim` additions by 2^-24 of the product of lengths;
   // and numbers of about 1 by what float32 does.
-  const double error = (engine.half() ? 0x1p-8 + 0x1p-17 : 0) + dim * 0x1p-23;
+  const double error = (engine.half() ? 0x1p-7 + 0x1p-16 : 0) + dim * 0x1p-23;
   const float margin = static_cast<float>(side.largest_square * error + 0x1p-20);
   constexpr float kInfinity = std::numeric_limits<float>::infinity();
   const Numbers<float> value(own * k, -kInfinity), threshold(side.padded_count(), kInfinity);

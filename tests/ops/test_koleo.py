@@ -79,6 +79,14 @@ def test_nearest_across_tiles(first, rows, size, topk, kernels):
         assert (nearest.sort(1).values.diff(dim=1) > 0).all()
 
 
+def test_nearest_on_a_circle(kernels):
+    """With two features, bfloat16 rounds a similarity by nearly as much as it can: by 2^-7 of both lengths."""
+    x = normal(300, 2)
+    z = F.normalize(x.double(), dim=1)
+    S = (z @ z.T).fill_diagonal_(-2)
+    torch.testing.assert_close(S.gather(1, _nearest(x, 1, 300)), S.amax(1, keepdim=True), rtol=0, atol=1e-6)
+
+
 def test_koleo_of_duplicates_is_finite(backend):
     for x in (normal(1, 16).expand(9, 16), normal(5, 16)[[0, 1, 0, 2, 3, 4, 4, 4]], torch.zeros(4, 16)):
         for topk in (1, 3):
