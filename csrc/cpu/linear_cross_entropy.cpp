@@ -247,6 +247,9 @@ void check(const Tensor& input, const Tensor& weight, const Tensor& bias, const 
   if (row_weight) check_vectors("row_weight", input.size(0), {*row_weight});
 }
 
+// Whether b / scale, with which tiles are shifted, may be more than float32 holds.
+bool is_tiny(const Tensor& scale) { return scale.item<float>() >= 0 && scale.item<float>() < 1e-30f; }
+
 struct Gradients {
   Tensor input, weight, bias, scale;
 
@@ -276,6 +279,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(
     double label_smoothing, int64_t ignore_index, bool normalize, bool derive, c10::string_view precision) {
   check(input, linear_weight, linear_bias, target, scale, class_weight, row_weight);
   TORCH_CHECK_VALUE(row_weight || !derive, "row_weight must be given where gradients are taken");
+  if (is_tiny(scale))
+    return portable<&linear_cross_entropy>(input, linear_weight, linear_bias, target, scale, class_weight, row_weight,
+                                           label_smoothing, ignore_index, normalize, derive, precision);
   const LinearCrossEntropy task(input, linear_weight, linear_bias, target, scale, class_weight, label_smoothing,
                                 ignore_index, normalize, derive, precision);
   const int64_t rows = input.size(0);
@@ -303,6 +309,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_backward(
     const std::optional<Tensor>& row_weight, double label_smoothing, int64_t ignore_index, bool normalize,
     c10::string_view precision) {
   check(input, linear_weight, linear_bias, target, scale, class_weight, row_weight);
+  if (is_tiny(scale))
+    return portable<&linear_cross_entropy_backward>(grad_loss, input, linear_weight, linear_bias, target, scale,
+                                                    class_weight, row_weight, label_smoothing, ignore_index, normalize,
+                                                    precision);
   const LinearCrossEntropy task(input, linear_weight, linear_bias, target, scale, class_weight, label_smoothing,
                                 ignore_index, normalize, true, precision);
   const Tensor factor = (row_weight ? *row_weight : grad_loss).contiguous();

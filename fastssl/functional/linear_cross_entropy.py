@@ -112,6 +112,8 @@ def linear_cross_entropy(
     bias = linear_weight.new_empty(0) if linear_bias is None else linear_bias
     scale = inverse(temperature, input).reshape(1)
     class_weight = None if weight is None else weight.detach().to(dtype)
+    if class_weight is not None and reduction == "mean" and not soft:  # a quotient of two sums of them
+        class_weight = class_weight / class_weight.abs().amax().clamp_min(torch.finfo(dtype).tiny)
     if group is not None:
         check_alike(group, {"input": x, "target": y})
         arguments = x, linear_weight, bias, y, scale, class_weight, label_smoothing, ignore_index, normalize

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from fastssl._checks import (
+    check_device,
+    check_dtype,
     check_flag,
     check_integer,
     check_memory,
@@ -60,8 +62,10 @@ class LinearCrossEntropyLoss(nn.Module):
         linear_weight: nn.Parameter | None = None,
     ) -> None:
         super().__init__()
-        check_memory("num_classes", (check_positive("in_features", in_features), num_classes), 4)
-        shape = check_positive("num_classes", num_classes), in_features
+        shape = check_positive("num_classes", num_classes), check_positive("in_features", in_features)
+        check_memory("num_classes", shape, 4)
+        device = check_device(device)
+        check_dtype("dtype", dtype)
         check_flag("bias", bias)
         check_reduction(reduction)
         if weight is not None:

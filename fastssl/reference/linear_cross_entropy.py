@@ -21,18 +21,20 @@ def linear_cross_entropy(
 ) -> Tensor:
     """All logits, those of unit vectors where `normalize`, over the temperature, and their cross-entropy."""
     x, w = input.reshape(-1, input.shape[-1]), linear_weight
+    soft, ignore_index = target.is_floating_point(), -100 if ignore_index is None else ignore_index
+    if not soft:  # rows without a label take no part, whatever they hold
+        x = x.where(target.reshape(-1, 1) != ignore_index, 1)
     if normalize:
         x, w = F.normalize(x, dim=1), F.normalize(w, dim=1)
     logits = (x @ w.T / temperature).to(x.dtype)
     if linear_bias is not None:
         logits = logits + linear_bias
-    soft = target.is_floating_point()
     loss = F.cross_entropy(
         logits,
         target.reshape(logits.shape) if soft else target.reshape(-1),
-        weight=weight,
+        weight=None if weight is None else weight.detach().to(logits.dtype),
         reduction=reduction,
-        ignore_index=-100 if ignore_index is None or soft else ignore_index,
+        ignore_index=-100 if soft else ignore_index,
         label_smoothing=label_smoothing,
     )
     return loss.view(input.shape[:-1]) if reduction == "none" else loss

@@ -467,7 +467,7 @@ MODULES: dict[str, tuple[Callable[[], dict[str, Any]], Callable[[], dict[str, An
             "label_smoothing": 0.1,
             "temperature": 0.5,
             "normalize": True,
-            "linear_weight": None,
+            "linear_weight": nn.Parameter(_normal(5, 8, seed=1)),
         },
         lambda: {"input": _leaf(4, 8), "target": torch.tensor([0, 4, -100, 2])},
     ),
