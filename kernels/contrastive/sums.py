@@ -83,9 +83,9 @@ def _forward_tile(
         excluded = load_excluded(exclude, i, M, N)
     product = products(left, right, row, column, D, T, T, BK, PRECISION)
     if kept is not None:
-        tl.store(kept_tile(kept, row, column, step_i, step_j, T, T), product)
-        if SYMMETRIC:
+        if SYMMETRIC:  # first: stored last, it takes more registers than sm_80 has
             tl.store(kept_tile(kept, column, row, step_i, step_j, T, T), tl.trans(product))
+        tl.store(kept_tile(kept, row, column, step_i, step_j, T, T), product)
     x = exponents(
         product, load_scale(scale), None, excluded, exclude, None,
         row, column, M, N, "diagonal" if EXCLUDE == "partner" else EXCLUDE, T, T,

@@ -328,4 +328,4 @@ def test_unknown_methods_give_one_line(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["command", "simclr", "word2vec"])
     with pytest.raises(SystemExit) as caught:
         program.main()
-    assert caught.value.code == 2 and "word2vec is none of barlow_twins, byol" in capsys.readouterr().err
+    assert caught.value.code == 2 and "word2vec is none of barlow_twins, bert, byol" in capsys.readouterr().err
