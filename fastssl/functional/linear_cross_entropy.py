@@ -112,8 +112,6 @@ def linear_cross_entropy(
     bias = linear_weight.new_empty(0) if linear_bias is None else linear_bias
     scale = inverse(temperature, input).reshape(1)
     class_weight = None if weight is None else weight.detach().to(dtype)
-    if class_weight is not None and reduction == "mean" and not soft:  # a quotient of two sums of them
-        class_weight = class_weight / class_weight.abs().amax().clamp_min(torch.finfo(dtype).tiny)
     if group is not None:
         check_alike(group, {"input": x, "target": y})
         arguments = x, linear_weight, bias, y, scale, class_weight, label_smoothing, ignore_index, normalize
@@ -122,6 +120,8 @@ def linear_cross_entropy(
         if reduction == "mean":
             loss = loss.sum() / weights.sum()
         return finish(loss.view(input.shape[:-1]) if reduction == "none" else loss.sum(), "none", input)
+    if class_weight is not None and reduction == "mean" and not soft:  # a quotient of two sums of them
+        class_weight = class_weight / class_weight.abs().amax().clamp_min(torch.finfo(dtype).tiny)
     row_weight, nothing = None, 0.0
     if reduction != "none":
         row_weight, nothing = _row_weights(x, y, class_weight, classes, ignore_index, reduction)
