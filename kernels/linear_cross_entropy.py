@@ -25,10 +25,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastssl._norms import normalized_rows, through_norms
 from fastssl.kernels.common.launch import OPTIONS
 from fastssl.kernels.common.logits import Gradients, Logits, gain_for, row_blocks
 from fastssl.kernels.common.tiles import finite
-from fastssl.ops.contrastive._shared import normalized_rows, through_norms
 
 BLOCK = 1024  # logits at a time
 WARPS = 8

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastssl.distributed.processes import ProcessGroup, all_gather, check_alike, gather_rows, uncompiled
+from fastssl.distributed.processes import ProcessGroup, check_alike, gather_numbers, gather_rows, uncompiled
 from fastssl.ops._precision import widen
 
 
@@ -18,9 +18,7 @@ def gather_unlike_rows(name: str, x: Tensor, group: ProcessGroup) -> tuple[Tenso
     The gradient of a process's x is that of the sum of all processes' losses.
     """
     check_alike(group, {f"a row of {name}": x.new_empty(x.shape[1], requires_grad=x.requires_grad)})
-    counts = torch.empty(group.size(), dtype=torch.int64, device=x.device)
-    all_gather(counts, torch.full((1,), x.shape[0], dtype=torch.int64, device=x.device), group)
-    counts = counts.tolist()
+    counts = [count for (count,) in gather_numbers([x.shape[0]], x.device, group)]
     longest = max(counts)
     x = F.pad(widen(x), (0, 0, 0, longest - x.shape[0]))
     parts = gather_rows(x, group).view(len(counts), longest, x.shape[1])

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastssl._arithmetic import dot
-from fastssl.distributed.processes import ProcessGroup, all_gather, uncompiled
+from fastssl.distributed.processes import ProcessGroup, gather_numbers, uncompiled
 from fastssl.ops import linear_cross_entropy as ops
 from fastssl.ops._precision import widen
 
@@ -42,12 +42,8 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """(loss, weight): of each row, 0 where it has no label. The weight is that of its class, a constant."""
     first, classes = _words(group, len(w), {"linear_bias": len(bias) > 0, "weight": class_weight is not None}, x)
-    known = labels != ignore_index
+    known = ops.check_labels(labels, ignore_index, classes) if x.device.type == "cpu" else labels != ignore_index
     if x.device.type == "cpu":
-        wrong = known & ((labels < 0) | (labels >= classes))
-        if wrong.any():
-            rule = f"must be from 0 to below {classes}, or ignore_index, {ignore_index}"
-            raise IndexError(f"target {rule}, got {labels[wrong][0].item()}")
         chosen = known.nonzero()[:, 0]
         rows, mine = x.index_select(0, chosen), labels[chosen] - first
     else:
@@ -84,9 +80,7 @@ def linear_cross_entropy(
 
 def _words(group: ProcessGroup, mine: int, given: dict[str, bool], x: Tensor) -> tuple[int, int]:
     """(first, all): the number of this process's first word, and of the words of all."""
-    table = torch.empty(group.size() * (1 + len(given)), dtype=torch.int64, device=x.device)
-    all_gather(table, torch.tensor([mine, *map(int, given.values())], device=x.device), group)
-    counts, *others = table.view(group.size(), -1).T.tolist()
+    counts, *others = zip(*gather_numbers([mine, *map(int, given.values())], x.device, group), strict=True)
     for name, found in zip(given, others, strict=True):
         if len(set(found)) > 1:
             raise ValueError(f"{name} must be given on every process of group or on none, got it on {sum(found)}")

@@ -140,6 +140,13 @@ def all_gather(output: Tensor, x: Tensor, group: ProcessGroup | None) -> None:
     (getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor)(output, x, group=group)
 
 
+def gather_numbers(numbers: list[int], device: torch.device, group: ProcessGroup) -> list[list[int]]:
+    """Those of every process, which has as many. They are waited for."""
+    table = torch.empty(group.size() * len(numbers), dtype=torch.int64, device=device)
+    all_gather(table, torch.tensor(numbers, dtype=torch.int64, device=device), group)
+    return table.view(group.size(), -1).tolist()
+
+
 class _GatherRows(Function):
     @staticmethod
     def forward(x: Tensor, group: ProcessGroup | None) -> Tensor:

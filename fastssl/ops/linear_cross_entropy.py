@@ -23,10 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastssl._norms import EPS, normalized_rows, through_norms
 from fastssl.ops._op import Op
 from fastssl.ops._portable import row_blocks
 from fastssl.ops._precision import accumulate_dtype, round_operand, round_weights
-from fastssl.ops.contrastive._shared import EPS, normalized_rows, through_norms
 
 
 def _fake(
@@ -225,12 +225,18 @@ def _labelled(target: Tensor | None, ignore_index: int, classes: int) -> Tensor 
     """Which rows count; None: all, or that is to be found out block by block, as nothing waits for a GPU."""
     if target is None or target.is_floating_point() or target.device.type != "cpu":
         return None
+    known = check_labels(target, ignore_index, classes)
+    return None if known.all() else known.nonzero()[:, 0]
+
+
+def check_labels(target: Tensor, ignore_index: int, classes: int) -> Tensor:
+    """Which labels are not ignored. Raises IndexError if one of them is no class; waits for a GPU."""
     known = target != ignore_index
     wrong = known & ((target < 0) | (target >= classes))
     if wrong.any():
         rule = f"must be from 0 to below {classes}, or ignore_index, {ignore_index}"
         raise IndexError(f"target {rule}, got {target[wrong][0].item()}")
-    return None if known.all() else known.nonzero()[:, 0]
+    return known
 
 
 def _forward(

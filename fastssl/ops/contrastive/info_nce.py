@@ -6,10 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastssl._norms import EPS, normalized_rows, through_norms
 from fastssl.ops._op import Op
 from fastssl.ops._portable import row_blocks, similarity
 from fastssl.ops._precision import accumulate_dtype
-from fastssl.ops.contrastive._shared import EPS, margin, normalized_rows, through_norms
+from fastssl.ops.contrastive._shared import margin
 from fastssl.ops.contrastive.similarity_logsumexp import row_sums, row_sums_backward
 
 

@@ -6,10 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastssl._norms import EPS, normalized_rows, through_norms
 from fastssl.ops._op import Op
 from fastssl.ops._portable import row_blocks, similarity
 from fastssl.ops._precision import accumulate_dtype, round_operand, round_weights
-from fastssl.ops.contrastive._shared import EPS, normalized_rows, nothing_kept, through_norms
+from fastssl.ops.contrastive._shared import nothing_kept
 
 
 def _fake(z1: Tensor, z2: Tensor, scale: Tensor, normalize: bool, keep: int, precision: str) -> tuple[Tensor, ...]:

@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastssl._norms import EPS, normalized_rows, through_norms
 from fastssl.ops._op import Op
 from fastssl.ops._portable import row_blocks
 from fastssl.ops._precision import accumulate_dtype, widen
-from fastssl.ops.contrastive._shared import EPS, normalized_rows, sums_of_exponentials, through_norms
+from fastssl.ops.contrastive._shared import sums_of_exponentials
 
 
 def _fake(

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastssl._norms import EPS, normalized_rows, through_norms
 from fastssl.ops._op import Op
 from fastssl.ops._portable import row_blocks, similarity
 from fastssl.ops._precision import accumulate_dtype, widen
-from fastssl.ops.contrastive._shared import EPS, normalized_rows, through_norms
 from fastssl.ops.contrastive.self_logsumexp import self_logsumexp_portable, self_logsumexp_portable_backward
 
 
