@@ -12,16 +12,13 @@ for each row, and the sum of the gradients of the rows.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import Function
 
 from fastssl._arithmetic import dot
-from fastssl.distributed.processes import ProcessGroup, gather_numbers, uncompiled
+from fastssl.distributed.processes import ProcessGroup, gather_numbers, shared, sum_of_parts, uncompiled
 from fastssl.ops import linear_cross_entropy as ops
 from fastssl.ops._precision import widen
 
@@ -48,7 +45,7 @@ def linear_cross_entropy(
         rows, mine = x.index_select(0, chosen), labels[chosen] - first
     else:
         rows, mine = x.where(known[:, None], 0), labels.where(known, -1 - first) - first
-    rows, scale = _Shared.apply(rows, group), _Shared.apply(scale, group)
+    rows, scale = shared(rows, group), shared(scale, group)
     lse, *_ = ops.linear_cross_entropy(
         rows, w, bias, None, scale, None, None, 0.0, ignore_index, normalize, False, precision
     )
@@ -71,7 +68,7 @@ def linear_cross_entropy(
         if len(bias):
             part = part + dot(bias[None], c[None])
         uniform = c.sum()
-    part, label_weight, uniform = (_Summed.apply(z, group) for z in (part, label_weight.detach(), uniform.detach()))
+    part, label_weight, uniform = (sum_of_parts(z, group) for z in (part, label_weight.detach(), uniform.detach()))
     loss = ((1 - label_smoothing) * label_weight + uniform) * lse - part
     if x.device.type == "cpu":
         return tuple(z.new_zeros(len(x)).index_copy(0, chosen, z) for z in (loss, label_weight))
@@ -91,38 +88,4 @@ def _logsumexp(lse: Tensor, group: ProcessGroup) -> Tensor:
     """Of one number of each process."""
     peak = lse.detach().clone()
     dist.all_reduce(peak, dist.ReduceOp.MAX, group=group)
-    return peak + _Summed.apply((lse - peak).exp(), group).log()
-
-
-class _Shared(Function):
-    """x, which all processes have: its gradient is the sum of theirs."""
-
-    @staticmethod
-    def forward(x: Tensor, group: ProcessGroup) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        ctx.group = inputs[1]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:
-        return _Summed.apply(grad, ctx.group), None
-
-
-class _Summed(Function):
-    """The sum over processes, which all of them go on with: its gradient is that of each."""
-
-    @staticmethod
-    def forward(x: Tensor, group: ProcessGroup) -> Tensor:
-        x = x.contiguous().clone()
-        dist.all_reduce(x, group=group)
-        return x
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        ctx.group = inputs[1]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:
-        return _Shared.apply(grad, ctx.group), None
+    return peak + sum_of_parts((lse - peak).exp(), group).log()

@@ -81,6 +81,16 @@ def sum_over_processes(x: Tensor, group: ProcessGroup | None = None) -> Tensor:
     return x
 
 
+def sum_of_parts(x: Tensor, group: ProcessGroup) -> Tensor:
+    """The sum of x over the processes, which all of them go on with: its gradient is that of each, see `shared`."""
+    return _Summed.apply(x, group)
+
+
+def shared(x: Tensor, group: ProcessGroup) -> Tensor:
+    """x, which all processes have, and each uses for its part of a sum: its gradient is the sum of theirs."""
+    return _WithGradient.apply(x, lambda gradient: sum_of_parts(gradient, group))
+
+
 def with_mean_gradient(x: Tensor, group: ProcessGroup | None = None) -> Tensor:
     """x, with the mean over the processes of their gradients of x in place of this one's."""
     return _WithGradient.apply(x, lambda gradient: mean_over_processes(gradient, group))
@@ -181,6 +191,20 @@ class _SumRows(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
         return _GatherRows.apply(grad, ctx.group), None
+
+
+class _Summed(Function):
+    @staticmethod
+    def forward(x: Tensor, group: ProcessGroup) -> Tensor:
+        return sum_over_processes(x.contiguous(), group)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.group = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        return shared(grad, ctx.group), None
 
 
 class _Mean(Function):
