@@ -35,15 +35,24 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     known = sorted({name for b in registry.load().values() for name in (b.family, b.op, b.name)})
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("family", nargs="*", help=f"families or operations ({', '.join(known)}); all by default")
-    parser.add_argument("--dtype", type=_names(tuple(registry.MODES)), default=tuple(registry.MODES))
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", type=_names(tuple(registry.MODES)), help="by default those that the device is for")
     parser.add_argument("--sizes", type=_sizes, help="8192x512, or the first of its numbers: 64,8192x512")
-    parser.add_argument("--against", type=_names(registry.BASELINES), default=registry.BASELINES)
+    parser.add_argument(
+        "--against", type=_names(registry.BASELINES), help='all by default, "chunked" (a compiled loop) on a GPU alone'
+    )
+    parser.add_argument("--largest", type=int, metavar="ROWS", help="look for the largest batch that fits, up to ROWS")
     parser.add_argument("--repeats", type=int, help="rounds; by default about 2 s for each contestant")
     parser.add_argument("--output", type=Path, default=Path("results"), help="folder of the CSV and the plot")
     parser.add_argument("--markdown", action="store_true", help="also write the tables as Markdown")
     arguments = parser.parse_args(argv)
     if unknown := set(arguments.family) - set(known):
         parser.error(f"family {', '.join(sorted(unknown))} is none of {', '.join(known)}")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device must be cpu where PyTorch finds no GPU, got cuda")
+    if arguments.against is None:
+        on_gpu = arguments.device == "cuda"
+        arguments.against = tuple(name for name in registry.BASELINES if on_gpu or name != "chunked")
     if arguments.repeats is not None and arguments.repeats < 2:
         parser.error(f"--repeats must be at least 2, for quartiles, got {arguments.repeats}")
     for op, benchmark in registry.load(arguments.family).items():
@@ -55,21 +64,24 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
 
 def _run(benchmark: registry.Benchmark, arguments: argparse.Namespace, rates: machine.Rates, console: Console):
     """Yields the measurements of one operation; sizes for memory alone only where the user names no sizes."""
-    default = benchmark.sizes[0]
-    timed = [size + default[len(size) :] for size in arguments.sizes or benchmark.sizes]
+    device, default = arguments.device, benchmark.sizes[0]
+    timed = [size + default[len(size) :] for size in arguments.sizes or benchmark.sizes_on(device)]
     untimed = () if arguments.sizes else benchmark.memory_sizes
-    for mode in (m for m in arguments.dtype if m in benchmark.modes):
+    for mode in (m for m in arguments.dtype or benchmark.modes_on(device) if m in benchmark.modes):
         for size in (*timed, *untimed):
             contestants = benchmark.contestants(size, mode, arguments.against)
             with console.status(f"{benchmark.name} {mode} {size}"):
                 if size in timed:
-                    results = measure.measure(benchmark, size, mode, contestants, rates, arguments.repeats)
+                    results = measure.measure(benchmark, size, mode, contestants, rates, arguments.repeats, device)
                 else:
-                    results = measure.unmeasured(benchmark, size, mode, contestants)
+                    results = measure.unmeasured(benchmark, size, mode, contestants, device)
                 for result in results:
-                    if measure.worth_measuring_memory(benchmark, size, mode):
-                        measure.add_memory(result, size)
+                    if measure.worth_measuring_memory(benchmark, size, mode, device):
+                        measure.add_memory(result, size, device)
             yield from results
+        if arguments.largest:
+            for name in benchmark.contestants(timed[-1], mode, arguments.against):
+                yield measure.largest_batch(benchmark, timed[-1], mode, name, device, arguments.largest)
 
 
 def main(argv: list[str]) -> int:
@@ -78,21 +90,26 @@ def main(argv: list[str]) -> int:
     if not console.is_terminal:
         console.width = 180
     torch.set_float32_matmul_precision("highest")
-    described = machine.describe() | {"fastssl": fastssl.__version__}
+    described = machine.describe(arguments.device) | {"fastssl": fastssl.__version__}
     with console.status("the machine's rates"):
-        rates = machine.measure_rates()
+        rates = machine.measure_rates(arguments.device)
     command = f"OMP_NUM_THREADS={torch.get_num_threads()} python -m benchmarks.ops {shlex.join(argv)}".strip()
     arguments.output.mkdir(parents=True, exist_ok=True)
     failed = False
     for op, benchmark in registry.load(arguments.family).items():
-        described["kernels"] = measure.kernel_of(op)
+        if arguments.device == "cuda" and not registry.tensors_of(benchmark.inputs(benchmark.sizes[0], torch.float32)):
+            continue  # of numbers alone: on the CPU unless the caller asks for another device
+        described["kernels"] = measure.kernel_of(op, arguments.device)
         results = list(_run(benchmark, arguments, rates, console))
         if not results:
             continue
         lines = report.preamble(op, benchmark.timed, described, rates, results, command)
         grids = {f"{op}: time": report.times(results)}
         if (grid := report.memory(results))[1]:
-            grids[f"{op}: peak extra memory, results included, inputs not; each in a process of its own"] = grid
+            how = "each in a process of its own" if arguments.device == "cpu" else "of the allocator"
+            grids[f"{op}: peak extra memory, results included, inputs not; {how}"] = grid
+        if (grid := report.largest(results))[1]:
+            grids[f"{op}: largest batch that fits"] = grid
         for line in lines:
             console.print(line, highlight=False, soft_wrap=True)
         for title, grid in grids.items():
@@ -103,7 +120,7 @@ def main(argv: list[str]) -> int:
             text = "\n\n".join(lines) + "\n\n" + "\n".join(report.markdown(*item) for item in grids.items())
             (arguments.output / f"{op}.md").write_text(text)
         console.print(f"Written: {', '.join(str(p) for p in sorted(arguments.output.glob(f'{op}.*')))}\n")
-        failed |= any(r.contestant == "fastssl" and r.note for r in results)
+        failed |= any(r.contestant == "fastssl" and r.note and not r.largest for r in results)
     return int(failed)
 
 

@@ -11,10 +11,10 @@ from torch import Tensor
 from benchmarks.ops import peers
 from benchmarks.ops.registry import (
     Benchmark,
+    Blockwise,
     Inputs,
     Loss,
     Size,
-    blockwise,
     small_batches,
     square_matrices,
     square_products,
@@ -43,10 +43,10 @@ def _views(size: Size, dtype: torch.dtype) -> tuple[Tensor, ...]:
 
 def _without(S: Tensor, row: Tensor) -> Tensor:
     """The similarities of some rows, except those with themselves."""
-    return S.masked_fill(torch.arange(S.shape[1]) == row[:, None], float("-inf"))
+    return S.masked_fill(torch.arange(S.shape[1], device=S.device) == row[:, None], float("-inf"))
 
 
-@blockwise
+@Blockwise
 def _nt_xent_oracle(row: Tensor, z1: Tensor, z2: Tensor) -> Tensor:
     z, rows = F.normalize(torch.cat([z1, z2]), dim=1), 2 * len(z1)
     row = torch.cat([row, row + len(z1)])
@@ -96,7 +96,7 @@ def _normalized_queue(loss: Loss, queries: Tensor, keys: Tensor, queue: Tensor) 
     return loss(F.normalize(queries, dim=1), F.normalize(keys, dim=1), queue)
 
 
-@blockwise
+@Blockwise
 def _queue_oracle(row: Tensor, queries: Tensor, keys: Tensor, queue: Tensor) -> Tensor:
     q, k = F.normalize(queries[row], dim=1), F.normalize(keys[row], dim=1)
     logits = torch.cat([(q * k).sum(1, keepdim=True), q @ queue.T], 1) / QUEUE_TEMPERATURE
@@ -130,13 +130,13 @@ def _queries_and_keys(size: Size, dtype: torch.dtype) -> tuple[Tensor, ...]:
     return tuple(z.to(dtype).requires_grad_() for z in _rows(size, size))
 
 
-@blockwise
+@Blockwise
 def _in_batch_oracle(row: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
     q, k = F.normalize(queries, dim=1), F.normalize(keys, dim=1)
     return F.cross_entropy(q[row] @ k.T / IN_BATCH_TEMPERATURE, row, reduction="sum") / len(q)
 
 
-@blockwise
+@Blockwise
 def _symmetric_oracle(row: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
     q, k = F.normalize(queries, dim=1), F.normalize(keys, dim=1)
     logits = (x[row] @ y.T / IN_BATCH_TEMPERATURE for x, y in ((q, k), (k, q)))
@@ -192,7 +192,7 @@ def _cosine(queries: Tensor, keys: Tensor, shared: Tensor, ids: Tensor) -> Tenso
     """As transformers' code of wav2vec 2.0 has it: cosines with the positive and its negatives, in one tensor."""
     all_keys = torch.cat([keys[:, None], shared[ids]], 1)
     logits = F.cosine_similarity(queries[:, None].float(), all_keys.float(), dim=-1) / IN_BATCH_TEMPERATURE
-    return F.cross_entropy(logits, torch.zeros(len(queries), dtype=torch.int64))
+    return F.cross_entropy(logits, torch.zeros(len(queries), dtype=torch.int64, device=queries.device))
 
 
 Benchmark(
@@ -244,7 +244,7 @@ def _clip_inputs(size: Size, dtype: torch.dtype) -> tuple[Tensor, ...]:
     return *unit_pairs(size, dtype), torch.tensor(LOGIT_SCALE, requires_grad=True)
 
 
-@blockwise
+@Blockwise
 def _clip_oracle(row: Tensor, images: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
     losses = (
         F.cross_entropy(scale * x[row] @ y.T, row, reduction="sum") for x, y in ((images, texts), (texts, images))
@@ -272,11 +272,11 @@ def _labelled(size: Size, dtype: torch.dtype) -> tuple[Tensor, ...]:
     return _rows(size)[0].to(dtype).requires_grad_(), labels
 
 
-@blockwise
+@Blockwise
 def _sup_con_oracle(row: Tensor, features: Tensor, labels: Tensor) -> Tensor:
     z = F.normalize(features, dim=1)
     S = z[row] @ z.T / LABEL_TEMPERATURE
-    positive = (labels[row, None] == labels) & (torch.arange(len(z)) != row[:, None])
+    positive = (labels[row, None] == labels) & (torch.arange(len(z), device=z.device) != row[:, None])
     count = positive.sum(1)
     loss = _without(S, row).logsumexp(1) - S.where(positive, 0).sum(1) / count.clamp_min(1)
     return loss.where(count > 0, 0).sum() / len(z)
@@ -297,7 +297,7 @@ Benchmark(
 )
 
 
-@blockwise
+@Blockwise
 def _dcl_oracle(row: Tensor, z1: Tensor, z2: Tensor) -> Tensor:
     z1, z2 = F.normalize(z1, dim=1), F.normalize(z2, dim=1)
     loss = 0

@@ -143,7 +143,7 @@ def _ibot_lightly() -> Callable[..., Tensor]:
         if loss is None:
             loss = peers.lightly().IBOTPatchLoss(center.shape[-1], TEACHER_TEMPERATURE, STUDENT_TEMPERATURE)
         loss.center.center = center
-        return loss(teacher, student, torch.ones(1, len(student), 1, dtype=torch.bool))
+        return loss(teacher, student, torch.ones(1, len(student), 1, dtype=torch.bool, device=student.device))
 
     peers.lightly()
     return run

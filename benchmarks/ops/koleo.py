@@ -22,7 +22,7 @@ Benchmark(
     # The similarities are symmetric: half of them, in bfloat16, which tells apart most. The rest, in float32, is the
     # distances of N pairs of rows.
     flops=square_products(0.5),
-    products=torch.bfloat16,
+    products="bfloat16",
     traffic=lambda size, itemsize: 3 * size[0] * size[1] * itemsize,
     needs=square_matrices(naive=2, compile=2, lightly=2),
     peers={"lightly": lambda: peers.lightly().KoLeoLoss()},

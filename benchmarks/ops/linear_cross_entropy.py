@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.ops.registry import Benchmark, Function, Inputs, Loss, Results, Size, blockwise
+from benchmarks.ops.registry import Benchmark, Blockwise, Function, Inputs, Loss, Results, Size
 
 LABELLED = 0.15  # BERT's share of tokens that are to be predicted
 
@@ -67,7 +67,7 @@ Benchmark(
     naive=_eager,
     peers={"pytorch": _pytorchs},
     timed="forward + backward, from features",
-    oracle=blockwise(_share),
+    oracle=Blockwise(_share),
 )
 
 Benchmark(
@@ -82,7 +82,7 @@ Benchmark(
     naive=_eager,
     peers={"pytorch": _pytorchs},
     timed="forward + backward, 15 % of the rows labelled",
-    oracle=blockwise(_share),
+    oracle=Blockwise(_share),
 )
 
 Benchmark(

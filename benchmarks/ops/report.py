@@ -18,6 +18,7 @@ from fastssl._meter import format_bytes, format_seconds
 _QUIET = 0.1  # cores; the system's own housekeeping
 _MODES = {
     "float32": "float32 products for all",
+    "tf32": "TF32 products for all",
     "medium": "fastssl under set_float32_matmul_precision('medium'), baselines under 'highest' unless named",
     "bfloat16": "bfloat16 inputs for all",
 }
@@ -28,18 +29,17 @@ def preamble(
     op: str, timed: str, machine: dict[str, str | int | float], rates: Rates, results: list[Measurement], command: str
 ) -> list[str]:
     """What one must know to read the tables: the machine, its rates, how figures were taken, how to repeat them."""
+    gpu = "{gpu} (sm {compute_capability}, driver {driver}, CUDA {cuda}, Triton {triton}), "
+    cpu = "{cpu} ({instruction_sets}), {cores} cores, {threads} threads, PyTorch {torch}; "
     lines = [
-        "{cpu} ({instruction_sets}), {cores} cores, {threads} threads, PyTorch {torch}; ".format(**machine)
+        ((gpu if "gpu" in machine else "") + cpu).format(**machine)
         + f"fastssl {machine['fastssl']}, {op} {machine['kernels']}.",
         f"{timed[0].upper()}{timed[1:]}: medians of interleaved repeats in one process, on the same "
         "inputs; a ratio is the baseline's time, in brackets, over fastssl's.",
         " ".join(f"{mode}: {_MODES[mode]}." for mode in dict.fromkeys(r.mode for r in results)),
         "Floor: the products at the machine's best measured rate, plus the traffic at its copy bandwidth; exponentials "
         f"count nothing. Copy {rates.copy / 1e9:.0f} GB/s; "
-        + "; ".join(
-            f"{str(dtype).removeprefix('torch.')} products {rate / 1e9:.0f} GFLOP/s ({how})"
-            for dtype, (rate, how) in rates.product.items()
-        )
+        + "; ".join(f"{name} products {rate / 1e9:.0f} GFLOP/s ({how})" for name, (rate, how) in rates.product.items())
         + ".",
         f"Repeat it with: {command}",
     ]
@@ -52,7 +52,7 @@ def preamble(
 
 def times(results: list[Measurement]) -> Grid:
     """One row per precision and size: fastssl's time, each baseline's ratio and time, floor, error."""
-    timed = [r for r in results if r.repeats or not math.isnan(r.floor)]
+    timed = [r for r in results if not r.largest and (r.repeats or not math.isnan(r.floor))]
     names = _contestants(timed)
     rows = []
     for (mode, size), case in _cases(timed).items():
@@ -71,10 +71,19 @@ def times(results: list[Measurement]) -> Grid:
 def memory(results: list[Measurement]) -> Grid:
     """One row per precision and size whose memory was measured."""
     names, rows = _contestants(results), []
-    for (mode, size), case in _cases(results).items():
+    for (mode, size), case in _cases([r for r in results if not r.largest]).items():
         if any(not math.isnan(r.extra_memory) for r in case.values()):
             rows.append([mode, size] + [_bytes(case.get(name)) for name in names])
     return ["precision", "size", *names], rows
+
+
+def largest(results: list[Measurement]) -> Grid:
+    """One row per precision and size of features: the largest batch of each contestant, and what ended the search."""
+    searched = [r for r in results if r.largest]
+    names, rows = _contestants(searched), {}
+    for r in searched:
+        rows.setdefault((r.mode, r.size.partition("x")[2]), {})[r.contestant] = f"{r.largest} ({r.note})"
+    return ["precision", "n x", *names], [[*key, *(row.get(name, "") for name in names)] for key, row in rows.items()]
 
 
 def show(console: Console, title: str, grid: Grid) -> None:
@@ -94,8 +103,7 @@ def markdown(title: str, grid: Grid) -> str:
 def write_csv(path: Path, results: list[Measurement], machine: dict[str, str | int | float], rates: Rates) -> None:
     """Every measurement, with the machine and its rates in every row."""
     common = dict(machine)
-    for dtype, (rate, how) in rates.product.items():
-        name = str(dtype).removeprefix("torch.")
+    for name, (rate, how) in rates.product.items():
         common |= {f"{name}_flops_per_second": rate, f"{name}_measured_by": how}
     common["copy_bytes_per_second"] = rates.copy
     rows = [{**dataclasses.asdict(r), "floor_fraction": r.floor_fraction, **common} for r in results]
@@ -113,7 +121,7 @@ def plot(path: Path, results: list[Measurement], title: str, timed: str) -> None
     from matplotlib import pyplot
 
     curves: dict[tuple[str, str], dict[str, list[tuple[int, Measurement]]]] = {}
-    for r in results:
+    for r in (r for r in results if not r.largest):
         rows, _, rest = r.size.partition("x")
         curves.setdefault((r.mode, rest), {}).setdefault(r.contestant, []).append((int(rows), r))
     longest = max(len(points) for panel in curves.values() for points in panel.values())

@@ -9,8 +9,8 @@ from torch import Tensor
 from benchmarks.ops import peers
 from benchmarks.ops.registry import (
     Benchmark,
+    Blockwise,
     Size,
-    blockwise,
     small_batches,
     square_matrices,
     square_products,
@@ -26,10 +26,10 @@ def _inputs(size: Size, dtype: torch.dtype) -> tuple[Tensor, ...]:
     return *unit_pairs(size, dtype), *scalars
 
 
-@blockwise
+@Blockwise
 def _oracle(row: Tensor, images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     S = scale * images[row] @ texts.T + bias
-    own = torch.arange(len(texts)) == row[:, None]
+    own = torch.arange(len(texts), device=row.device) == row[:, None]
     return -F.logsigmoid(S.where(own, -S)).sum() / len(images)
 
 

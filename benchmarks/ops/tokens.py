@@ -17,12 +17,12 @@ def _text(size: Size, dtype: torch.dtype) -> Inputs:
 
 def _mask_tokens(input_ids: Tensor, mask_token_id: int, vocab_size: int) -> tuple[Tensor, Tensor]:
     """As a collator of BERT's does it: three rounds of coins, each over all tokens."""
-    chosen = torch.bernoulli(torch.full(input_ids.shape, 0.15)).bool()
+    chosen = torch.bernoulli(torch.full(input_ids.shape, 0.15, device=input_ids.device)).bool()
     labels = input_ids.masked_fill(~chosen, -100)
-    masked = torch.bernoulli(torch.full(input_ids.shape, 0.8)).bool() & chosen
+    masked = torch.bernoulli(torch.full(input_ids.shape, 0.8, device=input_ids.device)).bool() & chosen
     corrupted = input_ids.masked_fill(masked, mask_token_id)
-    random = torch.bernoulli(torch.full(input_ids.shape, 0.5)).bool() & chosen & ~masked
-    return torch.where(random, torch.randint(vocab_size, input_ids.shape), corrupted), labels
+    random = torch.bernoulli(torch.full(input_ids.shape, 0.5, device=input_ids.device)).bool() & chosen & ~masked
+    return torch.where(random, torch.randint(vocab_size, input_ids.shape, device=input_ids.device), corrupted), labels
 
 
 Benchmark(
@@ -54,12 +54,12 @@ def _span_corruption(input_ids: Tensor, first_sentinel_id: int) -> tuple[Tensor,
 
     inputs, labels = np.empty((batch, length - noise + spans), np.int64), np.empty((batch, noise + spans), np.int64)
     sentinels = first_sentinel_id - np.arange(spans)
-    for row, left, cut in zip(input_ids.numpy(), inputs, labels, strict=True):
+    for row, left, cut in zip(input_ids.cpu().numpy(), inputs, labels, strict=True):
         ends = np.stack([pieces(length - noise), pieces(noise)], 1).reshape(-1).cumsum()
         parts = np.split(row, ends[:-1])
         left[:] = np.concatenate([x for s, part in zip(sentinels, parts[::2], strict=True) for x in (part, [s])])
         cut[:] = np.concatenate([x for s, part in zip(sentinels, parts[1::2], strict=True) for x in ([s], part)])
-    return torch.from_numpy(inputs), torch.from_numpy(labels)
+    return torch.from_numpy(inputs).to(input_ids.device), torch.from_numpy(labels).to(input_ids.device)
 
 
 def _all_tokens(inputs: Inputs, results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -95,7 +95,7 @@ def _sample_negatives(batch: int, length: int, num_negatives: int) -> Tensor:
 def _settle_negatives(inputs: Inputs, results: Tensor) -> tuple[Tensor, ...]:
     """The sequence of each, and whether it is not the step itself."""
     batch, length, _ = inputs
-    return results // length, results != torch.arange(batch * length).view(batch, length, 1)
+    return results // length, results != torch.arange(batch * length, device=results.device).view(batch, length, 1)
 
 
 Benchmark(

@@ -21,7 +21,7 @@ from fastssl import functional, reference
 from fastssl.reference import OPS
 
 ROOT = Path(__file__).parents[2]
-RATES = Rates({torch.float32: (1e11, "float32"), torch.bfloat16: (4e11, "bfloat16")}, 1e10)
+RATES = Rates({"float32": (1e11, "float32"), "tf32": (2e11, "tf32"), "bfloat16": (4e11, "bfloat16")}, 1e10)
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def test_the_floor_is_products_plus_traffic(nt_xent):
     assert nt_xent.floor((1000, 100), 4, 1e11, 1e10) == pytest.approx(products / 1e11 + traffic / 1e10)
 
 
-@pytest.mark.parametrize("mode, rate", [("float32", 1e11), ("medium", 4e11), ("bfloat16", 4e11)])
+@pytest.mark.parametrize("mode, rate", [("float32", 1e11), ("tf32", 2e11), ("medium", 4e11), ("bfloat16", 4e11)])
 def test_each_mode_takes_the_rate_of_its_products(nt_xent, mode, rate):
     (result,) = measure.measure(nt_xent, (64, 32), mode, nt_xent.contestants((64, 32), mode, ()), RATES, 2)
     assert result.floor == nt_xent.floor((64, 32), registry.MODES[mode].dtype.itemsize, rate, 1e10)
@@ -73,7 +73,7 @@ def test_the_oracle_is_the_reference_in_float64(op, monkeypatch):
     inputs = benchmark.inputs(SMALL[len(benchmark.sizes[0])], torch.float64)
     expected = replace(benchmark, oracle=None).expected(inputs)
     for block_elements in (1 << 22, 7 * 70):  # one block, and one for seven rows
-        monkeypatch.setattr(registry, "_BLOCK_ELEMENTS", block_elements)
+        monkeypatch.setitem(registry._BLOCK_ELEMENTS, "cpu", block_elements)
         torch.testing.assert_close(benchmark.expected(inputs), expected, check_dtype=False)
 
 
@@ -82,7 +82,7 @@ def test_the_oracle_is_the_reference_in_float64(op, monkeypatch):
 def test_contestants_are_right(op, mode):
     benchmark = registry.load()[op]
     size = SMALL[len(benchmark.sizes[0])]
-    contestants = benchmark.contestants(size, mode, tuple(set(registry.BASELINES) - {"compile"}))
+    contestants = benchmark.contestants(size, mode, tuple(set(registry.BASELINES) - {"compile", "chunked"}))
     assert len(contestants) == 2 + len(benchmark.peers)
     for result in measure.measure(benchmark, size, mode, contestants, RATES, 2):
         assert result.repeats == 2 and result.floor > 0 or "No module named" in result.note, result.note
@@ -143,7 +143,7 @@ def test_every_contestant_in_place_is_checked_from_the_same_start():
 
 
 def test_a_precision_that_makes_no_difference_is_not_measured(tmp_path, monkeypatch):
-    monkeypatch.setattr(run.machine, "measure_rates", lambda: RATES)
+    monkeypatch.setattr(run.machine, "measure_rates", lambda device: RATES)
     assert run.main(["ema_of_small_tensors", "--dtype", "medium", "--output", str(tmp_path)]) == 0
     assert not list(tmp_path.iterdir())
 
@@ -254,8 +254,8 @@ def test_runner(tmp_path):
     "arguments, message",
     [
         (["sigmoids"], "family sigmoids is none of adamw_ema_step_, barlow_twins"),
-        (["--dtype", "float8"], "float8 is none of float32, medium, bfloat16"),
-        (["--against", "faster"], "faster is none of naive, compile, lightly"),
+        (["--dtype", "float8"], "float8 is none of float32, tf32, medium, bfloat16"),
+        (["--against", "faster"], "faster is none of naive, compile, chunked, lightly"),
         (["--sizes", "8k"], "sizes look like 512,8192x128, got 8k"),
         (["nt_xent", "--sizes", "8x8x8"], "--sizes must have at most 2 numbers for nt_xent, got (8, 8, 8)"),
         (["--repeats", "1"], "--repeats must be at least 2, for quartiles, got 1"),
