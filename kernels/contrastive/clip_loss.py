@@ -12,7 +12,7 @@ and, given g_i = dL/dloss_i, with r_i = 1/2 g_i sigmoid(n_i - S_ii) and c_j = 1/
 
 Forward: sums.py, 1 U, in units U = 2 N N D floating-point operations; `_losses` computes the positives. Backward:
 `accumulate` without the positives for either side, 4 U, or 2 U with products that the forward pass has kept;
-positives.py adds them and goes back through the norms.
+positives.py adds them and goes back through the norms. Label smoothing, O(N D), is left to PyTorch.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastssl._label_smoothing import gradient_of_leads, lead
+from fastssl._norms import normalized_rows
 from fastssl.kernels.common.accumulate import Factors, accumulate, largest
 from fastssl.kernels.common.kept import kept_products, nothing_kept, room_for_products
 from fastssl.kernels.common.launch import OPTIONS, row_block
@@ -86,7 +88,9 @@ def _factors(
     tl.store(weight + i, -(r + c), mask=inside)
 
 
-def clip_loss(x: Tensor, y: Tensor, scale: Tensor, normalize: bool, keep: int, precision: str) -> tuple[Tensor, ...]:
+def clip_loss(
+    x: Tensor, y: Tensor, scale: Tensor, label_smoothing: float, normalize: bool, keep: int, precision: str
+) -> tuple[Tensor, ...]:
     """`fastssl::clip_loss` for CUDA tensors; see fastssl/ops/contrastive/."""
     rows, dim = x.shape
     loss, positive = (x.new_empty(rows, dtype=torch.float32) for _ in range(2))
@@ -104,6 +108,9 @@ def clip_loss(x: Tensor, y: Tensor, scale: Tensor, normalize: bool, keep: int, p
             x, y, inverse_x, inverse_y, scale, *of_rows, *of_columns, loss, positive, rows, dim, *x.stride(),
             *y.stride(), **block, num_warps=WARPS, **OPTIONS,
         )  # fmt: skip
+        if label_smoothing:
+            wide_x, wide_y = (normalized_rows(z, normalize)[0] for z in (x, y))
+            loss += label_smoothing / 2 * scale * (lead(wide_x, wide_y) + lead(wide_y, wide_x))
     return loss, positive, *of_rows, *of_columns, kept
 
 
@@ -118,6 +125,7 @@ def clip_loss_backward(
     column_total: Tensor,
     column_shift: Tensor,
     kept: Tensor,
+    label_smoothing: float,
     normalize: bool,
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -137,15 +145,20 @@ def clip_loss_backward(
         )  # fmt: skip
         own, peak = torch.arange(rows, device=x.device), largest(of_rows, of_columns)
         share = x.new_empty(rows, dtype=torch.float64)
+        of_x = of_y = None  # what label smoothing adds
+        if label_smoothing:
+            wide_x, wide_y = (normalized_rows(z, normalize)[0] for z in (x, y))
+            pull = grad_loss * (label_smoothing / 2)
+            of_x, of_y = (gradient_of_leads(z, pull, pull) for z in (wide_y, wide_x))
         products = kept_products(kept, rows, rows, x.shape[1], precision)
         sums = accumulate(
             left, right, (rows, rows), scale, precision, "both", "row", exclude=own,
             rows=of_rows, columns=of_columns, peak=peak, kept=products,
         )  # fmt: skip
-        grad_x = projected(x, y, (inverse_x, inverse_y), scale, sums, weight, share)
+        grad_x = projected(x, y, (inverse_x, inverse_y), scale, sums, weight, share, of_x)
         sums = accumulate(
             right, left, (rows, rows), scale, precision, "both", "column", exclude=own,
             rows=of_columns, columns=of_rows, peak=peak, kept=None if products is None else products.T,
         )  # fmt: skip
-        grad_y = projected(y, x, (inverse_y, inverse_x), scale, sums, weight)
+        grad_y = projected(y, x, (inverse_y, inverse_x), scale, sums, weight, None, of_y)
         return grad_x, grad_y, share.sum().to(scale.dtype)

@@ -14,7 +14,7 @@ and, given g_i = dL/dloss_i, with E_ij = exp(S_ij - shift_i), E_ii = 0:
 Forward: `accumulate` of E k, 2 U, in units U = 2 N N D floating-point operations; `_finish` adds the splits and leaves
 each row's loss and its derivatives, so that nothing remains for the backward pass of the queries. Without gradients
 sums.py, 1 U. Backward, for the keys: `accumulate` of E^T q, 2 U, or 1 U with products that the forward
-pass has kept; positives.py adds the positives.
+pass has kept; positives.py adds the positives. Label smoothing, O(N D), is left to PyTorch.
 
 Numerics: as in positives.py.
 """
@@ -26,6 +26,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastssl._label_smoothing import centered, gradient_of_leads, lead
+from fastssl._norms import normalized_rows, through_norms
 from fastssl.kernels.common.accumulate import Factors, accumulate, largest
 from fastssl.kernels.common.kept import kept_products, nothing_kept, room_for_products
 from fastssl.kernels.common.launch import OPTIONS, PEAK, row_block
@@ -126,7 +128,14 @@ def _factors(gradient, positive, total, shift, factor, weight, N, BR: tl.constex
 
 
 def info_nce(
-    query: Tensor, positive_key: Tensor, scale: Tensor, normalize: bool, weigh: bool, keep: int, precision: str
+    query: Tensor,
+    positive_key: Tensor,
+    scale: Tensor,
+    label_smoothing: float,
+    normalize: bool,
+    weigh: bool,
+    keep: int,
+    precision: str,
 ) -> tuple[Tensor, ...]:
     """`fastssl::info_nce` for CUDA tensors; see fastssl/ops/contrastive/."""
     rows, dim = query.shape
@@ -154,6 +163,13 @@ def info_nce(
             *query.stride(), *positive_key.stride(), padded, padded_rows, splits, **block,
             num_warps=WARPS, **OPTIONS,
         )  # fmt: skip
+        if label_smoothing:
+            (wide_q, norms), (wide_k, _) = (normalized_rows(z, normalize) for z in (query, positive_key))
+            leads = lead(wide_q, wide_k)
+            loss += label_smoothing * scale * leads
+            if weigh:
+                query_slope += through_norms(label_smoothing * centered(wide_k), wide_q, norms)
+                scale_slope += label_smoothing * leads
     return *results, kept
 
 
@@ -168,6 +184,7 @@ def info_nce_backward(
     query_slope: Tensor,
     scale_slope: Tensor,
     kept: Tensor,
+    label_smoothing: float,
     needs_positive_key: bool,
     normalize: bool,
     precision: str,
@@ -192,5 +209,8 @@ def info_nce_backward(
             k, q, (rows, rows), scale, precision, "column", "column", exclude=own, columns=factors, peak=peak,
             kept=None if products is None else products.T,
         )  # fmt: skip
-        grad_key = projected(positive_key, query, (inverse_k, inverse_q), scale, sums, weight)
+        of_key = None  # what label smoothing adds
+        if label_smoothing:
+            of_key = gradient_of_leads(normalized_rows(query, normalize)[0], None, grad_loss * label_smoothing)
+        grad_key = projected(positive_key, query, (inverse_k, inverse_q), scale, sums, weight, None, of_key)
     return grad_query, grad_key, grad_scale

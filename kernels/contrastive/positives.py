@@ -64,11 +64,11 @@ def load_factors_of_positive(gradient, total, shift, positive, i, inside):
 
 @triton.jit(do_not_specialize=COUNTS)
 def project(
-    z1, z2, inverse1, inverse2, scale, gradient, peak, weight, out, share, B, D,
+    z1, z2, inverse1, inverse2, scale, gradient, peak, weight, extra, out, share, B, D,
     row_stride1, column_stride1, row_stride2, column_stride2, PADDED, padded_rows, splits,
     BR: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of z1 from G and the positives z2; <x_i, G_i + w_i y_i>, its share in that of scale."""
+    """The gradient of z1 from G, the positives z2 and `extra`; <x_i, their sum>, its share in that of scale."""
     row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     rows = row[:, None]
     inside = row < B
@@ -88,7 +88,10 @@ def project(
             for split in range(splits):
                 from_ = gradient + (rows + split * padded_rows) * PADDED + columns
                 g += tl.load(from_, mask=inside[:, None] & (columns < D), other=0.0)
-            alongs += x.to(tl.float64) * (g * unscale + of_positive * y)
+            g = g * unscale + of_positive * y
+            if extra is not None:
+                g += tl.load(extra + rows * D + columns, mask=inside[:, None] & (columns < D), other=0.0)
+            alongs += x.to(tl.float64) * g
         along = tl.sum(alongs, 1)[:, None]
         if share is not None:
             tl.store(share + rows, along, mask=inside[:, None])
@@ -101,6 +104,8 @@ def project(
             from_ = gradient + (rows + split * padded_rows) * PADDED + columns
             g += tl.load(from_, mask=inside[:, None] & (columns < D), other=0.0)
         g = g * unscale + of_positive * y
+        if extra is not None:
+            g += tl.load(extra + rows * D + columns, mask=inside[:, None] & (columns < D), other=0.0)
         if inverse1 is not None:
             x = unit_rows(z1, factor, rows, columns, B, D, row_stride1, column_stride1)
             g = unit(g - along * x, factor)
@@ -121,14 +126,16 @@ def projected(
     sums: Sums,
     weight: Tensor,
     share: Tensor | None = None,
+    extra: Tensor | None = None,
 ) -> Tensor:
     """The gradient of z, in its dtype, from the sums over negatives and the weights of its positives, whose `inverses`
-    are 1 / norm of both; its rows' shares in the gradient of scale go to `share`, float64."""
-    out = z.new_empty(z.shape)
+    are 1 / norm of both; its rows' shares in the gradient of scale go to `share`, float64. `extra`, float32 (N, D), is
+    added to the sums."""
+    out, extra = z.new_empty(z.shape), None if extra is None else extra.contiguous()
     (splits, padded_rows, padded), (rows, dim) = sums.gradient.shape, z.shape
     block = row_block(padded)
     project[(triton.cdiv(rows, block["BR"]),)](
-        z, positives, *inverses, scale, sums.gradient, sums.peak, weight, out, share, rows, dim, *z.stride(),
-        *positives.stride(), padded, padded_rows, splits, **block, num_warps=WARPS, **OPTIONS,
+        z, positives, *inverses, scale, sums.gradient, sums.peak, weight, extra, out, share, rows, dim,
+        *z.stride(), *positives.stride(), padded, padded_rows, splits, **block, num_warps=WARPS, **OPTIONS,
     )  # fmt: skip
     return out

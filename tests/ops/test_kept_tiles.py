@@ -53,7 +53,7 @@ class Pass:
         self.backward = getattr(torch.ops.fastssl, f"{name}_backward").default
         x, y, s = rows(count, dim), rows(count, dim, 1), torch.tensor(scale)
         g, w = torch.randn(2, 2 * count, generator=torch.Generator().manual_seed(2))
-        own = torch.arange(count)
+        own, e = torch.arange(count), torch.tensor(0.1, dtype=torch.float64)
         forward = getattr(torch.ops.fastssl, name).default
         shape = (2 * count,) if name in VIEWS else (count,) if name in ONE_SIDE else (count, count)
         inputs = (x, s) if name in ONE_SIDE else (x, y, s)
@@ -61,8 +61,8 @@ class Pass:
         self.call = {
             "nt_xent": lambda keep: forward(x, y, s, True, keep, precision),
             "dcl": lambda keep: forward(x, y, w, s, True, keep, precision),
-            "clip_loss": lambda keep: forward(x, y, s, True, keep, precision),
-            "info_nce": lambda keep: forward(x, y, s, True, True, keep, precision),
+            "clip_loss": lambda keep: forward(x, y, s, e, True, keep, precision),
+            "info_nce": lambda keep: forward(x, y, s, e, True, True, keep, precision),
             "sup_con": lambda keep: forward(x, own % 7, s, True, keep, precision),
             "pair_logsumexp": lambda keep: forward(x, y, s, own, keep, precision),
             "self_logsumexp": lambda keep: forward(x, s, keep, precision),
@@ -72,8 +72,8 @@ class Pass:
         self.arguments = {
             "nt_xent": lambda o, kept: (g, x, y, s, *o, kept, True, precision),
             "dcl": lambda o, kept: (g, x, y, w, s, *o, kept, True, precision),
-            "clip_loss": lambda o, kept: (g1, x, y, s, *o, kept, True, precision),
-            "info_nce": lambda o, kept: (g1, x, y, s, *o, kept, True, True, precision),
+            "clip_loss": lambda o, kept: (g1, x, y, s, *o, kept, e, True, precision),
+            "info_nce": lambda o, kept: (g1, x, y, s, *o, kept, e, True, True, precision),
             "sup_con": lambda o, kept: (g1, x, own % 7, s, *o, kept, True, precision),
             "pair_logsumexp": lambda o, kept: (g1, g2, x, y, s, own, o[1], o[3], kept, precision),
             "self_logsumexp": lambda o, kept: (g1, x, s, o[1], kept, precision),
@@ -205,9 +205,10 @@ def test_second_derivatives():
 def test_scratch_stays_from_call_to_call(name, most):
     """A call allocates what it returns, and little else."""
     x, y, s = rows(64, 128), rows(64, 128, 1), torch.tensor(10.0)
+    e = torch.tensor(0.1, dtype=torch.float64)
     op = getattr(torch.ops.fastssl, name).default
     calls = {
-        "clip_loss": lambda: op(x, y, s, False, 0, "float32"),
+        "clip_loss": lambda: op(x, y, s, e, False, 0, "float32"),
         "nt_xent": lambda: op(x, y, s, True, 0, "float32"),
         "siglip_loss": lambda: op(x, y, s, s, True, "float32"),
     }

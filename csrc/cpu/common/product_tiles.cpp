@@ -139,16 +139,20 @@ void transposed(const float* x, int64_t rows, int64_t columns, float* out) {
   transpose(reinterpret_cast<const int32_t*>(x), rows, columns, rows, reinterpret_cast<int32_t*>(out), columns);
 }
 
+void add_row(const void* x, float inverse_norm, float weight, Element element, int64_t dim, float* sum,
+             float* scratch) {
+  const int64_t padded = (dim + 31) / 32 * 32;
+  const ScaledRow z(x, element, dim, __builtin_fabsf(inverse_norm), scratch);
+  const float factor = weight * z.factor;
+  for (int64_t d = 0; d < padded; ++d) sum[d] += factor * z.x[d];
+}
+
 double finish(const void* x, float inverse_norm, const void* positive, float positive_inverse_norm,
               float positive_weight, float scale, bool normalize, Element element, int64_t dim, float* sums,
               float* scratch, Element out_element, void* out) {
   const int64_t padded = (dim + 31) / 32 * 32;
   const float inverse = __builtin_fabsf(inverse_norm);
-  if (positive) {
-    const ScaledRow p(positive, element, dim, __builtin_fabsf(positive_inverse_norm), scratch);
-    const float weight = positive_weight * p.factor;
-    for (int64_t d = 0; d < padded; ++d) sums[d] += weight * p.x[d];
-  }
+  if (positive) add_row(positive, positive_inverse_norm, positive_weight, element, dim, sums, scratch);
   const ScaledRow z(x, element, dim, inverse, scratch);
   const double along = dot(sums, z.x, padded) * z.factor;
   const float projection = normalize && inverse_norm > 0 ? static_cast<float>(along * z.factor) : 0;
@@ -160,14 +164,14 @@ double finish(const void* x, float inverse_norm, const void* positive, float pos
   return along;
 }
 
-double dot_rows(const void* x, const void* y, Element element, int64_t dim, float* scratch) {
+double dot_rows(const void* x, Element element, const void* y, Element element_of_y, int64_t dim, float* scratch) {
   const int64_t padded = (dim + 31) / 32 * 32;
-  return dot(row_of(x, element, dim, 1, scratch), row_of(y, element, dim, 1, scratch + padded), padded);
+  return dot(row_of(x, element, dim, 1, scratch), row_of(y, element_of_y, dim, 1, scratch + padded), padded);
 }
 
 }  // namespace
 
 extern const ProductTiles product_tiles;
-const ProductTiles product_tiles = {arrange, pack, largest_square, transposed, finish, dot_rows, gemm};
+const ProductTiles product_tiles = {arrange, pack, largest_square, transposed, finish, add_row, dot_rows, gemm};
 
 }  // namespace fastssl::FASTSSL_ISA

@@ -65,8 +65,12 @@ struct ProductTiles {
                    float positive_weight, float scale, bool normalize, Element element, int64_t dim, float* sums,
                    float* scratch, Element out_element, void* out);
 
+  // sum += weight x |inverse_norm|. `scratch`: padded dim floats.
+  void (*add_row)(const void* x, float inverse_norm, float weight, Element element, int64_t dim, float* sum,
+                  float* scratch);
+
   // <x, y>. `scratch`: 2 padded dim floats.
-  double (*dot)(const void* x, const void* y, Element element, int64_t dim, float* scratch);
+  double (*dot)(const void* x, Element element, const void* y, Element element_of_y, int64_t dim, float* scratch);
 
   // C = [C +] A B, as in common/gemm.h.
   void (*gemm)(int64_t M, int64_t N, int64_t K, int64_t lda, int64_t ldb, int64_t ldc, bool add, const float* A,

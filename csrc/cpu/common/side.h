@@ -192,7 +192,7 @@ struct Gathered {
 // The product of row i of x with its partner in y, both (normalised but) unrounded. `spare`: 2 x.dim floats.
 inline double dot_row(const Side& x, const Side& y, int64_t i, float* spare) {
   const int64_t j = y.partner(i);
-  const double dot = x.engine.tile.dot(x.rows[i], y.rows[j], x.rows.element, x.rows.dim, spare);
+  const double dot = x.engine.tile.dot(x.rows[i], x.rows.element, y.rows[j], y.rows.element, x.rows.dim, spare);
   return dot * std::abs(x.inverse_norm[i]) * std::abs(y.inverse_norm[j]);
 }
 
@@ -211,11 +211,36 @@ struct Positives {
   const float* weight;
 };
 
-// Writes the gradient of a side's tensor, or tensors: scale G, where G is the blocks' sums plus, unless `positives` is
-// null, weighted positives; for normalised rows, the gradient of the rows before they were normalised.
+// The sum of a side's (normalised) rows, weight(i) times row i; padded. Its bits depend on the cut alone.
+template <typename Weight>
+Numbers<float> sum_rows(const Side& z, const Weight& weight) {
+  Numbers<float> total(z.dim, 0.f);
+  const Blocks sums(z.cut.blocks, z.dim * 4), scratch(z.threads, z.dim * 4);
+  run(z.threads, z.cut.blocks, [&](int64_t b) {
+    float* const sum = sums.floats(b);
+    std::fill_n(sum, z.dim, 0.f);
+    for (int64_t i = z.first(b); i < z.first(b) + z.size(b); ++i)
+      z.engine.tile.add_row(z.rows[i], z.inverse_norm[i], weight(i), z.rows.element, z.rows.dim, sum,
+                            scratch.floats(slot(z.threads)));
+  });
+  for (int64_t b = 0; b < z.cut.blocks; ++b)
+    for (int64_t d = 0; d < z.dim; ++d) total[d] += sums.floats(b)[d];
+  return total;
+}
+
+// Weights u_i + v_j that have no tiles: to the sum of row i they add u_i sum_j z_j + sum_j v_j z_j, z being the rows of
+// the other side.
+struct EvenWeights {
+  const float* u;  // null: only the v_j
+  const float* sum;
+  const float* weighted;  // sum_j v_j z_j
+};
+
+// Writes the gradient of a side's tensor, or tensors: scale G, where G is the blocks' sums plus, unless they are null,
+// weighted positives and even weights' terms; for normalised rows, the gradient of the rows before they were normalised.
 // Returns sum_i <G_i, z_i>, z being the rows as they were multiplied.
 inline double finish_side(const Gathered& gathered, const Positives* positives, float scale, const Tensor& grad,
-                          const Tensor* grad_of_second = nullptr) {
+                          const Tensor* grad_of_second = nullptr, const EvenWeights* even = nullptr) {
   const Side& side = gathered.side;
   const Numbers<double> along(side.cut.blocks, 0);
   const Blocks scratch(side.threads, (side.dim + side.cut.block * side.dim) * 4);
@@ -225,7 +250,12 @@ inline double finish_side(const Gathered& gathered, const Positives* positives, 
   run(side.threads, side.cut.blocks, [&](int64_t b) {
     float* const row = scratch.floats(slot(side.threads));
     float* const sums = gathered(b, row + side.dim);
+    const auto add = [&](const float* x, float weight, float* sum) {
+      side.engine.tile.add_row(x, 1, weight, Element::Float32, side.dim, sum, nullptr);
+    };
     for (int64_t r = 0; r < side.size(b); ++r) {
+      if (even && even->u) add(even->sum, even->u[side.first(b) + r], sums + r * side.dim);
+      if (even) add(even->weighted, 1, sums + r * side.dim);
       const int64_t i = side.first(b) + r, j = positives ? positives->other.partner(i) : 0;
       along[b] += side.engine.tile.finish(side.rows[i], inverse_norm[i],
                                           positives ? positives->other.rows[j] : nullptr,

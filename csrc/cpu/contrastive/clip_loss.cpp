@@ -1,7 +1,9 @@
 // CLIP's loss on the CPU (arXiv:2103.00020): with S = scale X Y^T of N (normalised) rows each, whose diagonal holds the
 // positive pairs,
 //
-//     loss_i = (log sum_j exp(S_ij) + log sum_j exp(S_ji)) / 2 - S_ii.
+//     loss_i = (log sum_j exp(S_ij) + log sum_j exp(S_ji)) / 2 - S_ii,
+//
+// and with label smoothing what smoothing.h adds for either side.
 //
 // Algorithm and cost are those of pairs.h. In units U = 2 N N D of floating-point operations (one product) the forward
 // pass takes 1 U, the backward pass 2 U from tiles that were kept, 3 U from tiles that are computed again.
@@ -14,12 +16,14 @@
 #include "common/portable.h"
 #include "contrastive/cross_entropy.h"
 #include "contrastive/pairs.h"
+#include "contrastive/smoothing.h"
 
 namespace fastssl {
 namespace {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> clip_loss(const Tensor& x_, const Tensor& y_,
-                                                                             const Tensor& scale, bool normalize,
+                                                                             const Tensor& scale,
+                                                                             double label_smoothing, bool normalize,
                                                                              int64_t keep, c10::string_view precision) {
   check_pairs("image_features and text_features", x_, y_, scale);
   const Engine engine(precision);
@@ -43,6 +47,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> clip_loss(con
     const Softplus row = cross_entropy(r[i], r_shift[i], p[i]), column = cross_entropy(c[i], c_shift[i], p[i]);
     out[i] = static_cast<float>((row.value + column.value) / 2);
   }
+  if (const float share = share_of(label_smoothing, x.count)) {
+    smooth(x, mean_row(y).data, share / 2, e.scale, p, out);
+    smooth(y, mean_row(x).data, share / 2, e.scale, p, out);
+  }
   return {loss, positive, row_total, row_shift, column_total, column_shift, kept};
 }
 
@@ -50,7 +58,8 @@ std::tuple<Tensor, Tensor, Tensor> clip_loss_backward(const Tensor& grad_loss, c
                                                       const Tensor& scale, const Tensor& positive,
                                                       const Tensor& row_total, const Tensor& row_shift,
                                                       const Tensor& column_total, const Tensor& column_shift,
-                                                      const Tensor& kept, bool normalize, c10::string_view precision) {
+                                                      const Tensor& kept, double label_smoothing, bool normalize,
+                                                      c10::string_view precision) {
   check_pairs("image_features and text_features", x_, y_, scale);
   check_vectors("grad_loss, positive, totals and shifts", x_.size(0),
                 {grad_loss, positive, row_total, row_shift, column_total, column_shift});
@@ -62,7 +71,10 @@ std::tuple<Tensor, Tensor, Tensor> clip_loss_backward(const Tensor& grad_loss, c
   const DerivedPair pair(x_, y_, scale, normalize, engine, threads, tiles);
   const Tensor g = grad_loss.contiguous(), p = positive.contiguous();
   const float *const gradients = g.const_data_ptr<float>(), *const positives = p.const_data_ptr<float>();
-  const Numbers<float> weights(count, 0);
+  const float share = share_of(label_smoothing, count);
+  const Numbers<float> weights(count), even(share ? count : 0);
+  for (int64_t i = 0; i < count; ++i) weights[i] = share ? share * gradients[i] : 0;
+  for (int64_t i = 0; share && i < count; ++i) even[i] = -weights[i] / (2 * static_cast<float>(count));
   const auto coefficients = [&](const Tensor& total_, const Tensor& shift_, const Side& side) {
     const Tensor total = total_.contiguous(), shift = shift_.contiguous();
     const float *const t = total.const_data_ptr<float>(), *const s = shift.const_data_ptr<float>();
@@ -74,7 +86,8 @@ std::tuple<Tensor, Tensor, Tensor> clip_loss_backward(const Tensor& grad_loss, c
   };
   const Coefficients rows = coefficients(row_total, row_shift, pair.x);
   const Coefficients columns = coefficients(column_total, column_shift, pair.y);
-  return pair.differentiate(nullptr, true, rows, columns, weights.data, x_, y_, scale);
+  return pair.differentiate(nullptr, true, rows, columns, weights.data, share ? even.data : nullptr, x_, y_,
+                            scale);
 }
 
 FASTSSL_KERNELS(CPU, m) {

@@ -1,6 +1,8 @@
 // InfoNCE within a batch on the CPU (CPC, arXiv:1807.03748): with S = scale Q K^T of (normalised) queries and keys,
 //
-//     loss_i = log sum_j exp(S_ij) - S_ii.
+//     loss_i = log sum_j exp(S_ij) - S_ii,
+//
+// and with label smoothing what smoothing.h adds.
 //
 // Algorithm. Like flash attention, the forward pass accumulates sum_j E_ij k_j along with sum_j E_ij, where E_ij is
 // exp(S_ij) up to a factor for each row. It ends with the derivatives of loss_i with respect to q_i and to scale, so
@@ -19,6 +21,7 @@
 #include "common/portable.h"
 #include "contrastive/columns.h"
 #include "contrastive/cross_entropy.h"
+#include "contrastive/smoothing.h"
 
 namespace fastssl {
 namespace {
@@ -26,7 +29,8 @@ namespace {
 constexpr char kNames[] = "query and positive_key";
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> info_nce(const Tensor& query, const Tensor& key,
-                                                                            const Tensor& scale, bool normalize,
+                                                                            const Tensor& scale,
+                                                                            double label_smoothing, bool normalize,
                                                                             bool weigh, int64_t keep,
                                                                             c10::string_view precision) {
   check_pairs(kNames, query, key, scale);
@@ -54,6 +58,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> info_nce(cons
   float* const out_query_slope = query_slope.mutable_data_ptr<float>();
   float* const out_scale_slope = scale_slope.mutable_data_ptr<float>();
 
+  const float share = share_of(label_smoothing, count);
+  const Numbers<float> mean_key = share ? mean_row(y) : Numbers<float>(0);
+
   // Finishes row i. `sum` is sum_j E_ij k_j, about the same origin as the row's total.
   const auto finish = [&](int64_t i, float* sum, float* spare) {
     out_positive[i] = static_cast<float>(dot_row(x, y, i, spare)) * e.scale;
@@ -62,12 +69,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> info_nce(cons
     const Softplus found = cross_entropy(out_total[i], out_shift[i], out_positive[i]);
     out_loss[i] = static_cast<float>(found.value);
     if (!weigh) return;
-    const float mean = sums.total[i] == 0 ? 0 : static_cast<float>(1 / sums.total[i]);
+    const float mean = sums.total[i] == 0 ? 0 : static_cast<float>(found.slope / sums.total[i]);
     for (int64_t d = 0; d < x.dim; ++d) sum[d] = mean ? sum[d] * mean : 0;
-    const double along = engine.tile.finish(x.rows[i], x.inverse_norm[i], y.rows[i], y.inverse_norm[i], -1,
-                                            static_cast<float>(found.slope), normalize, x.rows.element, dim, sum, spare,
-                                            Element::Float32, out_query_slope + i * dim);
-    out_scale_slope[i] = static_cast<float>(found.slope * along);
+    if (share) engine.tile.add_row(mean_key.data, 1, -share, Element::Float32, x.dim, sum, nullptr);
+    const double along = engine.tile.finish(x.rows[i], x.inverse_norm[i], y.rows[i], y.inverse_norm[i],
+                                            static_cast<float>(share - found.slope), 1, normalize, x.rows.element, dim,
+                                            sum, spare, Element::Float32, out_query_slope + i * dim);
+    out_scale_slope[i] = static_cast<float>(along);
   };
 
   run(threads, x.cut.groups(), [&](int64_t g) {
@@ -90,6 +98,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> info_nce(cons
         finish(x.first(I) + r, weigh ? weighted_of(I) + r * x.dim : nullptr, scratch.floats(at));
     });
   }, [&] { engine.release(); });
+  if (share) smooth(x, mean_key.data, share, e.scale, out_positive, out_loss);
   return {loss, positive, total, shift, query_slope, scale_slope, kept};
 }
 
@@ -97,8 +106,8 @@ std::tuple<Tensor, Tensor, Tensor> info_nce_backward(const Tensor& grad_loss, co
                                                      const Tensor& scale, const Tensor& positive_,
                                                      const Tensor& total_, const Tensor& shift_,
                                                      const Tensor& query_slope, const Tensor& scale_slope_,
-                                                     const Tensor& kept, bool needs_key, bool normalize,
-                                                     c10::string_view precision) {
+                                                     const Tensor& kept, double label_smoothing, bool needs_key,
+                                                     bool normalize, c10::string_view precision) {
   check_pairs(kNames, query, key, scale);
   const int64_t count = query.size(0);
   check_vectors("grad_loss, positive, total, shift and scale_slope", count,
@@ -126,16 +135,20 @@ std::tuple<Tensor, Tensor, Tensor> info_nce_backward(const Tensor& grad_loss, co
   const Tensor positive = positive_.contiguous(), total = total_.contiguous(), shift = shift_.contiguous();
   const float *const p = positive.const_data_ptr<float>(), *const t = total.const_data_ptr<float>(),
               *const s = shift.const_data_ptr<float>();
+  const float share = share_of(label_smoothing, count);
   const Numbers<float> positive_weight(count);
   const Coefficients rows([&](int64_t i) {
     const double slope = cross_entropy(t[i], s[i], p[i]).slope * g[i];
-    positive_weight[i] = static_cast<float>(-slope);
+    positive_weight[i] = static_cast<float>((share ? share * g[i] : 0) - slope);
     return t[i] == 0 ? 0 : static_cast<float>(slope / t[i]);
   }, shift, x, e);
   Gathered gathered(y, false, &x);
   gather_columns({x, y, e.factor, e.excluded, nullptr, true}, e, rows, tiles, gathered);
   const Positives queries{x, positive_weight.data};
-  finish_side(gathered, &queries, e.scale, grad_key);
+  const Numbers<float> weighted =
+      share ? sum_rows(x, [&](int64_t i) { return -share * g[i] / static_cast<float>(count); }) : Numbers<float>(0);
+  const EvenWeights even{nullptr, nullptr, weighted.data};
+  finish_side(gathered, &queries, e.scale, grad_key, nullptr, share ? &even : nullptr);
   return {grad_query, grad_key, scalar(grad_scale, scale.options())};
 }
 

@@ -48,7 +48,7 @@ std::tuple<Tensor, Tensor, Tensor> pair_logsumexp_backward(const Tensor& grad_ro
   const DerivedPair pair(x_, y_, scale, false, engine, threads, tiles);
   const Coefficients rows(grad_row_total, row_shift, pair.x, pair.e);
   const Coefficients columns(grad_column_total, column_shift, pair.y, pair.e);
-  return pair.differentiate(data_of(exclude), false, rows, columns, nullptr, x_, y_, scale);
+  return pair.differentiate(data_of(exclude), false, rows, columns, nullptr, nullptr, x_, y_, scale);
 }
 
 FASTSSL_KERNELS(CPU, m) {

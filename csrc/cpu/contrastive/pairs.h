@@ -57,11 +57,12 @@ struct DerivedPair {
     kept.check(e.shared);
   }
 
-  // (grad_x, grad_y, grad_scale) from the weights of all tiles and, unless positive_weight is null, of the positive
-  // pairs (x_i, y_i).
+  // (grad_x, grad_y, grad_scale) from the weights of all tiles and, unless they are null, of the positive pairs (x_i,
+  // y_i), and the weights even_i + even_j of all pairs.
   std::tuple<Tensor, Tensor, Tensor> differentiate(const int64_t* exclude, bool diagonal, const Coefficients& rows,
                                                    const Coefficients& columns, const float* positive_weight,
-                                                   const Tensor& x_, const Tensor& y_, const Tensor& scale) const {
+                                                   const float* even, const Tensor& x_, const Tensor& y_,
+                                                   const Tensor& scale) const {
     const Similarities S{x, y, e.factor, e.excluded, exclude, diagonal};
     const Weights weights(S, e, &rows, &columns);
     Gathered of_x(x, true, nullptr), of_y(y, false, &x);
@@ -69,9 +70,19 @@ struct DerivedPair {
           [&] { x.engine.release(); });
     const Tensor grad_x = at::empty(x_.sizes(), x_.options()), grad_y = at::empty(y_.sizes(), y_.options());
     const Positives columns_of{y, positive_weight}, rows_of{x, positive_weight};
-    const double grad_scale = finish_side(of_x, positive_weight ? &columns_of : nullptr, e.scale, grad_x);
-    finish_side(of_y, positive_weight ? &rows_of : nullptr, e.scale, grad_y);
+    const double grad_scale = finish(of_x, positive_weight ? &columns_of : nullptr, y, even, grad_x);
+    finish(of_y, positive_weight ? &rows_of : nullptr, x, even, grad_y);
     return {grad_x, grad_y, scalar(grad_scale, scale.options())};
+  }
+
+ private:
+  double finish(const Gathered& gathered, const Positives* positives, const Side& other, const float* even,
+                const Tensor& grad) const {
+    if (!even) return finish_side(gathered, positives, e.scale, grad);
+    const Numbers<float> sum = sum_rows(other, [](int64_t) { return 1.f; });
+    const Numbers<float> weighted = sum_rows(other, [&](int64_t i) { return even[i]; });
+    const EvenWeights weights{even, sum.data, weighted.data};
+    return finish_side(gathered, positives, e.scale, grad, nullptr, &weights);
   }
 };
 

@@ -116,8 +116,7 @@ def info_nce(
     ring = None
     if group is not None and in_batch_negatives:
         ring = Ring(group, query=query, positive_key=positive_key, temperature=scale)
-    in_batch = negative_keys is None and in_batch_negatives and ring is None  # one operation
-    whole = in_batch and label_smoothing == 0  # which is all there is to do, norms included
+    whole = negative_keys is None and in_batch_negatives and ring is None  # one operation, norms included
     q, k, others = query, positive_key, negative_keys
     if negative_mode == "paired" and others is not None:
         negative_ids = torch.arange(others.shape[0] * others.shape[1], device=q.device).view(others.shape[:2])
@@ -128,13 +127,13 @@ def info_nce(
     elif not whole:
         k = kept(k)
     if symmetric:
-        loss, sums = pair_loss(q, k, scale, None, label_smoothing, precision, ring, whole and normalize)
+        loss, sums = pair_loss(q, k, scale, None, label_smoothing, precision, ring, normalize)
         directions = [[pair] for pair in sums]
     else:
-        if in_batch:
+        if whole:
             weigh = needs_gradient(q, k, scale)
             keep = bytes_to_keep_for(k, precision, (q, k, scale))
-            loss, _, *sums = contrastive.info_nce(q, k, scale, whole and normalize, weigh, keep, precision)[:4]
+            loss, _, *sums = contrastive.info_nce(q, k, scale, label_smoothing, normalize, weigh, keep, precision)[:4]
             directions = [[sums]]
         else:
             keys = k if in_batch_negatives else None
@@ -143,8 +142,8 @@ def info_nce(
             negatives = logsumexp(*joined(sums)) if sums else torch.full_like(positive, float("-inf"))
             loss = cross_entropy(negatives, positive)
             directions = [sums]
-        if label_smoothing:
-            loss = loss + label_smoothing * scale * (dot(q, k) - dot(q, mean_row(k, ring)))
+            if label_smoothing:
+                loss = loss + label_smoothing * scale * (dot(q, k) - dot(q, mean_row(k, ring)))
     loss = finish(loss, reduction, query)
     if not return_metrics:
         return loss

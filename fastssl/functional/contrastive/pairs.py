@@ -24,24 +24,22 @@ def pair_loss(
 ) -> tuple[Tensor, tuple[Sums, Sums]]:
     """The mean of the cross-entropies of row i and of column i of scale x y^T, and the sums over the negatives of both.
     The positive is the diagonal, or with labels all rows and columns of the same label alike; the sums are then over
-    all. Rows are normalised here only where this process is alone, without labels and smoothing.
+    all. Rows are normalised here only where this process is alone, without labels.
     """
     if labels is None and ring is None:
         keep = contrastive.bytes_to_keep(precision, (x, y, scale), x.shape[0], y.shape[0])
-        loss, _, *sums, _ = contrastive.clip_loss(x, y, scale, normalize, keep, precision)
-        sums = sums[:2], sums[2:]
-        aligned = dot(x, y) if label_smoothing else None
+        loss, _, *sums, _ = contrastive.clip_loss(x, y, scale, label_smoothing, normalize, keep, precision)
+        return loss, (sums[:2], sums[2:])
+    own = torch.arange(x.shape[0], device=x.device) if labels is None else None
+    sums = pair_sums(x, y, scale, own, precision, ring)
+    rows, columns = (logsumexp(*pair) for pair in sums)
+    if labels is None:
+        aligned = dot(x, y)
+        loss = (cross_entropy(rows, aligned * scale) + cross_entropy(columns, aligned * scale)) / 2
     else:
-        own = torch.arange(x.shape[0], device=x.device) if labels is None else None
-        sums = pair_sums(x, y, scale, own, precision, ring)
-        rows, columns = (logsumexp(*pair) for pair in sums)
-        if labels is None:
-            aligned = dot(x, y)
-            loss = (cross_entropy(rows, aligned * scale) + cross_entropy(columns, aligned * scale)) / 2
-        else:
-            (of_y, count), (of_x, _) = (contrastive.class_sums(z, labels) for z in (y, x))
-            aligned = (dot(x, of_y) + dot(y, of_x)) / (2 * count)
-            loss = (rows + columns) / 2 - aligned * scale
+        (of_y, count), (of_x, _) = (contrastive.class_sums(z, labels) for z in (y, x))
+        aligned = (dot(x, of_y) + dot(y, of_x)) / (2 * count)
+        loss = (rows + columns) / 2 - aligned * scale
     if label_smoothing:
         loss = loss + label_smoothing * scale * (aligned - (dot(x, mean_row(y, ring)) + dot(y, mean_row(x, ring))) / 2)
     return loss, sums

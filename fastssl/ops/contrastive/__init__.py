@@ -33,6 +33,11 @@ the other rows of row i's label, c_i of them, and need no product either:
 
     loss_i = lse_i - <z_i, sum_j z_j - z_i> scale / c_i,  j of row i's label,    0 where there are none
 
+Label smoothing with a share e (clip_loss, info_nce) adds e scale <x_i, y_i - mean_j y_j> to loss_i, O(N D) again; its
+gradient, given g_i, for info_nce and, halved and with both terms, for either side of clip_loss:
+
+    dL/dx_i = e scale g_i (y_i - mean_j y_j),    dL/dy_i = e scale (g_i x_i - mean_j g_j x_j)
+
 DCL is NT-Xent whose sum leaves out the positive, with n_i its log-sum-exp and weights w_i:
 
     loss_i = n_i - w_i S_{i, pos(i)}

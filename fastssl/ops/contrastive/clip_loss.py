@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastssl._label_smoothing import gradient_of_leads, lead
 from fastssl._norms import EPS, normalized_rows, through_norms
 from fastssl.ops._op import Op
 from fastssl.ops._portable import pair_blocks, similarity
@@ -14,18 +15,24 @@ from fastssl.ops.contrastive._shared import margin
 from fastssl.ops.contrastive.pair_logsumexp import pair_logsumexp_portable, pair_logsumexp_portable_backward
 
 
-def _fake(x: Tensor, y: Tensor, scale: Tensor, normalize: bool, keep: int, precision: str) -> tuple[Tensor, ...]:
+def _fake(
+    x: Tensor, y: Tensor, scale: Tensor, label_smoothing: float, normalize: bool, keep: int, precision: str
+) -> tuple[Tensor, ...]:
     sums = (x.new_empty(x.shape[0], dtype=accumulate_dtype(x.dtype)) for _ in range(6))
     return *sums, x.new_empty(keep, dtype=torch.uint8)
 
 
-def _portable(x: Tensor, y: Tensor, scale: Tensor, normalize: bool, keep: int, precision: str) -> tuple[Tensor, ...]:
+def _portable(
+    x: Tensor, y: Tensor, scale: Tensor, label_smoothing: float, normalize: bool, keep: int, precision: str
+) -> tuple[Tensor, ...]:
     wide_x, wide_y = (normalized_rows(z, normalize)[0] for z in (x, y))
     own = torch.arange(x.shape[0], device=x.device)
     positive = torch.linalg.vecdot(wide_x, wide_y) * scale
     *sums, kept = pair_logsumexp_portable(*((wide_x, wide_y) if normalize else (x, y)), scale, own, keep, precision)
     margins = margin(*sums[:2], positive), margin(*sums[2:], positive)
     loss = -(F.logsigmoid(-margins[0]) + F.logsigmoid(-margins[1])) / 2
+    if label_smoothing:
+        loss = loss + label_smoothing / 2 * scale * (lead(wide_x, wide_y) + lead(wide_y, wide_x))
     return loss, positive, *sums, kept
 
 
@@ -40,6 +47,7 @@ def _portable_backward(
     column_total: Tensor,
     column_shift: Tensor,
     kept: Tensor,
+    label_smoothing: float,
     normalize: bool,
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -56,24 +64,32 @@ def _portable_backward(
     weight = -(slopes[0] + slopes[1])
     grad_scale = grad_scale + (weight * torch.linalg.vecdot(wide_x, wide_y)).sum()
     weight = (weight * scale)[:, None]
-    grad_x = through_norms(grad_x + weight * wide_y, wide_x, norms_x)
-    grad_y = through_norms(grad_y + weight * wide_x, wide_y, norms_y)
+    grad_x, grad_y = grad_x + weight * wide_y, grad_y + weight * wide_x
+    if label_smoothing:
+        pull = grad_loss * (label_smoothing / 2)
+        grad_scale = grad_scale + (pull * (lead(wide_x, wide_y) + lead(wide_y, wide_x))).sum()
+        pull = pull * scale
+        grad_x, grad_y = grad_x + gradient_of_leads(wide_y, pull, pull), grad_y + gradient_of_leads(wide_x, pull, pull)
+    grad_x, grad_y = through_norms(grad_x, wide_x, norms_x), through_norms(grad_y, wide_y, norms_y)
     return grad_x.to(x.dtype), grad_y.to(y.dtype), grad_scale
 
 
-def _share(rows: slice, grad_loss: Tensor, x: Tensor, y: Tensor, scale: Tensor, normalize: bool) -> Tensor:
+def _share(
+    rows: slice, grad_loss: Tensor, x: Tensor, y: Tensor, scale: Tensor, label_smoothing: float, normalize: bool
+) -> Tensor:
     x, y = (F.normalize(z, dim=1, eps=EPS) if normalize else z for z in (x, y))
-    target = torch.arange(x.shape[0], device=x.device)[rows]
+    own = torch.arange(x.shape[0], device=x.device)[rows]
     sides = [similarity(rows, a, b, scale, None) for a, b in ((x, y), (y, x))]
-    losses = [S.logsumexp(1) - S.gather(1, target[:, None]).squeeze(1) for S in sides]
+    losses = [F.cross_entropy(S, own, reduction="none", label_smoothing=label_smoothing) for S in sides]
     return (grad_loss[rows] * (losses[0] + losses[1]) / 2).sum()
 
 
 clip_loss = Op(
-    "clip_loss(Tensor x, Tensor y, Tensor scale, bool normalize, SymInt keep, str precision) -> (Tensor loss,"
-    " Tensor positive, Tensor row_total, Tensor row_shift, Tensor column_total, Tensor column_shift, Tensor kept)",
+    "clip_loss(Tensor x, Tensor y, Tensor scale, float label_smoothing, bool normalize, SymInt keep, str precision)"
+    " -> (Tensor loss, Tensor positive, Tensor row_total, Tensor row_shift, Tensor column_total, Tensor column_shift,"
+    " Tensor kept)",
     backward="(Tensor grad_loss, Tensor x, Tensor y, Tensor scale, Tensor positive, Tensor row_total, Tensor row_shift,"
-    " Tensor column_total, Tensor column_shift, Tensor kept, bool normalize, str precision)"
+    " Tensor column_total, Tensor column_shift, Tensor kept, float label_smoothing, bool normalize, str precision)"
     " -> (Tensor grad_x, Tensor grad_y, Tensor grad_scale)",
     fake=_fake,
     portable=(_portable, _portable_backward),

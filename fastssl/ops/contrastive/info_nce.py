@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastssl._label_smoothing import centered, gradient_of_leads, lead
 from fastssl._norms import EPS, normalized_rows, through_norms
 from fastssl.ops._op import Op
 from fastssl.ops._portable import row_blocks, similarity
@@ -15,7 +16,14 @@ from fastssl.ops.contrastive.similarity_logsumexp import row_sums, row_sums_back
 
 
 def _fake(
-    query: Tensor, positive_key: Tensor, scale: Tensor, normalize: bool, weigh: bool, keep: int, precision: str
+    query: Tensor,
+    positive_key: Tensor,
+    scale: Tensor,
+    label_smoothing: float,
+    normalize: bool,
+    weigh: bool,
+    keep: int,
+    precision: str,
 ) -> tuple[Tensor, ...]:
     rows, dim = query.shape
     shapes = *([(rows,)] * 4), (rows if weigh else 0, dim), (rows if weigh else 0,)
@@ -27,6 +35,7 @@ def _portable(
     query: Tensor,
     positive_key: Tensor,
     scale: Tensor,
+    label_smoothing: float,
     normalize: bool,
     weigh: bool,
     keep: int,
@@ -38,10 +47,14 @@ def _portable(
     positive = torch.linalg.vecdot(q, k) * scale
     n = margin(total, shift, positive)
     loss = -F.logsigmoid(-n)
+    if label_smoothing:
+        loss = loss + label_smoothing * scale * lead(q, k)
     if not weigh:
         return loss, positive, total, shift, weighted, weighted.new_empty(0), kept
     # The mean of the negatives, as the softmax weighs them, less the positive.
     pull = n.sigmoid()[:, None] * ((weighted / total[:, None]).where(total[:, None] != 0, 0) - k)
+    if label_smoothing:
+        pull = pull + label_smoothing * centered(k)
     return loss, positive, total, shift, through_norms(pull, q, norms), torch.linalg.vecdot(q, pull), kept
 
 
@@ -56,6 +69,7 @@ def _portable_backward(
     query_slope: Tensor,
     scale_slope: Tensor,
     kept: Tensor,
+    label_smoothing: float,
     needs_positive_key: bool,
     normalize: bool,
     precision: str,
@@ -69,25 +83,36 @@ def _portable_backward(
     slope = margin(total, shift, positive).sigmoid() * grad_loss
     grad_total = (slope / total).where(total != 0, 0)
     grad_k = row_sums_backward(grad_total, q, k, scale, own, shift, torch.zeros_like(q), kept, True, precision)[1]
-    grad_positive_key = through_norms(grad_k - (slope * scale)[:, None] * q, k, norms)
-    return grad_query, grad_positive_key.to(positive_key.dtype), grad_scale
+    grad_k = grad_k - (slope * scale)[:, None] * q
+    if label_smoothing:
+        grad_k = grad_k + gradient_of_leads(q, None, grad_loss * (label_smoothing * scale))
+    return grad_query, through_norms(grad_k, k, norms).to(positive_key.dtype), grad_scale
 
 
 def _share(
-    rows: slice, grad_loss: Tensor, query: Tensor, positive_key: Tensor, scale: Tensor, normalize: bool
+    rows: slice,
+    grad_loss: Tensor,
+    query: Tensor,
+    positive_key: Tensor,
+    scale: Tensor,
+    label_smoothing: float,
+    normalize: bool,
 ) -> Tensor:
     q, k = (F.normalize(z, dim=1, eps=EPS) if normalize else z for z in (query, positive_key))
     own = torch.arange(q.shape[0], device=q.device)[rows]
-    return (grad_loss[rows] * F.cross_entropy(similarity(rows, q, k, scale, None), own, reduction="none")).sum()
+    S = similarity(rows, q, k, scale, None)
+    losses = F.cross_entropy(S, own, reduction="none", label_smoothing=label_smoothing)
+    return (grad_loss[rows] * losses).sum()
 
 
 info_nce = Op(
-    "info_nce(Tensor query, Tensor positive_key, Tensor scale, bool normalize, bool weigh, SymInt keep,"
-    " str precision) -> (Tensor loss, Tensor positive, Tensor total, Tensor shift, Tensor query_slope,"
+    "info_nce(Tensor query, Tensor positive_key, Tensor scale, float label_smoothing, bool normalize, bool weigh,"
+    " SymInt keep, str precision) -> (Tensor loss, Tensor positive, Tensor total, Tensor shift, Tensor query_slope,"
     " Tensor scale_slope, Tensor kept)",
     backward="(Tensor grad_loss, Tensor query, Tensor positive_key, Tensor scale, Tensor positive, Tensor total,"
-    " Tensor shift, Tensor query_slope, Tensor scale_slope, Tensor kept, bool needs_positive_key, bool normalize,"
-    " str precision) -> (Tensor grad_query, Tensor grad_positive_key, Tensor grad_scale)",
+    " Tensor shift, Tensor query_slope, Tensor scale_slope, Tensor kept, float label_smoothing,"
+    " bool needs_positive_key, bool normalize, str precision)"
+    " -> (Tensor grad_query, Tensor grad_positive_key, Tensor grad_scale)",
     fake=_fake,
     portable=(_portable, _portable_backward),
     share=_share,

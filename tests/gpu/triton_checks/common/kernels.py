@@ -18,7 +18,7 @@ POINTERS = {
     **dict.fromkeys(("scale", "bias", "aligned", "loss", "losses", "shift", "total", "coefficient"), "fp32"),
     **dict.fromkeys(("tops", "sums", "totals", "row_tops", "row_sums", "column_tops", "column_sums"), "fp32"),
     **dict.fromkeys(
-        ("row_total", "column_total", "positive", "factor", "weight", "query_slope", "scale_slope"), "fp32"
+        ("row_total", "column_total", "positive", "factor", "weight", "extra", "query_slope", "scale_slope"), "fp32"
     ),
     **dict.fromkeys(("kept", "row_shift", "row_factor", "column_shift", "column_factor", "peak", "gradient"), "fp32"),
 }

@@ -34,6 +34,7 @@ class PairTests(ABC):
     """An operation's class of tests says how to launch it, what its losses are, and how many launches both take."""
 
     launches: int
+    label_smoothing = 0.0
 
     @abstractmethod
     def launch(
@@ -104,6 +105,12 @@ class PairTests(ABC):
     def test_scales(self, normalize, scale, length, dim, precision):
         x, y = (length * z / (1 if normalize else dim**0.5) for z in rows(33, dim, DTYPES[precision]))
         self.compare(x, y, random_gradient(33), scale, normalize, precision)
+
+    @pytest.mark.parametrize("dim,precision,normalize", [(24, "float32", True), (140, "bfloat16", False)])
+    def test_label_smoothing(self, dim, precision, normalize, monkeypatch):
+        monkeypatch.setattr(type(self), "label_smoothing", 0.2)
+        (x, y), g = rows(33, dim, DTYPES[precision]), random_gradient(33)
+        self.compare(x.T.contiguous().T, y, g, 0.5, normalize, precision)
 
     @pytest.mark.parametrize("scale", [3e9, -1e20, 1e35])
     def test_huge_scales(self, scale):

@@ -40,15 +40,15 @@ class TestClipLoss(PairTests):
     launches = 7 + 13
 
     def launch(self, x, y, g, scale, normalize, precision):
-        *outputs, kept = kernels.clip_loss(x, y, scale, normalize, 0, precision)
+        *outputs, kept = kernels.clip_loss(x, y, scale, self.label_smoothing, normalize, 0, precision)
         assert all(t.dtype == torch.float32 for t in outputs)
         backward = kernels.clip_loss_backward
-        return outputs[0], *backward(g, x, y, scale, *outputs[1:], kept, normalize, precision)
+        return outputs[0], *backward(g, x, y, scale, *outputs[1:], kept, self.label_smoothing, normalize, precision)
 
     def losses(self, x, y, scale, normalize):
         if normalize:
             x, y = (F.normalize(z, dim=1) for z in (x, y))
-        return reference.contrastive.clip_loss(x, y, scale, reduction="none")
+        return reference.contrastive.clip_loss(x, y, scale, label_smoothing=self.label_smoothing, reduction="none")
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf")])
     @pytest.mark.parametrize("dim", [24, 140])

@@ -35,8 +35,7 @@ def cases(capability: int, sweep: bool) -> Iterator[Case]:
     for normalized in ({}, NOT_NORMALIZED) if sweep else ({},):
         for variant, absent in (("", {}), ("loss", NO_SLOPES)):
             yield from row_cases(FINISH, variant, {**absent, **normalized}, capability, sweep, positives.WARPS)
-        for absent in ({}, {"share": None}):
-            variant = "share" if not absent else ""
+        for variant, absent in (("share, extra", {}), ("extra", {"share": None}), ("share", {"extra": None})):
             yield from row_cases(PROJECT, variant, {**absent, **normalized}, capability, sweep, positives.WARPS)
     if sweep or capability == 80:
         yield Case(FACTORS, "info_nce", capability, "float32", "fp32", (("BR", module.ROWS_OF_FACTORS),))
@@ -46,13 +45,14 @@ class TestInfoNCE(PairTests):
     launches = 5 + 12
 
     def launch(self, x, y, g, scale, normalize, precision):
-        *outputs, kept = kernels.info_nce(x, y, scale, normalize, True, 0, precision)
+        *outputs, kept = kernels.info_nce(x, y, scale, self.label_smoothing, normalize, True, 0, precision)
         assert all(t.dtype == torch.float32 for t in outputs)
-        backward = kernels.info_nce_backward
-        return outputs[0], *backward(g, x, y, scale, *outputs[1:], kept, True, normalize, precision)
+        inputs = g, x, y, scale, *outputs[1:], kept, self.label_smoothing, True, normalize, precision
+        return outputs[0], *kernels.info_nce_backward(*inputs)
 
     def losses(self, x, y, scale, normalize):
-        return reference.contrastive.info_nce(x, y, temperature=1 / scale, normalize=normalize, reduction="none")
+        named = {"normalize": normalize, "label_smoothing": self.label_smoothing, "reduction": "none"}
+        return reference.contrastive.info_nce(x, y, temperature=1 / scale, **named)
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf")])
     @pytest.mark.parametrize("dim", [24, 140])
@@ -71,12 +71,12 @@ class TestInfoNCE(PairTests):
     def test_what_is_not_wanted_changes_nothing(self, dim):
         (x, y), g, s = rows(70, dim), random_gradient(70), torch.tensor(5.0, device=DEVICE)
         with poisoned():
-            *outputs, kept = kernels.info_nce(x, y, s, True, True, 0, "float32")
-            *same, none, nothing, _ = kernels.info_nce(x, y, s, True, False, 0, "float32")
+            *outputs, kept = kernels.info_nce(x, y, s, 0.1, True, True, 0, "float32")
+            *same, none, nothing, _ = kernels.info_nce(x, y, s, 0.1, True, False, 0, "float32")
             assert none.shape == (0, dim) and nothing.shape == (0,)
             for mine, other in zip(same, outputs[:4], strict=True):
                 torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
-            arguments = g, x, y, s, *outputs[1:], kept
+            arguments = g, x, y, s, *outputs[1:], kept, 0.1
             grad_query, grad_key, grad_scale = kernels.info_nce_backward(*arguments, True, True, "float32")
             of_query, none, of_scale = kernels.info_nce_backward(*arguments, False, True, "float32")
         assert grad_key.shape == y.shape and none.shape == (0, dim)
