@@ -20,6 +20,8 @@ tuples.
 In several processes, each calls forward with its share of the inputs, and loss and after_step with the embeddings of
 all: see `fastssl.train.parallel`.
 
+`fastssl.train.create` calls `prepare(dataset)`, for what is not learned by steps.
+
 The command line also calls `load`, `training_data` and `evaluate`, which say what data a method learns from and what it
 is worth; they have defaults for images. Its options are the arguments of the method's constructor: each has a type
 annotation, float, int or bool, a default, and a line under "Args:". `total_steps` is not an option but the length of
@@ -86,6 +88,10 @@ class Method(nn.Module):
     def load(directory: str | None) -> Any:
         """The data set: an object with a `name` that says what it is, from which the next two methods take data."""
         return images.load(directory)
+
+    def prepare(self, dataset: Any) -> None:
+        """Called once by `create`: what is learned from the data set before the first step, such as a codebook. It must
+        be the same each time, and be kept in state_dict."""
 
     @staticmethod
     def training_data(dataset: Any) -> Any:

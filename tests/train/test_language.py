@@ -1,7 +1,8 @@
-"""BERT and GPT: subwords of a text, what is to be predicted, what that is worth."""
+"""BERT, GPT, T5: subwords of a text, what is to be predicted, what that is worth."""
 
 from __future__ import annotations
 
+import re
 import sys
 
 import pytest
@@ -60,14 +61,75 @@ def test_gpt_predicts_what_follows_and_does_not_see_it(text):
     assert not torch.allclose(method(changed)[0][:, 20], features[:, 20])
 
 
-@pytest.mark.parametrize("name", ["bert", "gpt"])
+def test_bert_tells_halves_that_belong_together(text):
+    method = new("bert", text, next_sentence=True)
+    corrupted, labels, own = method.views(text.train[:32], torch.Generator().manual_seed(0))
+    seen, half = torch.where(labels >= 0, labels, corrupted), LENGTH // 2
+    assert torch.equal(seen[:, :half], text.train[:32, :half]) and 8 < own.sum() < 24
+    second = torch.where(own[:, None], text.train[:32, half:], text.train[:32].roll(1, 0)[:, half:])
+    assert torch.equal(seen[:, half:], second)
+    features, labels, logits, own = method(corrupted, labels, own)
+    expected = F.cross_entropy(method.logits(features).flatten(0, 1), labels.flatten())
+    expected = expected + F.binary_cross_entropy_with_logits(method.follows(features.mean(1))[:, 0], own.float())
+    torch.testing.assert_close(method.loss(features, labels, logits, own), expected)
+    assert len(method.evaluate(text)) == 3
+
+
+def test_t5_writes_what_was_cut_out_and_does_not_see_what_follows(text):
+    method = new("t5", text, noise_density=0.3)
+    inputs, labels = method.views(text.train[:8], torch.Generator().manual_seed(0))
+    for row, (seen, cut) in enumerate(zip(inputs, labels, strict=True)):
+        spans, rest = method.pieces(cut), method.pieces(seen)
+        assert spans.keys() == rest.keys() and len(spans) == 7 and not len(spans[-1])
+        whole = torch.cat([piece for sign in spans for piece in (spans[sign], rest[sign])])
+        assert torch.equal(whole, text.train[row])
+    features, labels = method(inputs, labels)
+    expected = F.cross_entropy(method.logits(features).flatten(0, 1), labels.flatten())
+    torch.testing.assert_close(method.loss(features, labels), expected)
+    changed = labels.clone()
+    changed[:, 10] = 7
+    torch.testing.assert_close(method(inputs, changed)[0][:, :11], features[:, :11])
+    assert not torch.allclose(method(inputs, changed)[0][:, 11], features[:, 11])
+    changed = inputs.clone()
+    changed[:, -1] = 7
+    assert not torch.allclose(method(changed, labels)[0][:, 0], features[:, 0])  # it reads all of the text
+
+
+def test_t5_fills_spans(text):
+    method = new("t5", text)
+    texts = method.samples(text, 2)
+    inputs, labels = method.views(text.test[[0, 6]], torch.Generator().manual_seed(0))
+    for row, filled in enumerate(texts):
+        pieces = re.split(r"\[(.*?) \| (.*?)\]", filled)
+        assert [x for x in pieces[2::3] if x] == [text.decode(x) for x in method.pieces(labels[row]).values() if len(x)]
+        assert pieces[::3] == [text.decode(piece) for piece in method.pieces(inputs[row]).values()]
+
+
+@pytest.mark.parametrize("options", [{"noise_density": 1.0}, {"mean_span_length": 0.5}], ids=str)
+def test_t5_knows_its_range(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        create("t5", 1, **options)
+
+
+def test_a_probe_tells_where_a_sequence_is_from(text):
+    """Each part has words of its own, or all have the same ones."""
+    part = torch.arange(80) // 8
+    told = text._replace(test=(1 + 2 * part[:, None] + torch.arange(LENGTH) % 2))
+    same = text._replace(test=text.test.repeat(7, 1)[torch.randperm(84, generator=torch.Generator().manual_seed(0))])
+    method = new("gpt", text)
+    assert next(iter(method.probe(told).values())) == 1 and method.training
+    assert next(iter(method.probe(same).values())) < 0.4
+    assert method.probe(text) == {}
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt", "t5"])
 def test_marks_are_those_of_the_model_and_of_frequencies(name, text):
-    """With the logits of the frequencies, the perplexities are the same; a trained model's is lower."""
+    """With the logits of the frequencies, with which it begins, the perplexities are the same; a trained model's is
+    lower."""
     method = new(name, text)
     with torch.no_grad():
         method.encoder.words.weight.zero_()
-        counts = 1 + text.train.flatten().bincount(minlength=WORDS).double()
-        method.bias.copy_(counts.log())
+        method.bias[WORDS:] = float("-inf")
     right, ratio = method.evaluate(text).values()
     assert ratio == pytest.approx(1, abs=1e-4) and right == pytest.approx(1 / (WORDS - 1), abs=0.03)
     method = new(name, text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -30,10 +31,10 @@ class Subwords(NamedTuple):
     @property
     def facts(self) -> dict[str, int]:
         """What a constructor may have to know."""
-        return {"vocabulary": _tokenizers().Tokenizer.from_str(self.tokenizer).get_vocab_size()}
+        return {"vocabulary": library().Tokenizer.from_str(self.tokenizer).get_vocab_size()}
 
     def decode(self, sequence: Tensor) -> str:
-        return _tokenizers().Tokenizer.from_str(self.tokenizer).decode(sequence.tolist())
+        return library().Tokenizer.from_str(self.tokenizer).decode(sequence.tolist())
 
 
 def load(source: str | os.PathLike[str] | None = None) -> Subwords:
@@ -46,7 +47,7 @@ def load(source: str | os.PathLike[str] | None = None) -> Subwords:
         DataError: if the text cannot be had, is too short for a sequence to test, or tokenizers is not installed.
     """
     name, sentences = text.read(source)
-    _tokenizers()  # raises now rather than when the cache is empty
+    library()  # raises now rather than when the cache is empty
     key = hashlib.sha256("\n".join((str(VOCABULARY), str(LENGTH), *sentences)).encode()).hexdigest()
     made = cached(cache_folder("subwords") / key[:16], key, lambda: _make(sentences))
     if not all(len(made[part]) for part in ("train", "test")):
@@ -54,7 +55,12 @@ def load(source: str | os.PathLike[str] | None = None) -> Subwords:
     return Subwords(name, **made)
 
 
-def _tokenizers() -> Any:
+def library() -> Any:
+    """The tokenizers library.
+
+    Raises:
+        DataError: if it is not installed.
+    """
     try:
         import tokenizers
     except ImportError:
@@ -62,18 +68,24 @@ def _tokenizers() -> Any:
     return tokenizers
 
 
-def _make(sentences: list[str]) -> dict[str, Any]:
-    library = _tokenizers()
-    tokenizer = library.Tokenizer(library.models.BPE())
-    tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = library.decoders.ByteLevel()
-    alphabet = library.pre_tokenizers.ByteLevel.alphabet()
-    trainer = library.trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=["[MASK]"], initial_alphabet=alphabet, show_progress=False
+def learn(lines: Sequence[str], vocabulary: int, signs: Sequence[str]) -> Any:
+    """A tokenizer whose subwords, `vocabulary` at most, begin with the signs, which no text has."""
+    tokenizers = library()
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocabulary, special_tokens=list(signs), initial_alphabet=alphabet, show_progress=False
     )
+    tokenizer.train_from_iterator(lines, trainer)
+    return tokenizer
+
+
+def _make(sentences: list[str]) -> dict[str, Any]:
     test = len(sentences) // 4
     lines = [f"{sentence}\n" for sentence in sentences]
-    tokenizer.train_from_iterator(lines[:-test], trainer)
+    tokenizer = learn(lines[:-test], VOCABULARY, ["[MASK]"])
 
     def sequences(lines: list[str]) -> Tensor:
         ids = torch.tensor([*chain.from_iterable(x.ids for x in tokenizer.encode_batch(lines))], dtype=torch.int64)

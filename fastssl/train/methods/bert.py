@@ -1,12 +1,15 @@
-"""BERT: masked language modelling (arXiv:1810.04805), without the next sentence, as in RoBERTa (arXiv:1907.11692)."""
+"""BERT: masked language modelling (arXiv:1810.04805), by default without the next sentence, as in RoBERTa
+(arXiv:1907.11692)."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from fastssl.functional import mask_tokens
 from fastssl.train.data.subwords import VOCABULARY, Subwords
+from fastssl.train.evaluate import pooled
 from fastssl.train.language import LanguageModel
 
 
@@ -15,25 +18,55 @@ class BERT(LanguageModel):
 
     Args:
         probability: that a subword is to be found.
+        next_sentence: half of the sequences get the second half of another one, and the mean of the features is to tell
+            which.
     """
 
     def __init__(
-        self, *, probability: float = 0.15, features: int = 128, depth: int = 4, vocabulary: int = VOCABULARY
+        self,
+        *,
+        probability: float = 0.15,
+        next_sentence: bool = False,
+        features: int = 128,
+        depth: int = 4,
+        vocabulary: int = VOCABULARY,
     ) -> None:
         super().__init__(features=features, depth=depth, vocabulary=vocabulary)
         if probability > 1:
             raise ValueError(f"probability must be at most 1, got {probability}")
         self.probability = probability
+        self.follows = nn.Linear(features, 1) if next_sentence else None
 
     def views(self, batch: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
-        """(B, L) subwords -> what is seen of them, and the labels of those that are to be found."""
-        return mask_tokens(
-            batch, mask_token_id=0, vocab_size=len(self.bias), probability=self.probability, generator=generator
-        )
+        """(B, L) subwords -> what is seen of them, and the labels of those that are to be found; with next_sentence
+        also (B,), whether the second half is the first one's own."""
+        own = []
+        if self.follows is not None:
+            own = [torch.rand(len(batch), generator=generator) < 0.5]
+            half = batch.shape[1] // 2
+            other = torch.cat([batch[:, :half], batch.roll(1, 0)[:, half:]], 1)
+            batch = torch.where(own[0][:, None], batch, other)
+        return *mask_tokens(
+            batch, mask_token_id=0, vocab_size=self.vocabulary, probability=self.probability, generator=generator
+        ), *own
 
-    def forward(self, corrupted: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
-        """Features (B, L, features), and the labels."""
-        return self.encoder(corrupted), labels
+    def forward(self, corrupted: Tensor, labels: Tensor, *own: Tensor) -> tuple[Tensor, ...]:
+        """Features (B, L, features), and the labels; with next_sentence also (B,) logits, and what is true."""
+        features = self.encoder(corrupted)
+        return features, labels, *(x for known in own for x in (self.follows(pooled(features)).squeeze(1), known))
 
+    def loss(self, features: Tensor, labels: Tensor, *of_halves: Tensor) -> Tensor:
+        loss = super().loss(features, labels)
+        if of_halves:
+            logits, own = of_halves
+            loss = loss + F.binary_cross_entropy_with_logits(logits, own.to(logits.dtype))
+        return loss
+
+    @torch.no_grad()
     def evaluate(self, dataset: Subwords) -> dict[str, float]:
-        return self.marks(dataset, "masked subwords")
+        found = self.marks(dataset, "masked subwords") | self.probe(dataset)
+        if self.follows is not None:
+            inputs = self.views(dataset.test[:512], torch.Generator().manual_seed(0))
+            *_, logits, own = self(*inputs)
+            found["halves known to be one's own, or not"] = ((logits > 0) == own).double().mean().item()
+        return found

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastssl.train.data.subwords import LENGTH, Subwords
-from fastssl.train.language import LanguageModel
+from fastssl.train.language import LanguageModel, write
 
 
 class GPT(LanguageModel):
@@ -23,19 +23,16 @@ class GPT(LanguageModel):
         return self.encoder(tokens[:, :-1]), tokens[:, 1:]
 
     def evaluate(self, dataset: Subwords) -> dict[str, float]:
-        return self.marks(dataset, "next subwords")
+        return self.marks(dataset, "next subwords") | self.probe(dataset)
 
     @torch.no_grad()
     def samples(self, dataset: Subwords, count: int = 3, temperature: float = 0.8) -> list[str]:
         """Texts that it goes on with after the beginnings of sequences to be tested, drawn from its distributions."""
         training = self.training
         self.eval()
-        generator = torch.Generator().manual_seed(0)
         begun = LENGTH // 8
         texts = dataset.test[:: max(1, len(dataset.test) // count)][:count, :begun]
-        for _ in range(LENGTH - begun):
-            logits = self.encoder(texts)[:, -1] @ self.encoder.words.weight.T + self.bias
-            drawn = (logits / temperature).softmax(1).multinomial(1, generator=generator)
-            texts = torch.cat([texts, drawn], 1)
+        generator = torch.Generator().manual_seed(0)
+        texts = write(lambda tokens: self.logits(self.encoder(tokens)[:, -1]), texts, LENGTH, temperature, generator)
         self.train(training)
         return [f"{dataset.decode(text[:begun])} ... {dataset.decode(text[begun:])}" for text in texts]

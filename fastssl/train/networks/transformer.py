@@ -1,4 +1,4 @@
-"""A small Transformer for texts (arXiv:1706.03762), normalised before each part (arXiv:2002.04745)."""
+"""Small Transformers for texts (arXiv:1706.03762), normalised before each part (arXiv:2002.04745)."""
 
 from __future__ import annotations
 
@@ -25,28 +25,74 @@ class Transformer(nn.Module):
         super().__init__()
         self.words = nn.Embedding(vocabulary, features)
         self.places = nn.Parameter(0.02 * torch.randn(length, features))
-        self.layers = nn.ModuleList(_Layer(features, heads, causal) for _ in range(depth))
-        self.norm = nn.LayerNorm(features)
+        self.layers = layers(depth, features, heads, causal=causal)
         self.features = features
         nn.init.normal_(self.words.weight, std=0.02)
 
+    def embed(self, tokens: Tensor) -> Tensor:
+        """(B, L) -> (B, L, features), the layers' input."""
+        return self.words(tokens) + self.places[: tokens.shape[1]]
+
     def forward(self, tokens: Tensor) -> Tensor:
-        x = self.words(tokens) + self.places[: tokens.shape[1]]
+        return self.layers(self.embed(tokens))
+
+
+class Decoder(nn.Module):
+    """(B, L, features) embedded tokens, and (B, M, features) that they read -> (B, L, features). A token sees those
+    before it, and itself, and all that is read.
+
+    Args:
+        features: of a token, a multiple of `heads`.
+        depth: number of layers.
+        heads: of their attention.
+    """
+
+    def __init__(self, features: int, depth: int, heads: int = 4) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer(features, heads, causal=True, reads=True) for _ in range(depth))
+        self.norm = nn.LayerNorm(features)
+
+    def forward(self, x: Tensor, read: Tensor) -> Tensor:
         for layer in self.layers:
-            x = layer(x)
+            x = layer(x, read)
         return self.norm(x)
 
 
-class _Layer(nn.Module):
-    def __init__(self, features: int, heads: int, causal: bool) -> None:
+class Layer(nn.Module):
+    """Attention, then two linear layers, each added to its input. If it `reads`, it attends to other features (B, M,
+    features) between the two."""
+
+    def __init__(self, features: int, heads: int, causal: bool = False, reads: bool = False) -> None:
+        super().__init__()
+        self.attention = Attention(features, heads, causal)
+        self.reading = Attention(features, heads) if reads else None
+        self.mlp = nn.Sequential(nn.Linear(features, 4 * features), nn.GELU(), nn.Linear(4 * features, features))
+        self.norms = nn.ModuleList(nn.LayerNorm(features) for _ in range(3 if reads else 2))
+
+    def forward(self, x: Tensor, read: Tensor | None = None) -> Tensor:
+        own = self.norms[0](x)
+        x = x + self.attention(own, own)
+        if self.reading is not None:
+            x = x + self.reading(self.norms[2](x), read)
+        return x + self.mlp(self.norms[1](x))
+
+
+class Attention(nn.Module):
+    """(B, L, features) look at (B, M, features), or with `causal` at those that are no further on."""
+
+    def __init__(self, features: int, heads: int, causal: bool = False) -> None:
         super().__init__()
         self.heads, self.causal = heads, causal
-        self.queries_keys_values, self.joined = nn.Linear(features, 3 * features), nn.Linear(features, features)
-        self.mlp = nn.Sequential(nn.Linear(features, 4 * features), nn.GELU(), nn.Linear(4 * features, features))
-        self.norms = nn.ModuleList(nn.LayerNorm(features) for _ in range(2))
+        self.queries, self.keys_values = nn.Linear(features, features), nn.Linear(features, 2 * features)
+        self.joined = nn.Linear(features, features)
 
-    def forward(self, x: Tensor) -> Tensor:
-        parts = self.queries_keys_values(self.norms[0](x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        found = F.scaled_dot_product_attention(*parts, is_causal=self.causal)
-        x = x + self.joined(found.transpose(1, 2).flatten(2))
-        return x + self.mlp(self.norms[1](x))
+    def forward(self, x: Tensor, seen: Tensor) -> Tensor:
+        queries = self.queries(x).unflatten(2, (self.heads, -1)).transpose(1, 2)
+        keys, values = self.keys_values(seen).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        found = F.scaled_dot_product_attention(queries, keys, values, is_causal=self.causal)
+        return self.joined(found.transpose(1, 2).flatten(2))
+
+
+def layers(depth: int, features: int, heads: int = 4, causal: bool = False) -> nn.Sequential:
+    """Layers that read nothing, and a last normalisation."""
+    return nn.Sequential(*(Layer(features, heads, causal) for _ in range(depth)), nn.LayerNorm(features))
