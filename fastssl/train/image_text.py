@@ -1,9 +1,10 @@
-"""Shared by methods that learn from images and their names: CLIP, SigLIP."""
+"""Shared by methods that learn from images and their names: CLIP, SigLIP, CoCa."""
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -38,9 +39,16 @@ class ImageText(Method):
         features: dimensions of the space that both share.
     """
 
-    def __init__(self, temperature: float, features: int = 128) -> None:
+    left_out = 0.2  # of a text's words, at random
+    coldest = 0.0  # temperature
+
+    def __init__(
+        self, temperature: float, features: int = 128, encoders: tuple[nn.Module, nn.Module] | None = None
+    ) -> None:
+        if temperature < self.coldest:
+            raise ValueError(f"temperature must be at least {self.coldest}, got {temperature}")
         super().__init__()
-        self.encoder, self.text_encoder = image_encoder(), BagOfWords(VOCABULARY)
+        self.encoder, self.text_encoder = encoders or (image_encoder(), BagOfWords(VOCABULARY))
         self.image_projection = nn.Linear(self.encoder.features, features, bias=False)
         self.text_projection = nn.Linear(self.text_encoder.features, features, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(1 / temperature).log())
@@ -54,12 +62,21 @@ class ImageText(Method):
     def views(self, batch: tuple[Tensor, Tensor], generator: torch.Generator) -> tuple[Tensor, ...]:
         """(B, 3, H, W) uint8 images, and tokens -> a random view of each image, its text without some words."""
         images, tokens = batch
-        return *super().views(images, generator), tokens * (torch.rand(tokens.shape, generator=generator) > 0.2)
+        stay = torch.rand(tokens.shape, generator=generator) >= self.left_out
+        return *super().views(images, generator), tokens * stay
 
     def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
-        """The model's inputs -> unit vectors (B, features) of images and of texts."""
-        image, text = self.image_projection(self.encoder(images)), self.text_projection(self.text_encoder(tokens))
-        return F.normalize(image, dim=1), F.normalize(text, dim=1)
+        """The model's inputs -> unit vectors (B, features) of images and of texts; a subclass may add to them."""
+        return F.normalize(self.image_projection(self.encoder(images)), dim=1), self.text(tokens)
+
+    def text(self, tokens: Tensor) -> Tensor:
+        """(B, L) tokens -> (B, features) unit vectors."""
+        return F.normalize(self.text_projection(self.text_encoder(tokens)), dim=1)
+
+    @torch.no_grad()
+    def after_step(self, *embeddings: Tensor) -> None:
+        if self.coldest:
+            self.logit_scale.clamp_(max=-math.log(self.coldest))
 
     @torch.no_grad()
     def evaluate(self, dataset: Pairs) -> dict[str, float]:
@@ -72,9 +89,9 @@ class ImageText(Method):
         self.eval()
         images, tokens = dataset.test.tensors
         vectors = [
-            self(to_float(image), text) for image, text in zip(images.split(1024), tokens.split(1024), strict=True)
+            self(to_float(image), text)[:2] for image, text in zip(images.split(1024), tokens.split(1024), strict=True)
         ]
-        classes = self.class_embeddings(dataset.classes) if dataset.classes else None
+        classes = self.class_embeddings(dataset.classes, dataset.encode) if dataset.classes else None
         self.train(training)
         image, text = (torch.cat(parts) for parts in zip(*vectors, strict=True))
         _, nearest = topk_similarity(image, text, min(10, len(text)))
@@ -88,12 +105,11 @@ class ImageText(Method):
             found |= {f"top-{k} {task}": right[:, :k].any(1).float().mean().item() for k in (1, 5) if k < len(classes)}
         return found
 
-    def class_embeddings(self, classes: Sequence[str]) -> Tensor:
+    def class_embeddings(self, classes: Sequence[str], encode: Callable[[Sequence[str]], Tensor] = tokenize) -> Tensor:
         """(len(classes), features) unit vectors: each class's mean vector over all TEMPLATES with its name.
 
         CLIP does so (arXiv:2103.00020, section 3.1.4), with a text encoder that reads sentences. For bags of words a
         template's words are only a shift, the same for all classes, and they dilute the name.
         """
-        tokens = tokenize([template.format(name) for name in classes for template in TEMPLATES])
-        text = F.normalize(self.text_projection(self.text_encoder(tokens)), dim=1)
+        text = self.text(encode([template.format(name) for name in classes for template in TEMPLATES]))
         return F.normalize(text.unflatten(0, (len(classes), -1)).mean(1), dim=1)

@@ -245,7 +245,7 @@ def test_zero_shot_classification_of_known_vectors(table):
     labels = torch.tensor([6, 6, 6, -1, 0, 1, 2, 3, 4, 5, -1, 6])
     for shift, expected in ((0, (1.0, 1.0)), (1, (0.0, 1.0))):
         images = embeddings[(labels + shift) % 7]
-        method.class_embeddings = lambda names, shift=shift: torch.eye(7) - 0.01 * torch.eye(7).roll(5, 1)
+        method.class_embeddings = lambda *names, shift=shift: torch.eye(7) - 0.01 * torch.eye(7).roll(5, 1)
         images = (torch.eye(7) + 0.5 * torch.eye(7).roll(-1, 1))[(labels + shift) % 7]  # second: the class before
         method.forward = lambda pixels, tokens, images=images: (images, images)
         found = method.evaluate(loaded._replace(classes=classes, test_labels=labels))

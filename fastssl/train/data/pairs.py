@@ -12,7 +12,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -79,9 +79,20 @@ class Pairs(NamedTuple):
         """What a constructor may have to know."""
         return {"size": SIZE, "colours": 3}
 
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        """As captions were."""
+        return tokenize(texts)
+
 
 def load(source: str | os.PathLike[str] | None = None) -> Pairs:
-    """3,786 emoji with names and keywords, clip art, or the images of a table. A fifth of the concepts are for testing.
+    """The images of `read`, and the words of their captions."""
+    name, train, test, classes = read(source)
+    return Pairs(name, tensors(train, tokenize), tensors(test, tokenize), classes, labels(test, classes))
+
+
+def read(source: str | os.PathLike[str] | None = None) -> tuple[str, list[Pair], list[Pair], tuple[str, ...]]:
+    """3,786 emoji with names and keywords, clip art, or the images of a table: what they are, those to train on, those
+    of a fifth of the concepts, which are for testing, and the names of all classes.
 
     Images that are the same as one to be tested, pixel by pixel, are not trained on.
 
@@ -109,9 +120,17 @@ def load(source: str | os.PathLike[str] | None = None) -> Pairs:
     train = [pair for pair in pairs if pair.concept not in tested and _pixels(pair) not in seen]
     if not train:
         raise DataError(f"{name} must have images to train on that are not those to be tested")
-    classes = tuple(sorted({pair.label for pair in pairs} - {""}))
-    labels = torch.tensor([classes.index(pair.label) if pair.label else -1 for pair in test])
-    return Pairs(name, _tensors(train), _tensors(test), classes, labels)
+    return name, train, test, tuple(sorted({pair.label for pair in pairs} - {""}))
+
+
+def tensors(pairs: Sequence[Pair], tokenize: Callable[[list[str]], Tensor]) -> TensorDataset:
+    """Images (N, 3, SIZE, SIZE) uint8, and what `tokenize` makes of their captions."""
+    return TensorDataset(torch.stack([pair.image for pair in pairs]), tokenize([pair.caption for pair in pairs]))
+
+
+def labels(pairs: Sequence[Pair], classes: Sequence[str]) -> Tensor:
+    """(N,) int64 places of the pairs' classes, -1 without one."""
+    return torch.tensor([classes.index(pair.label) if pair.label else -1 for pair in pairs])
 
 
 def _emoji(files: dict[str, bytes]) -> Iterator[Pair]:
@@ -156,8 +175,3 @@ def _table(path: Path) -> Iterator[Pair]:
 
 def _pixels(pair: Pair) -> bytes:
     return pair.image.numpy().tobytes()
-
-
-def _tensors(pairs: list[Pair]) -> TensorDataset:
-    images = torch.stack([pair.image for pair in pairs])
-    return TensorDataset(images, tokenize([pair.caption for pair in pairs]))

@@ -13,6 +13,7 @@ from fastssl.train.methods.barlow_twins import BarlowTwins
 from fastssl.train.methods.bert import BERT
 from fastssl.train.methods.byol import BYOL
 from fastssl.train.methods.clip import CLIP
+from fastssl.train.methods.coca import CoCa
 from fastssl.train.methods.data2vec import Data2Vec
 from fastssl.train.methods.dino import DINO
 from fastssl.train.methods.dinov2 import DINOv2
@@ -29,6 +30,7 @@ from fastssl.train.methods.simcse import SimCSE
 from fastssl.train.methods.simsiam import SimSiam
 from fastssl.train.methods.sup_con import SupCon
 from fastssl.train.methods.supervised import Supervised
+from fastssl.train.methods.t5 import T5
 from fastssl.train.methods.vicreg import VICReg
 from fastssl.train.networks import models
 
@@ -37,6 +39,7 @@ METHODS: dict[str, type[Method]] = {
     "bert": BERT,
     "byol": BYOL,
     "clip": CLIP,
+    "coca": CoCa,
     "data2vec": Data2Vec,
     "dino": DINO,
     "dinov2": DINOv2,
@@ -53,6 +56,7 @@ METHODS: dict[str, type[Method]] = {
     "simsiam": SimSiam,
     "sup_con": SupCon,
     "supervised": Supervised,
+    "t5": T5,
     "vicreg": VICReg,
 }
 
@@ -83,4 +87,6 @@ def create(
             raise ValueError(f"augment must be empty for a method that has no views of images, got {dict(augment)}")
         method.augmentations = tuple(replace(view, **augment) for view in method.augmentations)
         method.options = {**method.options, "augment": dict(augment)}
+    if dataset is not None:
+        method.prepare(dataset)
     return method

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
-import torch
 from torch import Tensor
 
 from fastssl.functional import clip_loss
@@ -18,14 +15,10 @@ class CLIP(ImageText):
         temperature: of the softmax at first; it is learned. Never below 0.01, as in the paper.
     """
 
+    coldest = 0.01
+
     def __init__(self, *, temperature: float = 0.07) -> None:
-        if temperature < 0.01:
-            raise ValueError(f"temperature must be at least 0.01, got {temperature}")
         super().__init__(temperature)
 
     def loss(self, image: Tensor, text: Tensor) -> Tensor:
         return clip_loss(image, text, self.logit_scale.exp())
-
-    @torch.no_grad()
-    def after_step(self, *embeddings: Tensor) -> None:
-        self.logit_scale.clamp_(max=math.log(100))
