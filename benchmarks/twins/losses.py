@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
@@ -128,13 +129,16 @@ def _vicreg(z_a: Tensor, z_b: Tensor, *, lambda_param: float, mu_param: float, n
     return loss
 
 
-def _linear_cross_entropy(features: Tensor, weight: Tensor, labels: Tensor, *, linear_bias: Tensor) -> Tensor:
+def _linear_cross_entropy(
+    features: Tensor, weight: Tensor, labels: Tensor, *, linear_bias: Tensor, ignore_index: int = -100
+) -> Tensor:
     features, labels = features.flatten(0, -2), labels.flatten()
 
     def share(row: Tensor) -> Tensor:
-        return F.cross_entropy(F.linear(features[row], weight, linear_bias), labels[row], reduction="sum")
+        logits = F.linear(features[row], weight, linear_bias)
+        return F.cross_entropy(logits, labels[row], reduction="sum", ignore_index=ignore_index)
 
-    return _sum(share, len(features)) / (labels >= 0).sum()
+    return _sum(share, len(features)) / (labels != ignore_index).sum()
 
 
 CHUNKED = {
@@ -156,11 +160,14 @@ def loss_costs(method: Method, embeddings: Sequence[Tensor]) -> dict[str, Cost]:
     """
     both = as_twins(method)
     naive, ours = both["naive"], both["fastssl"]
-    names = type(naive).loss.__globals__  # of the method's module: what its loss calls
-    chunked = {name: loop for name, loop in CHUNKED.items() if name in names}
+    # Of the modules of the method and of those that it is derived from: what its loss calls.
+    modules = [kind.loss.__globals__ for kind in type(naive).__mro__ if "loss" in vars(kind)]
+    chunked = {name: loop for name, loop in CHUNKED.items() if any(name in names for names in modules)}
 
     def by_chunks(*z: Tensor) -> Tensor:
-        with patch.dict(names, chunked):
+        with ExitStack() as stack:
+            for names in modules:
+                stack.enter_context(patch.dict(names, chunked))
             return naive.loss(*z)
 
     exact = in_float64(naive)

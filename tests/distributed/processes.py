@@ -15,7 +15,7 @@ from torch import Tensor
 from benchmarks.ops import peers
 from fastssl.distributed import rank, world_size
 
-BATCH, DIM, SECONDS = 6, 8, 120
+BATCH, DIM, SECONDS = 6, 8, 240
 
 needs_gloo = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs Gloo")
 

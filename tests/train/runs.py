@@ -49,7 +49,7 @@ def data_of(method: Method):
     if type(method).__name__ in ("SupCon", "Supervised"):
         return torch.utils.data.TensorDataset(IMAGES, torch.arange(len(IMAGES)) % 3)
     tokens = torch.randint(1, 99, (len(IMAGES), 6), generator=torch.Generator().manual_seed(0))
-    if method.load is METHODS["clip"].load:
+    if method.load in (METHODS["clip"].load, METHODS["coca"].load):
         return torch.utils.data.TensorDataset(IMAGES.unsqueeze(1).expand(-1, 3, -1, -1), tokens)
     return tokens if method.load in (METHODS["simcse"].load, METHODS["bert"].load) else IMAGES
 

@@ -30,7 +30,8 @@ def pictures(monkeypatch) -> Captions:
     monkeypatch.setattr(Captions, "encode", lambda self, texts: torch.full((len(texts), 6), 2))
     monkeypatch.setattr(Captions, "decode", lambda self, text: " ".join(map(str, text.tolist())))
     kind = torch.arange(64) % 4
-    images = (60 * kind.view(-1, 1, 1, 1) + torch.randint(9, (64, 3, 8, 8), generator=torch.Generator().manual_seed(0))).to(torch.uint8)
+    noise = torch.randint(9, (64, 3, 8, 8), generator=torch.Generator().manual_seed(0))
+    images = (60 * kind.view(-1, 1, 1, 1) + noise).to(torch.uint8)
     texts = torch.tensor([[1, 2, 7, 1, 0, 0], [1, 3, 8, 9, 1, 0], [1, 4, 4, 5, 6, 1], [1, 5, 1, 0, 0, 0]])[kind]
     train, test = (TensorDataset(images[part], texts[part]) for part in (slice(48), slice(48, 64)))
     return Captions("squares", train, test, (), torch.full((16,), -1), "")

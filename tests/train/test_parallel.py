@@ -56,7 +56,7 @@ def data_of(method: Method) -> Any:
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (40, 28, 28), dtype=torch.uint8, generator=generator)
     tokens = torch.randint(1, 200, (40, 8), generator=generator)
-    if method.load is METHODS["clip"].load:
+    if method.load in (METHODS["clip"].load, METHODS["coca"].load):
         return TensorDataset(images.unsqueeze(1).expand(-1, 3, -1, -1), tokens)
     if method.load in (METHODS["simcse"].load, METHODS["bert"].load):
         return tokens

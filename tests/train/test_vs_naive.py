@@ -24,10 +24,12 @@ from benchmarks.twins.agreement import Agreement, Watched, step_errors
 from benchmarks.twins.losses import CHUNKED, loss_costs
 from benchmarks.twins.results import Timing, step_ratio
 from fastssl.train import METHODS, Method, Run, Step, cli, create, fit, twins
+from fastssl.train.data import captions as captions_module
 from fastssl.train.data import images as images_module
 from fastssl.train.data import pairs as pairs_module
 from fastssl.train.data import subwords as subwords_module
 from fastssl.train.data import text as text_module
+from fastssl.train.data.captions import Captions
 from fastssl.train.data.pairs import Pairs
 from fastssl.train.data.subwords import Subwords
 from fastssl.train.data.text import Sentences
@@ -51,7 +53,10 @@ def small_data(monkeypatch, blobs, blob_places):
     sentences = Sentences("sentences", *torch.randint(1, 50, (96, 6), generator=generator).split((64, 32)))
     subwords = Subwords("subwords", sentences.train, sentences.test, "")
     monkeypatch.setattr(Subwords, "facts", {"vocabulary": 50})
-    datasets = (images_module, blobs), (pairs_module, pairs), (text_module, sentences), (subwords_module, subwords)
+    captions = Captions("captions", train, test, (), torch.full((32,), -1), "")
+    monkeypatch.setattr(Captions, "facts", {"size": 32, "colours": 3, "vocabulary": 50})
+    texts = (text_module, sentences), (subwords_module, subwords), (captions_module, captions)
+    datasets = (images_module, blobs), (pairs_module, pairs), *texts
     for module, dataset in datasets:
         monkeypatch.setattr(module, "load", lambda source, dataset=dataset: dataset)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from fastssl.train.method import Method
 from fastssl.train.methods.barlow_twins import BarlowTwins
+from fastssl.train.methods.beit import BEiT
 from fastssl.train.methods.bert import BERT
 from fastssl.train.methods.byol import BYOL
 from fastssl.train.methods.clip import CLIP
@@ -36,6 +37,7 @@ from fastssl.train.networks import models
 
 METHODS: dict[str, type[Method]] = {
     "barlow_twins": BarlowTwins,
+    "beit": BEiT,
     "bert": BERT,
     "byol": BYOL,
     "clip": CLIP,

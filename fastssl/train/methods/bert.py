@@ -42,7 +42,7 @@ class BERT(LanguageModel):
         also (B,), whether the second half is the first one's own."""
         own = []
         if self.follows is not None:
-            own = [torch.rand(len(batch), generator=generator) < 0.5]
+            own = [(torch.rand(len(batch), generator=generator) < 0.5) | (len(batch) == 1)]  # there may be no other
             half = batch.shape[1] // 2
             other = torch.cat([batch[:, :half], batch.roll(1, 0)[:, half:]], 1)
             batch = torch.where(own[0][:, None], batch, other)
