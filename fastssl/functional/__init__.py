@@ -33,6 +33,7 @@ from fastssl.functional.distillation import (
 )
 from fastssl.functional.ema import adamw_ema_step_, ema_update_
 from fastssl.functional.koleo import koleo_loss
+from fastssl.functional.linear_categorical import linear_categorical
 from fastssl.functional.linear_cross_entropy import linear_cross_entropy
 from fastssl.functional.masking import (
     block_masking_ids,
@@ -66,6 +67,7 @@ __all__ = [
     "ibot_loss",
     "info_nce",
     "koleo_loss",
+    "linear_categorical",
     "linear_cross_entropy",
     "mask_tokens",
     "masked_feature_loss",

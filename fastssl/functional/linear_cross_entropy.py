@@ -81,7 +81,7 @@ def linear_cross_entropy(
         IndexError: on the CPU, if a label is neither from 0 to below V nor ignore_index. On CUDA an assertion stops the
             process.
     """
-    _check_layer(input, linear_weight, linear_bias)
+    check_layer(input, linear_weight, linear_bias)
     soft = _check_target(target, input, len(linear_weight))
     if weight is not None:
         _check_vector("weight", weight, linear_weight)
@@ -163,7 +163,7 @@ def _row_weights(
     return (1 / total).expand(len(x)).where(known, 0), nothing
 
 
-def _check_layer(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> None:
+def check_layer(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> None:
     check_tensor("input", input)
     check_rows("input", input, "(..., D)", max(input.dim(), 1))
     check_rows("linear_weight", linear_weight, "(V, D)")

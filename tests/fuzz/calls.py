@@ -163,6 +163,13 @@ FUNCTIONS: dict[str, Callable[[], dict[str, Any]]] = {
         group=None,
     ),
     "koleo_loss": lambda: {"features": _leaf(4, 8), "eps": 1e-6, "topk": 1, "group_size": 2, "group": None},
+    "linear_categorical": lambda: {
+        "input": _normal(4, 8),
+        "linear_weight": _normal(6, 8, seed=1),
+        "linear_bias": _normal(6),
+        "temperature": 0.5,
+        "generator": torch.Generator().manual_seed(0),
+    },
     "linear_cross_entropy": lambda: {
         "input": _leaf(4, 8),
         "linear_weight": _leaf(5, 8, seed=1),
@@ -306,6 +313,7 @@ _WRITTEN = {
 _NOT_COMPUTED = {"barlow_twins": ("lambda_param", "redundancy"), "vicreg": ("nu_param", "covariance")}  # at weight 0
 _RANDOM = (
     "block_masking_ids",
+    "linear_categorical",
     "mask_tokens",
     "random_masking",
     "random_masking_ids",
