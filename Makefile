@@ -1,10 +1,12 @@
 # make demo | test | bench: each sets up .venv first. `make clean` before another PYTHON or TORCH.
+# make gpu: all that a new machine with a GPU should be asked, with the PYTHON that is there and no network;
+# STAGES="correctness speed" for some of it, DEVICE=cpu for a rehearsal.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 NATIVE := setup.py CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test bench clean
+.PHONY: demo test bench gpu clean
 
 demo: .venv/demo
 	$(BIN)/python -m fastssl.train.demo
@@ -15,6 +17,9 @@ test: .venv/test
 
 bench: .venv/bench
 	$(BIN)/python -m benchmarks.ops
+
+gpu:
+	$(PYTHON) -m benchmarks.gpu $(STAGES) --device $(or $(DEVICE),cuda)
 
 clean:
 	rm -rf .venv build dist *.egg-info fastssl/_build.json fastssl/*.so

@@ -68,6 +68,17 @@ def find_nvcc() -> str | None:
     return shutil.which(os.environ.get("CUDACXX", "nvcc"), path=os.pathsep.join(map(str, places)))
 
 
+def cuda_architectures(wanted: str) -> str:
+    """TORCH_CUDA_ARCH_LIST, such as "8.0 9.0+PTX", as CMake has it: "80-real;90"."""
+    found = []
+    for name in filter(None, re.split(r"[\s;,]+", wanted)):
+        parts = re.fullmatch(r"(\d+)\.(\d+[af]?)(\+PTX)?", name)
+        if parts is None:
+            raise BuildError(f"TORCH_CUDA_ARCH_LIST must have versions such as 9.0 or 9.0+PTX, got {name}")
+        found.append(parts[1] + parts[2] + ("" if parts[3] else "-real"))
+    return ";".join(found)
+
+
 class BuildNative(build_ext):
     def run(self) -> None:
         package = ROOT / "fastssl" if self.inplace else Path(self.build_lib).resolve() / "fastssl"
@@ -91,7 +102,9 @@ class BuildNative(build_ext):
             record["cuda_error"] = record["error"]
         else:
             try:
-                shutil.copy2(self.compile("_C_cuda", torch_dir, f"-DCMAKE_CUDA_COMPILER={nvcc}") / cuda.name, cuda)
+                architectures = cuda_architectures(os.environ.get("TORCH_CUDA_ARCH_LIST", ""))
+                options = f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DFASTSSL_CUDA_ARCHITECTURES={architectures}"
+                shutil.copy2(self.compile("_C_cuda", torch_dir, *options) / cuda.name, cuda)
             except BuildError as error:
                 if REQUIRE:
                     raise

@@ -87,7 +87,7 @@ def leaves_of(sample: Sample) -> list[Tensor]:
 
 def cotangent_for(output: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(1)
-    return torch.randn(output.shape, generator=generator).to(output.dtype)
+    return torch.randn(output.shape, generator=generator).to(output.device, output.dtype)
 
 
 def with_tensors(args: Iterable[Any]) -> tuple[Any, ...]:
@@ -96,9 +96,10 @@ def with_tensors(args: Iterable[Any]) -> tuple[Any, ...]:
 
 
 def evaluate(function: Callable[..., Tensor], sample: Sample) -> Results:
+    """On the sample's device; the results are on the CPU."""
     torch.manual_seed(0)
     outputs = tensors_of(function(*sample.args, **sample.kwargs))
-    return *(x.detach() for x in outputs), *gradients(outputs, sample)
+    return tuple(x.detach().cpu() for x in (*outputs, *gradients(outputs, sample)))
 
 
 def gradients(outputs: list[Tensor], sample: Sample) -> Results:

@@ -50,7 +50,7 @@ MODULES = [import_module(f"tests.gpu.triton_checks.{name}") for name in FILES]
 
 
 @pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("interpret", ["1", "0"])
+@pytest.mark.parametrize("interpret", ["1", "0"], ids=["interpreted", "on_the_gpu"])
 def test_numerics(interpret, name):
     if interpret == "0" and not torch.cuda.is_available():
         pytest.skip("needs a GPU")

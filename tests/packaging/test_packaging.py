@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -154,3 +155,15 @@ def test_install_before_torch_says_why_or_fails_where_the_build_is_required(sdis
     report = environment.share()("-m", "fastssl")
     assert "not loaded: no torch to build against when fastssl was installed" in report
     assert "CPU portable PyTorch" in report
+
+
+@pytest.mark.parametrize(
+    "wanted, architectures",
+    [("", ""), ("9.0", "90-real"), ("8.0 9.0a+PTX", "80-real;90a"), ("8.6;12.0", "86-real;120-real")],
+)
+def test_cuda_architectures_are_those_that_torch_would_take(wanted, architectures, monkeypatch):
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    setup = runpy.run_path(str(ROOT / "setup.py"))
+    assert setup["cuda_architectures"](wanted) == architectures
+    with pytest.raises(setup["BuildError"], match="TORCH_CUDA_ARCH_LIST must have versions .*got Hopper"):
+        setup["cuda_architectures"](f"{wanted} Hopper")
