@@ -153,11 +153,10 @@ def test_the_largest_batch_is_found(monkeypatch):
     assert found[100].note.startswith("failed: OutOfMemoryError") and found[1000].note == "not tried beyond 256"
 
 
-def test_the_runner_takes_a_gpu_only_where_there_is_one(capsys):
-    if not torch.cuda.is_available():
-        with pytest.raises(SystemExit):
-            run.main(["--device", "cuda"])
-        assert "--device must be cpu where PyTorch finds no GPU, got cuda" in capsys.readouterr().err
+def test_the_runner_takes_a_gpu_only_where_there_is_one(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="--device must be cpu where PyTorch finds no GPU, got cuda"):
+        run.main(["--device", "cuda"])
 
 
 def test_the_runner_finds_the_largest_batch(tmp_path, monkeypatch, capsys):
