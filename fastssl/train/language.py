@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 
@@ -46,13 +47,13 @@ class LanguageModel(Method):
 
     @torch.no_grad()
     def prepare(self, dataset: Subwords) -> None:
-        unigram = log_frequencies(dataset.train, self.vocabulary)
-        self.bias.copy_(F.pad(unigram, (0, self.signs), value=unigram.max().item()))
+        unigram, signs = log_frequencies(dataset.train, self.vocabulary), -math.log(max(1, 3 * self.signs))
+        self.bias.copy_(F.pad(unigram, (0, self.signs), value=signs))  # a quarter of all, as with spans of three
 
     def loss(self, features: Tensor, labels: Tensor) -> Tensor:
         return linear_cross_entropy(features, self.encoder.words.weight, labels, linear_bias=self.bias)
 
-    def monitored(self, features: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+    def monitored(self, features: Tensor, labels: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
         return (features.flatten(0, 1),)
 
     def logits(self, features: Tensor) -> Tensor:

@@ -72,7 +72,11 @@ def test_bert_tells_halves_that_belong_together(text):
     expected = F.cross_entropy(method.logits(features).flatten(0, 1), labels.flatten())
     expected = expected + F.binary_cross_entropy_with_logits(method.follows(features.mean(1))[:, 0], own.float())
     torch.testing.assert_close(method.loss(features, labels, logits, own), expected)
-    assert len(method.evaluate(text)) == 3
+    fit({"m": method}, text.train, Run(batch_size=16, steps=2), console=QUIET)
+    features = torch.zeros(12, LENGTH, 32)
+    for sign in (1, -1):
+        method.forward = lambda seen, labels, own, sign=sign: (features, labels, sign * (own.float() - 0.5), own)
+        assert list(method.evaluate(text).values())[-1] == (sign == 1)
 
 
 def test_t5_writes_what_was_cut_out_and_does_not_see_what_follows(text):
