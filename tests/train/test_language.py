@@ -1,4 +1,4 @@
-"""BERT, GPT, T5: subwords of a text, what is to be predicted, what that is worth."""
+"""BERT, GPT, T5, ELECTRA: subwords of a text, what is to be predicted, what that is worth."""
 
 from __future__ import annotations
 
@@ -109,6 +109,47 @@ def test_t5_fills_spans(text):
         assert pieces[::3] == [text.decode(piece) for piece in method.pieces(inputs[row]).values()]
 
 
+def test_electra_tells_what_its_generator_has_replaced(text):
+    method = new("electra", text, probability=0.25)
+    tokens, places = method.views(text.train[:8], torch.Generator().manual_seed(0))
+    assert torch.equal(tokens, text.train[:8]) and places.shape == (8, LENGTH // 4)
+    assert all(len(set(row)) == LENGTH // 4 for row in places.tolist())
+    seen, encode = [], method.encoder.forward
+    method.encoder.forward = lambda x: seen.append(x) or encode(x)
+    found, labels, features, replaced = method(tokens, places)
+    assert torch.equal(labels, tokens.gather(1, places)) and torch.equal(replaced, seen[0] != tokens)
+    kept = torch.ones_like(replaced).scatter(1, places, False)
+    assert not (replaced & kept).any() and 0.8 < replaced.sum() / places.numel() < 1
+    hidden = method.generator(method.encoder.embed(tokens.scatter(1, places, 0))).take_along_dim(places[:, :, None], 1)
+    torch.testing.assert_close(found, hidden)
+    expected = F.cross_entropy(method.logits(hidden).flatten(0, 1), labels.flatten())
+    scores = method.head(features)[:, :, 0]
+    expected = expected + 50 * F.binary_cross_entropy_with_logits(scores, replaced.float())
+    torch.testing.assert_close(method.loss(found, labels, features, replaced), expected)
+    method.loss(found, labels, features, replaced).backward()
+    assert all(p.grad.abs().sum() > 0 for p in method.parameters())
+    method.temperature = 1e-9  # then it draws what its features say
+    method(tokens, places)
+    assert torch.equal(seen[1].gather(1, places), method.logits(hidden).argmax(2))
+
+
+def test_electra_ranks_replaced_subwords(text):
+    """The precision of a discriminator that knows them, and of one that has them last."""
+    method = new("electra", text, probability=0.25)
+    method.head, forward = torch.nn.Identity(), method.forward
+    for sign, expected in ((1, 1.0), (-1, 0.15)):
+
+        def known(tokens, places, sign=sign):
+            found, labels, _, replaced = forward(tokens, places)
+            return found, labels, sign * replaced.float()[:, :, None], replaced
+
+        method.forward = known
+        state = torch.get_rng_state()
+        *_, precision = method.evaluate(text).values()
+        assert precision == pytest.approx(expected, abs=0.1)
+        assert torch.equal(torch.get_rng_state(), state)
+
+
 @pytest.mark.parametrize("options", [{"noise_density": 1.0}, {"mean_span_length": 0.5}], ids=str)
 def test_t5_knows_its_range(options):
     with pytest.raises(ValueError, match=next(iter(options))):
@@ -134,13 +175,13 @@ def test_marks_are_those_of_the_model_and_of_frequencies(name, text):
     with torch.no_grad():
         method.encoder.words.weight.zero_()
         method.bias[WORDS:] = float("-inf")
-    right, ratio = method.evaluate(text).values()
+    right, ratio, *_ = method.evaluate(text).values()
     assert ratio == pytest.approx(1, abs=1e-4) and right == pytest.approx(1 / (WORDS - 1), abs=0.03)
     method = new(name, text)
     before = method.evaluate(text)
     history = fit({"m": method}, text.train, Run(batch_size=16, steps=90, learning_rate=1e-2), console=QUIET)["m"]
     assert history[-1].loss < 0.9 * history[0].loss
-    right, ratio = method.evaluate(text).values()
+    right, ratio, *_ = method.evaluate(text).values()
     assert right > list(before.values())[0] and ratio < 0.9 and method.training
 
 

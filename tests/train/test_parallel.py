@@ -46,6 +46,8 @@ def new(name: str, dtype: torch.dtype = torch.float64) -> Method:
     for module in method.modules():
         if isinstance(module, BagOfWords):
             module.words, module.dropout = nn.Embedding(200, module.features, padding_idx=0), nn.Dropout(0)
+    if name == "electra":
+        method.temperature = 1e-12  # its draws differ, too
     method.to(dtype)
     views = method.views
     method.views = lambda *args: tuple(x.to(dtype) if x.is_floating_point() else x for x in views(*args))

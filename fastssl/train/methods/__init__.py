@@ -18,6 +18,7 @@ from fastssl.train.methods.coca import CoCa
 from fastssl.train.methods.data2vec import Data2Vec
 from fastssl.train.methods.dino import DINO
 from fastssl.train.methods.dinov2 import DINOv2
+from fastssl.train.methods.electra import ELECTRA
 from fastssl.train.methods.gpt import GPT
 from fastssl.train.methods.ibot import IBOT
 from fastssl.train.methods.jepa import JEPA
@@ -45,6 +46,7 @@ METHODS: dict[str, type[Method]] = {
     "data2vec": Data2Vec,
     "dino": DINO,
     "dinov2": DINOv2,
+    "electra": ELECTRA,
     "gpt": GPT,
     "ibot": IBOT,
     "jepa": JEPA,
