@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from types import TracebackType
 
+import torch
+
 _CGROUP = Path("/sys/fs/cgroup")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 
@@ -52,6 +54,52 @@ class Meter:
     @property
     def extra(self) -> int | None:
         return None if self.peak is None else self.peak - self.before
+
+
+class CudaMeter:
+    """The same of a block's work on a GPU, whose times the host does not wait for; memory is that of PyTorch's
+    allocator.
+
+    Args:
+        memory: whether to measure memory, which takes no time; not in a block within one in which it is.
+        device: the GPU.
+
+    Attributes:
+        seconds: between the beginning and the end of the work. Reading it waits for the end.
+        before, peak, extra: as in `Meter`, of what is allocated.
+    """
+
+    def __init__(self, memory: bool, device: torch.device) -> None:
+        self.memory, self._device = memory, device
+        self.before: int | None = None
+        self.peak: int | None = None
+
+    def __enter__(self) -> CudaMeter:
+        self._start, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        if self.memory:
+            torch.cuda.reset_peak_memory_stats(self._device)
+            self.before = torch.cuda.memory_allocated(self._device)
+        self._start.record(torch.cuda.current_stream(self._device))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._end.record(torch.cuda.current_stream(self._device))
+        if self.memory:
+            self.peak = torch.cuda.max_memory_allocated(self._device)
+
+    @property
+    def seconds(self) -> float:
+        self._end.synchronize()
+        return self._start.elapsed_time(self._end) / 1e3
+
+    extra = Meter.extra
+
+
+def meter(memory: bool, device: torch.device) -> Meter | CudaMeter:
+    """Of what is done on that device."""
+    return CudaMeter(memory, device) if device.type == "cuda" else Meter(memory)
 
 
 def own_memory(field: str) -> int:

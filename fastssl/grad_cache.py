@@ -22,12 +22,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from fastssl._arithmetic import without_autocast
 from fastssl._checks import check_positive, check_tensor
 
 Flag = bool | int | float | str | None
 Inputs = Tensor | Sequence[Tensor | Flag] | Mapping[str, Tensor | Flag]
 Encoder = Callable[..., Tensor | Sequence | Mapping]
-Buffers = list[tuple[nn.Module, str, Tensor]]
+Buffers = list[tuple[nn.Module, str, Tensor, Callable[[], bool]]]  # the last tells whether it is what it was
 RandomState = tuple[Tensor, list[Tensor]]  # of the CPU, and of every CUDA device
 
 
@@ -116,7 +117,8 @@ class _Task:
 
     def copy_of_buffers(self) -> Buffers:
         named = ((module, name, b) for module in self.modules for name, b in module.named_buffers(recurse=False))
-        return [(module, name, b.clone()) for module, name, b in named if not is_lazy(b) and not _is_expanded(b)]
+        kept = ((module, name, b) for module, name, b in named if not is_lazy(b) and not _is_expanded(b))
+        return [(module, name, b.clone(), _unwritten(module, name)) for module, name, b in kept]
 
     def embed(self, x: Inputs) -> list[Tensor]:
         """All embeddings; `arguments` makes of them what the loss is called with."""
@@ -222,7 +224,7 @@ def _differentiate(loss_fn: Callable[..., Tensor], arguments: list[Any]) -> Tens
 def _backward(tensors: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
     """Back from those tensors that have a gradient; without autocast, which is for forward passes."""
     pairs = [(z, gradient) for z, gradient in zip(tensors, gradients, strict=True) if gradient is not None]
-    with torch.autocast(pairs[0][0].device.type, enabled=False):
+    with without_autocast(pairs[0][0]):
         torch.autograd.backward(*zip(*pairs, strict=True))
 
 
@@ -245,8 +247,17 @@ def _set_random_state(state: RandomState) -> None:
 
 def _set_buffers(buffers: Buffers) -> None:
     with torch.no_grad():
-        for module, name, value in buffers:
-            getattr(module, name).copy_(value)
+        for module, name, value, unwritten in buffers:
+            if not unwritten():
+                getattr(module, name).copy_(value)
+
+
+def _unwritten(module: nn.Module, name: str) -> Callable[[], bool]:
+    """Whether nothing has been written to an integer since. Writing it back, though the same, would make others, such
+    as `EMA`, read it anew. Of other numbers nobody knows: batch normalisation does not count what it writes."""
+    then = getattr(module, name)
+    version = -1 if then.is_floating_point() or then.is_complex() or then.is_inference() else then._version
+    return lambda: version >= 0 and getattr(module, name) is then and then._version == version
 
 
 def _is_expanded(buffer: Tensor) -> bool:

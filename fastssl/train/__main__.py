@@ -19,9 +19,11 @@ from fastssl.distributed import rank
 from fastssl.train import METHODS, Run, checkpoint, cli, create, fit, parallel
 from fastssl.train.cli import Parser, RunParser, not_negative_float, positive_float, positive_int, share
 from fastssl.train.data.augment import Augmentation
+from fastssl.train.device import choose
 from fastssl.train.files import check_writable, open_regular
 from fastssl.train.method import GIVEN, IMPLEMENTATIONS
 from fastssl.train.optimizers import OPTIMIZERS
+from fastssl.train.run import AMP
 
 
 def _parser() -> Parser:
@@ -65,7 +67,20 @@ def _parser() -> Parser:
             help="learning rate of each of the encoder's stages, as a share of the next one's (default: %(default)s)",
         )
         command.add_argument("--clip", type=positive_float, metavar="NORM", help="cut gradients longer than that")
-        command.add_argument("--amp", action="store_true", help="forward pass and loss under autocast to bfloat16")
+        command.add_argument(
+            "--device", default="auto", metavar="auto|cpu|cuda[:N]", help="where to train (default: a GPU, if any)"
+        )
+        command.add_argument(
+            "--amp",
+            nargs="?",
+            const="bfloat16",
+            default=False,
+            choices=AMP,
+            help="forward pass and loss under autocast (to bfloat16, if it is not said to what)",
+        )
+        command.add_argument(
+            "--channels-last", action="store_true", help="keep images with their channels last, faster on GPUs"
+        )
         command.add_argument(
             "--chunk-size",
             type=positive_int,
@@ -116,11 +131,12 @@ def main() -> None:
         parser.error("--resume needs --checkpoint")
     if not args.resume and args.checkpoint is not None and args.checkpoint.exists():
         parser.error(f"--checkpoint: {args.checkpoint} exists; --resume goes on from it")
-    with parallel.process_group():
-        _train(args)
+    device = choose(args.device)
+    with parallel.process_group(device):
+        _train(args, device)
 
 
-def _train(args: argparse.Namespace) -> None:
+def _train(args: argparse.Namespace, device: torch.device) -> None:
     kind = METHODS[args.method]
     options = {name: getattr(args, name) for name in inspect.signature(kind).parameters.keys() - GIVEN}
     strengths = {field.name: getattr(args, field.name, None) for field in fields(Augmentation)}
@@ -146,6 +162,7 @@ def _train(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     method = create(args.method, steps, dataset, backbone=args.backbone, **options)
     method.impl = args.impl
+    method.to(device)
     untrained = parallel.in_first_process(lambda: method.evaluate(dataset))
     if args.encoder is not None:
         parallel.in_first_process(lambda: checkpoint.load_encoder(method.encoder, args.encoder))
@@ -161,6 +178,8 @@ def _train(args: argparse.Namespace) -> None:
         layer_decay=args.layer_decay,
         clip=args.clip,
         amp=args.amp,
+        device=device,
+        channels_last=args.channels_last,
         chunk_size=args.chunk_size,
         seed=args.seed,
         checkpoint=args.checkpoint,
@@ -177,7 +196,7 @@ def _train(args: argparse.Namespace) -> None:
     if pictures is not None:
         parallel.in_first_process(lambda: method.pictures(dataset, pictures))
     if collapse := history[args.method][-1].health.collapse:
-        console.print(f"The run has collapsed: {collapse}.")
+        console.print(f"The run has collapsed:\n{collapse}.")
 
 
 if __name__ == "__main__":

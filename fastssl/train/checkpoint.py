@@ -66,7 +66,7 @@ def load(path: Path) -> dict[str, Any]:
             raise ValueError(f"{path} is damaged: its contents must have {seal.decode()}, found {found.decode()}")
         file.seek(0)
         try:
-            return torch.load(file, weights_only=True)
+            return torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # of what somebody else has written and sealed
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ValueError(f"{path} is no checkpoint: {reason}") from None

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fastssl.functional import topk_similarity, uniformity
 from fastssl.train.data.augment import to_float
 from fastssl.train.data.images import Images
+from fastssl.train.device import Reading, move
 
 
 def pooled(features: Tensor) -> Tensor:
@@ -24,10 +25,13 @@ def pooled(features: Tensor) -> Tensor:
 
 @torch.no_grad()
 def features(encoder: nn.Module, images: Tensor, batch_size: int = 2048) -> Tensor:
-    """uint8 images (see `to_float`), not augmented -> (N, features) of the encoder in evaluation mode."""
-    training = encoder.training
+    """uint8 images (see `to_float`), not augmented -> (N, features) of the encoder in evaluation mode.
+
+    They are computed on the encoder's device, and remain there.
+    """
+    training, device = encoder.training, next(encoder.parameters(), images).device
     encoder.eval()
-    outputs = [pooled(encoder(to_float(batch))) for batch in images.split(batch_size)]
+    outputs = [pooled(encoder(to_float(move(batch, device)))) for batch in images.split(batch_size)]
     encoder.train(training)
     return torch.cat(outputs)
 
@@ -47,21 +51,21 @@ def accuracies(
     labels = images.train_labels[:limit], images.test_labels
     found = {"kNN accuracy": knn_accuracy(train, test, *labels), "linear probe": probe_accuracy(train, test, *labels)}
     if head is not None:
-        found["accuracy"] = (head(test).argmax(1) == images.test_labels).float().mean().item()
+        found["accuracy"] = (head(test).argmax(1).cpu() == images.test_labels).float().mean().item()
     return found
 
 
 def knn_accuracy(train: Tensor, test: Tensor, train_labels: Tensor, test_labels: Tensor, k: int = 20) -> float:
     """Share of test rows whose label is the most frequent among their `k` nearest training rows (cosine)."""
     _, nearest = topk_similarity(test, train, min(k, len(train)))
-    votes = F.one_hot(train_labels)[nearest].sum(1)
+    votes = F.one_hot(train_labels)[nearest.cpu()].sum(1)
     return (votes.argmax(1) == test_labels).float().mean().item()
 
 
 def probe_accuracy(train: Tensor, test: Tensor, train_labels: Tensor, test_labels: Tensor) -> float:
     """Share of test rows that a linear classifier labels correctly, a logistic regression on standardised features."""
     mean, std = train.mean(0), train.std(0).clamp_min(1e-6)
-    train, test = (((x - mean) / std).numpy() for x in (train, test))
+    train, test = (((x - mean) / std).cpu().numpy() for x in (train, test))
     classifier = LogisticRegression(max_iter=200, tol=1e-3)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # 200 iterations are meant to be the limit
@@ -101,7 +105,7 @@ class Health:
         temperature prevents (DINO, arXiv:2104.14294, figure 7).
         """
         if self.used is not None and not self.used > 1.05 * self.each:  # as where both are NaN
-            return f"all inputs have nearly the same distribution, over {self.used:.1f} prototypes"
+            return f"all inputs have nearly the same distribution, over {self.used:.0f} prototypes"
         if not (self.uniformity < -1e-3 and self.rank > 1.2):
             return "all inputs have nearly the same embedding"
         return None
@@ -112,18 +116,30 @@ class Health:
         return f"effective rank {self.rank:.1f}, uniformity {self.uniformity:.3f}{alignment}{used}"
 
 
-@torch.no_grad()
 def health(views: Sequence[Tensor], assignments: Tensor | None = None) -> Health:
     """Of (B, D) embeddings of one view of B inputs, or of two or more, the first of which count; and of distributions
     (B, K) over prototypes."""
-    units = [F.normalize(view.float(), dim=1) for view in views[:2]]
-    spectrum = torch.linalg.svdvals(views[0].float().nan_to_num())
-    shares = spectrum / spectrum.sum()
-    rank = torch.special.entr(shares).sum().exp()
-    alignment = (units[0] - units[1]).square().sum(1).mean().item() if len(units) > 1 else None
-    used = each = None
-    if assignments is not None:
-        assignments = assignments.float()
-        used = torch.special.entr(assignments.mean(0)).sum().exp().item()
-        each = torch.special.entr(assignments).sum(1).mean().exp().item()
-    return Health(rank.item(), uniformity(units[0]).item(), alignment, used, each)
+    return HealthNumbers(views, assignments).read()
+
+
+class HealthNumbers:
+    """What `health` returns, perhaps still on its way to the host. The arguments are the same."""
+
+    @torch.no_grad()
+    def __init__(self, views: Sequence[Tensor], assignments: Tensor | None = None) -> None:
+        units = [F.normalize(view.float(), dim=1) for view in views[:2]]
+        spectrum = torch.linalg.svdvals(views[0].float().nan_to_num())
+        shares = spectrum / spectrum.sum()
+        numbers = {"rank": torch.special.entr(shares).sum().exp(), "uniformity": uniformity(units[0])}
+        numbers["alignment"] = (units[0] - units[1]).square().sum(1).mean() if len(units) > 1 else None
+        if assignments is not None:
+            assignments = assignments.float()
+            numbers["used"] = torch.special.entr(assignments.mean(0)).sum().exp()
+            numbers["each"] = torch.special.entr(assignments).sum(1).mean().exp()
+        there = {name: number for name, number in numbers.items() if number is not None}
+        self._absent = [name for name in numbers if name not in there]
+        self._names, self._numbers = list(there), Reading(torch.stack(list(there.values())))
+
+    def read(self) -> Health:
+        found = dict(zip(self._names, self._numbers.numbers(), strict=True))
+        return Health(**found, **dict.fromkeys(self._absent))

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from fastssl.functional import topk_similarity
 from fastssl.train.data import pairs
 from fastssl.train.data.augment import MILD, to_float
+from fastssl.train.data.draw import Draw
 from fastssl.train.data.pairs import Pairs
 from fastssl.train.data.text import VOCABULARY, tokenize
+from fastssl.train.device import move
 from fastssl.train.method import Method
 from fastssl.train.networks.models import BagOfWords, image_encoder
 
@@ -59,11 +61,12 @@ class ImageText(Method):
     def load(directory: str | os.PathLike[str] | None) -> Pairs:
         return pairs.load(directory)
 
-    def views(self, batch: tuple[Tensor, Tensor], generator: torch.Generator) -> tuple[Tensor, ...]:
+    def views(self, batch: tuple[Tensor, Tensor], draw: Draw) -> tuple[Tensor, ...]:
         """(B, 3, H, W) uint8 images, and tokens -> a random view of each image, its text without some words."""
         images, tokens = batch
-        stay = torch.rand(tokens.shape, generator=generator) >= self.left_out
-        return *super().views(images, generator), tokens * stay
+        draw = Draw.of(draw, tokens)
+        stay = draw.uniform(tokens.shape[1]) >= self.left_out
+        return *super().views(images, draw), tokens * stay
 
     def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
         """The model's inputs -> unit vectors (B, features) of images and of texts; a subclass may add to them."""
@@ -89,18 +92,20 @@ class ImageText(Method):
         self.eval()
         images, tokens = dataset.test.tensors
         vectors = [
-            self(to_float(image), text)[:2] for image, text in zip(images.split(1024), tokens.split(1024), strict=True)
+            self(to_float(move(image, self.device)), move(text, self.device))[:2]
+            for image, text in zip(images.split(1024), tokens.split(1024), strict=True)
         ]
         classes = self.class_embeddings(dataset.classes, dataset.encode) if dataset.classes else None
         self.train(training)
         image, text = (torch.cat(parts) for parts in zip(*vectors, strict=True))
         _, nearest = topk_similarity(image, text, min(10, len(text)))
-        own = nearest == torch.arange(len(image)).unsqueeze(1)
+        own = nearest.cpu() == torch.arange(len(image)).unsqueeze(1)
         found = {f"recall@{k} of {len(text)} texts": own[:, :k].any(1).float().mean().item() for k in (1, 10)}
         labels = dataset.test_labels[dataset.test_labels >= 0]
         if len(labels):
-            _, nearest = topk_similarity(image[dataset.test_labels >= 0], classes, min(5, len(classes)))
-            right = nearest == labels.unsqueeze(1)
+            tested = move(dataset.test_labels >= 0, self.device)
+            _, nearest = topk_similarity(image[tested], classes, min(5, len(classes)))
+            right = nearest.cpu() == labels.unsqueeze(1)
             task = f"of {len(classes)} classes ({labels.bincount().max() / len(labels):.1%} are of one)"
             found |= {f"top-{k} {task}": right[:, :k].any(1).float().mean().item() for k in (1, 5) if k < len(classes)}
         return found
@@ -111,5 +116,6 @@ class ImageText(Method):
         CLIP does so (arXiv:2103.00020, section 3.1.4), with a text encoder that reads sentences. For bags of words a
         template's words are only a shift, the same for all classes, and they dilute the name.
         """
-        text = self.text(encode([template.format(name) for name in classes for template in TEMPLATES]))
+        tokens = encode([template.format(name) for name in classes for template in TEMPLATES])
+        text = self.text(move(tokens, self.device))
         return F.normalize(text.unflatten(0, (len(classes), -1)).mean(1), dim=1)

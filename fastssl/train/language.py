@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fastssl.functional import linear_cross_entropy
 from fastssl.train.data import subwords
 from fastssl.train.data.subwords import LENGTH, VOCABULARY, Subwords
+from fastssl.train.device import move
 from fastssl.train.evaluate import pooled, probe_accuracy
 from fastssl.train.method import Method
 from fastssl.train.networks.transformer import Transformer
@@ -69,10 +70,10 @@ class LanguageModel(Method):
         generator = torch.Generator().manual_seed(0)
         logits, labels = [], []
         for batch in dataset.test[:_TESTED].split(64):
-            features, label, *_ = self(*self.views(batch, generator))
+            features, label, *_ = self(*move(self.views(batch, generator), self.device))
             counts = (label >= 0) & (label < self.vocabulary)
-            logits.append(self.logits(features[counts]).log_softmax(1))
-            labels.append(label[counts])
+            logits.append(self.logits(features[counts]).log_softmax(1).cpu())
+            labels.append(label[counts].cpu())
         self.train(training)
         return marks(torch.cat(logits), torch.cat(labels), log_frequencies(dataset.train, self.vocabulary), predicted)
 
@@ -84,7 +85,7 @@ class LanguageModel(Method):
             return {}
         training = self.training
         self.eval()
-        found = torch.cat([pooled(self.encoder(batch)) for batch in dataset.test.split(256)])
+        found = torch.cat([pooled(self.encoder(move(batch, self.device))) for batch in dataset.test.split(256)])
         self.train(training)
         number = torch.arange(len(found))
         part, tested = number * _PARTS // len(found), number % 4 == 3
@@ -126,7 +127,7 @@ def write(
         logits: (B, L) -> (B, V) of the next token.
     """
     while tokens.shape[1] < length:
-        scores = logits(tokens)
+        scores = logits(tokens).cpu()
         if temperature:
             following = (scores / temperature).softmax(1).multinomial(1, generator=generator)
         else:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from fastssl.distributed import rank, world_size
 from fastssl.train import checkpoint, parallel, resume, signals
+from fastssl.train.data.draw import Draw
+from fastssl.train.device import choose, move
 from fastssl.train.learner import Learner
 from fastssl.train.method import Method
 from fastssl.train.run import Run
@@ -32,7 +35,11 @@ def fit(
     A run that was stopped and resumed has the losses of one that was not: the randomness of a step depends on the seed
     and the step's number alone, and everything else is in the checkpoint.
 
-    If torch.distributed's default group, of CPUs, has several processes, all of them must call this with the same
+    On a GPU the host reads no number of a step while it is being taken; losses, and what became of gradients, are known
+    a few steps later, so NaN stops the run a few steps late. The weights are then as they were before that step. A
+    checkpoint waits for all steps.
+
+    If torch.distributed's default group has several processes, all of them must call this with the same
     arguments. They have the losses that one process has, except for rounding and for dropout, whose masks are each
     process's own. See `fastssl.train.parallel`.
 
@@ -50,7 +57,7 @@ def fit(
     Raises:
         ValueError: if there is no method, the batch is larger than the data, the processes cannot have equal shares of
             a batch or of its chunks, or the checkpoint is of another run.
-        FloatingPointError: if a loss or a gradient is NaN or infinite, before the step that would spoil the weights.
+        FloatingPointError: if a loss or a gradient is NaN or infinite; the step has not spoilt the weights.
         OSError: if the checkpoint cannot be read or written, which is tried before the first step, is there and not to
             be resumed, or is that of another run which has not ended.
         KeyboardInterrupt: on Ctrl-C in any process, after saving.
@@ -63,7 +70,8 @@ def fit(
     parallel.check_shares(run.batch_size, run.chunk_size)
     if rank() > 0:
         console, writer = Console(quiet=True), None
-    learners = [Learner(name, method, run) for name, method in methods.items()]
+    device = choose(run.device)
+    learners = [Learner(name, method, run, device) for name, method in methods.items()]
     about = resume.describe(run, learners, len(data))
     path = None if run.checkpoint is None else Path(run.checkpoint)
     with contextlib.ExitStack() as stack:
@@ -72,26 +80,38 @@ def fit(
         if run.resume:
             resume.restore(path, about, learners)
         first = len(learners[0].history)
-        stack.enter_context(torch.random.fork_rng(devices=[]))
+        stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
         progress = stack.enter_context(_progress(console))
         received = stack.enter_context(signals.deferred()) if path is not None or world_size() > 1 else lambda: 0
         task = progress.add_task("", total=run.steps, completed=first, status="")
         for step, batch in zip(range(first, run.steps), _batches(run, len(data), first), strict=False):
-            views = learners[0].method.views(data[batch], torch.Generator().manual_seed(run.seed_for("views", step)))
-            views = tuple(parallel.share(view, run.chunk_size) for view in views)
+            views = _views(learners[0].method, data, batch, run, step, device)
             for learner in sorted(learners, key=lambda learner: learner.name, reverse=bool(step % 2)):
-                done = learner.learn(views)
-                if done.health is not None:
-                    _report(progress.console, learner.name, step, done)
-                if writer is not None:
-                    _write(writer, learner.name, step, done)
+                _tell(learner, learner.learn(views), progress.console, writer)
             stop = parallel.highest(received())
-            if path is not None and ((step + 1) % run.save_every == 0 or step == run.steps - 1 or stop):
+            save = path is not None and ((step + 1) % run.save_every == 0 or step == run.steps - 1 or stop)
+            for learner in learners if save or stop or step == run.steps - 1 else ():
+                _tell(learner, learner.read(), progress.console, writer)
+            if save:
                 parallel.in_first_process(lambda: resume.save(path, about, learners))
             if stop:
                 signals.end(stop)
             progress.update(task, advance=1, status="\n".join(_status(learner) for learner in learners))
     return {learner.name: learner.history for learner in learners}
+
+
+def _views(method: Method, data: Any, batch: Tensor, run: Run, step: int, device: torch.device) -> tuple[Tensor, ...]:
+    """This process's share of the model's inputs, on the device."""
+    generator = torch.Generator().manual_seed(run.seed_for("views", step))
+    if "draw" in inspect.signature(method.views).parameters:
+        rows = parallel.share(torch.arange(len(batch)), run.chunk_size)
+        views = method.views(move(data[batch[rows]], device), Draw(generator, len(batch), rows, device))
+    else:
+        views = tuple(parallel.share(view, run.chunk_size) for view in method.views(data[batch], generator))
+    views = move(tuple(views), device)
+    if not run.channels_last:
+        return views
+    return tuple(x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x for x in views)
 
 
 def _batches(run: Run, examples: int, first: int) -> Iterator[Tensor]:
@@ -105,13 +125,24 @@ def _batches(run: Run, examples: int, first: int) -> Iterator[Tensor]:
 
 
 def _progress(console: Console | None) -> Progress:
-    columns = TextColumn("training"), BarColumn(20), MofNCompleteColumn(), TextColumn("{task.fields[status]}")
+    columns = BarColumn(10), MofNCompleteColumn(), TextColumn("{task.fields[status]}")  # within 80
     return Progress(*columns, TimeRemainingColumn(), console=console)
 
 
 def _status(learner: Learner) -> str:
+    if not learner.history:
+        return learner.name
     last = learner.history[-1]
     return f"{learner.name} loss {last.loss:.4f} {learner.run.batch_size / last.seconds:7,.0f} examples/s"
+
+
+def _tell(learner: Learner, known: Sequence[Step], console: Console, writer: Any) -> None:
+    """Of the steps that have become known, the last ones of the learner's history."""
+    for step, done in enumerate(known, len(learner.history) - len(known)):
+        if done.health is not None:
+            _report(console, learner.name, step, done)
+        if writer is not None:
+            _write(writer, learner.name, step, done)
 
 
 def _report(console: Console, name: str, step: int, done: Step) -> None:

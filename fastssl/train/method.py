@@ -44,6 +44,7 @@ from torch import Tensor, nn
 from fastssl.train import evaluate
 from fastssl.train.data import images
 from fastssl.train.data.augment import Augmentation
+from fastssl.train.data.draw import Draw
 
 IMPLEMENTATIONS = {"fastssl": "auto", "naive": "reference"}  # name -> the backend of fastssl.use_backend
 GIVEN = {
@@ -102,10 +103,15 @@ class Method(nn.Module):
         """What the encoder is worth: shares, by the name of the test."""
         return evaluate.accuracies(self.encoder, dataset)
 
-    def views(self, batch: Any, generator: torch.Generator) -> tuple[Tensor, ...]:
-        """A batch of the data -> the model's inputs, random under the generator; by default (B, H, W) grey or
-        (B, 3, H, W) uint8 images -> a view by each of the augmentations."""
-        return tuple(augment(batch, generator) for augment in self.augmentations)
+    def views(self, batch: Any, draw: Draw) -> tuple[Tensor, ...]:
+        """Examples of a batch -> the model's inputs, with what is random drawn from `draw`; by default (B, H, W) grey
+        or (B, 3, H, W) uint8 images -> a view by each of the augmentations."""
+        return tuple(augment(batch, draw) for augment in self.augmentations)
+
+    @property
+    def device(self) -> torch.device:
+        """Where its parameters are."""
+        return next(self.parameters()).device
 
     def loss(self, *embeddings: Tensor) -> Tensor:
         """What `forward` returned -> 0-d loss."""

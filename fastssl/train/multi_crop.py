@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastssl._checks import check_positive
 from fastssl.train.data.augment import Augmentation
+from fastssl.train.data.draw import Draw
 from fastssl.train.method import Method
 
 # DINO's for ImageNet (arXiv:2104.14294), but for the narrower blur that smaller pictures need.
@@ -37,10 +38,10 @@ class MultiCrop(Method):
         locals_ = (replace(local, min_scale=0.05, max_scale=local_scale),) * local_views
         self.augmentations = *(replace(view, min_scale=local_scale) for view in (first, second)), *locals_
 
-    def views(self, batch: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
+    def views(self, batch: Tensor, draw: Draw) -> tuple[Tensor, ...]:
         """uint8 images -> two global views, then the local ones."""
         sizes = None, None, *(self.local_size for _ in self.augmentations[2:])
-        return tuple(augment(batch, generator, size) for augment, size in zip(self.augmentations, sizes, strict=True))
+        return tuple(augment(batch, draw, size) for augment, size in zip(self.augmentations, sizes, strict=True))
 
 
 def by_size(network: Callable[[Tensor], Tensor], views: Sequence[Tensor]) -> list[Tensor]:

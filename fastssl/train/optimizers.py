@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -53,7 +55,7 @@ def make_optimizer(
     for p in module.parameters():
         if p.requires_grad:
             groups.setdefault((scales.get(p, 1.0), p.dim() > 1), []).append(p)
-    return {"adamw": torch.optim.AdamW, "lars": LARS}[name](
+    return {"adamw": partial(torch.optim.AdamW, fused=_can_be_fused(module)), "lars": LARS}[name](
         [
             {
                 "params": params,
@@ -66,6 +68,11 @@ def make_optimizer(
         ],
         learning_rate,
     )
+
+
+def _can_be_fused(module: nn.Module) -> bool:
+    """Whether torch.optim.AdamW has one kernel for all, which leaves out a step whose gradients are infinite."""
+    return all(p.device.type in ("cpu", "cuda") for p in module.parameters())
 
 
 def state_like(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
@@ -86,7 +93,8 @@ class LARS(torch.optim.Optimizer):
 
         g = gradient + weight_decay w;    velocity = momentum velocity + trust |w| / |g| g;    w = w - lr velocity
 
-    Parameters with fewer than two dimensions, those of biases and normalisation layers, use plain g.
+    Parameters with fewer than two dimensions, those of biases and normalisation layers, use plain g. If torch.amp's
+    GradScaler, or another, sets the attribute found_inf, a tensor, to a number that is not 0, a step does nothing.
 
     Args:
         params: parameters, or groups of them.
@@ -101,8 +109,11 @@ class LARS(torch.optim.Optimizer):
     ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust": trust})
 
+    _step_supports_amp_scaling = True  # so that GradScaler sets found_inf, and does not wait to read it
+
     @torch.no_grad()
     def step(self) -> None:
+        found_inf = getattr(self, "found_inf", None)
         for group in self.param_groups:
             for w in group["params"]:
                 if w.grad is None:
@@ -114,5 +125,9 @@ class LARS(torch.optim.Optimizer):
                 if not self.state[w]:
                     self.state[w]["velocity"] = torch.zeros_like(w)
                 velocity = self.state[w]["velocity"]
-                velocity.mul_(group["momentum"]).add_(g)
-                w.sub_(velocity, alpha=group["lr"])
+                if found_inf is None:
+                    velocity.mul_(group["momentum"]).add_(g)
+                    w.sub_(velocity, alpha=group["lr"])
+                else:
+                    velocity.copy_(torch.where(found_inf == 0, group["momentum"] * velocity + g, velocity))
+                    w.copy_(torch.where(found_inf == 0, w - group["lr"] * velocity, w))

@@ -19,11 +19,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from fastssl.distributed import gather_rows, mean_over_processes, rank, world_size
 from fastssl.train.networks.batch_norm import synchronize
@@ -32,12 +33,18 @@ T = TypeVar("T")
 
 
 @contextlib.contextmanager
-def process_group() -> Iterator[None]:
-    """The default group of the processes that torchrun has started; without torchrun, nothing."""
+def process_group(device: torch.device = torch.device("cpu")) -> Iterator[None]:  # noqa: B008
+    """The default group of the processes that torchrun has started; without torchrun, nothing.
+
+    Tensors of GPUs go by NCCL. What the processes have to agree about lies on the host and goes by Gloo, for which no
+    GPU is waited for.
+    """
     if not dist.is_available() or not dist.is_torchelastic_launched():
         yield
         return
-    dist.init_process_group("gloo")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
         yield
     finally:
@@ -59,7 +66,7 @@ def check_shares(batch_size: int, chunk_size: int | None) -> None:
 def start_alike(module: nn.Module) -> None:
     """Gives every process the first one's weights and buffers, and synchronises batch normalisation."""
     if world_size() > 1:
-        module.load_state_dict(in_first_process(module.state_dict))
+        module.load_state_dict(in_first_process(lambda: on_cpu(module.state_dict())))
         synchronize(module)
 
 
@@ -88,6 +95,11 @@ def average_gradients(module: nn.Module) -> None:
     mean = mean_over_processes(torch.cat([g.flatten() for g in gradients]))
     for g, part in zip(gradients, mean.split([g.numel() for g in gradients]), strict=True):
         g.copy_(part.view_as(g))
+
+
+def on_cpu(state: Any) -> Any:
+    """A state_dict whose tensors can be sent to processes, and read on machines, that have other devices."""
+    return tree_map_only(Tensor, Tensor.cpu, state)
 
 
 def highest(number: int) -> int:

@@ -17,6 +17,7 @@ from fastssl.train.run import Run
 from fastssl.train.step import Step
 
 T = TypeVar("T")
+_PARTS = ("weights", "optimizers", "scalers", "history")
 
 
 def describe(run: Run, learners: Sequence[Learner], examples: int) -> dict[str, Any]:
@@ -54,9 +55,10 @@ def save(path: Path, about: dict[str, Any], learners: Sequence[Learner]) -> None
         "run": about,
         "weights": {learner.name: learner.method.state_dict() for learner in learners},
         "optimizers": {learner.name: learner.optimizer.state_dict()["state"] for learner in learners},
+        "scalers": {learner.name: learner.scaler.state_dict() for learner in learners},
         "history": {learner.name: [asdict(step) for step in learner.history] for learner in learners},
     }
-    checkpoint.save(state, path)
+    checkpoint.save(parallel.on_cpu(state), path)
 
 
 def restore(path: Path, about: dict[str, Any], learners: Sequence[Learner]) -> None:
@@ -68,12 +70,12 @@ def restore(path: Path, about: dict[str, Any], learners: Sequence[Learner]) -> N
     """
     state = parallel.in_first_process(lambda: checkpoint.load(path))
     names = [learner.name for learner in learners]
-    _check_dict(state, ["run", "weights", "optimizers", "history"], f"{path} is no checkpoint of a training run: it")
+    _check_dict(state, ["run", *_PARTS], f"{path} is no checkpoint of a training run: it")
     _check_dict(state["run"], about, f"{path} is no checkpoint of a training run: run")
     for field, value in about.items():
         if not _equal(saved := state["run"][field], value):
             raise ValueError(f"{path} is of a run with {field} {saved}, got {value}")
-    for field in ("weights", "optimizers", "history"):
+    for field in _PARTS:
         _check_dict(state[field], names, f"{path} is damaged: {field}")
     histories = {}
     for learner in learners:
@@ -81,6 +83,10 @@ def restore(path: Path, about: dict[str, Any], learners: Sequence[Learner]) -> N
         check_tensors(state["weights"][name], learner.method.state_dict(), f"{path} does not fit {name}: weights")
         if not isinstance(history, list) or not 1 <= len(history) <= learner.run.steps:
             raise ValueError(f"{path} does not fit {name}: history must be a list of 1 to {learner.run.steps} steps")
+        scaler = state["scalers"][name]
+        _check_dict(scaler, learner.scaler.state_dict(), f"{path} does not fit {name}: scalers")
+        if not all(type(number) in (int, float) and number >= 0 for number in scaler.values()):
+            raise ValueError(f"{path} does not fit {name}: scalers must be numbers that are not negative, got {scaler}")
         histories[name] = [
             _record(Step, step, f"{path} does not fit {name}: history, step {i}") for i, step in enumerate(history)
         ]
@@ -96,6 +102,8 @@ def restore(path: Path, about: dict[str, Any], learners: Sequence[Learner]) -> N
         learner.method.load_state_dict(state["weights"][learner.name])
         groups = learner.optimizer.state_dict()["param_groups"]
         learner.optimizer.load_state_dict({"state": state["optimizers"][learner.name], "param_groups": groups})
+        if learner.scaler.is_enabled():
+            learner.scaler.load_state_dict(state["scalers"][learner.name])
         learner.history[:] = histories[learner.name]
 
 

@@ -8,11 +8,14 @@ import random
 from dataclasses import dataclass
 from types import NoneType
 
+import torch
+
 from fastssl._checks import check_flag, check_number, check_positive
 from fastssl.train.method import Method
 from fastssl.train.optimizers import check_optimizer, defaults
 from fastssl.train.schedules import Schedule
 
+AMP = ("bfloat16", "float16")
 _MAY_BE_NONE = {"learning_rate", "weight_decay", "final_weight_decay", "clip", "chunk_size"}
 
 
@@ -32,7 +35,10 @@ class Run:
         layer_decay: the learning rate of each of the encoder's stages, as a share of the next one's, for fine-tuning.
         clip: the norm, of the gradients of all parameters together, to which longer ones are cut; None: they are not
             cut.
-        amp: forward pass and loss under autocast to bfloat16.
+        amp: forward pass and loss under autocast, to "bfloat16" (or True), or to "float16", with a scaled loss, whose
+            scale is found on the way; False: not.
+        device: where the run takes place, and to where `fit` moves the methods; "auto": a GPU if there is one.
+        channels_last: whether images and convolutions have their channels last in memory, which is faster on GPUs.
         chunk_size: examples whose activations are in memory at a time, in all processes together, see
             `fastssl.grad_cache`; None: the whole batch.
         seed: of data order, augmentation and dropout.
@@ -54,7 +60,9 @@ class Run:
     final_weight_decay: float | None = None
     layer_decay: float = 1.0
     clip: float | None = None
-    amp: bool = False
+    amp: bool | str = False
+    device: str | torch.device = "cpu"
+    channels_last: bool = False
     chunk_size: int | None = None
     seed: int = 0
     checkpoint: str | os.PathLike[str] | None = None
@@ -64,7 +72,8 @@ class Run:
     def __post_init__(self) -> None:
         checks = {
             **dict.fromkeys(("batch_size", "steps", "save_every", "chunk_size"), check_positive),
-            **dict.fromkeys(("amp", "resume"), check_flag),
+            **dict.fromkeys(("resume", "channels_last"), check_flag),
+            "amp": _check_amp,
             **dict.fromkeys(("learning_rate", "weight_decay", "final_weight_decay"), _check_not_negative),
             "layer_decay": _check_layer_decay,
             "clip": _check_clip,
@@ -90,6 +99,11 @@ class Run:
             final_decay = self.final_weight_decay
         return Schedule(0.0, rate, 0.0, warmup=0.1), Schedule(decay, decay, final_decay)
 
+    @property
+    def autocast_dtype(self) -> torch.dtype:
+        """Of products, where there is `amp`."""
+        return getattr(torch, self.amp)
+
     def progress(self, step: int) -> float:
         """The share of the run that is done in the middle of a step, which is what schedules go by."""
         return (step + 0.5) / self.steps
@@ -104,6 +118,14 @@ def _check_not_negative(name: str, number: float) -> float:
     if number < 0:
         raise ValueError(f"{name} must not be negative, got {number}")
     return number
+
+
+def _check_amp(name: str, amp: bool | str) -> bool | str:
+    if amp is True:
+        return "bfloat16"
+    if amp is not False and amp not in AMP:
+        raise ValueError(f"{name} must be True, False or one of {', '.join(map(repr, AMP))}, got {amp!r}")
+    return amp
 
 
 def _check_clip(name: str, norm: float) -> float:

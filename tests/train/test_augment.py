@@ -13,6 +13,7 @@ pytest.importorskip("sklearn")
 
 from fastssl.train import create
 from fastssl.train.data.augment import Augmentation, gaussian_blur, to_float, turn_hue
+from fastssl.train.data.draw import Draw
 
 NOTHING = Augmentation(min_scale=1, max_aspect=1, flip=0, jitter=0, grey=0, blur=0)
 ALL = Augmentation(solarise=0.5)
@@ -41,8 +42,8 @@ def test_views_are_reproducible_and_differ_within_a_batch(shape):
 @pytest.mark.parametrize("shape", [(28, 28), (3, 32, 32)])
 def test_views_of_some_examples_are_those_that_they_have_in_the_whole_batch(shape):
     batch, rows = pictures(12, *shape), torch.tensor([7, 2, 11])
-    draws = ALL.draw(12, generator())
-    torch.testing.assert_close(ALL.apply(batch[rows], draws[rows]), ALL(batch, generator())[rows])
+    draw = Draw(generator(), 12, rows)
+    torch.testing.assert_close(ALL(batch[rows], draw), ALL(batch, generator())[rows])
 
 
 def test_nothing_changes_nothing():

@@ -152,9 +152,9 @@ def test_reports_fit_a_terminal_of_80_columns():
     [
         (torch.eye(64), 64, 1, None),
         (torch.eye(4).repeat(16, 1), 4, 1, None),
-        (torch.full((64, 32), 1 / 32), 32, 32, "the same distribution, over 32.0 prototypes"),
-        (torch.eye(32)[:1].expand(64, 32), 1, 1, "the same distribution, over 1.0 prototypes"),
-        (torch.tensor([0.5, 0.5, 0, 0]).expand(64, 4), 2, 2, "the same distribution, over 2.0 prototypes"),
+        (torch.full((64, 32), 1 / 32), 32, 32, "the same distribution, over 32 prototypes"),
+        (torch.eye(32)[:1].expand(64, 32), 1, 1, "the same distribution, over 1 prototypes"),
+        (torch.tensor([0.5, 0.5, 0, 0]).expand(64, 4), 2, 2, "the same distribution, over 2 prototypes"),
         ((0.5 * torch.eye(2) + 0.25).repeat(32, 1), 2, math.exp(0.5623351), None),
         (torch.full((64, 4), math.nan), math.nan, math.nan, "the same distribution, over nan prototypes"),
     ],

@@ -25,7 +25,7 @@ from tests.train.runs import new, run, tiny
         ({"layer_decay": None}, TypeError, "layer_decay must be a number, got NoneType"),
         ({"layer_decay": 2}, ValueError, "layer_decay must be above 0 and at most 1, got 2"),
         ({"clip": "short"}, TypeError, "clip must be a number, got str"),
-        ({"amp": "yes"}, TypeError, "amp must be True or False, got 'yes'"),
+        ({"amp": "yes"}, ValueError, "amp must be True, False or one of 'bfloat16', 'float16', got 'yes'"),
         ({"seed": 1.5}, TypeError, "seed must be an integer, got float"),
         ({"optimizer": 3}, ValueError, "optimizer must be one of 'adamw', 'lars', got 3"),
         ({"checkpoint": 3}, TypeError, "checkpoint must be a path or None, got int"),

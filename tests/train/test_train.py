@@ -82,7 +82,7 @@ def test_cutting_the_graph_at_the_embeddings_changes_no_update(images):
     method = new_twins()["naive"]
     plain = copy.deepcopy(method)
     views = method.views(images.train[:32], generator())
-    step = train_step(method, views, torch.optim.SGD(method.parameters(), 0.1), Run(batch_size=32, steps=1))
+    step = train_step(method, views, torch.optim.SGD(method.parameters(), 0.1), Run(batch_size=32, steps=1)).read()
     loss = plain.loss(*plain(*views))
     loss.backward()
     torch.optim.SGD(plain.parameters(), 0.1).step()

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastssl._checks import check_number, check_share
+from fastssl.train.data.draw import Draw
+from fastssl.train.device import move
 
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as torchvision and PIL have it
 _DRAWS = 14  # random numbers that a view takes
@@ -80,17 +82,12 @@ class Augmentation:
         if not 0.1 <= self.max_sigma < math.inf:
             raise ValueError(f"max_sigma must be at least 0.1, got {self.max_sigma}")
 
-    def __call__(self, images: Tensor, generator: torch.Generator, size: int | None = None) -> Tensor:
+    def __call__(self, images: Tensor, draw: Draw | torch.Generator, size: int | None = None) -> Tensor:
         """uint8 images, see `to_float` -> (B, 1 or 3, size, size) float32 views in [0, 1]; size None: the images'."""
-        return self.apply(images, self.draw(len(images), generator), size)
-
-    @staticmethod
-    def draw(examples: int, generator: torch.Generator) -> Tensor:
-        """What is random in the views of a batch: a row of uniform numbers for each example."""
-        return torch.rand(examples, _DRAWS, generator=generator, device=generator.device)
+        return self.apply(images, Draw.of(draw, images).uniform(_DRAWS), size)
 
     def apply(self, images: Tensor, draws: Tensor, size: int | None = None) -> Tensor:
-        """The views of images that have these rows of what `draw` drew. Nothing else is random."""
+        """The views of images that have these rows of 14 uniform numbers. Nothing else is random."""
         area, aspect, x, y, flip, jitter, *factors, hue, grey, blur, sigma, solarise = draws.to(images.device).T
         height, width = images.shape[-2:] if size is None else (size, size)
         view = self._crop(to_float(images), area, aspect, x, y, flip < self.flip, (height, width))
@@ -150,7 +147,7 @@ def turn_hue(images: Tensor, turns: Tensor) -> Tensor:
         value == red, green - blue, torch.where(value == green, blue - red + 2 * chroma, red - green + 4 * chroma)
     ) / chroma.where(chroma > 0, 1)
     hue = sixth + 6 * turns.view(-1, 1, 1)
-    place = (hue.unsqueeze(1) + torch.tensor([5.0, 3.0, 1.0], device=images.device).view(1, 3, 1, 1)).remainder_(6)
+    place = torch.stack([hue + sixths for sixths in (5, 3, 1)], 1).remainder_(6)
     return value.unsqueeze(1) - chroma.unsqueeze(1) * torch.minimum(place, 4 - place).clamp_(0, 1)
 
 
@@ -168,7 +165,7 @@ def _luma(images: Tensor) -> Tensor:
     """(B, 3, H, W) -> (B, 1, H, W), the grey of each pixel; grey images as they are."""
     if images.shape[1] == 1:
         return images
-    return torch.tensordot(images, torch.tensor(_LUMA, device=images.device), ([1], [0])).unsqueeze(1)
+    return torch.tensordot(images, move(torch.tensor(_LUMA), images.device), ([1], [0])).unsqueeze(1)
 
 
 def _each(numbers: Tensor) -> Tensor:

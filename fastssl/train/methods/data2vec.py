@@ -10,6 +10,7 @@ from fastssl.functional import block_masking_ids, masked_feature_loss
 from fastssl.nn import EMA
 from fastssl.ops._precision import widen
 from fastssl.train.data.augment import CROPPED
+from fastssl.train.data.draw import Draw
 from fastssl.train.method import Method
 from fastssl.train.networks.vit import ViT
 
@@ -55,12 +56,13 @@ class Data2Vec(Method):
         self.predictor = nn.Linear(self.encoder.features, self.encoder.features)
         self.teacher = EMA(self.encoder, momentum, schedule="cosine", total_steps=total_steps)
 
-    def views(self, batch: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
-        (images,), side = super().views(batch, generator), self.encoder.side
+    def views(self, batch: Tensor, draw: Draw) -> tuple[Tensor, ...]:
+        draw, side = Draw.of(draw, batch), self.encoder.side
+        (images,) = super().views(batch, draw)
         _, mask, _ = block_masking_ids(
-            len(images), side, side, self.mask_ratio, min_block=max(1, side * side // 12), generator=generator
+            draw.examples, side, side, self.mask_ratio, min_block=max(1, side * side // 12), generator=draw.generator
         )
-        return images, mask
+        return images, draw.own(mask)
 
     def forward(self, images: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
         tokens = self.encoder.layers(self.encoder.embed(images, mask=mask, mask_token=self.mask_token))

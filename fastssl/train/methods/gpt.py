@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastssl.train.data.subwords import LENGTH, Subwords
+from fastssl.train.device import move
 from fastssl.train.language import LanguageModel, write
 
 
@@ -33,6 +34,10 @@ class GPT(LanguageModel):
         begun = LENGTH // 8
         texts = dataset.test[:: max(1, len(dataset.test) // count)][:count, :begun]
         generator = torch.Generator().manual_seed(0)
-        texts = write(lambda tokens: self.logits(self.encoder(tokens)[:, -1]), texts, LENGTH, temperature, generator)
+
+        def logits(tokens: Tensor) -> Tensor:
+            return self.logits(self.encoder(move(tokens, self.device))[:, -1])
+
+        texts = write(logits, texts, LENGTH, temperature, generator)
         self.train(training)
         return [f"{dataset.decode(text[:begun])} ... {dataset.decode(text[begun:])}" for text in texts]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fastssl.functional import block_masking_ids, gather_tokens, prototype_distillation_loss, update_center_
 from fastssl.nn import DINOHead
 from fastssl.ops._precision import widen
+from fastssl.train.data.draw import Draw
 from fastssl.train.methods.dino import DINO
 from fastssl.train.multi_crop import by_size
 from fastssl.train.networks.vit import ViT
@@ -86,15 +87,17 @@ class IBOT(DINO):
         self.mask_token = nn.Parameter(0.02 * torch.randn(self.encoder.features))
         self.register_buffer("patch_center", torch.zeros(prototypes))
 
-    def views(self, batch: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
+    def views(self, batch: Tensor, draw: Draw) -> tuple[Tensor, ...]:
         """The crops, where one of the global ones is masked (B, L), the masked patches (B, M), and whether it is the
         first (B,)."""
-        views, side = super().views(batch, generator), self.encoder.side
+        draw, side = Draw.of(draw, batch), self.encoder.side
+        views = super().views(batch, draw)
         ids_keep, mask, _ = block_masking_ids(
-            len(batch), side, side, self.mask_ratio, min_block=max(1, side * side // 12), generator=generator
+            draw.examples, side, side, self.mask_ratio, min_block=max(1, side * side // 12), generator=draw.generator
         )
+        mask = draw.own(mask)
         ids = mask.argsort(dim=1, descending=True, stable=True)[:, : mask.shape[1] - ids_keep.shape[1]]
-        return *views, mask, ids, torch.rand(len(batch), generator=generator) < 0.5
+        return *views, mask, ids, draw.uniform() < 0.5
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """The student's and the teacher's features of the masked patches (B, M, D), of which prototypes make logits;

@@ -11,6 +11,7 @@ from fastssl.functional import block_masking_ids, masked_feature_loss, restore_t
 from fastssl.nn import EMA
 from fastssl.ops._precision import widen
 from fastssl.train.data.augment import CROPPED
+from fastssl.train.data.draw import Draw
 from fastssl.train.method import Method
 from fastssl.train.networks.vit import ViT, layers, position_embedding
 
@@ -55,12 +56,13 @@ class JEPA(Method):
         self.predictor = nn.Sequential(layers(2, features, heads=4), nn.Linear(features, self.encoder.features))
         self.teacher = EMA(self.encoder, momentum, schedule="cosine", total_steps=total_steps)
 
-    def views(self, batch: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
-        (images,), side = super().views(batch, generator), self.encoder.side
+    def views(self, batch: Tensor, draw: Draw) -> tuple[Tensor, ...]:
+        draw, side = Draw.of(draw, batch), self.encoder.side
+        (images,) = super().views(batch, draw)
         ids_keep, mask, ids_restore = block_masking_ids(
-            len(images), side, side, self.mask_ratio, min_block=max(1, side * side // 12), generator=generator
+            draw.examples, side, side, self.mask_ratio, min_block=max(1, side * side // 12), generator=draw.generator
         )
-        return images, ids_keep, ids_restore, mask
+        return images, *draw.own((ids_keep, ids_restore, mask))
 
     def forward(self, images: Tensor, ids_keep: Tensor, ids_restore: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
         context = self.to_predictor(self.encoder(images, ids_keep))

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from fastssl.functional import masked_patch_loss, random_masking_ids, restore_tokens
 from fastssl.train.data.augment import CROPPED, to_float
+from fastssl.train.data.draw import Draw
 from fastssl.train.data.images import Images
+from fastssl.train.device import move
 from fastssl.train.method import Method
 from fastssl.train.networks.vit import ViT, layers, position_embedding
 
@@ -43,10 +45,11 @@ class MAE(Method):
         self.register_buffer("pos_embed", position_embedding(side, features), persistent=False)
         self.decoder = nn.Sequential(layers(1, features, heads=4), nn.Linear(features, colours * self.patch_size**2))
 
-    def views(self, batch: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
+    def views(self, batch: Tensor, draw: Draw) -> tuple[Tensor, ...]:
         """uint8 images -> cropped and mirrored images; which patches stay, all patches' places, and mask."""
-        (images,) = super().views(batch, generator)
-        return images, *self.mask(len(images), generator)
+        draw = Draw.of(draw, batch)
+        (images,) = super().views(batch, draw)
+        return images, *draw.own(self.mask(draw.examples, draw.generator))
 
     def mask(self, images: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """ids_keep, ids_restore and mask, at random."""
@@ -71,7 +74,7 @@ class MAE(Method):
         images = to_float(dataset.test[:count])
         count, colours = images.shape[:2]
         ids_keep, ids_restore, mask = self.mask(count, torch.Generator().manual_seed(0))
-        painted, *_ = self(images, ids_keep, ids_restore, mask)
+        painted = self(*move((images, ids_keep, ids_restore, mask), self.device))[0].cpu()
         patches = F.unfold(images, self.patch_size, stride=self.patch_size).transpose(1, 2)
         painted = painted.unflatten(2, (-1, colours)).transpose(2, 3).flatten(2)  # colours first, as unfold has them
         if self.norm_pix_loss:  # the decoder knows no patch's mean and deviation: here they are the true ones

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from fastssl.functional import info_nce, topk_similarity
 from fastssl.train.data import text
+from fastssl.train.data.draw import Draw
 from fastssl.train.data.text import VOCABULARY, Sentences
+from fastssl.train.device import move
 from fastssl.train.method import Method
 from fastssl.train.networks.models import BagOfWords
 
@@ -33,7 +35,7 @@ class SimCSE(Method):
     def load(directory: str | os.PathLike[str] | None) -> Sentences:
         return text.load(directory)
 
-    def views(self, batch: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
+    def views(self, batch: Tensor, draw: Draw) -> tuple[Tensor, ...]:
         """(B, LENGTH) tokens, as they are: what is random is dropout."""
         return (batch,)
 
@@ -49,10 +51,10 @@ class SimCSE(Method):
         """The share of test sentences whose neighbour in the text, the one before or after, is among the nearest."""
         training = self.training
         self.eval()
-        z = torch.cat([self.encoder(tokens) for tokens in dataset.test.split(1024)])
+        z = torch.cat([self.encoder(move(tokens, self.device)) for tokens in dataset.test.split(1024)])
         self.train(training)
         place = torch.arange(len(z)).unsqueeze(1)
         _, nearest = topk_similarity(z, z, min(11, len(z)))  # itself included
-        adjacent = (nearest - place).abs() == 1
+        adjacent = (nearest.cpu() - place).abs() == 1
         shares = {k: adjacent[:, : k + 1].any(1).float().mean().item() for k in (1, 10)}
         return {f"recall@{k} of neighbours among {len(z)} sentences": share for k, share in shares.items()}

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from fastssl.functional import sup_con
+from fastssl.train.data.draw import Draw
 from fastssl.train.data.images import Images
 from fastssl.train.two_views import TwoViews
 
@@ -26,9 +27,9 @@ class SupCon(TwoViews):
     def training_data(dataset: Images) -> TensorDataset:
         return dataset.labelled()
 
-    def views(self, batch: tuple[Tensor, Tensor], generator: torch.Generator) -> tuple[Tensor, ...]:
+    def views(self, batch: tuple[Tensor, Tensor], draw: Draw) -> tuple[Tensor, ...]:
         images, labels = batch
-        return *super().views(images, generator), labels
+        return *super().views(images, draw), labels
 
     def forward(self, view1: Tensor, view2: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         return torch.stack(super().forward(view1, view2), 1), labels

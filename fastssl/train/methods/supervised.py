@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from fastssl.train.data.augment import MILD
+from fastssl.train.data.draw import Draw
 from fastssl.train.data.images import Images
 from fastssl.train.evaluate import accuracies, pooled
 from fastssl.train.method import Method
@@ -39,9 +39,9 @@ class Supervised(Method):
     def training_data(dataset: Images) -> TensorDataset:
         return dataset.labelled()
 
-    def views(self, batch: tuple[Tensor, Tensor], generator: torch.Generator) -> tuple[Tensor, ...]:
+    def views(self, batch: tuple[Tensor, Tensor], draw: Draw) -> tuple[Tensor, ...]:
         images, labels = batch
-        return *super().views(images, generator), labels
+        return *super().views(images, draw), labels
 
     def forward(self, view: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         return pooled(self.encoder(view)), labels

@@ -96,7 +96,8 @@ class ViT(nn.Module):
         rows, columns = (length // self.patch_size for length in images.shape[-2:])
         if rows == columns == self.side:
             return self.pos_embed
-        return position_embedding((rows, columns), self.features, self.side).to(self.pos_embed)
+        device = self.pos_embed.device
+        return position_embedding((rows, columns), self.features, self.side, device).to(self.pos_embed.dtype)
 
 
 class Layer(nn.Module):
@@ -142,7 +143,9 @@ def layers(depth: int, features: int, heads: int, drop_path: float = 0.0, layer_
     return nn.Sequential(*(Layer(features, heads, share, layer_scale) for share in shares), nn.LayerNorm(features))
 
 
-def position_embedding(side: int | tuple[int, int], features: int, reference: int | None = None) -> Tensor:
+def position_embedding(
+    side: int | tuple[int, int], features: int, reference: int | None = None, device: torch.device | None = None
+) -> Tensor:
     """(rows x columns, features): sines and cosines of each patch's column, then of its row, at features / 4
     frequencies.
 
@@ -151,11 +154,12 @@ def position_embedding(side: int | tuple[int, int], features: int, reference: in
         features: a multiple of 4.
         reference: the patches are spread over a square of that many rows and columns, one apart; None: they are one
             apart themselves.
+        device: of the result.
     """
-    frequency = 10000 ** -(torch.arange(features // 4) / (features // 4))
+    frequency = 10000 ** -(torch.arange(features // 4, device=device) / (features // 4))
 
     def along(count: int) -> Tensor:
-        steps = torch.arange(count)
+        steps = torch.arange(count, device=device)
         place = steps if reference is None else (steps + 0.5) * (reference / count) - 0.5
         angle = place[:, None] * frequency
         return torch.cat([angle.sin(), angle.cos()], 1)  # (count, features / 2)
