@@ -50,7 +50,12 @@ def new(name: str, dtype: torch.dtype = torch.float64) -> Method:
         method.temperature = 1e-12  # its draws differ, too
     method.to(dtype)
     views = method.views
-    method.views = lambda *args: tuple(x.to(dtype) if x.is_floating_point() else x for x in views(*args))
+
+    @functools.wraps(views)  # whose arguments say whether this process's share is enough
+    def converted(*args: Any) -> tuple[Tensor, ...]:
+        return tuple(x.to(dtype) if x.is_floating_point() else x for x in views(*args))
+
+    method.views = converted
     return method
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from fastssl.functional import block_masking_ids, linear_cross_entropy
 from fastssl.train import clusters
 from fastssl.train.data.augment import CROPPED, to_float
+from fastssl.train.data.draw import Draw
 from fastssl.train.data.images import Images
 from fastssl.train.method import Method
 from fastssl.train.networks.vit import ViT
@@ -53,12 +54,14 @@ class BEiT(Method):
         """(B, colours, H, W) -> (B, L, pixels)."""
         return F.unfold(images, self.patch_size, stride=self.patch_size).transpose(1, 2)
 
-    def views(self, batch: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
+    def views(self, batch: Tensor, draw: Draw) -> tuple[Tensor, ...]:
         """uint8 images -> cropped and mirrored images; mask (B, L); codes (B, L) of hidden patches, -100 elsewhere."""
-        (images,), side = super().views(batch, generator), self.encoder.side
+        draw, side = Draw.of(draw, batch), self.encoder.side
+        (images,) = super().views(batch, draw)
         _, mask, _ = block_masking_ids(
-            len(images), side, side, self.mask_ratio, min_block=max(1, side * side // 12), generator=generator
+            draw.examples, side, side, self.mask_ratio, min_block=max(1, side * side // 12), generator=draw.generator
         )
+        mask = draw.own(mask)
         patches = self.patches(images).flatten(0, 1).to(self.centroids)
         codes = clusters.assign(patches, self.centroids).view(mask.shape)
         return images, mask, codes.masked_fill(mask == 0, -100)

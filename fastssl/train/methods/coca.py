@@ -12,6 +12,7 @@ from fastssl.functional import clip_loss, linear_cross_entropy
 from fastssl.train.data import captions
 from fastssl.train.data.augment import to_float
 from fastssl.train.data.captions import END, LENGTH, PADDING, VOCABULARY, Captions
+from fastssl.train.device import move
 from fastssl.train.image_text import ImageText
 from fastssl.train.language import log_frequencies, marks, write
 from fastssl.train.networks.transformer import Attention, Decoder, Transformer
@@ -95,9 +96,9 @@ class CoCa(ImageText):
         self.eval()
         logits, labels = [], []
         for images, tokens in zip(*(x.split(256) for x in dataset.test.tensors), strict=True):
-            *_, features, label = self(to_float(images), tokens)
-            logits.append(self.logits(features[label != PADDING]).log_softmax(1))
-            labels.append(label[label != PADDING])
+            *_, features, label = self(to_float(move(images, self.device)), move(tokens, self.device))
+            logits.append(self.logits(features[label != PADDING]).log_softmax(1).cpu())
+            labels.append(label[label != PADDING].cpu())
         self.train(training)
         found = marks(torch.cat(logits), torch.cat(labels), self.unigram(dataset), "subwords of captions")
         return super().evaluate(dataset) | found
@@ -108,10 +109,10 @@ class CoCa(ImageText):
         training = self.training
         self.eval()
         images, captions = (x[:: max(1, len(x) // count)][:count] for x in dataset.test.tensors)
-        patches, begin = self.encoder(to_float(images)), torch.full((len(images), 1), END)
+        patches, begin = self.encoder(to_float(move(images, self.device))), torch.full((len(images), 1), END)
 
         def logits(tokens: Tensor) -> Tensor:
-            return self.logits(self.decoder(self.text_encoder(tokens), patches)[:, -1])
+            return self.logits(self.decoder(self.text_encoder(move(tokens, self.device)), patches)[:, -1])
 
         texts = write(logits, begin, captions.shape[1])
         self.train(training)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastssl.functional import span_corruption
 from fastssl.train.data.subwords import LENGTH, VOCABULARY, Subwords
+from fastssl.train.device import move
 from fastssl.train.language import LanguageModel, write
 from fastssl.train.networks.transformer import Decoder
 
@@ -60,8 +61,12 @@ class T5(LanguageModel):
         self.eval()
         texts = dataset.test[:: max(1, len(dataset.test) // count)][:count]
         inputs, labels = self.views(texts, torch.Generator().manual_seed(0))
-        read, begin = self.encoder(inputs), labels.new_zeros((len(labels), 1))
-        ours = write(lambda tokens: self.logits(self.decode(tokens, read)[:, -1]), begin, 1 + labels.shape[1])[:, 1:]
+        read, begin = self.encoder(move(inputs, self.device)), labels.new_zeros((len(labels), 1))
+
+        def logits(tokens: Tensor) -> Tensor:
+            return self.logits(self.decode(move(tokens, self.device), read)[:, -1])
+
+        ours = write(logits, begin, 1 + labels.shape[1])[:, 1:]
         self.train(training)
 
         def filled(text: Tensor, ours: Tensor, labels: Tensor) -> str:
