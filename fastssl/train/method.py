@@ -2,7 +2,7 @@
 
 A method is a `Method`, a torch.nn.Module. One step of `fastssl.train.fit` calls, in this order,
 
-    views(batch, generator) -> inputs       a batch of the data -> the model's inputs, random
+    views(batch, draw) -> inputs            a process's examples of a batch -> the model's inputs, random
     forward(*inputs) -> embeddings          the networks: a tuple of tensors, of which at least one has a gradient;
                                             others are constants of the loss, such as a teacher's output or labels
     loss(*embeddings) -> 0-d tensor         what the method is about, separate so that it can be measured alone
@@ -10,8 +10,10 @@ A method is a `Method`, a torch.nn.Module. One step of `fastssl.train.fit` calls
 
 inputs and embeddings are tensors with a row for each example of the batch. Parameters that the optimiser does not
 train, such as a teacher's, do not require gradients. Everything that a step depends on must be in state_dict, for
-checkpoints. Random numbers come from views' generator, or from PyTorch's default one (dropout), which has a seed for
-each step.
+checkpoints. Random numbers come from `draw` (`fastssl.train.data.draw`), which has for each example what it has in
+the whole batch, or from PyTorch's default one (dropout), which has a seed for each step. Where the second argument
+is called generator, `views` gets the whole batch, on the CPU, and a torch.Generator, and each process takes its share
+of what is returned.
 
 The data are anything with len() that can be indexed by an int64 tensor of positions: data[positions] is the batch that
 `views` gets. Examples are a tensor of images, and torch.utils.data.TensorDataset(images, labels), whose batches are

@@ -1,6 +1,7 @@
 """Data parallelism: the processes of torch.distributed's default group do together what one process does alone.
 
-    views        Every process draws those of the whole batch under the same generator, and takes its share of the rows.
+    views        Each process makes those of its share of the examples, from random numbers of their own: they are those
+                 that one process would make.
     networks     Each process has all of them, and embeds its share. Batch normalisation is that of the whole batch, see
                  `fastssl.train.networks.batch_norm`.
     loss         The embeddings of all processes are gathered, in the batch's order, and every process takes the loss of
@@ -10,9 +11,8 @@
                  is of as many times the one loss: for the parameters behind them the mean makes the sum of the shares
                  out of that. A parameter of the loss itself, such as a temperature, has the same gradient everywhere.
 
-The first process alone prints, and reads and writes files. Costs: a process holds the views and the embeddings of the
-whole batch, but not its activations; drawing the views and the loss are not shared out, and take each process as long
-as one alone.
+The first process alone prints, and reads and writes files. Costs: a process holds the embeddings of the whole batch,
+but not its views and activations; the loss is not shared out, and takes each process as long as one alone.
 """
 
 from __future__ import annotations
