@@ -56,6 +56,35 @@ def as_double(sample: Sample) -> Sample:
     return map_tensors(sample, lambda x: x.detach().double().requires_grad_(x.requires_grad))
 
 
+def moved(x: Any, device: str) -> Any:
+    """Tensors in tuples, lists and dicts, to that device, but for those on "meta"."""
+    if isinstance(x, dict):
+        return {key: moved(value, device) for key, value in x.items()}
+    if isinstance(x, (list, tuple)):
+        return type(x)(moved(y, device) for y in x)
+    if not isinstance(x, Tensor) or x.is_meta or device == "cpu":
+        return x
+    return x.detach().to(device).requires_grad_(x.requires_grad)
+
+
+def on_cpu(sample: Sample) -> Sample:
+    """Itself, if it is there."""
+
+    def copy(x: Tensor) -> Tensor:
+        return x.detach().cpu().requires_grad_(x.requires_grad)
+
+    if all(x.device.type == "cpu" for x in tensors_of(sample)):
+        return sample
+    kwargs = {k: _map(v, copy) for k, v in sample.kwargs.items()}
+    return Sample(sample.label, tuple(_map(x, copy) for x in sample.args), kwargs, sample.tags)
+
+
+def device_of(sample: Sample) -> torch.device:
+    """Of its tensors, but for some on the CPU; the CPU, where it has none."""
+    devices = [x.device for x in tensors_of(sample)]
+    return next((d for d in devices if d.type != "cpu"), torch.device("cpu"))
+
+
 def unreduced(spec: OpSpec, sample: Sample) -> Sample:
     """`sample`, reduced as little as the operation can."""
     if not spec.reductions:
@@ -86,8 +115,8 @@ def leaves_of(sample: Sample) -> list[Tensor]:
 
 
 def cotangent_for(output: Tensor) -> Tensor:
-    generator = torch.Generator().manual_seed(1)
-    return torch.randn(output.shape, generator=generator).to(output.device, output.dtype)
+    generator = torch.Generator("cpu").manual_seed(1)
+    return torch.randn(output.shape, generator=generator, device="cpu").to(output.device, output.dtype)
 
 
 def with_tensors(args: Iterable[Any]) -> tuple[Any, ...]:
@@ -116,7 +145,8 @@ def values(results: Results, sample: Sample) -> Results:
 
 
 def truth_and_eager(spec: OpSpec, sample: Sample) -> tuple[Results, Results]:
-    """What the reference makes of the sample in float64, and in the sample's dtype."""
+    """What the reference makes of the sample on the CPU, in float64, and in the sample's dtype."""
+    sample = on_cpu(sample)
     return evaluate(reference(spec), as_double(sample)), evaluate(reference(spec), sample)
 
 
@@ -141,8 +171,9 @@ def same_bits(x: Tensor, y: Tensor) -> bool:
 
 
 def natural_sizes(spec: OpSpec, sample: Sample, truth: Results) -> list[tuple[Tensor | float, float]]:
-    """(weight, size) of each value and each gradient: weight * result would have a norm of about `size`, were it not
-    for cancellation. The gradient of a row is inverse to its length."""
+    """(weight, size) of each value and each gradient, on the CPU: weight * result would have a norm of about `size`,
+    were it not for cancellation. The gradient of a row is inverse to its length."""
+    sample = on_cpu(sample)
     magnitude, outputs = spec.magnitude(sample), values(truth, sample)
     sizes: list[tuple[Tensor | float, float]] = [
         (1.0, magnitude * x.numel() ** 0.5 + x.double().norm().item()) for x in outputs
@@ -167,6 +198,7 @@ def assert_as_accurate_as_eager(
     """Errors against float64 are at most twice those of eager PyTorch, or a few units in the last place before sums:
     four, or as many as rounding leaves in a plain sum over the rows, about the root of their number. What is no
     floating-point number is equal. Of outputs that the arguments do not settle, what the operation says holds."""
+    sample = on_cpu(sample)
     if spec.check is not None:
         spec.check(sample, *values(results, sample))
         return
