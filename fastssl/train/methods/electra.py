@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from fastssl.functional import gather_tokens, linear_categorical, random_masking_ids
 from fastssl.train.data.subwords import VOCABULARY, Subwords
+from fastssl.train.device import move
 from fastssl.train.language import LanguageModel
-from fastssl.train.networks.transformer import layers
+from fastssl.train.networks.transformer import Layers
 
 
 class ELECTRA(LanguageModel):
@@ -41,7 +42,7 @@ class ELECTRA(LanguageModel):
             raise ValueError(f"probability must be at most 1, got {probability}")
         self.probability, self.temperature, self.discriminator_weight = probability, temperature, discriminator_weight
         width = features // 2
-        self.generator = nn.Sequential(nn.Linear(features, width), layers(depth, width), nn.Linear(width, features))
+        self.generator = nn.Sequential(nn.Linear(features, width), Layers(depth, width), nn.Linear(width, features))
         self.head = nn.Linear(features, 1)
 
     def views(self, batch: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
@@ -75,9 +76,10 @@ class ELECTRA(LanguageModel):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             found = self.marks(dataset, "hidden subwords")
-            *_, features, replaced = self(*self.views(dataset.test[:512], torch.Generator().manual_seed(0)))
+            inputs = self.views(dataset.test[:512], torch.Generator().manual_seed(0))
+            *_, features, replaced = self(*move(inputs, self.device))
         self.train(training)
         share, scores = replaced.double().mean(), self.head(features)
-        precision = average_precision_score(replaced.flatten().numpy(), scores.flatten().numpy())
+        precision = average_precision_score(replaced.flatten().cpu().numpy(), scores.flatten().cpu().numpy())
         found[f"average precision of replaced subwords ({share:.1%}: by chance)"] = precision
         return found | self.probe(dataset)

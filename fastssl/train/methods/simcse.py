@@ -41,7 +41,11 @@ class SimCSE(Method):
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, ...]:
         """The model's input -> (B, features), twice."""
-        return self.encoder(tokens), self.encoder(tokens)
+        return self.embed(tokens), self.embed(tokens)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """(B, L) -> (B, features)."""
+        return self.encoder(tokens)
 
     def loss(self, z1: Tensor, z2: Tensor) -> Tensor:
         return info_nce(z1, z2, temperature=self.temperature)
@@ -51,7 +55,7 @@ class SimCSE(Method):
         """The share of test sentences whose neighbour in the text, the one before or after, is among the nearest."""
         training = self.training
         self.eval()
-        z = torch.cat([self.encoder(move(tokens, self.device)) for tokens in dataset.test.split(1024)])
+        z = torch.cat([self.embed(move(tokens, self.device)) for tokens in dataset.test.split(1024)])
         self.train(training)
         place = torch.arange(len(z)).unsqueeze(1)
         _, nearest = topk_similarity(z, z, min(11, len(z)))  # itself included
