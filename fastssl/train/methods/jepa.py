@@ -24,7 +24,8 @@ class JEPA(Method):
         total_steps: the length of the run, over which the teacher's momentum rises to 1.
         mask_ratio: the share of patches that is hidden: at least one is, and not all.
         beta: the distance at which the loss turns from a square into a line.
-        momentum: of the teacher at first; the paper's 0.996 is for longer runs.
+        momentum: of the teacher at first, as in the paper. With 0.98 the targets soon say no more of a patch than where
+            it is.
         size, colours: of the images.
     """
 
@@ -40,7 +41,7 @@ class JEPA(Method):
         total_steps: int,
         mask_ratio: float = 0.7,
         beta: float = 1.0,
-        momentum: float = 0.98,
+        momentum: float = 0.996,
         size: int = 28,
         colours: int = 1,
     ) -> None:
