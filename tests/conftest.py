@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -10,7 +12,7 @@ from benchmarks.ops import peers
 from fastssl import _native
 from fastssl.reference import OPS
 from tests.accuracy import dtype_of
-from tests.devices import DEVICES, device_param
+from tests.devices import DEVICES, MadeOn, device_param
 
 if _native.status()["_C"] is None:
     from fastssl import _C
@@ -88,7 +90,7 @@ def _global_settings():
 @pytest.fixture(params=[device_param(device) for device in DEVICES])
 def device(request):
     """Runs the test on every device, where tensors and modules are made unless it says otherwise."""
-    with torch.device(request.param):
+    with nullcontext() if request.param == "cpu" else MadeOn(request.param):
         yield request.param
 
 

@@ -12,6 +12,8 @@ from fastssl import nn as ours
 from fastssl.functional import koleo_loss, prototype_distillation_loss, sinkhorn_knopp
 from fastssl.integrations import dinov2
 
+pytestmark = pytest.mark.usefixtures("device")
+
 K = 37
 
 
