@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastssl.distributed import ProcessGroup
 from fastssl.functional import block_masking_ids, masked_feature_loss
 from fastssl.nn import EMA
 from fastssl.ops._precision import widen
@@ -79,10 +80,10 @@ class Data2Vec(Method):
             outputs.append(F.layer_norm(widen(tokens), tokens.shape[2:]))
         return torch.stack(outputs[-self.top_layers :]).mean(0)
 
-    def loss(self, prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    def loss(self, prediction: Tensor, target: Tensor, mask: Tensor, group: ProcessGroup | None = None) -> Tensor:
         return masked_feature_loss(prediction, target, mask, beta=self.beta)
 
-    def after_step(self, *embeddings: Tensor) -> None:
+    def after_step(self, *embeddings: Tensor, group: ProcessGroup | None = None) -> None:
         self.teacher.update(self.encoder)
 
     def monitored(self, prediction: Tensor, target: Tensor, mask: Tensor) -> tuple[Tensor]:

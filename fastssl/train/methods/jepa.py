@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastssl.distributed import ProcessGroup
 from fastssl.functional import block_masking_ids, masked_feature_loss, restore_tokens
 from fastssl.nn import EMA
 from fastssl.ops._precision import widen
@@ -72,10 +73,10 @@ class JEPA(Method):
             target = widen(self.teacher(images))
         return prediction, F.layer_norm(target, target.shape[2:]), mask
 
-    def loss(self, prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    def loss(self, prediction: Tensor, target: Tensor, mask: Tensor, group: ProcessGroup | None = None) -> Tensor:
         return masked_feature_loss(prediction, target, mask, beta=self.beta)
 
-    def after_step(self, *embeddings: Tensor) -> None:
+    def after_step(self, *embeddings: Tensor, group: ProcessGroup | None = None) -> None:
         self.teacher.update(self.encoder)
 
     def monitored(self, prediction: Tensor, target: Tensor, mask: Tensor) -> tuple[Tensor]:

@@ -7,6 +7,7 @@ import os
 import torch
 from torch import Tensor
 
+from fastssl.distributed import ProcessGroup
 from fastssl.functional import info_nce, topk_similarity
 from fastssl.train.data import text
 from fastssl.train.data.draw import Draw
@@ -47,8 +48,8 @@ class SimCSE(Method):
         """(B, L) -> (B, features)."""
         return self.encoder(tokens)
 
-    def loss(self, z1: Tensor, z2: Tensor) -> Tensor:
-        return info_nce(z1, z2, temperature=self.temperature)
+    def loss(self, z1: Tensor, z2: Tensor, group: ProcessGroup | None = None) -> Tensor:
+        return info_nce(z1, z2, temperature=self.temperature, group=group)
 
     @torch.no_grad()
     def evaluate(self, dataset: Sentences) -> dict[str, float]:
