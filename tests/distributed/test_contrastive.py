@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -11,6 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastssl
 from fastssl import distributed
@@ -244,6 +246,40 @@ def _check_no_process_holds_the_batch() -> None:
         assert largest < 2.5 * parts[0].nbytes, (name, largest)
 
 
+class _Products(TorchDispatchMode):
+    """Counts the multiplications of rows with rows, in all operations of the family."""
+
+    TIMES = {  # M x N products of rows, or sums over as many, of each
+        "self_logsumexp": 0.5, "self_logsumexp_backward": 1.5, "pair_logsumexp": 1, "pair_logsumexp_backward": 3,
+        "nt_xent": 0.5, "nt_xent_backward": 1.5, "sup_con": 0.5, "sup_con_backward": 1.5,
+    }  # fmt: skip
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found = 0.0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__.removesuffix("_portable")
+        if name in self.TIMES:
+            rows = [len(x) for x in args if isinstance(x, Tensor) and x.dim() == 2]
+            sides = (sum(rows), sum(rows)) if name.startswith("nt_xent") else (rows[0], rows[-1])
+            self.found += self.TIMES[name] * math.prod(sides)
+        return function(*args, **(kwargs or {}))
+
+
+def _check_products_fall_with_the_number_of_processes() -> None:
+    """Of P processes each multiplies as many rows as one process alone, divided by P, in both passes."""
+    losses = _softmax_losses()
+    for name in ("xent", "supervised"):
+        whole = [x.requires_grad_() for x in all_views()[0]]
+        with _Products() as alone:
+            losses[name](*whole, 2.0).backward()
+        with _Products() as together:
+            losses[name](*(own_rows(x) for x in whole), 2.0, group=dist.group.WORLD).backward()
+        assert alone.found == 2 * (2 * world_size() * BATCH) ** 2
+        assert together.found * world_size() == alone.found, name
+
+
 class _Towers(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -416,6 +452,7 @@ CHECKS = (
     _check_half_precision_sums,
     _check_subgroups,
     _check_no_process_holds_the_batch,
+    _check_products_fall_with_the_number_of_processes,
     _check_towers_in_data_parallel,
     _check_clip_modules,
     _check_unlike_processes_are_refused,
