@@ -58,13 +58,26 @@ def _nt_xent(z1: Tensor, z2: Tensor, *, temperature: float) -> Tensor:
 
 
 def _info_nce(
-    query: Tensor, key: Tensor, queue: Tensor | None = None, *, temperature: float, normalize: bool = True
+    query: Tensor,
+    key: Tensor,
+    queue: Tensor | None = None,
+    *,
+    negative_ids: Tensor | None = None,
+    temperature: float,
+    normalize: bool = True,
 ) -> Tensor:
     if normalize:
         query, key = F.normalize(query, dim=1), F.normalize(key, dim=1)
+    if negative_ids is not None and normalize:
+        queue = F.normalize(queue, dim=1)
 
     def share(row: Tensor) -> Tensor:
-        logits, target = query[row] @ (key if queue is None else queue).T, row
+        if negative_ids is not None:
+            ids = negative_ids[row]
+            logits = torch.einsum("bd,bkd->bk", query[row], queue[ids]).masked_fill(ids < 0, float("-inf"))
+        else:
+            logits = query[row] @ (key if queue is None else queue).T
+        target = row
         if queue is not None:
             logits = torch.cat([(query[row] * key[row]).sum(1, keepdim=True), logits], 1)
             target = torch.zeros_like(row)
@@ -130,12 +143,21 @@ def _vicreg(z_a: Tensor, z_b: Tensor, *, lambda_param: float, mu_param: float, n
 
 
 def _linear_cross_entropy(
-    features: Tensor, weight: Tensor, labels: Tensor, *, linear_bias: Tensor, ignore_index: int = -100
+    features: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    normalize: bool = False,
 ) -> Tensor:
     features, labels = features.flatten(0, -2), labels.flatten()
+    if normalize:
+        features, weight = F.normalize(features, dim=1), F.normalize(weight, dim=1)
 
     def share(row: Tensor) -> Tensor:
-        logits = F.linear(features[row], weight, linear_bias)
+        logits = F.linear(features[row] / temperature, weight, linear_bias)
         return F.cross_entropy(logits, labels[row], reduction="sum", ignore_index=ignore_index)
 
     return _sum(share, len(features)) / (labels != ignore_index).sum()

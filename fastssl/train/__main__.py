@@ -108,6 +108,7 @@ def _parser() -> Parser:
         command.add_argument("--tensorboard", metavar="DIR", help="log there")
         if hasattr(method, "pictures"):
             command.add_argument("--pictures", type=Path, metavar="FILE", help="draw what it has learnt (PNG)")
+        command.set_defaults(batch_size=method.batch_size)
         command.add_arguments_of(method)
         if method.augmentations:
             command.add_arguments_of(Augmentation, "the method's", command.add_argument_group("of all its views"))
@@ -165,7 +166,7 @@ def _train(args: argparse.Namespace, device: torch.device) -> None:
     method.to(device)
     untrained = parallel.in_first_process(lambda: method.evaluate(dataset))
     if args.encoder is not None:
-        checkpoint.load_encoder(method.encoder, args.encoder)
+        parallel.in_first_process(lambda: checkpoint.load_encoder(method.encoder, args.encoder))
     if args.compile:
         method.encoder.compile()
     run = Run(

@@ -40,9 +40,10 @@ class RunParser(Parser):
         self.add_argument(
             "--data",
             metavar="PATH",
-            help="data of your own: a folder of images, best with a folder for each class, or a file where the method "
-            "takes one: images and captions (CSV), text; or a folder that has the method's data set; openclipart, for "
-            "images and captions; python, for sentences (default: found or fetched; images: FASTSSL_DATA)",
+            help="data of your own: a folder of images, best with a folder for each class; of recordings (wav), with a "
+            "folder for each speaker; or a file where the method takes one: images and captions (CSV), text; or a "
+            "folder that has the method's data set; openclipart, for images and captions; python, for sentences "
+            "(default: found or fetched; images: FASTSSL_DATA)",
         )
 
     def add_arguments_of(self, constructor: type, default: str | None = None, group: Any = None) -> None:

@@ -19,11 +19,8 @@ The data are anything with len() that can be indexed by an int64 tensor of posit
 `views` gets. Examples are a tensor of images, and torch.utils.data.TensorDataset(images, labels), whose batches are
 tuples.
 
-In several processes, each calls forward with its share of the inputs. A loss that has an argument `group` gets the
-embeddings of that share and the processes' group, and returns a number whose mean over the processes is the loss of the
-batch; where losses of rows are independent, that of its rows. Others get the embeddings of the whole batch. So does
-after_step, and with the naive implementation, whose losses know of no group, every method; then group is None. See
-`fastssl.train.parallel`.
+In several processes, each calls forward with its share of the inputs, and loss and after_step with the embeddings of
+all: see `fastssl.train.parallel`.
 
 `fastssl.train.create` calls `prepare(dataset)`, for what is not learned by steps.
 
@@ -75,6 +72,7 @@ class Method(nn.Module):
             Views and measurements are the same.
         options: the arguments with which `fastssl.train.create` made it. A checkpoint fits only a method with the same
             ones.
+        batch_size: the command line's default.
         learning_rate, weight_decay, final_weight_decay: AdamW's defaults for this method; the last None: the decay
             does not change.
         augmentations: what `views` makes of an image, view by view; empty where it takes none of them.
@@ -84,6 +82,7 @@ class Method(nn.Module):
     encoder: nn.Module
     impl = "fastssl"
     options: Mapping[str, Any] = MappingProxyType({})
+    batch_size = 1024
     learning_rate = 2e-3
     weight_decay = 1e-4
     final_weight_decay: float | None = None
@@ -119,7 +118,7 @@ class Method(nn.Module):
         return next(self.parameters()).device
 
     def loss(self, *embeddings: Tensor) -> Tensor:
-        """What `forward` returned -> 0-d loss. See the module's docstring for an argument `group`."""
+        """What `forward` returned -> 0-d loss."""
         raise NotImplementedError
 
     def after_step(self, *embeddings: Tensor) -> None:

@@ -13,10 +13,12 @@ pytest.importorskip("sklearn")
 from rich.console import Console
 
 from fastssl.train import METHODS, Method, Run, create, fit
+from fastssl.train.data.speech import MARGIN, samples
 
 QUIET = Console(quiet=True)
 IMAGES = torch.randint(256, (48, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 STEPS = 5
+SMALL_SPEECH = {"features": 16}  # options of methods for speech
 
 
 class Tiny(Method):
@@ -42,16 +44,29 @@ def tiny(**options) -> Tiny:
 
 def new(name: str, **options) -> Method:
     torch.manual_seed(0)
-    return create(name, STEPS, **options)
+    return create(name, STEPS, **small(name), **options)
+
+
+def small(name: str) -> dict[str, int]:
+    """Options with which a step of it takes no long time."""
+    return SMALL_SPEECH if METHODS[name].load is METHODS["cpc"].load else {}
+
+
+def spoken(windows: int) -> torch.Tensor:
+    """Windows of noise of which examples of 16 frames are taken."""
+    shape = windows, samples(MARGIN + 16)
+    return torch.randint(-999, 999, shape, dtype=torch.int16, generator=torch.Generator().manual_seed(0))
 
 
 def data_of(method: Method):
     if type(method).__name__ in ("SupCon", "Supervised"):
         return torch.utils.data.TensorDataset(IMAGES, torch.arange(len(IMAGES)) % 3)
+    if method.load is METHODS["cpc"].load:
+        return spoken(len(IMAGES))
     tokens = torch.randint(1, 99, (len(IMAGES), 6), generator=torch.Generator().manual_seed(0))
     if method.load in (METHODS["clip"].load, METHODS["coca"].load):
         return torch.utils.data.TensorDataset(IMAGES.unsqueeze(1).expand(-1, 3, -1, -1), tokens)
-    return tokens if method.load in [METHODS[name].load for name in ("simcse", "simcse_bert", "bert")] else IMAGES
+    return tokens if method.load in (METHODS["simcse"].load, METHODS["bert"].load) else IMAGES
 
 
 class InterruptAfter:

@@ -31,6 +31,7 @@ from fastssl.distributed import gather_rows, rank, world_size
 from fastssl.train import METHODS, Method, Run, Step, checkpoint, create, fit, parallel
 from fastssl.train.networks.batch_norm import BatchNorm, synchronize
 from fastssl.train.networks.models import BagOfWords
+from tests.train.runs import small, spoken
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs Gloo")
 STEPS, BATCH, PROCESSES = 5, 12, 2
@@ -42,12 +43,10 @@ CASES = [(name, kind) for name in METHODS for kind in ("whole", "chunks")] + [("
 def new(name: str, dtype: torch.dtype = torch.float64) -> Method:
     """Without dropout, whose masks differ; and in double precision, whose rounding training amplifies to nothing."""
     torch.manual_seed(rank())  # the first process's weights are to be everybody's
-    method = create(name, STEPS)
+    method = create(name, STEPS, **small(name))
     for module in method.modules():
         if isinstance(module, BagOfWords):
-            module.words = nn.Embedding(200, module.features, padding_idx=0)
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
+            module.words, module.dropout = nn.Embedding(200, module.features, padding_idx=0), nn.Dropout(0)
     if name == "electra":
         method.temperature = 1e-12  # its draws differ, too
     method.to(dtype)
@@ -64,10 +63,12 @@ def new(name: str, dtype: torch.dtype = torch.float64) -> Method:
 def data_of(method: Method) -> Any:
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (40, 28, 28), dtype=torch.uint8, generator=generator)
+    if method.load is METHODS["cpc"].load:
+        return spoken(40)
     tokens = torch.randint(1, 200, (40, 8), generator=generator)
     if method.load in (METHODS["clip"].load, METHODS["coca"].load):
         return TensorDataset(images.unsqueeze(1).expand(-1, 3, -1, -1), tokens)
-    if method.load in [METHODS[name].load for name in ("simcse", "simcse_bert", "bert")]:
+    if method.load in (METHODS["simcse"].load, METHODS["bert"].load):
         return tokens
     labelled = isinstance(method, (METHODS["sup_con"], METHODS["supervised"]))
     return TensorDataset(images, torch.arange(len(images)) % 3) if labelled else images

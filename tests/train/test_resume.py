@@ -11,7 +11,7 @@ pytest.importorskip("rich")
 pytest.importorskip("sklearn")
 
 from fastssl.train import METHODS, Run, checkpoint, create, fit, signals
-from tests.train.runs import IMAGES, QUIET, STEPS, InterruptAfter, new, run, tiny
+from tests.train.runs import IMAGES, QUIET, STEPS, InterruptAfter, new, run, small, tiny
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,7 @@ def test_resumed_run_is_the_uninterrupted_one_bit_by_bit(name, options, tmp_path
         run(new(name), checkpoint=path, writer=InterruptAfter(1), **options)
     assert len(checkpoint.load(path)["history"]["m"]) == 2
     torch.manual_seed(123)  # whatever happened before
-    resumed = create(name, STEPS)
+    resumed = create(name, STEPS, **small(name))
     assert run(resumed, checkpoint=path, resume=True, **options) == losses
     assert all(torch.equal(x, resumed.state_dict()[key]) for key, x in whole.state_dict().items())
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

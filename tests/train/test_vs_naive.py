@@ -27,12 +27,15 @@ from fastssl.train import METHODS, Method, Run, Step, cli, create, fit, twins
 from fastssl.train.data import captions as captions_module
 from fastssl.train.data import images as images_module
 from fastssl.train.data import pairs as pairs_module
+from fastssl.train.data import speech as speech_module
 from fastssl.train.data import subwords as subwords_module
 from fastssl.train.data import text as text_module
 from fastssl.train.data.captions import Captions
 from fastssl.train.data.pairs import Pairs
+from fastssl.train.data.speech import Prompt, Speech
 from fastssl.train.data.subwords import Subwords
 from fastssl.train.data.text import Sentences
+from tests.train.runs import SMALL_SPEECH, spoken
 
 QUIET = Console(quiet=True)
 NAMES = program.TWINS
@@ -53,13 +56,16 @@ def small_data(monkeypatch, blobs, blob_places):
     sentences = Sentences("sentences", *torch.randint(1, 50, (96, 6), generator=generator).split((64, 32)))
     subwords = Subwords("subwords", sentences.train, sentences.test, "")
     monkeypatch.setattr(Subwords, "facts", {"vocabulary": 50})
+    waveform, words = spoken(1)[0, :2000], (frozenset({"x"}), frozenset({"x", "y"}))
+    prompts = [Prompt("a", words[i % 2], waveform, i % 4 > 1) for i in range(48)]
+    speech = Speech("speech", spoken(64), prompts)
+    monkeypatch.setattr(Speech, "facts", {**SMALL_SPEECH, "ahead": 3}, raising=False)
     captions = Captions("captions", train, test, (), torch.full((32,), -1), "")
     monkeypatch.setattr(Captions, "facts", {"size": 32, "colours": 3, "vocabulary": 50})
     texts = (text_module, sentences), (subwords_module, subwords), (captions_module, captions)
-    datasets = (images_module, blobs), (pairs_module, pairs), *texts
+    datasets = (images_module, blobs), (pairs_module, pairs), (speech_module, speech), *texts
     for module, dataset in datasets:
         monkeypatch.setattr(module, "load", lambda source, dataset=dataset: dataset)
-    monkeypatch.setattr(subwords_module, "load_sentences", subwords_module.load)
 
 
 def new_twins(name: str, steps: int = 4) -> dict[str, Method]:

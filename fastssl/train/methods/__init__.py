@@ -15,11 +15,13 @@ from fastssl.train.methods.bert import BERT
 from fastssl.train.methods.byol import BYOL
 from fastssl.train.methods.clip import CLIP
 from fastssl.train.methods.coca import CoCa
+from fastssl.train.methods.cpc import CPC
 from fastssl.train.methods.data2vec import Data2Vec
 from fastssl.train.methods.dino import DINO
 from fastssl.train.methods.dinov2 import DINOv2
 from fastssl.train.methods.electra import ELECTRA
 from fastssl.train.methods.gpt import GPT
+from fastssl.train.methods.hubert import HuBERT
 from fastssl.train.methods.ibot import IBOT
 from fastssl.train.methods.jepa import JEPA
 from fastssl.train.methods.mae import MAE
@@ -29,12 +31,12 @@ from fastssl.train.methods.moco_v3 import MoCoV3
 from fastssl.train.methods.siglip import SigLIP
 from fastssl.train.methods.simclr import SimCLR
 from fastssl.train.methods.simcse import SimCSE
-from fastssl.train.methods.simcse_bert import SimCSEBERT
 from fastssl.train.methods.simsiam import SimSiam
 from fastssl.train.methods.sup_con import SupCon
 from fastssl.train.methods.supervised import Supervised
 from fastssl.train.methods.t5 import T5
 from fastssl.train.methods.vicreg import VICReg
+from fastssl.train.methods.wav2vec2 import Wav2Vec2
 from fastssl.train.networks import models
 
 METHODS: dict[str, type[Method]] = {
@@ -44,11 +46,13 @@ METHODS: dict[str, type[Method]] = {
     "byol": BYOL,
     "clip": CLIP,
     "coca": CoCa,
+    "cpc": CPC,
     "data2vec": Data2Vec,
     "dino": DINO,
     "dinov2": DINOv2,
     "electra": ELECTRA,
     "gpt": GPT,
+    "hubert": HuBERT,
     "ibot": IBOT,
     "jepa": JEPA,
     "mae": MAE,
@@ -58,12 +62,12 @@ METHODS: dict[str, type[Method]] = {
     "siglip": SigLIP,
     "simclr": SimCLR,
     "simcse": SimCSE,
-    "simcse_bert": SimCSEBERT,
     "simsiam": SimSiam,
     "sup_con": SupCon,
     "supervised": Supervised,
     "t5": T5,
     "vicreg": VICReg,
+    "wav2vec2": Wav2Vec2,
 }
 
 

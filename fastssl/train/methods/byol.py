@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastssl.distributed import ProcessGroup
 from fastssl.nn import EMA
 from fastssl.ops._precision import widen
 from fastssl.train.data.augment import STRONG
@@ -41,17 +40,10 @@ class BYOL(TwoViews):
             targets = self.teacher(views)
         return *predictions.chunk(2), *targets.chunk(2)
 
-    def loss(
-        self,
-        prediction1: Tensor,
-        prediction2: Tensor,
-        target1: Tensor,
-        target2: Tensor,
-        group: ProcessGroup | None = None,
-    ) -> Tensor:
+    def loss(self, prediction1: Tensor, prediction2: Tensor, target1: Tensor, target2: Tensor) -> Tensor:
         similarity = F.cosine_similarity(widen(prediction1), widen(target2))
         similarity = similarity + F.cosine_similarity(widen(prediction2), widen(target1))
         return (4 - 2 * similarity).mean()
 
-    def after_step(self, *embeddings: Tensor, group: ProcessGroup | None = None) -> None:
+    def after_step(self, *embeddings: Tensor) -> None:
         self.teacher.update(self.student)

@@ -7,12 +7,10 @@ import torch.nn.functional as F
 from sklearn.metrics import average_precision_score
 from torch import Tensor, nn
 
-from fastssl.distributed import ProcessGroup
 from fastssl.functional import gather_tokens, linear_categorical, random_masking_ids
 from fastssl.train.data.subwords import VOCABULARY, Subwords
-from fastssl.train.device import move
 from fastssl.train.language import LanguageModel
-from fastssl.train.networks.transformer import Layers
+from fastssl.train.networks.transformer import layers
 
 
 class ELECTRA(LanguageModel):
@@ -43,7 +41,7 @@ class ELECTRA(LanguageModel):
             raise ValueError(f"probability must be at most 1, got {probability}")
         self.probability, self.temperature, self.discriminator_weight = probability, temperature, discriminator_weight
         width = features // 2
-        self.generator = nn.Sequential(nn.Linear(features, width), Layers(depth, width), nn.Linear(width, features))
+        self.generator = nn.Sequential(nn.Linear(features, width), layers(depth, width), nn.Linear(width, features))
         self.head = nn.Linear(features, 1)
 
     def views(self, batch: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
@@ -61,17 +59,10 @@ class ELECTRA(LanguageModel):
         seen = tokens.scatter(1, places, drawn.clamp_min(0))  # from NaN nothing can be drawn; the loss will say so
         return found, tokens.gather(1, places), self.encoder(seen), seen != tokens
 
-    def loss(
-        self,
-        found: Tensor,
-        labels: Tensor,
-        features: Tensor,
-        replaced: Tensor,
-        group: ProcessGroup | None = None,
-    ) -> Tensor:
+    def loss(self, found: Tensor, labels: Tensor, features: Tensor, replaced: Tensor) -> Tensor:
         logits = self.head(features).squeeze(2)
         of_encoder = F.binary_cross_entropy_with_logits(logits, replaced.to(logits.dtype))
-        return super().loss(found, labels, group) + self.discriminator_weight * of_encoder
+        return super().loss(found, labels) + self.discriminator_weight * of_encoder
 
     def monitored(self, found: Tensor, labels: Tensor, features: Tensor, replaced: Tensor) -> tuple[Tensor, ...]:
         return (features.flatten(0, 1),)
@@ -84,10 +75,9 @@ class ELECTRA(LanguageModel):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             found = self.marks(dataset, "hidden subwords")
-            views = self.views(dataset.test[:512], torch.Generator().manual_seed(0))
-            *_, features, replaced = self(*move(views, self.device))
+            *_, features, replaced = self(*self.views(dataset.test[:512], torch.Generator().manual_seed(0)))
         self.train(training)
         share, scores = replaced.double().mean(), self.head(features)
-        precision = average_precision_score(replaced.flatten().cpu().numpy(), scores.flatten().cpu().numpy())
+        precision = average_precision_score(replaced.flatten().numpy(), scores.flatten().numpy())
         found[f"average precision of replaced subwords ({share:.1%}: by chance)"] = precision
         return found | self.probe(dataset)
