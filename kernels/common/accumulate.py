@@ -83,6 +83,8 @@ def narrow_needs(c: dict[str, int], named: dict[str, Any], size: int, capability
     running, tf32 = named["WEIGHT"] in ("softmax", "sigmoid"), named["PRECISION"] == "tf32" and size == 4
     if capability // 10 in (10, 12) and tf32 and running and c["BM"] != 64:
         return None
+    if capability // 10 == 9 and tf32 and running and (c["BN"], named["D"]) == (64, 128):
+        return None
     if capability // 10 == 10 and not tf32 and named["WEIGHT"] == "both" and c["BM"] == 64:
         return None
     return (c["BM"] + c["stages"] * c["BN"]) * named["D"] * size

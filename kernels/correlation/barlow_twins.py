@@ -22,6 +22,8 @@ from fastssl.kernels.correlation.dual import dual_forward, dual_products
 from fastssl.kernels.correlation.primal import primal_forward
 from fastssl.kernels.correlation.products import operands_of
 
+WARPS = 8  # of the kernel below: with 4 it spills registers
+
 
 @triton.jit(do_not_specialize=COUNTS)
 def _barlow_twins_columns(
@@ -50,7 +52,7 @@ def _barlow_twins_statistics(views: Sequence[Tensor], M: int, eps: float, pull: 
     width = BLOCK["BD"]
     _barlow_twins_columns[(triton.cdiv(dim, width),)](
         sums, offset, rstd, slope, terms, sums.shape[1], rows, dim, M, eps, pull,
-        SLOTS=SLOTS, BD=width, **OPTIONS,
+        SLOTS=SLOTS, BD=width, num_warps=WARPS, **OPTIONS,
     )  # fmt: skip
     return Columns(offset, rstd, slope.expand(2, -1), terms.sum(), None)
 

@@ -41,6 +41,8 @@ def multiply_needs(c: dict[str, int], named: dict[str, Any], size: int, capabili
         return None
     layout, tile = named["LAYOUT"], (c["BM"], c["BN"], c["BK"])
     spilled = False  # whether the assembler spills registers: the tests compile every configuration
+    if capability // 10 == 8:
+        spilled = (layout, tile) == ("TN", (128, 64, 16))
     if capability // 10 == 9:
         spilled = size == 4 and (layout, tile) == ("TN", (128, 64, 64))
     if capability // 10 == 10:

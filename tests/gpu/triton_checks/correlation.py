@@ -110,7 +110,8 @@ def cases(capability: int, sweep: bool) -> Iterator[Case]:
             sizes = {"T": products.TILE, "SLOTS": columns.SLOTS, **columns.BLOCK, "TF32": precision == "tf32"}
             for variant, constants in variants.items():
                 constants = {name: x for name, x in (constants | sizes).items() if name in function.arg_names}
-                yield Case(kernel, variant, capability, precision, rows, tuple(constants.items()))
+                warps = barlow_twins.WARPS if function is barlow_twins._barlow_twins_columns else 4
+                yield Case(kernel, variant, capability, precision, rows, tuple(constants.items()), warps)
 
 
 EPS = {"tf32": 2.0**-10, "bfloat16": 2.0**-7, "float16": 2.0**-10}
