@@ -6,15 +6,16 @@ With S = scale x y^T + bias for M rows x_i and N rows y_j, the column exclude[i]
     dtotal/dx = scale W y,    dtotal/dy = scale W^T x,    dtotal/dscale = <x, W y>,    dtotal/dbias = sum_ij W_ij
 
 Algorithm. There is no normaliser, so the forward pass computes the gradients too: common/accumulate.py with the weights
-"sigmoid", by rows, which also gives each row's loss and sum of weights; and then with x and y exchanged.
+"sigmoid", which also gives the losses and the sums of weights.
 
-Cost, in units U = 2 M N D floating-point operations: S and W y 2 U, S^T and W^T x 2 U; 1 U for the loss alone. Both
-products of one S would make it 3 U, but would need atomics.
+Cost, in units U = 2 M N D floating-point operations: for rows that fit registers (D <= 128) S and W y, 2 U, then S^T
+and W^T x, 2 U; for wide ones 3 U, S once for both sides (common/blocks.py). 1 U for the loss alone.
 
 Numerics: softplus(S) = max(S, 0) + log1p(exp(-|S|)), and W comes from the same exp(-|S|): neither overflows, and both
-keep their digits where S is far below 0, as most of SigLIP's entries are. A row's weights are held relative to
-exp(min(max_j S_ij, 0)), so that float16 does not lose them where the bias makes all of them small. The loss is summed
-in float32 within a row, and in float64 over the rows.
+keep their digits where S is far below 0, as most of SigLIP's entries are. So that float16 does not lose weights where
+the bias makes all of them small, a row's are held relative to exp(min(max_j S_ij, 0)); those of wide rows relative to a
+bound of them all, exp(min(|scale| max_i |x_i| max_j |y_j| + bias, 0)): what is 10^8 times smaller loses digits there.
+The loss is summed in float32 within a row, or a tile, and in float64 over them.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastssl.kernels.common.accumulate import accumulate
+from fastssl.kernels.common.accumulate import accumulate, accumulate_both
 from fastssl.kernels.common.collect import collect_sums
 from fastssl.kernels.common.rows import pad
+from fastssl.kernels.common.weights import Weights
 
 
 def similarity_softplus(
@@ -36,31 +38,20 @@ def similarity_softplus(
         gradients = (x.new_zeros((count if derive else 0, dim), dtype=torch.float32) for count in (rows, columns))
         return x.new_zeros((), dtype=torch.float32), *gradients, scale.new_zeros(()), bias.new_zeros(())
     with torch.cuda.device_of(x):
-        left, right = pad(x, precision), pad(y, precision)
-        by_row, by_column = (None, None) if exclude is None else ("row", "column")
         exclude = exclude if exclude is None else exclude.contiguous()
-        sums = accumulate(
-            left,
-            right,
-            (rows, columns),
-            scale,
-            precision,
-            "sigmoid",
-            by_row,
-            bias=bias,
-            exclude=exclude,
-            derive=derive,
-            loss=True,
-        )
+        by = None if exclude is None else "row"
+        sizes = rows, columns
+        pairs = Weights(pad(x, precision), pad(y, precision), sizes, scale, precision, "sigmoid", by, bias, exclude)
+        if derive:
+            sums, of_columns = accumulate_both(pairs, loss=True)
+        else:
+            sums = accumulate(pairs, derive=False, loss=True)
         total = sums.loss.sum(dtype=torch.float64).to(torch.float32)
         if not derive:
             gradients = (x.new_empty((0, dim), dtype=torch.float32) for _ in range(2))
             return total, *gradients, scale.new_zeros(()), bias.new_zeros(())
         collected_x = collect_sums(sums, x, scale, torch.float32, share=True)
-        sums = accumulate(
-            right, left, (columns, rows), scale, precision, "sigmoid", by_column, bias=bias, exclude=exclude
-        )
-        collected_y = collect_sums(sums, y, scale, torch.float32)
+        collected_y = collect_sums(of_columns, y, scale, torch.float32)
         grad_scale = collected_x.share.sum().to(scale.dtype)
-        grad_bias = collected_x.total.sum(dtype=torch.float64).to(bias.dtype)
+        grad_bias = sums.total.sum(dtype=torch.float64).to(bias.dtype)
         return total, collected_x.gradient, collected_y.gradient, grad_scale, grad_bias

@@ -23,7 +23,7 @@ No atomics, and no tile depends on another: the same bits every time, as far as 
 
 Memory: `WORKSPACE`, and (M + N) Dp floats for sums (Dp: D rounded up to a multiple of 64).
 
-Numerics: as in weights.py. A sigmoid's weights are relative to one bound of all S, not to each row's maximum. Products
+Numerics: as in weights.py. Sigmoids are relative to one bound of them all, not to each row's largest. cuBLAS's products
 of float32 follow `torch.set_float32_matmul_precision`.
 """
 
@@ -45,45 +45,41 @@ from fastssl.kernels.common.tiles import (
     kept_tile,
     load_excluded,
     load_scale,
-    products,
     softplus,
 )
-from fastssl.kernels.common.weights import Factors, Sums, exponentials, load_factors, power_of_two, sigmoids
+from fastssl.kernels.common.weights import Sums, Weights, exponentials, load_factors, power_of_two, sigmoids
 
 WORKSPACE = 1 << 28  # bytes for the weights of a block
 SIDE = 256  # the sides of a block are multiples of this, the largest side of a tile
+CELL = tl.constexpr(64)  # the smallest side of a tile
 DIAGONAL = 2048  # rows of a symmetric block, at least: smaller ones would save operations, and fill no GPU
 
 
 def weigh_needs(c: dict[str, int], named: dict[str, Any], size: int, capability: int) -> int | None:
-    if not suits_units(c, named):
+    """One configuration for each card and precision: the largest tile that spills no registers."""
+    widest = 128 if size == 2 and capability // 10 == 9 else 64
+    if not suits_units(c, named) or c["BN"] != widest or (size == 2) != (c["BK"] == 64):
         return None
-    return c["stages"] * (c["BM"] + c["BN"]) * c["BK"] * size
+    return c["stages"] * (c["BM"] + 2 * c["BN"]) * c["BK"] * size
 
 
-@autotune(
-    weigh_needs,
-    ["D", "WEIGHT", "PRECISION"],
-    configs(
-        ({"BM": 128, "BN": 256, "BK": 64}, 8, 3),
-        ({"BM": 128, "BN": 256, "BK": 32}, 8, 3),
-        ({"BM": 128, "BN": 128, "BK": 64}, 8, 3),
-        ({"BM": 128, "BN": 128, "BK": 32}, 8, 3),
-        ({"BM": 64, "BN": 64, "BK": 16}, 8, 2),
-    ),
-)
-@triton.jit(do_not_specialize=COUNTS)
-def weigh(
-    left, right, scale, bias, exclude, row_shift, row_factor, column_shift, column_factor, peak, aligned, kept,
-    step_i, step_j, w, totals, losses, M, N, D, first_row, first_column, height, width, start,
-    WEIGHT: tl.constexpr, EXCLUDE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    PRECISION: tl.constexpr,
+@triton.jit
+def store_sum(cells, x, block, column_block, width):
+    """The sum of a tile, for the first of its cells, and 0 for the others: one number for each `CELL` of a block, which
+    every configuration writes."""
+    a, b = tl.arange(0, x.shape[0] // CELL)[:, None], tl.arange(0, x.shape[1] // CELL)[None, :]
+    to = (block * a.shape[0] + a) * (width // CELL) + column_block * b.shape[1] + b
+    total = tl.sum(tl.sum(x, 1), 0)
+    tl.store(cells + to, tl.where((a == 0) & (b == 0), total, 0.0))
+
+
+@triton.jit
+def weigh_half(
+    product, scale, bias, exclude, row_shift, row_factor, column_shift, column_factor, peak, aligned, kept,
+    step_i, step_j, w, totals, losses, M, N, first_row, first_column, block, column_block, width,
+    WEIGHT: tl.constexpr, EXCLUDE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """W (height, width) of a block of S, zero past S's last row and column; the sums of sigmoids and of losses of each
-    program, from `start` on. `kept`, if there, are all products."""
-    pid = tl.program_id(0)
-    row_blocks, column_blocks = height // BM, width // BN
-    block, column_block = tl.swizzle2d(pid // column_blocks, pid % column_blocks, row_blocks, column_blocks, 8)
+    """A tile of W, and the sums of its sigmoids and losses, from its products."""
     row, column = first_row + block * BM, first_column + column_block * BN
     i, j = row + tl.arange(0, BM), column + tl.arange(0, BN)
     excluded = i
@@ -92,31 +88,84 @@ def weigh(
     if kept is not None:
         inside = (i[:, None] < M) & (j[None, :] < N)
         product = tl.load(kept_tile(kept, row, column, step_i, step_j, BM, BN), mask=inside, other=0.0)
-    else:
-        product = products(left, right, row, column, D, BM, BN, BK, PRECISION, M, N)
     offset = load_scale(bias) if bias is not None else None
     x = exponents(product, load_scale(scale), offset, excluded, exclude, aligned, row, column, M, N, EXCLUDE, BM, BN)
     if row + BM > M:
         x = tl.where(i[:, None] < M, x, float("-inf"))
     if losses is not None:
-        tl.store(losses + start + pid, tl.sum(tl.sum(softplus(x), 1), 0))
+        store_sum(losses, softplus(x), block, column_block, width)
     if w is not None:
-        if WEIGHT == "sigmoid":
-            shift = tl.load(row_shift)
-            weights = sigmoids(x, shift)
-            tl.store(totals + start + pid, tl.sum(tl.sum(weights, 1), 0) * tl.exp(shift))
-            weights *= PEAK
-        elif WEIGHT == "softmax":
+        if WEIGHT == "softmax":
             weights = PEAK * tl.exp(x - tl.load(row_shift + i, mask=i < M, other=0.0)[:, None])
         else:
             to_peak = PEAK / power_of_two(tl.load(peak))
-            shift_i, factor_i = 0.0, 0.0
-            if WEIGHT == "both":
-                shift_i, factor_i = load_factors(row_shift, row_factor, to_peak, i, M)
-            weights = exponentials(x, shift_i, factor_i, column_shift, column_factor, to_peak, j, N, WEIGHT)
+            if WEIGHT == "sigmoid":
+                weights = sigmoids(x, 0.0)
+                store_sum(totals, weights, block, column_block, width)
+                weights *= to_peak
+            else:
+                shift_i, factor_i = 0.0, 0.0
+                if WEIGHT == "both":
+                    shift_i, factor_i = load_factors(row_shift, row_factor, to_peak, i, M)
+                weights = exponentials(x, shift_i, factor_i, column_shift, column_factor, to_peak, j, N, WEIGHT)
         to = w + (block * BM).to(tl.int64) * width + column_block * BN
         to += tl.arange(0, BM)[:, None] * width + tl.arange(0, BN)[None, :]
         tl.store(to, weights.to(w.dtype.element_ty))
+
+
+@autotune(
+    weigh_needs,
+    ["D", "WEIGHT", "PRECISION"],
+    configs(
+        ({"BM": 128, "BN": 128, "BK": 64}, 8, 3),
+        ({"BM": 128, "BN": 64, "BK": 64}, 8, 3),
+        ({"BM": 128, "BN": 64, "BK": 32}, 8, 3),
+        ({"BM": 64, "BN": 64, "BK": 16}, 8, 2),
+    ),
+)
+@triton.jit(do_not_specialize=COUNTS)
+def weigh(
+    left, right, scale, bias, exclude, row_shift, row_factor, column_shift, column_factor, peak, aligned, kept,
+    step_i, step_j, w, totals, losses, M, N, D, first_row, first_column, height, width,
+    WEIGHT: tl.constexpr, EXCLUDE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """W (height, width) of a block of S, zero past S's last row and column; and the sums of sigmoids and of losses,
+    where they are wanted. `kept`, if there, are all products.
+
+    A program has two tiles, one beside the other, with rows in common: their exponentials, one tile after the other,
+    need fewer registers than those of one tile of that size."""
+    pid = tl.program_id(0)
+    row_blocks, column_blocks = height // BM, width // (2 * BN)
+    block, column_block = tl.swizzle2d(pid // column_blocks, pid % column_blocks, row_blocks, column_blocks, 8)
+    row, column = first_row + BM * block, first_column + 2 * BN * column_block
+    near = tl.zeros((BM, BN), tl.float32)
+    far = tl.zeros((BM, BN), tl.float32)
+    if kept is None:
+        # The last row stands for those after it, and the last column.
+        x_row, y_row = tl.minimum(row, M - 1), tl.minimum(column, N - 1)
+        k = tl.arange(0, BK)[None, :]
+        x_at = tl.minimum(tl.arange(0, BM), M - 1 - x_row)[:, None] * D + k
+        near_at = tl.minimum(tl.arange(0, BN), N - 1 - y_row)[:, None] * D + k
+        far_at = tl.minimum(tl.arange(0, BN) + BN, N - 1 - y_row)[:, None] * D + k
+        left += x_row.to(tl.int64) * D
+        right += y_row.to(tl.int64) * D
+        for _ in range(0, D, BK):
+            x = tl.load(left + x_at)
+            near = tl.dot(x, tl.trans(tl.load(right + near_at)), near, input_precision=PRECISION)
+            far = tl.dot(x, tl.trans(tl.load(right + far_at)), far, input_precision=PRECISION)
+            left += BK
+            right += BK
+    weigh_half(
+        near, scale, bias, exclude, row_shift, row_factor, column_shift, column_factor, peak, aligned, kept,
+        step_i, step_j, w, totals, losses, M, N, first_row, first_column, block, 2 * column_block, width,
+        WEIGHT, EXCLUDE, BM, BN,
+    )  # fmt: skip
+    weigh_half(
+        far, scale, bias, exclude, row_shift, row_factor, column_shift, column_factor, peak, aligned, kept,
+        step_i, step_j, w, totals, losses, M, N, first_row, first_column, block, 2 * column_block + 1, width,
+        WEIGHT, EXCLUDE, BM, BN,
+    )  # fmt: skip
 
 
 def add_product(out: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
@@ -147,51 +196,52 @@ def blocks_of(rows: int, columns: int, size: int, symmetric: bool) -> tuple[list
     return cut(rows, beside(width)), cut(columns, width)
 
 
-def sigmoid_shift(left: Tensor, right: Tensor, scale: Tensor, bias: Tensor, precision: str) -> Tensor:
-    """What float16's sigmoids are relative to: the largest that S can be, or 0."""
-    if precision != "float16":
-        return scale.new_zeros((), dtype=torch.float32)
-    lengths = (torch.linalg.vector_norm(z, dim=1, dtype=torch.float32).amax() for z in (left, right))
-    bound = next(lengths) * next(lengths) * scale.abs() + bias
-    return bound.float().nan_to_num(0.0).clamp(max=0)
+def largest_sigmoid(pairs: Weights) -> Tensor:
+    """A bound of all sigmoids for float16, whose range is short; else 1."""
+    if pairs.precision != "float16":
+        return pairs.scale.new_ones((), dtype=torch.float32)
+    x, y = (torch.linalg.vector_norm(z, dim=1, dtype=torch.float32).amax() for z in (pairs.left, pairs.right))
+    return (x * y * pairs.scale.abs() + pairs.bias).float().nan_to_num(0.0).clamp(max=0).exp()
 
 
 def accumulate_blocks(
-    left: Tensor,
-    right: Tensor,
-    sizes: tuple[int, int],
-    scale: Tensor,
-    precision: str,
-    weight: str,
-    exclude_by: str | None,
-    *,
-    bias: Tensor | None,
-    exclude: Tensor | None,
-    rows: Factors | None,
-    columns: Factors | None,
-    peak: Tensor | None,
-    maxima: tuple[Tensor, Tensor] | None,
-    aligned: Tensor | None,
-    derive: bool,
-    loss: bool,
-    kept: Tensor | None,
-    both: bool,
-) -> tuple[Sums, Sums | None]:
-    """What `accumulate` gives, and what it gives with x and y exchanged if `both` are wanted; see there."""
-    symmetric = left is right and exclude_by in ("diagonal", "partner")
-    slices = blocks_of(*(len(z) for z in (left, right)), left.element_size(), symmetric)
+    pairs: Weights, *, both: bool, aligned: Tensor | None, derive: bool, loss: bool, kept: Tensor | None
+) -> tuple[Sums, Sums]:
+    """What `accumulate` gives of `pairs`; and, if `both` are wanted, of the same exchanged, without losses."""
+    left, right, sizes, scale, precision, weight, exclude_by, bias, exclude, rows, columns, peak = pairs
+    symmetric = pairs.symmetric
+    slices = blocks_of(len(left), len(right), left.element_size(), symmetric)
     blocks = [(i, j) for i, j in itertools.product(*slices) if not symmetric or i.start <= j.start]
-    height, width = (of_side[0].stop for of_side in slices)
+    height, width = (side[0].stop for side in slices)
+    cells, sigmoid = height * width // CELL.value**2, weight == "sigmoid"
 
-    def sums(side: Tensor) -> Tensor:
-        return side.new_empty(side.shape, dtype=torch.float32)
+    def new(wanted: bool, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor | None:
+        return left.new_empty(shape, dtype=dtype) if wanted else None
 
-    of_rows = sums(left) if derive else None
-    of_columns = of_rows if symmetric else sums(right) if derive and both else None
-    w = left.new_empty(height, width) if derive else None
-    sigmoid = weight == "sigmoid"
-    shift = sigmoid_shift(left, right, scale, bias, precision) if sigmoid and derive else None
-    row_shift, row_factor = rows or (maxima[1] if weight == "softmax" else shift, None)
-    programs = 0
-    most = len(blocks) * height * width // 64**2
-    totals, losses = (of_rows)
+    def grid(meta: dict) -> tuple[int]:
+        return (height // meta["BM"] * (width // (2 * meta["BN"])),)
+
+    of_rows = new(derive, *left.shape)
+    of_columns = of_rows if symmetric else new(derive and both, *right.shape)
+    w = new(derive, height, width, dtype=left.dtype)
+    in_cells = new(sigmoid and derive, cells), new(loss, cells)
+    in_blocks = [new(x is not None, len(blocks), dtype=torch.float64) for x in in_cells]
+    if sigmoid and derive:
+        peak = largest_sigmoid(pairs)
+    for index, (i, j) in enumerate(blocks):
+        weigh[grid](
+            left, right, scale, bias, exclude, *(rows or (None, None)), *(columns or (None, None)), peak, aligned, kept,
+            *((None, None) if kept is None else kept.stride()), w, *in_cells, *sizes, left.shape[1], i.start, j.start,
+            height, width, WEIGHT=weight, EXCLUDE=exclude_by, PRECISION=input_precision(precision), **OPTIONS,
+        )  # fmt: skip
+        for of_cells, of_blocks in zip(in_cells, in_blocks, strict=True):
+            if of_cells is not None:
+                torch.sum(of_cells, 0, dtype=torch.float64, out=of_blocks[index])
+        if derive:
+            x, y = left[i], right[j]
+            part = w[: len(x), : len(y)]
+            add_product(of_rows[i], part, y, first=j.start == 0)
+            if of_columns is not None and not (symmetric and i == j):
+                add_product(of_columns[j], part.T, x, first=i.start == 0)
+    sums = (Sums(weight, None if g is None else g[None], peak, None, *in_blocks) for g in (of_rows, of_columns))
+    return tuple(sums)

@@ -2,8 +2,9 @@
 
     G_i = sum_s exp(top_is - top_i) G_is,    total_i = sum_s exp(top_is - top_i) total_is,    out_i = scale G_i
 
-where top_i is the largest top_is for softmax weights and 0 for sigmoid weights; for others the exponentials are 1. For
-softmax weights out is G itself. A program takes a tile of rows and reads each split once. Cost: O(splits M D).
+where top_i is the largest top_is for softmax weights and 0 for sigmoid weights; where weights are not relative to tops,
+the exponentials are 1. For softmax weights out is G itself, and only they have totals here. A program takes a tile of
+rows and reads each split once. Cost: O(splits M D).
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastssl.kernels.common.accumulate import Sums, power_of_two
 from fastssl.kernels.common.launch import OPTIONS, PEAK, row_block
 from fastssl.kernels.common.tiles import COUNTS, finite
+from fastssl.kernels.common.weights import Sums, power_of_two
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -38,16 +39,15 @@ def collect(
             highest = tl.maximum(highest, top)
         highest = finite(highest)
     correction = tl.full((BR,), 1 / PEAK, tl.float32)
-    if WEIGHT == "softmax" or WEIGHT == "sigmoid":
+    if WEIGHT == "softmax":
         acc = tl.zeros((BR,), tl.float32)
         for split in tl.range(splits, loop_unroll_factor=4):
             to = split * M + row
             top = tl.load(tops + to, mask=inside, other=float("-inf"))
             acc += tl.load(totals + to, mask=inside, other=0.0) * tl.exp(top - highest)
-        if WEIGHT == "softmax":
-            tl.store(shift + row, tl.where(acc == acc, highest, acc), mask=inside)
+        tl.store(shift + row, tl.where(acc == acc, highest, acc), mask=inside)
         tl.store(total + row, acc, mask=inside)
-    else:
+    elif tops is None:
         correction *= power_of_two(tl.load(peak))
     output_scale = 1.0
     if WEIGHT != "softmax":
@@ -60,7 +60,7 @@ def collect(
         for split in tl.range(splits, loop_unroll_factor=4):
             from_ = gradient + (rows + split * padded_rows) * PADDED + columns
             part = tl.load(from_, mask=mask, other=0.0)
-            if WEIGHT == "softmax" or WEIGHT == "sigmoid":
+            if tops is not None:
                 top = tl.load(tops + split * M + row, mask=inside, other=float("-inf"))
                 part *= tl.exp(top - highest)[:, None]
             g += part
@@ -85,12 +85,12 @@ def collect_sums(sums: Sums, x: Tensor, scale: Tensor, dtype: torch.dtype, share
     out = Collected(
         x.new_empty((count, dim), dtype=dtype),
         x.new_empty(count, dtype=torch.float32) if sums.weight == "softmax" else None,
-        x.new_empty(count, dtype=torch.float32) if sums.weight in ("softmax", "sigmoid") else None,
+        x.new_empty(count, dtype=torch.float32) if sums.weight == "softmax" else None,
         x.new_empty(count, dtype=torch.float64) if share else None,
     )
-    block = row_block(padded)
+    block, totals = row_block(padded), sums.total if sums.weight == "softmax" else None
     collect[(triton.cdiv(count, block["BR"]),)](
-        x, scale, sums.gradient, sums.peak, sums.top, sums.total, *out, count, dim, *x.stride(), padded, padded_rows,
+        x, scale, sums.gradient, sums.peak, sums.top, totals, *out, count, dim, *x.stride(), padded, padded_rows,
         splits, WEIGHT=sums.weight, **block, num_warps=8, **OPTIONS,
     )  # fmt: skip
     return out

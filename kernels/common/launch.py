@@ -43,14 +43,24 @@ def suited(
 
 
 def autotune(needs: Callable[..., int | None], key: list[str], configs: list[triton.Config]) -> Callable:
-    """triton.autotune over those of `configs` that are `suited`."""
+    """triton.autotune over those of `configs` that are `suited`, which keeps what it found on disk. Nothing is timed
+    where one of them suits, nor while a graph is being captured: the first is taken, the best by arithmetic."""
+    choice = True
 
     def prune(configs: list[triton.Config], named: dict[str, Any], **meta: Any) -> list[triton.Config]:
+        nonlocal choice
         capability = driver.active.get_current_target().arch
         properties = driver.active.utils.get_device_properties(driver.active.get_current_device())
-        return suited(needs, configs, named | meta, capability, properties["max_shared_mem"])
+        found = suited(needs, configs, named | meta, capability, properties["max_shared_mem"])
+        capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        choice = len(found) > 1 and not capturing
+        return found if choice else found[:1]
 
-    return triton.autotune(configs, key, prune_configs_by={"early_config_prune": prune})
+    def time(call: Callable[[], None], quantiles: Sequence[float]) -> list[float]:
+        return driver.active.get_benchmarker()(call, quantiles=quantiles) if choice else [0.0] * len(quantiles)
+
+    early = {"early_config_prune": prune}
+    return triton.autotune(configs, key, prune_configs_by=early, do_bench=time, cache_results=True)
 
 
 def suits_units(c: dict[str, int], named: dict[str, Any]) -> bool:

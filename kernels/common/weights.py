@@ -19,8 +19,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastssl.kernels.common.launch import PEAK
-
 
 @triton.jit
 def power_of_two(x):
@@ -39,9 +37,7 @@ def load_factors(shift, factor, to_peak, i, count):
 
 
 @triton.jit
-def exponentials(
-    x, shift_i, factor_i, column_shift, column_factor, to_peak, j, N, WEIGHT: tl.constexpr,
-):  # fmt: skip
+def exponentials(x, shift_i, factor_i, column_shift, column_factor, to_peak, j, N, WEIGHT: tl.constexpr):
     """A tile of W, "both" or "column", of S, in columns j."""
     shift_j, factor_j = load_factors(column_shift, column_factor, to_peak, j, N)
     w = factor_j[None, :] * tl.exp(x - shift_j[None, :])
@@ -52,29 +48,68 @@ def exponentials(
 
 @triton.jit
 def sigmoids(x, shift):
-    """1 / (1 + exp(-x)), divided by exp(shift), shift <= 0."""
+    """1 / (1 + exp(-x)), divided by exp(shift)."""
     return tl.exp(tl.minimum(x, 0.0) - shift) / (1 + tl.exp(-tl.abs(x)))
 
 
 class Factors(NamedTuple):
-    """For each row of one side: its weights are factor exp(S - shift)."""
+    """For each row of one side: its weights are factor exp(S - shift), or relative to exp(shift)."""
 
     shift: Tensor
-    factor: Tensor
+    factor: Tensor | None
 
 
-def largest(*factors: Factors) -> Tensor:
+def largest(*factors: Tensor) -> Tensor:
     """The largest |factor|, on the device."""
-    return reduce(torch.maximum, (torch.linalg.vector_norm(f.factor, float("inf")) for f in factors))
+    return reduce(torch.maximum, (torch.linalg.vector_norm(f, float("inf")) for f in factors))
+
+
+class Weights(NamedTuple):
+    """W of M rows x and N rows y, neither of them 0, both as `pad` leaves them.
+
+    sizes: M and N. scale and bias of S: 0-d. exclude_by: EXCLUDE in tiles.py; exclude: the column that a row leaves
+    out, or the row that a column does. peak: the largest |factor|, 0-d.
+    """
+
+    left: Tensor
+    right: Tensor
+    sizes: tuple[int, int]
+    scale: Tensor
+    precision: str
+    weight: str
+    exclude_by: str | None
+    bias: Tensor | None = None
+    exclude: Tensor | None = None
+    rows: Factors | None = None
+    columns: Factors | None = None
+    peak: Tensor | None = None
+
+    @property
+    def symmetric(self) -> bool:
+        return self.weight == "both" and self.left is self.right and self.rows is self.columns
+
+    def exchanged(self) -> Weights:
+        """W^T."""
+        by = {"row": "column", "column": "row"}.get(self.exclude_by, self.exclude_by)
+        return self._replace(
+            left=self.right,
+            right=self.left,
+            sizes=self.sizes[::-1],
+            exclude_by=by,
+            rows=self.columns,
+            columns=self.rows,
+        )
 
 
 class Sums(NamedTuple):
-    """What `accumulate` leaves: G in splits; for softmax and sigmoid, maxima of S and the sums of weights, by splits
-    and rows, relative to those maxima for softmax; for sigmoid, losses. The last two may be sums of several rows."""
+    """What `accumulate` leaves: G in splits, (splits, rows, columns), both padded; what its weights were divided by:
+    a power of two near `peak`, or for softmax and sigmoid the exponentials of `top`, of each split and row, if there.
+    total: for softmax the rows' sums of weights, by splits, divided likewise; for sigmoid sums of weights which add up
+    to that of all. loss: likewise, of losses, for sigmoid."""
 
     weight: str
     gradient: Tensor | None
-    peak: Tensor | None = None
+    peak: Tensor | None
     top: Tensor | None = None
     total: Tensor | None = None
     loss: Tensor | None = None

@@ -11,7 +11,7 @@ and, given g_i = dL/dloss_i, with r_i = 1/2 g_i sigmoid(n_i - S_ii) and c_j = 1/
     dL/dx = scale W y,    dL/dy = scale W^T x,    dL/dscale = sum_i <x_i, (W y)_i>
 
 Forward: sums.py, 1 U, in units U = 2 N N D floating-point operations; `_losses` computes the positives. Backward:
-`accumulate` without the positives for either side, 4 U, or 2 U with products that the forward pass has kept;
+`accumulate_both` without the positives, 4 U, for wide rows 3 U, or 2 U with products that the forward pass has kept;
 positives.py adds them and goes back through the norms. Label smoothing, O(N D), is left to PyTorch.
 """
 
@@ -24,10 +24,11 @@ from torch import Tensor
 
 from fastssl._label_smoothing import gradient_of_leads, lead
 from fastssl._norms import normalized_rows
-from fastssl.kernels.common.accumulate import Factors, accumulate, largest
+from fastssl.kernels.common.accumulate import accumulate_both
 from fastssl.kernels.common.kept import kept_products, nothing_kept, room_for_products
 from fastssl.kernels.common.launch import OPTIONS, row_block
 from fastssl.kernels.common.tiles import COUNTS, softplus
+from fastssl.kernels.common.weights import Factors, Weights, largest
 from fastssl.kernels.contrastive.positives import (
     WARPS,
     load_factors_of_positive,
@@ -76,15 +77,15 @@ def _factors(
     gradient, positive, row_total, row_shift, column_total, column_shift, row_factor, column_factor, weight, N,
     BR: tl.constexpr,
 ):  # fmt: skip
-    """r_i / total_i, c_j / total_j, and -(r_i + c_i), the weight of the positive."""
+    """r_i / total_i and c_j / total_j, 0 past the last; and -(r_i + c_i), the weight of the positive."""
     i = tl.program_id(0) * BR + tl.arange(0, BR)
     inside = i < N
     half = 0.5 * tl.load(gradient + i, mask=inside, other=0.0)
     p = tl.load(positive + i, mask=inside, other=0.0)
     of_row, r = load_factors_of_positive(half, row_total, row_shift, p, i, inside)
     of_column, c = load_factors_of_positive(half, column_total, column_shift, p, i, inside)
-    tl.store(row_factor + i, of_row, mask=inside)
-    tl.store(column_factor + i, of_column, mask=inside)
+    tl.store(row_factor + i, of_row)
+    tl.store(column_factor + i, of_column)
     tl.store(weight + i, -(r + c), mask=inside)
 
 
@@ -99,9 +100,8 @@ def clip_loss(
     with torch.cuda.device_of(x):
         (left, inverse_x), (right, inverse_y) = (rows_of_products(z, normalize, precision) for z in (x, y))
         kept, products = room_for_products(x, keep, rows, rows, precision)
-        own = torch.arange(rows, device=x.device)
         of_rows, of_columns = totals_and_shifts(
-            left, right, (rows, rows), scale, precision, "row", exclude=own, columns=True, kept=products
+            left, right, (rows, rows), scale, precision, "diagonal", columns=True, kept=products
         )
         block = row_block(left.shape[1])
         _losses[(triton.cdiv(rows, block["BR"]),)](
@@ -136,29 +136,25 @@ def clip_loss_backward(
     with torch.cuda.device_of(x):
         (left, inverse_x), (right, inverse_y) = (rows_of_products(z, normalize, precision) for z in (x, y))
         shifts = row_shift.contiguous(), column_shift.contiguous()
-        of_rows, of_columns = (Factors(shift, torch.empty_like(shift)) for shift in shifts)
-        weight = torch.empty_like(of_rows.factor)
+        factors = x.new_empty((2, triton.cdiv(rows, ROWS_OF_FACTORS) * ROWS_OF_FACTORS), dtype=torch.float32)
+        of_rows, of_columns = (Factors(*pair) for pair in zip(shifts, factors, strict=True))
+        weight = torch.empty_like(of_rows.shift)
         _factors[(triton.cdiv(rows, ROWS_OF_FACTORS),)](
             grad_loss.contiguous(), positive.contiguous(), row_total.contiguous(), of_rows.shift,
             column_total.contiguous(), of_columns.shift, of_rows.factor, of_columns.factor, weight, rows,
             BR=ROWS_OF_FACTORS, **OPTIONS,
         )  # fmt: skip
-        own, peak = torch.arange(rows, device=x.device), largest(of_rows, of_columns)
+        pairs = Weights(
+            left, right, (rows, rows), scale, precision, "both", "diagonal",
+            rows=of_rows, columns=of_columns, peak=largest(factors),
+        )  # fmt: skip
+        sums_x, sums_y = accumulate_both(pairs, kept=kept_products(kept, rows, rows, x.shape[1], precision))
         share = x.new_empty(rows, dtype=torch.float64)
         of_x = of_y = None  # what label smoothing adds
         if label_smoothing:
             wide_x, wide_y = (normalized_rows(z, normalize)[0] for z in (x, y))
             pull = grad_loss * (label_smoothing / 2)
             of_x, of_y = (gradient_of_leads(z, pull, pull) for z in (wide_y, wide_x))
-        products = kept_products(kept, rows, rows, x.shape[1], precision)
-        sums = accumulate(
-            left, right, (rows, rows), scale, precision, "both", "row", exclude=own,
-            rows=of_rows, columns=of_columns, peak=peak, kept=products,
-        )  # fmt: skip
-        grad_x = projected(x, y, (inverse_x, inverse_y), scale, sums, weight, share, of_x)
-        sums = accumulate(
-            right, left, (rows, rows), scale, precision, "both", "column", exclude=own,
-            rows=of_columns, columns=of_rows, peak=peak, kept=None if products is None else products.T,
-        )  # fmt: skip
-        grad_y = projected(y, x, (inverse_y, inverse_x), scale, sums, weight, None, of_y)
+        grad_x = projected(x, y, (inverse_x, inverse_y), scale, sums_x, weight, share, of_x)
+        grad_y = projected(y, x, (inverse_y, inverse_x), scale, sums_y, weight, None, of_y)
         return grad_x, grad_y, share.sum().to(scale.dtype)

@@ -11,10 +11,10 @@ and, given g_i = dL/dloss_i, with E_ij = exp(S_ij - shift_i), E_ii = 0:
     dL/dk_j      = scale (sum_i g_i slope_i / total_i E_ij q_i - g_j slope_j q_j)
     dL/dx_i      = (dL/dq_i - <dL/dq_i, q_i> q_i) / |x_i|    where rows were normalised, q = x / |x|
 
-Forward: `accumulate` of E k, 2 U, in units U = 2 N N D floating-point operations; `_finish` adds the splits and leaves
-each row's loss and its derivatives, so that nothing remains for the backward pass of the queries. Without gradients
-sums.py, 1 U. Backward, for the keys: `accumulate` of E^T q, 2 U, or 1 U with products that the forward
-pass has kept; positives.py adds the positives. Label smoothing, O(N D), is left to PyTorch.
+Forward: `softmax_sums` of E k, 2 U, in units U = 2 N N D floating-point operations, or 3 U for wide rows; `_finish`
+adds the splits and leaves each row's loss and its derivatives, so that nothing remains for the backward pass of the
+queries. Without gradients sums.py, 1 U. Backward, for the keys: `accumulate` of E^T q, 2 U; positives.py adds the
+positives. With products that the forward pass has kept, 2 U and 1 U. Label smoothing, O(N D), is left to PyTorch.
 
 Numerics: as in positives.py.
 """
@@ -28,11 +28,12 @@ from torch import Tensor
 
 from fastssl._label_smoothing import centered, gradient_of_leads, lead
 from fastssl._norms import normalized_rows, through_norms
-from fastssl.kernels.common.accumulate import Factors, accumulate, largest
+from fastssl.kernels.common.accumulate import accumulate
 from fastssl.kernels.common.kept import kept_products, nothing_kept, room_for_products
 from fastssl.kernels.common.launch import OPTIONS, PEAK, row_block
 from fastssl.kernels.common.rows import unit
 from fastssl.kernels.common.tiles import COUNTS, EPS, finite, softplus
+from fastssl.kernels.common.weights import Factors, Weights, largest
 from fastssl.kernels.contrastive.positives import (
     WARPS,
     load_factors_of_positive,
@@ -42,7 +43,7 @@ from fastssl.kernels.contrastive.positives import (
     rows_of_products,
     unit_rows,
 )
-from fastssl.kernels.contrastive.sums import totals_and_shifts
+from fastssl.kernels.contrastive.sums import softmax_sums, totals_and_shifts
 
 ROWS_OF_FACTORS = 256  # of a program that computes them
 
@@ -147,15 +148,14 @@ def info_nce(
         return *results, nothing_kept(query, keep)
     with torch.cuda.device_of(query):
         (q, inverse_q), (k, inverse_k) = (rows_of_products(z, normalize, precision) for z in (query, positive_key))
-        own = torch.arange(rows, device=query.device)
         kept, products = room_for_products(query, keep, rows, rows, precision)
         inputs = q, k, (rows, rows), scale, precision
         if weigh:
-            sums = accumulate(*inputs, "softmax", "row", exclude=own, kept=products)
+            sums = softmax_sums(*inputs, "diagonal", kept=products)
             gradient, tops, totals = sums.gradient, sums.top, sums.total
             splits, padded_rows, padded = gradient.shape
         else:
-            [(totals, tops)] = totals_and_shifts(*inputs, "row", exclude=own, kept=products)
+            [(totals, tops)] = totals_and_shifts(*inputs, "diagonal", kept=products)
             gradient, splits, (padded_rows, padded) = None, 1, q.shape
         block = row_block(padded)
         _finish[(triton.cdiv(rows, block["BR"]),)](
@@ -203,12 +203,11 @@ def info_nce_backward(
             grad_loss.contiguous(), positive.contiguous(), total.contiguous(), shift, factors.factor, weight, rows,
             BR=ROWS_OF_FACTORS, **OPTIONS,
         )  # fmt: skip
-        peak, own = largest(factors), torch.arange(rows, device=query.device)
         products = kept_products(kept, rows, rows, query.shape[1], precision)
-        sums = accumulate(
-            k, q, (rows, rows), scale, precision, "column", "column", exclude=own, columns=factors, peak=peak,
-            kept=None if products is None else products.T,
-        )  # fmt: skip
+        pairs = Weights(
+            k, q, (rows, rows), scale, precision, "column", "diagonal", columns=factors, peak=largest(factors.factor)
+        )
+        sums = accumulate(pairs, kept=None if products is None else products.T)
         of_key = None  # what label smoothing adds
         if label_smoothing:
             of_key = gradient_of_leads(normalized_rows(query, normalize)[0], None, grad_loss * label_smoothing)

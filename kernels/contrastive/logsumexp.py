@@ -4,16 +4,16 @@
     pair_logsumexp         of the rows and the columns of S (CLIP)            forward 1 U, backward 4 U
     self_logsumexp         of the rows of scale z z^T, no diagonal (SupCon)   forward 1/2 U, backward 2 U
 
-in units U = 2 M N D floating-point operations (M = N for the last); backward half as much where the forward pass has
-kept its products (common/kept.py). With E_ij = exp(S_ij - shift_i), where shift_i is
-the largest S_ij of row i, and total_i = sum_j E_ij,
+in units U = 2 M N D floating-point operations (M = N for the last); for wide rows, whose weights are stored in blocks
+(common/blocks.py), 3 U and 2 U, 1 U and 3 U, 1/2 U and 1.5 U; there 1 U less in either pass, but for the forward passes
+of sums alone, where products are kept (common/kept.py). With E_ij = exp(S_ij - shift_i), where shift_i is the largest
+S_ij of row i, and total_i = sum_j E_ij,
 
     log sum_j exp(S_ij) = shift_i + log(total_i)
     grad_x = scale W y,    grad_y = scale W^T x,    W_ij = grad_total_i E_ij [+ the same of columns]
 
 Algorithm. Sums are those of sums.py, products those of common/accumulate.py, which computes S again. The forward pass
-of similarity_logsumexp is `accumulate` too, with a running maximum: it leaves E y, so that grad_x needs no S at all.
-Two outputs per tile would make CLIP's backward pass 3 U, but would need atomics.
+of similarity_logsumexp has such a product too: it leaves E y, so that grad_x needs no S at all.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastssl.kernels.common.accumulate import Factors, accumulate, largest
+from fastssl.kernels.common.accumulate import accumulate, accumulate_both
 from fastssl.kernels.common.collect import collect_sums
 from fastssl.kernels.common.kept import kept_products, nothing_kept, room_for_products
 from fastssl.kernels.common.rows import pad
-from fastssl.kernels.contrastive.sums import totals_and_shifts
+from fastssl.kernels.common.weights import Factors, Weights, largest
+from fastssl.kernels.contrastive.sums import softmax_sums, totals_and_shifts
 
 
 def similarity_logsumexp(
@@ -42,7 +43,7 @@ def similarity_logsumexp(
         kept, products = room_for_products(x, keep, rows, columns, precision)
         if weigh:
             weighted, shift, total, _ = collect_sums(
-                accumulate(*inputs, "softmax", by, exclude=exclude, kept=products), x, scale, torch.float32
+                softmax_sums(*inputs, by, exclude=exclude, kept=products), x, scale, torch.float32
             )
             return total, shift, weighted, kept
         [(total, shift)] = totals_and_shifts(*inputs, by, exclude=exclude, kept=products)
@@ -72,10 +73,11 @@ def similarity_logsumexp_backward(
         exclude, by = excluding(exclude, "column")
         factors = Factors(shift.contiguous(), grad_total.contiguous())
         products = kept_products(kept, rows, columns, x.shape[1], precision)
-        G = accumulate(
+        pairs = Weights(
             pad(y, precision), pad(x, precision), (columns, rows), scale, precision, "column", by, exclude=exclude,
-            columns=factors, peak=largest(factors), kept=None if products is None else products.T,
+            columns=factors, peak=largest(factors.factor),
         )  # fmt: skip
+        G = accumulate(pairs, kept=None if products is None else products.T)
         return grad_x, collect_sums(G, y, scale, y.dtype).gradient, grad_scale
 
 
@@ -131,20 +133,18 @@ def pair_logsumexp_backward(
         left, right = pad(x, precision), pad(y, precision)
         of_x = Factors(row_shift.contiguous(), grad_row_total.contiguous())
         of_y = Factors(column_shift.contiguous(), grad_column_total.contiguous())
-        peak = largest(of_x, of_y)
-        products = kept_products(kept, rows, columns, x.shape[1], precision)
         exclude, by = excluding(exclude, "row")
-        G = accumulate(
+        pairs = Weights(
             left, right, (rows, columns), scale, precision, "both", by, exclude=exclude,
-            rows=of_x, columns=of_y, peak=peak, kept=products,
+            rows=of_x, columns=of_y, peak=largest(of_x.factor, of_y.factor),
         )  # fmt: skip
-        collected = collect_sums(G, x, scale, x.dtype, share=True)
-        exclude, by = excluding(exclude, "column")
-        G = accumulate(
-            right, left, (columns, rows), scale, precision, "both", by, exclude=exclude,
-            rows=of_y, columns=of_x, peak=peak, kept=None if products is None else products.T,
-        )  # fmt: skip
-        return collected.gradient, collect_sums(G, y, scale, y.dtype).gradient, collected.share.sum().to(scale.dtype)
+        sums_x, sums_y = accumulate_both(pairs, kept=kept_products(kept, rows, columns, x.shape[1], precision))
+        collected = collect_sums(sums_x, x, scale, x.dtype, share=True)
+        return (
+            collected.gradient,
+            collect_sums(sums_y, y, scale, y.dtype).gradient,
+            collected.share.sum().to(scale.dtype),
+        )
 
 
 def self_logsumexp(z: Tensor, scale: Tensor, keep: int, precision: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -155,7 +155,9 @@ def self_logsumexp(z: Tensor, scale: Tensor, keep: int, precision: str) -> tuple
     with torch.cuda.device_of(z):
         padded = pad(z, precision)
         kept, products = room_for_products(z, keep, rows, rows, precision)
-        [sums] = totals_and_shifts(padded, padded, (rows, rows), scale, precision, "diagonal", kept=products)
+        [sums] = totals_and_shifts(
+            padded, padded, (rows, rows), scale, precision, "diagonal", symmetric=True, kept=products
+        )
         return *sums, kept
 
 
@@ -169,10 +171,11 @@ def self_logsumexp_backward(
     with torch.cuda.device_of(z):
         padded = pad(z, precision)
         factors = Factors(shift.contiguous(), grad_total.contiguous())
-        G = accumulate(
+        pairs = Weights(
             padded, padded, (rows, rows), scale, precision, "both", "diagonal", rows=factors, columns=factors,
-            peak=largest(factors), kept=kept_products(kept, rows, rows, z.shape[1], precision),
+            peak=largest(factors.factor),
         )  # fmt: skip
+        G = accumulate(pairs, kept=kept_products(kept, rows, rows, z.shape[1], precision))
         collected = collect_sums(G, z, scale, z.dtype, share=True)
         return collected.gradient, collected.share.sum().mul(0.5).to(scale.dtype)
 

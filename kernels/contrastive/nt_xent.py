@@ -12,8 +12,8 @@ and, given g_i = dL/dloss_i, with p_ij = exp(S_ij - lse_i):
     dL/dx_i  = (dL/dz_i - <dL/dz_i, z_i> z_i) / |x_i|    where rows were normalised, z = x / |x|
 
 Algorithm and cost. Forward: sums.py, 1/2 U, in units U = 2 N N D floating-point operations. Backward: `accumulate`,
-2 U, or 1 U with products that the forward pass has kept; `_project` adds the splits and the positives, and applies
-scale and the derivative of the normalisation. Two outputs per tile would make it 1.5 U, but would need atomics.
+2 U, for wide rows 1.5 U, or 1 U with products that the forward pass has kept; `_project` adds the splits and the
+positives, and applies scale and the derivative of the normalisation.
 
 Numerics: norms and row products are float64. The positive's entry in W, g_i (p - 1), is where a confident model's
 gradient cancels: it is left out of the rounded W, and `_project` adds it in float32, from the same S that the sums
@@ -27,20 +27,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastssl.kernels.common.accumulate import Factors, accumulate, largest, load_factors, power_of_two
+from fastssl.kernels.common.accumulate import accumulate
 from fastssl.kernels.common.kept import kept_products, nothing_kept, room_for_products
 from fastssl.kernels.common.launch import OPTIONS, PEAK, row_block
 from fastssl.kernels.common.rows import load_rows, pad_views, unit
 from fastssl.kernels.common.tiles import COUNTS, EPS
+from fastssl.kernels.common.weights import Factors, Weights, largest, load_factors, power_of_two
 from fastssl.kernels.contrastive.sums import totals_and_shifts
 
 
 @triton.jit
-def _positive_weight(shift, coefficient, total, peak, aligned, i, inside, N):
-    """The positive's g_i (p - 1), scaled like W."""
+def _positive_weight(shift, coefficient, total, peak, x, i, inside, N):
+    """The g_i (p - 1) of the positive, whose S is x, scaled like W."""
     shift_i, scaled = load_factors(shift, coefficient, PEAK / power_of_two(tl.load(peak)), i, N)
     denominator = tl.load(total + i, mask=inside, other=1.0)
-    x = tl.load(aligned + i, mask=inside, other=0.0)
     return scaled * (tl.exp(x - shift_i) - denominator)
 
 
@@ -72,8 +72,9 @@ def _project(
     partner = tl.where(row < B, row + B, row - B)
     factor = tl.load(inverse + row, mask=inside, other=1.0)[:, None]
     factor_partner = tl.load(inverse + partner, mask=inside, other=1.0)[:, None]
-    weight = _positive_weight(shift, coefficient, total, peak, aligned, row, inside, 2 * B)
-    weight += _positive_weight(shift, coefficient, total, peak, aligned, partner, inside, 2 * B)
+    S = tl.load(aligned + tl.minimum(row, partner), mask=inside, other=0.0)
+    weight = _positive_weight(shift, coefficient, total, peak, S, row, inside, 2 * B)
+    weight += _positive_weight(shift, coefficient, total, peak, S, partner, inside, 2 * B)
     weight = weight[:, None]
     partner = tl.where(inside, partner, 2 * B)[:, None]
     shares = tl.zeros((BR, BD), tl.float64)
@@ -115,7 +116,9 @@ def nt_xent(
     with torch.cuda.device_of(z1):
         z, _ = pad_views(z1, z2, normalize, precision)
         kept, products = room_for_products(z1, keep, rows, rows, precision)
-        [(total, shift)] = totals_and_shifts(z, z, (rows, rows), scale, precision, "partner", loss=loss, kept=products)
+        [(total, shift)] = totals_and_shifts(
+            z, z, (rows, rows), scale, precision, "partner", symmetric=True, loss=loss, kept=products
+        )
     return loss, shift, total, kept
 
 
@@ -139,11 +142,12 @@ def nt_xent_backward(
         z, inverse = pad_views(z1, z2, normalize, precision)
         total = total.contiguous()
         factors = Factors(shift.contiguous(), grad_loss / total)
-        aligned, grad_scale, peak = torch.empty_like(total), torch.empty_like(inverse), largest(factors)
-        G = accumulate(
-            z, z, (2 * batch, 2 * batch), scale, precision, "both", "partner", rows=factors, columns=factors, peak=peak,
-            aligned=aligned, kept=kept_products(kept, 2 * batch, 2 * batch, dim, precision),
-        ).gradient  # fmt: skip
+        aligned, grad_scale, peak = torch.empty_like(total), torch.empty_like(inverse), largest(factors.factor)
+        pairs = Weights(
+            z, z, (2 * batch, 2 * batch), scale, precision, "both", "partner", rows=factors, columns=factors, peak=peak
+        )
+        products = kept_products(kept, 2 * batch, 2 * batch, dim, precision)
+        G = accumulate(pairs, aligned=aligned, kept=products).gradient
         splits, padded_rows, padded = G.shape
         block = row_block(padded)
         _project[(triton.cdiv(2 * batch, block["BR"]),)](

@@ -23,10 +23,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastssl.kernels.common.accumulate import Sums, power_of_two
 from fastssl.kernels.common.launch import OPTIONS, PEAK, row_block
 from fastssl.kernels.common.rows import pad, pad_views, unit
 from fastssl.kernels.common.tiles import COUNTS, EPS
+from fastssl.kernels.common.weights import Sums, power_of_two
 
 WARPS = 8  # of these kernels: with 4 they spill registers
 

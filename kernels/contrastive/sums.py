@@ -25,7 +25,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastssl.kernels.common.launch import OPTIONS, autotune, configs, input_precision, suits_units
+from fastssl.kernels.common.accumulate import accumulate
+from fastssl.kernels.common.launch import OPTIONS, autotune, configs, input_precision, is_wide, suits_units
 from fastssl.kernels.common.tiles import (
     COUNTS,
     exponents,
@@ -35,6 +36,7 @@ from fastssl.kernels.common.tiles import (
     load_scale,
     products,
 )
+from fastssl.kernels.common.weights import Factors, Sums, Weights
 
 _BAND = 64  # distances per forward launch
 
@@ -166,6 +168,7 @@ def totals_and_shifts(
     exclude_by: str | None,
     *,
     exclude: Tensor | None = None,
+    symmetric: bool = False,
     columns: bool = False,
     loss: Tensor | None = None,
     kept: Tensor | None = None,
@@ -178,13 +181,13 @@ def totals_and_shifts(
         sizes: M and N, neither of them 0; with `columns`, M is at most N.
         scale: of S, 0-d.
         precision: of products.
-        exclude_by: EXCLUDE in common/tiles.py; "diagonal" and "partner" say that S is symmetric.
+        exclude_by: EXCLUDE in common/tiles.py.
         exclude: the column that a row leaves out, or the row that a column does.
+        symmetric: whether S is, x and y being the same rows.
         columns: whether the columns' sums are wanted.
         loss: receives NT-Xent's losses.
         kept: receives all products <x_i, y_j>, see common/kept.py.
     """
-    symmetric = exclude_by in ("diagonal", "partner")
     rows, others = sizes
     tile = 64 if precision == "float32" or max(sizes) <= 2048 else 128
     row_blocks, blocks = triton.cdiv(rows, tile), triton.cdiv(others, tile)
@@ -216,3 +219,23 @@ def totals_and_shifts(
                 SYMMETRIC=symmetric, T=tile, SLOTS=max(triton.next_power_of_2(slots), 8), BR=16, **OPTIONS,
             )  # fmt: skip
     return [(total, shift) for _, _, _, shift, total in sides]
+
+
+def softmax_sums(
+    left: Tensor,
+    right: Tensor,
+    sizes: tuple[int, int],
+    scale: Tensor,
+    precision: str,
+    exclude_by: str | None,
+    *,
+    exclude: Tensor | None = None,
+    kept: Tensor | None = None,
+) -> Sums:
+    """The sums of exponentials times y, and of exponentials, relative to the rows' maxima; arguments as above."""
+    pairs = Weights(left, right, sizes, scale, precision, "softmax", exclude_by, exclude=exclude)
+    if not is_wide(left.shape[1], precision):
+        return accumulate(pairs)
+    [(total, shift)] = totals_and_shifts(left, right, sizes, scale, precision, exclude_by, exclude=exclude, kept=kept)
+    sums = accumulate(pairs._replace(rows=Factors(shift, None)), kept=kept)
+    return sums._replace(top=shift[None], total=total[None])

@@ -14,11 +14,13 @@ import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
+from fastssl.kernels.common import launch  # noqa: E402
 from tests.gpu.triton_checks.common.compile_gate import (  # noqa: E402
     SHARED_MEMORY,
     TENSOR_CORES,
@@ -88,3 +90,25 @@ def test_every_card_keeps_a_configuration(capability):
 def test_shared_memory_prunes():
     wide = [len(FORWARD.suited(c, "tf32", T=128, PRECISION="tf32")) for c in (90, 120)]
     assert wide == [2, 1]
+
+
+def test_timing_only_where_there_is_a_choice(monkeypatch):
+    """On a card that suits several configurations, one, or several while a graph is being captured."""
+    card, timed = SimpleNamespace(), []
+    active = SimpleNamespace(
+        get_current_target=lambda: SimpleNamespace(arch=90),
+        get_current_device=lambda: 0,
+        utils=SimpleNamespace(get_device_properties=lambda device: {"max_shared_mem": card.shared}),
+        get_benchmarker=lambda: lambda call, quantiles: timed.append(call) or [1.0, 1.0, 1.0],
+    )
+    monkeypatch.setattr(launch, "driver", SimpleNamespace(active=active))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: card.capturing)
+    configs = launch.configs(({"BM": 64}, 4, 3), ({"BM": 128}, 4, 3))
+    tuner = launch.autotune(lambda c, named, size, capability: 1024 * c["BM"], ["D"], configs)(FORWARD.jit)
+    tuner.nargs = {"left": torch.empty(0)}
+    for card.shared, card.capturing, suit, times in ((2**20, False, 2, 1), (2**17, False, 1, 0), (2**20, True, 1, 0)):
+        timed.clear()
+        assert tuner.prune_configs({}) == configs[:suit]
+        tuner.do_bench(None, quantiles=(0.5, 0.2, 0.8))
+        assert len(timed) == times

@@ -11,7 +11,7 @@ import triton.language as tl
 from triton.runtime import Autotuner, interpreter
 from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
 
-from fastssl.kernels.common import accumulate, collect, logits, rows
+from fastssl.kernels.common import accumulate, blocks, collect, logits, rows
 from fastssl.kernels.common.launch import row_block
 
 
@@ -42,7 +42,9 @@ def patch() -> None:
         setattr(InterpreterBuilder, name, cast_impl)
     InterpreterBuilder.create_fp_to_fp = lambda self, x, dtype, rounding: cast_impl(self, x, dtype)
     InterpreterBuilder.create_dot = create_dot
-    logits.product = lambda left, right: left.float() @ right.float()  # a CPU has no products of 16 bits in float32
+    # A CPU has no products of 16 bits in float32.
+    logits.product = lambda left, right: left.float() @ right.float()
+    blocks.add_product = lambda out, left, right, first: out.addmm_(left.float(), right.float(), beta=0 if first else 1)
 
     patch_tensor = interpreter._patch_lang_tensor
 
@@ -69,7 +71,7 @@ def hurry() -> None:
 
     InterpretedFunction.__call__ = call
     few_programs(rows, collect)
-    one_configuration(accumulate.accumulate_narrow, accumulate.accumulate_wide)
+    one_configuration(accumulate.accumulate_narrow, blocks.weigh)
 
 
 def few_programs(*modules: ModuleType) -> None:

@@ -6,14 +6,14 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from fastssl.kernels.common import accumulate, collect, launch, rows
+from fastssl.kernels.common import accumulate, blocks, collect, launch, rows
 from tests.gpu.triton_checks.common.compile_gate import DTYPES, PRECISIONS, Case, Kernel, product_cases
 
 # Of all kernels over tiles of S.
 POINTERS = {
     "exclude": "i64",
     **dict.fromkeys(("inverse", "inverse1", "inverse2", "grad_scale", "share"), "fp64"),
-    **dict.fromkeys(("z", "left", "right"), "product"),
+    **dict.fromkeys(("z", "left", "right", "w"), "product"),
     **dict.fromkeys(("z1", "z2", "grad_z1", "grad_z2", "x", "out"), "rows"),
     **dict.fromkeys(("scale", "bias", "aligned", "loss", "losses", "shift", "total", "coefficient"), "fp32"),
     **dict.fromkeys(("tops", "sums", "totals", "row_tops", "row_sums", "column_tops", "column_sums"), "fp32"),
@@ -27,12 +27,14 @@ STEPS = ("step_i", "step_j")
 PREPARE = Kernel(rows.prepare, POINTERS, multiples=PADDED)
 COLLECT = Kernel(collect.collect, POINTERS, multiples=PADDED)
 NARROW = Kernel(accumulate.accumulate_narrow, POINTERS, multiples=PADDED, needs=accumulate.narrow_needs)
-WIDE = Kernel(accumulate.accumulate_wide, POINTERS, multiples=(*PADDED, *STEPS, "D"), needs=accumulate.wide_needs)
+_BLOCK = ("first_row", "first_column", "height", "width")
+WEIGH = Kernel(blocks.weigh, POINTERS, multiples=(*PADDED, *STEPS, *_BLOCK, "D"), needs=blocks.weigh_needs)
 
 # What a launcher does not pass. With `exclude` the variants compute more, so those without it are left out.
 NO_EXCLUDE = {"exclude": None}
 NO_RUNNING = {"tops": None, "totals": None, "losses": None}
 NO_KEPT = {"kept": None, "step_i": None, "step_j": None}
+_SAID = ("WEIGHT", "EXCLUDE")
 NO_ROWS = {"row_shift": None, "row_factor": None}
 NO_FACTORS = {**NO_ROWS, "column_shift": None, "column_factor": None, "peak": None}
 
@@ -41,10 +43,23 @@ def accumulate_cases(
     variants: Mapping[str, Mapping[str, Any]], capability: int, sweep: bool, largest: str | None = None
 ) -> Iterator[Case]:
     """D is a constant of the narrow kernel; of the wide one a runtime argument, so one specialisation serves all."""
-    wide = {name: {**NO_KEPT, **constants} for name, constants in variants.items()}
-    yield from product_cases(WIDE, wide, capability, sweep, largest=largest)
     narrow = {"D": 64}, {"D": 128}
     yield from product_cases(NARROW, variants, capability, sweep, narrow, float32_shapes=(), largest=largest)
+    wide = {name: in_blocks(constants) for name, constants in variants.items()}
+    wide = {name: constants for name, constants in wide.items() if constants is not None}
+    yield from product_cases(WEIGH, wide, capability, sweep, largest=largest)
+
+
+def in_blocks(constants: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What `weigh` is not passed where the narrow kernel is not passed this; None where it is not launched."""
+    weight, derive = constants["WEIGHT"], "gradient" not in constants
+    if weight == "sigmoid" and derive and "losses" in constants:
+        return None  # one pass serves both sides
+    given = {"softmax": {"row_shift"}, "sigmoid": {"peak"} if derive else set()}.get(weight, set())
+    absent = {name for name in constants if name in WEIGH.jit.arg_names and name not in given | set(_SAID)}
+    absent |= set() if weight == "sigmoid" else {"totals", "losses"}
+    absent |= set() if derive else {"w"}
+    return {**{name: constants[name] for name in _SAID}, **dict.fromkeys(sorted(absent)), **NO_KEPT}
 
 
 def kept_cases(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastssl.kernels.common import accumulate
-from fastssl.kernels.common.launch import DTYPES
+from fastssl.kernels.common.launch import DTYPES, is_wide
 from tests.gpu.triton_checks.common.launches import count_launches
 from tests.gpu.triton_checks.common.numerics import (
     DEVICE,
@@ -33,7 +33,7 @@ def rows(batch: int, dim: int, dtype: torch.dtype = torch.float32, near: float =
 class PairTests(ABC):
     """An operation's class of tests says how to launch it, what its losses are, and how many launches both take."""
 
-    launches: int
+    launches: tuple[int, int]  # of narrow and of wide rows
     label_smoothing = 0.0
 
     @abstractmethod
@@ -185,11 +185,12 @@ class PairTests(ABC):
             assert (loss >= 0).all()
 
     @pytest.mark.skipif(not INTERPRETED, reason="launches are counted in the interpreter")
-    @pytest.mark.parametrize("batch", [32, 256])
-    def test_launches(self, batch):
-        x, y = rows(batch, 32)
+    @pytest.mark.parametrize("batch,dim,precision", [(256, 32, "bfloat16"), (32, 130, "float32")])
+    def test_launches(self, batch, dim, precision):
+        x, y = rows(batch, dim, DTYPES[precision])
         g, scale = random_gradient(batch), torch.tensor(2.0)
-        assert count_launches(lambda: self.launch(x, y, g, scale, True, "float32")) == self.launches
+        launches = self.launches[int(is_wide(dim, precision))]
+        assert count_launches(lambda: self.launch(x, y, g, scale, True, precision)) == launches
 
     @pytest.mark.parametrize("dim", [32, 140])
     def test_splits(self, dim, monkeypatch):

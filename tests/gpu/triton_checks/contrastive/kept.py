@@ -11,17 +11,16 @@ from torch import Tensor
 from fastssl.kernels import contrastive as kernels
 from fastssl.kernels.contrastive import sums
 from tests.gpu.triton_checks.common.compile_gate import Case
-from tests.gpu.triton_checks.common.kernels import WIDE, kept_cases
+from tests.gpu.triton_checks.common.kernels import WEIGH, in_blocks, kept_cases
 from tests.gpu.triton_checks.common.numerics import DEVICE, INTERPRETED, poisoned, random_gradient
 from tests.gpu.triton_checks.common.tiles import both
 from tests.gpu.triton_checks.contrastive.logsumexp import FORWARD, SUMS, WEIGHTS
 
 OF_SUMS = {f"{name}_kept": {**SUMS[name], "step_j": 1} for name in ("self", "pair")}
-OF_WEIGHTS = {
-    "pair_kept": {**WEIGHTS["pair"], "step_j": 1},
-    "dy_kept": {**WEIGHTS["dy"], "step_i": 1},
-    "softmax_kept": {**WEIGHTS["softmax"], "step_j": 1},
-}
+OF_WEIGHTS = {f"{name}_kept": in_blocks(WEIGHTS[name]) for name in ("pair", "dy", "softmax")}
+for constants, step in zip(OF_WEIGHTS.values(), ("step_j", "step_i", "step_j"), strict=True):
+    del constants["kept"], constants["step_i"], constants["step_j"]
+    constants[step] = 1
 # Of each operation: the sizes of its matrix, and both passes with `keep` bytes and what becomes of them in between.
 SIZES = {"similarity": (70, 37), "pair": (37, 70), "flat": (170, 37), "self": (170, 170)} | dict.fromkeys(
     ("nt_xent", "clip_loss", "info_nce"), (140, 140)
@@ -36,7 +35,7 @@ if INTERPRETED:
 
 def cases(capability: int, sweep: bool) -> Iterator[Case]:
     yield from kept_cases(FORWARD, OF_SUMS, capability, sweep, ({"T": 64}, {"T": 128}))
-    yield from kept_cases(WIDE, OF_WEIGHTS, capability, sweep)
+    yield from kept_cases(WEIGH, OF_WEIGHTS, capability, sweep)
 
 
 def both_passes(name: str, x: Tensor, y: Tensor, keep: int, precision: str, between: Between) -> list[Tensor]:

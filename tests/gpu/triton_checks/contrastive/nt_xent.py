@@ -233,16 +233,16 @@ def test_bands(batch, monkeypatch):
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="launches are counted in the interpreter")
-@pytest.mark.parametrize("batch", [32, 256])
-def test_launches(batch):
-    z1, z2 = rows(batch, 32)
+@pytest.mark.parametrize("batch,dim,precision,launches", [(256, 32, "bfloat16", 3 + 7), (32, 130, "float32", 3 + 8)])
+def test_launches(batch, dim, precision, launches):
+    z1, z2 = rows(batch, dim, DTYPES[precision])
     g, s = random_gradient(2 * batch), torch.tensor(2.0)
 
     def run() -> None:
-        _, *kept_for_backward = kernels.nt_xent(z1, z2, s, True, 0, "float32")
-        kernels.nt_xent_backward(g, z1, z2, s, *kept_for_backward, True, "float32")
+        _, *kept_for_backward = kernels.nt_xent(z1, z2, s, True, 0, precision)
+        kernels.nt_xent_backward(g, z1, z2, s, *kept_for_backward, True, precision)
 
-    assert count_launches(run) == 3 + 7
+    assert count_launches(run) == launches
 
 
 @pytest.mark.parametrize("dim", [32, 140])
