@@ -1,6 +1,7 @@
 """Softmax contrastive losses on the GPU: log-sum-exps of similarities, and the products of their gradients."""
 
 from fastssl.kernels.contrastive.clip_loss import clip_loss, clip_loss_backward
+from fastssl.kernels.contrastive.dcl import dcl, dcl_backward
 from fastssl.kernels.contrastive.info_nce import info_nce, info_nce_backward
 from fastssl.kernels.contrastive.logsumexp import (
     pair_logsumexp,
@@ -15,6 +16,8 @@ from fastssl.kernels.contrastive.nt_xent import nt_xent, nt_xent_backward
 __all__ = [
     "clip_loss",
     "clip_loss_backward",
+    "dcl",
+    "dcl_backward",
     "info_nce",
     "info_nce_backward",
     "nt_xent",

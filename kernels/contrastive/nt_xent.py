@@ -33,7 +33,7 @@ from fastssl.kernels.common.launch import OPTIONS, PEAK, row_block
 from fastssl.kernels.common.rows import load_rows, pad_views, unit
 from fastssl.kernels.common.tiles import COUNTS, EPS
 from fastssl.kernels.common.weights import Factors, Weights, largest, load_factors, power_of_two
-from fastssl.kernels.contrastive.sums import totals_and_shifts
+from fastssl.kernels.contrastive.sums import Positives, totals_and_shifts
 
 
 @triton.jit
@@ -61,20 +61,25 @@ def _total_gradient(
 
 @triton.jit(do_not_specialize=COUNTS)
 def _project(
-    z1, z2, inverse, scale, shift, coefficient, total, peak, aligned, gradient, grad_z1, grad_z2, grad_scale, B, D,
-    row_stride1, column_stride1, row_stride2, column_stride2, PADDED, padded_rows, splits,
+    z1, z2, inverse, scale, shift, coefficient, total, pull, peak, aligned, gradient, grad_z1, grad_z2, grad_scale,
+    B, D, row_stride1, column_stride1, row_stride2, column_stride2, PADDED, padded_rows, splits,
     NORMALIZE: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of z1 and z2 from G, and each row's share of that of scale."""
+    """The gradients of z1 and z2 from G, and each row's share of that of scale. `pull`, if there, is minus each row's
+    gradient by its positive's S; else NT-Xent's is taken."""
     row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     rows = row[:, None]
     inside = row < 2 * B
     partner = tl.where(row < B, row + B, row - B)
     factor = tl.load(inverse + row, mask=inside, other=1.0)[:, None]
     factor_partner = tl.load(inverse + partner, mask=inside, other=1.0)[:, None]
-    S = tl.load(aligned + tl.minimum(row, partner), mask=inside, other=0.0)
-    weight = _positive_weight(shift, coefficient, total, peak, S, row, inside, 2 * B)
-    weight += _positive_weight(shift, coefficient, total, peak, S, partner, inside, 2 * B)
+    if pull is not None:
+        weight = tl.load(pull + row, mask=inside, other=0.0) + tl.load(pull + partner, mask=inside, other=0.0)
+        weight *= -PEAK / power_of_two(tl.load(peak))
+    else:
+        S = tl.load(aligned + tl.minimum(row, partner), mask=inside, other=0.0)
+        weight = _positive_weight(shift, coefficient, total, peak, S, row, inside, 2 * B)
+        weight += _positive_weight(shift, coefficient, total, peak, S, partner, inside, 2 * B)
     weight = weight[:, None]
     partner = tl.where(inside, partner, 2 * B)[:, None]
     shares = tl.zeros((BR, BD), tl.float64)
@@ -105,21 +110,71 @@ def _project(
         tl.store(grad_z2 + (rows - B) * D + columns, out, mask=(rows >= B) & inside[:, None] & (columns < D))
 
 
-def nt_xent(
-    z1: Tensor, z2: Tensor, scale: Tensor, normalize: bool, keep: int, precision: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss, shift, total, kept) of `fastssl::nt_xent` for CUDA tensors; see fastssl/ops/contrastive/."""
+def sums_and_kept(
+    z1: Tensor,
+    z2: Tensor,
+    scale: Tensor,
+    normalize: bool,
+    keep: int,
+    precision: str,
+    exclude_by: str,
+    positives: Positives,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(shift, total, kept), and the losses, in `positives`, of at least one pair of rows."""
     rows = 2 * z1.shape[0]
-    loss = z1.new_empty(rows, dtype=torch.float32)
-    if rows == 0:
-        return loss, loss.clone(), loss.clone(), nothing_kept(z1, keep)
     with torch.cuda.device_of(z1):
         z, _ = pad_views(z1, z2, normalize, precision)
         kept, products = room_for_products(z1, keep, rows, rows, precision)
         [(total, shift)] = totals_and_shifts(
-            z, z, (rows, rows), scale, precision, "partner", symmetric=True, loss=loss, kept=products
+            z, z, (rows, rows), scale, precision, exclude_by, symmetric=True, positives=positives, kept=products
         )
-    return loss, shift, total, kept
+    return shift, total, kept
+
+
+def through_tiles(
+    z1: Tensor,
+    z2: Tensor,
+    scale: Tensor,
+    factors: Factors,
+    total: Tensor,
+    pull: Tensor | None,
+    kept: Tensor,
+    normalize: bool,
+    precision: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of z1, z2 and scale, from the factors of the rows' exponentials; `pull`: see `_project`."""
+    batch, dim = z1.shape
+    grad_z1, grad_z2 = z1.new_empty(z1.shape), z2.new_empty(z2.shape)
+    with torch.cuda.device_of(z1):
+        z, inverse = pad_views(z1, z2, normalize, precision)
+        aligned, grad_scale = torch.empty_like(total), torch.empty_like(inverse)
+        pairs = Weights(
+            z, z, (2 * batch, 2 * batch), scale, precision, "both", "partner", rows=factors, columns=factors,
+            peak=largest(factors.factor),
+        )  # fmt: skip
+        products = kept_products(kept, 2 * batch, 2 * batch, dim, precision)
+        G = accumulate(pairs, aligned=aligned, kept=products).gradient
+        splits, padded_rows, padded = G.shape
+        block = row_block(padded)
+        of_positives = (*factors, total, None, pairs.peak, aligned)
+        if pull is not None:
+            of_positives = (None, None, None, pull, pairs.peak, None)
+        _project[(triton.cdiv(2 * batch, block["BR"]),)](
+            z1, z2, inverse, scale, *of_positives, G, grad_z1, grad_z2, grad_scale, batch, dim,
+            *z1.stride(), *z2.stride(), padded, padded_rows, splits, normalize, **block, **OPTIONS,
+        )  # fmt: skip
+        return grad_z1, grad_z2, grad_scale.sum().to(scale.dtype)
+
+
+def nt_xent(
+    z1: Tensor, z2: Tensor, scale: Tensor, normalize: bool, keep: int, precision: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss, shift, total, kept) of `fastssl::nt_xent` for CUDA tensors; see fastssl/ops/contrastive/."""
+    loss, aligned = (z1.new_empty(2 * z1.shape[0], dtype=torch.float32) for _ in range(2))
+    if z1.shape[0] == 0:
+        return loss, loss.clone(), loss.clone(), nothing_kept(z1, keep)
+    positives = Positives(loss, aligned, None)
+    return loss, *sums_and_kept(z1, z2, scale, normalize, keep, precision, "diagonal", positives)
 
 
 def nt_xent_backward(
@@ -134,24 +189,8 @@ def nt_xent_backward(
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(grad_z1, grad_z2, grad_scale) of `fastssl::nt_xent_backward` for CUDA tensors; see fastssl/ops/contrastive/."""
-    batch, dim = z1.shape
-    grad_z1, grad_z2 = z1.new_empty(z1.shape), z2.new_empty(z2.shape)
-    if batch == 0:
-        return grad_z1, grad_z2, scale.new_zeros(())
-    with torch.cuda.device_of(z1):
-        z, inverse = pad_views(z1, z2, normalize, precision)
-        total = total.contiguous()
-        factors = Factors(shift.contiguous(), grad_loss / total)
-        aligned, grad_scale, peak = torch.empty_like(total), torch.empty_like(inverse), largest(factors.factor)
-        pairs = Weights(
-            z, z, (2 * batch, 2 * batch), scale, precision, "both", "partner", rows=factors, columns=factors, peak=peak
-        )
-        products = kept_products(kept, 2 * batch, 2 * batch, dim, precision)
-        G = accumulate(pairs, aligned=aligned, kept=products).gradient
-        splits, padded_rows, padded = G.shape
-        block = row_block(padded)
-        _project[(triton.cdiv(2 * batch, block["BR"]),)](
-            z1, z2, inverse, scale, *factors, total, peak, aligned, G, grad_z1, grad_z2, grad_scale, batch, dim,
-            *z1.stride(), *z2.stride(), padded, padded_rows, splits, normalize, **block, **OPTIONS,
-        )  # fmt: skip
-        return grad_z1, grad_z2, grad_scale.sum().to(scale.dtype)
+    if z1.shape[0] == 0:
+        return z1.new_empty(z1.shape), z2.new_empty(z2.shape), scale.new_zeros(())
+    total = total.contiguous()
+    factors = Factors(shift.contiguous(), grad_loss / total)
+    return through_tiles(z1, z2, scale, factors, total, None, kept, normalize, precision)

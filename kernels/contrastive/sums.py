@@ -18,7 +18,7 @@ makes the totals of its row and column NaN.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -96,7 +96,7 @@ def _forward_tile(
         x = tl.where(i[:, None] < M, x, float("-inf"))
     # Whether no other program computes the transpose of this tile; always so where S is not symmetric.
     once = (not SYMMETRIC) | ((distance > 0) & (2 * distance < blocks))
-    if EXCLUDE == "partner":
+    if aligned is not None:
         half = N // 2
         if tl.abs(tl.abs(row - column) - half) < T:
             partner = tl.where(i < half, i + half, i - half)
@@ -106,6 +106,8 @@ def _forward_tile(
                 partner = tl.where(j < half, j + half, j - half)
                 found = tl.sum(tl.where(partner[None, :] == i[:, None], x, 0.0), 0)
                 tl.store(aligned + j, found, mask=(partner >= row) & (partner < row + T) & (j < N))
+            if EXCLUDE == "partner":
+                x = tl.where(tl.abs(i[:, None] - j[None, :]) != half, x, float("-inf"))
     top, total = _maximum_and_sum(x, 1)
     to = slot.to(tl.int64) * M + i
     tl.store(row_tops + to, top, mask=i < M)
@@ -120,7 +122,7 @@ def _forward_tile(
 
 @triton.jit(do_not_specialize=COUNTS)
 def _merge(
-    tops, sums, aligned, loss, shift, total, N, row_blocks, blocks, start, band, distances,
+    tops, sums, aligned, weight, loss, shift, total, N, row_blocks, blocks, start, band, distances,
     SYMMETRIC: tl.constexpr, T: tl.constexpr, SLOTS: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """Fold a band's maxima and sums of N rows (or columns) into (shift, total); after the last band, finish."""
@@ -152,11 +154,22 @@ def _merge(
     if start + band == distances:
         if loss is not None:
             positive = tl.load(aligned + i, mask=inside, other=0.0)
+            if weight is not None:
+                positive *= tl.load(weight + i, mask=inside, other=0.0)
             tl.store(loss + i, tl.log(acc) + (base - positive), mask=inside)
         tl.store(shift + i, tl.where(acc == acc, base, acc), mask=inside)
     else:
         tl.store(shift + i, highest, mask=inside)
     tl.store(total + i, acc, mask=inside)
+
+
+class Positives(NamedTuple):
+    """Row i's is (i + N / 2) mod N. `aligned` receives its S; `loss` the log-sum-exp minus weight (None: 1) times S.
+    Sums have the positive but where EXCLUDE is "partner"."""
+
+    loss: Tensor
+    aligned: Tensor
+    weight: Tensor | None
 
 
 def totals_and_shifts(
@@ -170,7 +183,7 @@ def totals_and_shifts(
     exclude: Tensor | None = None,
     symmetric: bool = False,
     columns: bool = False,
-    loss: Tensor | None = None,
+    positives: Positives | None = None,
     kept: Tensor | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
     """[(total, shift)] of the rows of S, then of its columns if wanted.
@@ -181,11 +194,11 @@ def totals_and_shifts(
         sizes: M and N, neither of them 0; with `columns`, M is at most N.
         scale: of S, 0-d.
         precision: of products.
-        exclude_by: EXCLUDE in common/tiles.py.
+        exclude_by: EXCLUDE in common/tiles.py; "partner" with `positives` only.
         exclude: the column that a row leaves out, or the row that a column does.
         symmetric: whether S is, x and y being the same rows.
         columns: whether the columns' sums are wanted.
-        loss: receives NT-Xent's losses.
+        positives: of NT-Xent.
         kept: receives all products <x_i, y_j>, see common/kept.py.
     """
     rows, others = sizes
@@ -204,7 +217,7 @@ def totals_and_shifts(
     if columns:
         sides.append((new(slots, others), new(slots, others), row_blocks, new(others), new(others)))
     column_slots = sides[-1][:2] if symmetric or columns else (None, None)
-    aligned = None if loss is None else torch.empty_like(loss)
+    loss, aligned, weight = positives or (None, None, None)
     for start in range(0, distances, band):
         width = min(band, distances - start)
         _forward_tile[(row_blocks * width,)](
@@ -215,7 +228,7 @@ def totals_and_shifts(
         for tops, sums, heard, shift, total in sides:
             count = shift.shape[0]
             _merge[(triton.cdiv(count, 16),)](
-                tops, sums, aligned, loss, shift, total, count, heard, blocks, start, width, distances,
+                tops, sums, aligned, weight, loss, shift, total, count, heard, blocks, start, width, distances,
                 SYMMETRIC=symmetric, T=tile, SLOTS=max(triton.next_power_of_2(slots), 8), BR=16, **OPTIONS,
             )  # fmt: skip
     return [(total, shift) for _, _, _, shift, total in sides]

@@ -107,8 +107,5 @@ dcl = Op(
     ),
     share=_share,
     blocks=lambda grad_loss: row_blocks(grad_loss.shape[0], grad_loss.shape[0]),
-    cuda=(
-        partial(_forward, (torch.ops.fastssl.pair_logsumexp, torch.ops.fastssl.self_logsumexp)),
-        partial(_backward, (torch.ops.fastssl.pair_logsumexp_backward, torch.ops.fastssl.self_logsumexp_backward)),
-    ),
+    triton="contrastive",
 )

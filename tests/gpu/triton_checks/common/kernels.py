@@ -15,7 +15,7 @@ POINTERS = {
     **dict.fromkeys(("inverse", "inverse1", "inverse2", "grad_scale", "share"), "fp64"),
     **dict.fromkeys(("z", "left", "right", "w"), "product"),
     **dict.fromkeys(("z1", "z2", "grad_z1", "grad_z2", "x", "out"), "rows"),
-    **dict.fromkeys(("scale", "bias", "aligned", "loss", "losses", "shift", "total", "coefficient"), "fp32"),
+    **dict.fromkeys(("scale", "bias", "aligned", "loss", "losses", "shift", "total", "coefficient", "pull"), "fp32"),
     **dict.fromkeys(("tops", "sums", "totals", "row_tops", "row_sums", "column_tops", "column_sums"), "fp32"),
     **dict.fromkeys(
         ("row_total", "column_total", "positive", "factor", "weight", "extra", "query_slope", "scale_slope"), "fp32"

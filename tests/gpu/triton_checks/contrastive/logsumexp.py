@@ -68,7 +68,7 @@ def cases(capability: int, sweep: bool) -> Iterator[Case]:
     yield from collect_cases("both", factors, capability, sweep)
     yield from collect_cases("softmax", {"scale": None, "peak": None, "share": None}, capability, sweep)
     for variant, slots in (("self", 2), ("pair", 4)):
-        yield from merge_cases(variant, {"aligned": None, "loss": None}, slots, capability, sweep)
+        yield from merge_cases(variant, {"aligned": None, "weight": None, "loss": None}, slots, capability, sweep)
 
 
 class TestLogsumexp(TileTests):

@@ -38,7 +38,7 @@ from tests.gpu.triton_checks.contrastive.logsumexp import merge_cases, sum_cases
 
 module = import_module("fastssl.kernels.contrastive.nt_xent")  # which a function of that name has replaced
 PROJECT = Kernel(module._project, POINTERS, multiples=PADDED)
-SUMS = {"nt_xent": {"EXCLUDE": "partner", "SYMMETRIC": True, **NO_EXCLUDE}}
+SUMS = {"nt_xent": {"EXCLUDE": "diagonal", "SYMMETRIC": True, **NO_EXCLUDE}}
 WEIGHTS = {"nt_xent": {"WEIGHT": "both", "EXCLUDE": "partner", "bias": None, **NO_EXCLUDE, **NO_RUNNING}}
 SIZES = [(1, 1), (1, 8), (2, 3), (3, 1), (5, 64), (33, 127), (64, 130), (65, 64), (129, 16), (192, 40), (3, 1100)]
 
@@ -52,9 +52,9 @@ def cases(capability: int, sweep: bool) -> Iterator[Case]:
     yield from sum_cases(SUMS, capability, sweep, largest="nt_xent")
     yield from accumulate_cases(WEIGHTS, capability, sweep, largest="nt_xent")
     for normalize in (True, False) if sweep else (True,):
-        for kernel in (PREPARE, PROJECT):
-            yield from row_cases(kernel, "", {"NORMALIZE": normalize}, capability, sweep)
-    yield from merge_cases("nt_xent", {}, 2, capability, sweep)
+        for kernel, absent in ((PREPARE, {}), (PROJECT, {"pull": None})):
+            yield from row_cases(kernel, "", {"NORMALIZE": normalize, **absent}, capability, sweep)
+    yield from merge_cases("nt_xent", {"weight": None}, 2, capability, sweep)
 
 
 def rows(batch: int, dim: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Tensor, Tensor]:
