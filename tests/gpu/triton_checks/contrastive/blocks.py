@@ -11,10 +11,12 @@ from torch import Tensor
 
 from fastssl.kernels import sigmoid
 from fastssl.kernels.common import blocks
-from tests.gpu.triton_checks.common.compile_gate import Case
+from tests.gpu.triton_checks.common.compile_gate import Case, product_cases
+from tests.gpu.triton_checks.common.kernels import NO_EXCLUDE, WEIGH, in_blocks
 from tests.gpu.triton_checks.common.numerics import DEVICE, poisoned
 from tests.gpu.triton_checks.common.tiles import both, some_excluded
 from tests.gpu.triton_checks.contrastive.kept import both_passes
+from tests.gpu.triton_checks.contrastive.logsumexp import WEIGHTS
 
 SIZES = {"pair": (300, 520), "similarity": (520, 300), "softplus": (520, 300), "self": (520, 520)} | dict.fromkeys(
     ("nt_xent", "clip_loss", "info_nce"), (520, 520)
@@ -22,8 +24,10 @@ SIZES = {"pair": (300, 520), "similarity": (520, 300), "softplus": (520, 300), "
 
 
 def cases(capability: int, sweep: bool) -> Iterator[Case]:
-    """The kernel is compiled for what launches it."""
-    yield from ()
+    """What info_nce leaves out; the other weights are compiled for those that launch them."""
+    own = {**NO_EXCLUDE, "EXCLUDE": "diagonal"}
+    variants = {f"{name}_own": in_blocks({**WEIGHTS[name], **own}) for name in ("dy", "softmax")}
+    yield from product_cases(WEIGH, variants, capability, sweep)
 
 
 def run(name: str, x: Tensor, y: Tensor) -> list[Tensor]:
