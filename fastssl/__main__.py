@@ -1,10 +1,14 @@
-"""`python -m fastssl`: what was built, what was found, what was not and why, and what runs where."""
+"""`python -m fastssl`: what was built, what was found, what was not and why, and what runs where; with `check`, whether
+it is right; with `bench`, how fast."""
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
+import importlib.util
 import platform
 import re
+import sys
 from pathlib import Path
 
 import torch
@@ -69,10 +73,10 @@ def _kernel(name: str, key: str) -> str:
     return "C++" if registered[1].startswith("csrc/") else "Triton"
 
 
-def main() -> None:
-    """Print the report."""
+def report() -> None:
+    """Print what was built and found, and what runs where."""
     cuda_library = _native.status()["_C_cuda"]
-    report = {
+    parts = {
         f"fastssl {fastssl.__version__}": [
             ("location", str(Path(fastssl.__file__).parent)),
             ("torch", torch.__version__),
@@ -87,12 +91,67 @@ def main() -> None:
         ],
         "What runs (float64 and other devices: portable PyTorch)": _kernels(),
     }
-    width = max(len(label) for rows in report.values() for label, _ in rows) + 2
-    for title, rows in report.items():
+    width = max(len(label) for rows in parts.values() for label, _ in rows) + 2
+    for title, rows in parts.items():
         print(title)
         for label, value in rows:
             print(f"  {label:<{width}}{value}")
 
 
+def check(device: str) -> bool:
+    """Print for each operation how many of its samples are as right as in eager PyTorch. Returns whether all are."""
+    from fastssl._smoke import smoke
+
+    failed = []
+    for name, passed, wrong in smoke(device):
+        print(f"{'FAILED' if wrong else 'ok':<8}{name:<29}{passed} right" + f", then {wrong}" * bool(wrong), flush=True)
+        failed += [name] * bool(wrong)
+    print(f"{len(failed)} failed: {', '.join(failed)}" if failed else "All operations are right.")
+    return not failed
+
+
+def bench(operations: list[str], folder: Path) -> bool:
+    """Measure operations beside eager PyTorch, where the benchmarks are. Returns whether all results were right."""
+    source = Path(fastssl.__file__).parents[1]  # of an editable installation
+    if (source / "benchmarks" / "ops").is_dir():
+        sys.path.insert(0, str(source))
+    if importlib.util.find_spec("benchmarks") is None or importlib.util.find_spec("benchmarks.ops") is None:
+        sys.exit(
+            "The benchmarks are not installed with the package: they lie in the folder benchmarks/ of its source, where"
+            " this command finds them, and `make bench` runs all."
+        )
+    if missing := [name for name in ("rich", "matplotlib") if importlib.util.find_spec(name) is None]:
+        sys.exit(f'{" and ".join(missing)} not found: pip install "fastssl-kernels[bench]"')
+    from rich.console import Console
+
+    from benchmarks.ops import quick, registry
+
+    if unknown := set(operations) - {name for b in registry.load().values() for name in (b.family, b.op, b.name)}:
+        sys.exit(f"operation {', '.join(sorted(unknown))} is none that is measured")
+    return quick.bench(operations, folder, Console())
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the process's exit status."""
+    parser = argparse.ArgumentParser(prog="python -m fastssl", description="What was built, and what runs where.")
+    commands = parser.add_subparsers(dest="command", metavar="{check,bench}")
+    command = commands.add_parser("check", help="a few calls of every operation against float64")
+    command.add_argument("--device", default="cpu", help="that of the inputs (default: cpu)")
+    command = commands.add_parser("bench", help="a minute of every operation beside eager PyTorch: a table, and a plot")
+    command.add_argument("operation", nargs="*", help="operations or families (default: all)")
+    command.add_argument("--output", type=Path, default=Path("results"), help="folder of the plot (default: results)")
+    arguments = parser.parse_args(argv)
+    if arguments.command == "check":
+        try:
+            torch.empty(0, device=arguments.device)
+        except (RuntimeError, AssertionError):  # the latter without CUDA
+            parser.error(f"--device must be one that PyTorch finds, got {arguments.device}")
+        return int(not check(arguments.device))
+    if arguments.command == "bench":
+        return int(not bench(arguments.operation, arguments.output))
+    report()
+    return 0
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

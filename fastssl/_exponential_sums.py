@@ -40,6 +40,11 @@ def pair_sums(
     return sums[:2], sums[2:4]
 
 
+def sums_with_others(ring: Ring, z: Tensor, scale: Tensor, precision: str) -> Sums:
+    """Those of the rows of scale z z^T, of which z's columns are other processes'."""
+    return distributed.contrastive.others_logsumexp(ring, z, scale, precision)
+
+
 def self_sums(z: Tensor, scale: Tensor, precision: str) -> Sums:
     """Those of the rows of scale z z^T without its diagonal."""
     keep = contrastive.bytes_to_keep(precision, (z, scale), z.shape[0])

@@ -12,5 +12,6 @@ def draw_seed(generator: torch.Generator | None, device: torch.device | str | No
     """0-d int64, from the generator, or from PyTorch's default one of the CPU; on the device, or on the generator's."""
     check_generator(generator)
     device = check_device(device)
-    source = generator.device if generator is not None else "cpu"
-    return torch.randint(1 << 62, (), generator=generator, device=source).to(device or source)
+    source = generator.device if generator is not None else torch.device("cpu")
+    seed = torch.randint(1 << 62, (), generator=generator, device=source)
+    return seed.to(device or source, non_blocking=source.type == "cpu")  # a GPU need not be waited for

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from benchmarks.ops import peers
 from fastssl import _native
 from fastssl.reference import OPS
 from tests.accuracy import dtype_of
+from tests.devices import DEVICES, MadeOn, device_param
 
 if _native.status()["_C"] is None:
     from fastssl import _C
@@ -21,14 +24,23 @@ else:
 PORTABLE = pytest.param("portable", marks=pytest.mark.unsanitized)
 
 
+def pytest_terminal_summary(terminalreporter):
+    if DEVICES == ("cpu",):
+        terminalreporter.write_line("The tests for a GPU did not run: PyTorch finds none.", yellow=True)
+
+
 def pytest_collection_modifyitems(config, items):
     """Drops the repetitions of one and the same test: an operation without C++ knows no instruction sets, nor does one
-    that multiplies matrices of float64, which the portable code does."""
+    that multiplies matrices of float64, which the portable code does, nor a GPU."""
 
     def repeats(item: pytest.Item) -> bool:
         params = getattr(item, "callspec", None) and item.callspec.params or {}
         name = params["spec"].name if "spec" in params else params.get("name")
         native = torch._C._dispatch_has_kernel_for_dispatch_key
+        if params.get("kernels") in KERNELS[1:] and "sample" in params:
+            on_gpu = item.get_closest_marker("gpu") is not None
+            if on_gpu != (params["kernels"] == ON_GPU):
+                return True
         if params.get("kernels") not in INSTRUCTION_SETS or name not in OPS:
             return False
         if not OPS[name].op or not native(f"fastssl::{OPS[name].op}", "CPU"):
@@ -47,11 +59,16 @@ def backend(request):
         yield request.param
 
 
-@pytest.fixture(params=[PORTABLE, *(INSTRUCTION_SETS or ["auto"])])
+ON_GPU = "auto on a GPU"
+KERNELS = [PORTABLE, *(INSTRUCTION_SETS or ["auto"]), *([ON_GPU] if len(DEVICES) > 1 else [])]
+
+
+@pytest.fixture(params=KERNELS)
 def kernels(request):
-    """Runs the test with the portable code and with every instruction set of the C++ library that this CPU has."""
+    """Runs the test with the portable code, with every instruction set of the C++ library that this CPU has, and with
+    the kernels for a GPU if there is one."""
     if request.param not in INSTRUCTION_SETS:
-        with fastssl.use_backend(request.param):
+        with fastssl.use_backend("auto" if request.param == ON_GPU else request.param):
             yield request.param
         return
     before = _C.current_isa()
@@ -68,6 +85,13 @@ def _global_settings():
     torch.set_float32_matmul_precision(precision)
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=[device_param(device) for device in DEVICES])
+def device(request):
+    """Runs the test on every device, where tensors and modules are made unless it says otherwise."""
+    with nullcontext() if request.param == "cpu" else MadeOn(request.param):
+        yield request.param
 
 
 @pytest.fixture

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from fastssl.nn import EMA
 from fastssl.optim import AdamW
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 class _Byol(nn.Module):
     """A student with a frozen layer and one that is used every second time; its predictor has no teacher."""
@@ -221,3 +223,12 @@ def test_bad_optimizers():
     low(torch.randn(4, 6).bfloat16()).sum().backward()
     with pytest.raises(ValueError, match=r"params\[0\] must be float32 or float64, got .*[Bb][Ff]loat16"):
         optimizer.step()
+
+
+def test_steps_are_counted_on_the_cpu_wherever_tensors_are_made():
+    model = _Byol()
+    optimizer = AdamW(model.groups(), teacher=EMA(model.student, 0.9), student=model.student)
+    model.backward(0)
+    with torch.device("meta"):
+        optimizer.step()
+    assert {state["step"].device.type for state in optimizer.state.values()} == {"cpu"}

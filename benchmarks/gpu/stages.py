@@ -41,7 +41,7 @@ def correctness(device: str, scratch: Path) -> list[Command]:
     workers = ("-n", str(min(6, os.cpu_count() or 1)))  # which share the GPU
     tests = [
         ("tests of the kernels", ("tests/gpu", "-k", "on_the_gpu")),
-        ("tests of the operations", ("tests/ops", "tests/nn", "tests/test_optim.py", "-k", "cuda")),
+        ("tests of the operations", ("tests/ops", "tests/nn", "tests/test_optim.py", "-m", "gpu")),
     ]
     return commands + [
         Command(name, python("pytest", *_PYTEST, *workers, *arguments), 170, _DETERMINISTIC)

@@ -23,6 +23,7 @@ from fastssl._meter import Meter, available_memory
 
 _SECONDS_PER_CONTESTANT = 2.0
 _REPEATS = (7, 500)
+_REPEATS_OF_LONG_ROUNDS, _LONG = 3, 4.0  # seconds
 _SAFE_SHARE = 0.5  # of the available memory, for baselines whose need is only estimated
 _SMALLEST_MEMORY = 1 << 28  # below, a process's resident memory says too little
 _LONGEST = 20.0  # seconds of a step, beyond which no larger batch is tried
@@ -123,8 +124,9 @@ def interleaved_seconds(
 ) -> dict[str, list[float]]:
     """Seconds of each step (float32 matmul precision, call), in rounds of one call each, in rotating order.
 
-    Without `repeats` there are as many rounds as fit into 2 s per step, from 7 to 500. The warm-up round and
-    the setting of the precision are not timed, Python's garbage collector is off, and nothing may recompile.
+    Without `repeats` there are as many rounds as fit into 2 s per step, from 7 (3 if a round takes more than 4 s) to
+    500. The setting of the precision and the calls for warming up, up to 3 within 2 s, are not timed, Python's garbage
+    collector is off, and nothing may recompile.
     """
     names, seconds = list(steps), {name: [] for name in steps}
 
@@ -133,13 +135,20 @@ def interleaved_seconds(
         torch.set_float32_matmul_precision(precision)
         return seconds_of(step, device)
 
+    def warmed_up(name: str) -> float:
+        calls = [once(name)]
+        while len(calls) < 3 and sum(calls) < _SECONDS_PER_CONTESTANT:
+            calls.append(once(name))
+        return statistics.median(calls)
+
     gc.collect()
     gc.disable()
     try:
         with torch.compiler.set_stance("fail_on_recompile"):
-            warm = [sorted(once(name) for _ in range(3))[1] for name in names]
+            warm = [warmed_up(name) for name in names]
             if repeats is None and warm:
                 fewest, most = _REPEATS
+                fewest = fewest if sum(warm) <= _LONG else _REPEATS_OF_LONG_ROUNDS
                 repeats = min(most, max(fewest, int(len(warm) * _SECONDS_PER_CONTESTANT / sum(warm))))
             for turn in range(repeats or 0):
                 for position in range(len(names)):

@@ -5,6 +5,9 @@
     pair_logsumexp         forward: y travels and takes the sums of its columns along. Backward: y travels again, with
                            the weights of its columns, and takes along its gradient.
 
+    others_logsumexp       of a set's similarities with itself, those between processes. Every two processes meet once:
+                           z travels half of the way, and takes the sums of its columns along, and then its gradient.
+
 A log-sum-exp is a pair (total, shift), log(total) + shift; two of them become one at the larger of their shifts.
 """
 
@@ -16,8 +19,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from fastssl.distributed.processes import uncompiled
+from fastssl.distributed.processes import ProcessGroup, gather_rows, shared, sum_of_parts, uncompiled
 from fastssl.distributed.ring import Ring, Tensors, add, check_first_derivative
+from fastssl.ops._precision import accumulate_dtype, widen
 from fastssl.ops.contrastive import nothing_kept
 
 _KEEP = 0  # bytes of exponentials from one pass for the other: a process would keep those of every step
@@ -36,6 +40,22 @@ def similarity_logsumexp(
 def pair_logsumexp(ring: Ring, x: Tensor, y: Tensor, scale: Tensor, exclude: Tensor | None, precision: str) -> Tensors:
     """(row_total, row_shift, column_total, column_shift) of this process's x and y, with all others' y and x."""
     return _PairLogsumexp.apply(ring, x, y, scale, exclude, precision)
+
+
+@uncompiled
+def others_logsumexp(ring: Ring, z: Tensor, scale: Tensor, precision: str) -> tuple[Tensor, Tensor]:
+    """(total, shift) of the rows of scale z z^T, with all other processes' z. z has an even number of rows."""
+    return _OthersLogsumexp.apply(ring, z, scale, precision)
+
+
+def class_sums(x: Tensor, labels: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor]:
+    """For each row of x the sum of the rows of its label, of all processes, in the dtype of sums, and their number."""
+    names, places = gather_rows(labels, group).unique(return_inverse=True)
+    own = places.view(group.size(), -1)[group.rank()]
+    rows = widen(x)
+    sums = rows.new_zeros(len(names), rows.shape[1]).index_add(0, own, rows)
+    sums = shared(sum_of_parts(sums, group), group)
+    return sums.index_select(0, own), places.bincount(minlength=len(names))[own]
 
 
 class _SimilarityLogsumexp(Function):
@@ -124,6 +144,58 @@ class _PairLogsumexp(Function):
 
         (dy,) = ctx.ring.travel((y, grad_column_total, column_shift), visit, add)
         return None, dx.to(x.dtype), dy.to(y.dtype), dscale, None, None
+
+
+class _OthersLogsumexp(Function):
+    @staticmethod
+    def forward(ctx: Any, ring: Ring, z: Tensor, scale: Tensor, precision: str) -> tuple[Tensor, Tensor]:
+        total = z.new_zeros(z.shape[0], dtype=accumulate_dtype(z.dtype))
+        sums = total, torch.zeros_like(total)
+
+        def visit(mine: slice, theirs: slice, other: Tensor) -> Tensors:
+            nonlocal sums
+            *of_rows, column_total, column_shift, _ = ring.op("pair_logsumexp")(
+                z[mine], other[theirs], scale, None, _KEEP, precision
+            )
+            sums = _unite_sums(sums, tuple(_placed(x, mine, total) for x in of_rows))
+            return tuple(_placed(x, theirs, total) for x in (column_total, column_shift))
+
+        luggage = ring.meet((z,), visit, _unite_sums)
+        sums = _unite_sums(sums, luggage) if luggage else sums
+        ctx.ring, ctx.precision = ring, precision
+        ctx.save_for_backward(z, scale, sums[1])
+        ctx.mark_non_differentiable(sums[1])
+        return sums
+
+    @staticmethod
+    def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple:
+        check_first_derivative()
+        z, scale, shift = ctx.saved_tensors
+        exact = z.to(shift.dtype)
+        dz, dscale = torch.zeros_like(exact), torch.zeros_like(scale)
+
+        def visit(mine: slice, theirs: slice, other: Tensor, its_grad_total: Tensor, its_shift: Tensor) -> Tensors:
+            x = exact[mine]
+            x_share, y_share, scale_share = ctx.ring.op("pair_logsumexp_backward")(
+                grad_total[mine].contiguous(), its_grad_total[theirs], x, other[theirs].to(exact.dtype), scale, None,
+                shift[mine], its_shift[theirs], nothing_kept(x, _KEEP), ctx.precision,
+            )  # fmt: skip
+            dz[mine].add_(x_share)
+            dscale.add_(scale_share)
+            return (_placed(y_share, theirs, exact),)
+
+        for share in ctx.ring.meet((z, grad_total, shift), visit, add):
+            dz.add_(share)
+        return None, dz.to(z.dtype), dscale, None
+
+
+def _placed(x: Tensor, rows: slice, like: Tensor) -> Tensor:
+    """x, in those rows of zeros."""
+    if x.shape == like.shape:
+        return x
+    whole = torch.zeros_like(like, dtype=x.dtype)
+    whole[rows] = x
+    return whole
 
 
 def _unite_sums(first: Tensors, second: Tensors) -> Tensors:

@@ -74,11 +74,43 @@ class Ring:
                 luggage = self._pass_on(luggage)()
         return luggage
 
-    def _pass_on(self, tensors: Sequence[Tensor]) -> Callable[[], Tensors]:
-        """Sends tensors to the next process; the function that is returned waits for those of the previous one."""
+    def meet(
+        self, passengers: Tensors, visit: Callable[..., Tensors], unite: Callable[[Tensors, Tensors], Tensors]
+    ) -> Tensors:
+        """Takes passengers past half of the other processes, so that every two processes meet once, and brings home
+        what became of them.
+
+        Args:
+            passengers: read by other processes, and changed by none; their rows are an even number.
+            visit: of (mine, theirs, *passengers), which are another process's, where mine and theirs are slices of
+                rows: all of both, but that two processes that are visited by each other share out the work. It returns
+                luggage with a row for each passenger, 0 for those that it did not meet.
+            unite: of the luggage that has come home, and more.
+
+        Returns:
+            The luggage of this process's passengers; none where it is alone.
+        """
+        luggage: Tensors = ()
+        steps, rows = self.size // 2, passengers[0].shape[0]
+        arrival = self._pass_on(passengers) if steps else None
+        for step in range(1, steps + 1):
+            passengers = arrival()
+            arrival = self._pass_on(passengers) if step < steps else None
+            mine = theirs = slice(0, rows)
+            if 2 * step == self.size and self.rank < step:
+                theirs = slice(0, rows // 2)
+            elif 2 * step == self.size:
+                mine = slice(rows // 2, rows)
+            share = self._pass_on(visit(mine, theirs, *passengers), -step)()
+            luggage = unite(luggage, share) if luggage else share
+        return luggage
+
+    def _pass_on(self, tensors: Sequence[Tensor], steps: int = 1) -> Callable[[], Tensors]:
+        """Sends tensors to the next process but steps - 1, or with a negative number back as far; the function that is
+        returned waits for those that come here."""
         sent = [t.contiguous() for t in tensors]
         received = tuple(torch.empty_like(t) for t in sent)
-        neighbours = (dist.isend, sent, self.rank + 1), (dist.irecv, received, self.rank - 1)
+        neighbours = (dist.isend, sent, self.rank + steps), (dist.irecv, received, self.rank - steps)
         ops = [
             dist.P2POp(op, t, group=self.group, group_peer=peer % self.size)
             for op, tensors, peer in neighbours

@@ -44,10 +44,13 @@ def ema_update_(targets: Iterable[Tensor], sources: Iterable[Tensor], momentum: 
     Raises:
         TypeError: if a target or a source is no tensor, or momentum neither number nor tensor.
         ValueError: before anything is changed, if numbers, shapes, dtypes or devices do not fit, momentum is below 0 or
-            above 1, or a target shares memory.
+            above 1, a target shares memory, or a CUDA graph is captured and momentum is not on the GPU: every replay
+            would take the number of the capture.
     """
     lists = {name: check_tensors(name, x) for name, x in (("targets", targets), ("sources", sources))}
     momentum = _check_momentum(momentum, lists["targets"])
+    if _captured(lists["targets"]) and not (isinstance(momentum, Tensor) and momentum.is_cuda):
+        raise ValueError(f"momentum must be a tensor on the GPU while a CUDA graph is captured, got {momentum}")
     try:
         _update_(lists, momentum)
     except (RuntimeError, AssertionError):
@@ -98,12 +101,15 @@ def adamw_ema_step_(
     Raises:
         TypeError: if one of these is not what it is said to be: a tensor, a number.
         ValueError: before anything is changed, if numbers, shapes, dtypes or devices do not fit, lr, betas, eps,
-            weight_decay or momentum is out of range, a gradient is sparse, or memory is shared.
+            weight_decay or momentum is out of range, a gradient is sparse, memory is shared, or a CUDA graph is
+            captured: every replay would be the step of the capture.
     """
     states = {"params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
     states |= {"ema_params": ema_params, "steps": steps}
     lists = {name: check_tensors(name, x) for name, x in states.items()}
     lr, betas, eps, weight_decay = check_adamw(lr, betas, eps, weight_decay)
+    if _captured(lists["params"]):
+        raise ValueError("steps must not be taken while a CUDA graph is captured, got one")
     if isinstance(lr, Tensor):
         _check_has_value("lr", lr, lists["params"])
     momentum = _check_momentum(momentum, lists["params"])
@@ -155,6 +161,13 @@ def _step_(
     for part in _by_device(devices, list(lists.values())):
         ema.adamw_ema_step_(*part, lr, *betas, eps, weight_decay, momentum)
     torch.autograd.graph.increment_version(written)
+
+
+def _captured(tensors: list[Tensor]) -> bool:
+    """Whether what is done to them now is done again, with the same numbers, at every replay of a CUDA graph."""
+    if torch.compiler.is_compiling() or not any(x.is_cuda for x in tensors):
+        return False
+    return torch.cuda.is_current_stream_capturing()
 
 
 def _check_momentum(momentum: float | Tensor, targets: list[Tensor]) -> float | Tensor:

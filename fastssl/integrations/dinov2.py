@@ -1,4 +1,4 @@
-"""The loss classes of DINOv2 (arXiv:2304.07193), under their names and with their methods.
+"""The loss classes of DINOv2 (arXiv:2304.07193), under their names and with their methods; and DINOv3's KoLeo.
 
 In its training loop the teacher's methods return matrices of probabilities, which the losses then read. Here they
 return a `TeacherDistribution`, which has the logits, the center and the temperature, so that no such matrix is written:
@@ -20,7 +20,7 @@ from fastssl.distributed import all_processes
 from fastssl.functional import dino_loss, ibot_loss, koleo_loss, sinkhorn_center, update_center_
 from fastssl.nn.ibot import patch_weights
 
-__all__ = ["DINOLoss", "KoLeoLoss", "TeacherDistribution", "iBOTPatchLoss"]
+__all__ = ["DINOLoss", "KoLeoLoss", "KoLeoLossDistributed", "TeacherDistribution", "iBOTPatchLoss"]
 
 
 @dataclass(frozen=True)
@@ -244,6 +244,38 @@ class KoLeoLoss(nn.Module):
         """The loss of (B, D) features; in float32, whatever autocast says."""
         with torch.autocast(student_output.device.type, enabled=False):
             return koleo_loss(student_output, eps=eps)
+
+
+class KoLeoLossDistributed(nn.Module):
+    """DINOv3's KoLeo (arXiv:2508.10104): the neighbours are rows of all processes, which may hold unlike numbers.
+
+    Args:
+        topk: neighbours of each row.
+        loss_group_size: rows of a group of consecutive ones, within which neighbours are looked for; it divides the
+            number of rows of all processes. None: all are one group.
+
+    Raises:
+        TypeError, ValueError: if topk or loss_group_size is no positive integer.
+    """
+
+    def __init__(self, topk: int = 1, loss_group_size: int | None = None) -> None:
+        super().__init__()
+        self.topk = check_positive("topk", topk)
+        if loss_group_size is not None:
+            loss_group_size = check_positive("loss_group_size", loss_group_size)
+        self.loss_group_size = loss_group_size
+
+    def forward(self, student_output: Tensor, eps: float = 1e-8) -> Tensor:
+        """The loss of this process's (B, D) features; in float32, whatever autocast says. Its gradient is that of the
+        sum of all processes' losses.
+
+        Raises:
+            TypeError, ValueError: as `fastssl.functional.koleo_loss`.
+        """
+        with torch.autocast(student_output.device.type, enabled=False):
+            return koleo_loss(
+                student_output, eps=eps, topk=self.topk, group_size=self.loss_group_size, group=all_processes()
+            )
 
 
 def _sinkhorn(logits: Tensor, temperature: float, iterations: int) -> TeacherDistribution:

@@ -76,7 +76,8 @@ def smallest(order: Tensor, count: int) -> Tensor:
     """(B, L) bool: which are the `count` smallest of each row, whose numbers differ."""
     if count == 0 or order.numel() == 0:
         return torch.zeros_like(order, dtype=torch.bool)
-    return order <= order.kthvalue(count, dim=1, keepdim=True).values
+    # Not kthvalue, which CUDA refuses under use_deterministic_algorithms, for the sake of indices.
+    return order <= order.topk(count, dim=1, largest=False, sorted=False).values.amax(1, keepdim=True)
 
 
 def _block_masking_ids_fake(

@@ -166,7 +166,7 @@ def _train(args: argparse.Namespace, device: torch.device) -> None:
     method.to(device)
     untrained = parallel.in_first_process(lambda: method.evaluate(dataset))
     if args.encoder is not None:
-        parallel.in_first_process(lambda: checkpoint.load_encoder(method.encoder, args.encoder))
+        checkpoint.load_encoder(method.encoder, args.encoder)
     if args.compile:
         method.encoder.compile()
     run = Run(

@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
+from fastssl.train import parallel
 from fastssl.train.files import open_regular
 
 _NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK}  # a cluster's file system may have none
@@ -143,13 +144,16 @@ def _describe(value: Any) -> str:
 
 
 def load_encoder(encoder: nn.Module, path: Path) -> None:
-    """Load into `encoder` the weights of the encoder in the checkpoint of a run with one method.
+    """Load into `encoder` the weights of the encoder in the checkpoint of a run with one method. If it can, it adopts
+    parts that the checkpoint's has and it has not, such as a class token.
+
+    Every process loads it, what the first one reads.
 
     Raises:
         OSError: if it cannot be read.
         ValueError: if it is no such checkpoint, or its encoder is of another kind or size.
     """
-    state = load(path)
+    state = parallel.in_first_process(lambda: load(path))
     runs = state.get("weights") if isinstance(state, dict) else None
     if not isinstance(runs, dict) or len(runs) != 1:
         raise ValueError(f"{path} is no checkpoint of a run with one method")
@@ -157,5 +161,7 @@ def load_encoder(encoder: nn.Module, path: Path) -> None:
     if isinstance(weights, dict):
         start = "encoder."
         weights = {k[len(start) :]: w for k, w in weights.items() if isinstance(k, str) and k.startswith(start)}
+        if hasattr(encoder, "adopt"):
+            encoder.adopt(weights)
     check_tensors(weights, encoder.state_dict(), f"{path} has another encoder")
     encoder.load_state_dict(weights)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastssl.distributed import ProcessGroup
 from fastssl.functional import topk_similarity
 from fastssl.train.data import pairs
 from fastssl.train.data.augment import MILD, to_float
@@ -77,7 +78,7 @@ class ImageText(Method):
         return F.normalize(self.text_projection(self.text_encoder(tokens)), dim=1)
 
     @torch.no_grad()
-    def after_step(self, *embeddings: Tensor) -> None:
+    def after_step(self, *embeddings: Tensor, group: ProcessGroup | None = None) -> None:
         if self.coldest:
             self.logit_scale.clamp_(max=-math.log(self.coldest))
 

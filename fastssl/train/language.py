@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastssl.distributed import ProcessGroup, mean_over_processes
 from fastssl.functional import linear_cross_entropy
 from fastssl.train.data import subwords
 from fastssl.train.data.subwords import LENGTH, VOCABULARY, Subwords
@@ -51,8 +52,12 @@ class LanguageModel(Method):
         unigram, signs = log_frequencies(dataset.train, self.vocabulary), -math.log(max(1, 3 * self.signs))
         self.bias.copy_(F.pad(unigram, (0, self.signs), value=signs))  # a quarter of all, as with spans of three
 
-    def loss(self, features: Tensor, labels: Tensor) -> Tensor:
-        return linear_cross_entropy(features, self.encoder.words.weight, labels, linear_bias=self.bias)
+    def loss(self, features: Tensor, labels: Tensor, group: ProcessGroup | None = None) -> Tensor:
+        inputs = features, self.encoder.words.weight, labels
+        if group is None:
+            return linear_cross_entropy(*inputs, linear_bias=self.bias)
+        found = mean_over_processes((labels >= 0).sum().float(), group)  # processes have unlike numbers of them
+        return linear_cross_entropy(*inputs, linear_bias=self.bias, reduction="sum") / found
 
     def monitored(self, features: Tensor, labels: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
         return (features.flatten(0, 1),)

@@ -19,8 +19,11 @@ The data are anything with len() that can be indexed by an int64 tensor of posit
 `views` gets. Examples are a tensor of images, and torch.utils.data.TensorDataset(images, labels), whose batches are
 tuples.
 
-In several processes, each calls forward with its share of the inputs, and loss and after_step with the embeddings of
-all: see `fastssl.train.parallel`.
+In several processes, each calls forward with its share of the inputs. A loss that has an argument `group` gets the
+embeddings of that share and the processes' group, and returns a number whose mean over the processes is the loss of the
+batch; where losses of rows are independent, that of its rows. Others get the embeddings of the whole batch. So does
+after_step, and with the naive implementation, whose losses know of no group, every method; then group is None. See
+`fastssl.train.parallel`.
 
 `fastssl.train.create` calls `prepare(dataset)`, for what is not learned by steps.
 
@@ -118,7 +121,7 @@ class Method(nn.Module):
         return next(self.parameters()).device
 
     def loss(self, *embeddings: Tensor) -> Tensor:
-        """What `forward` returned -> 0-d loss."""
+        """What `forward` returned -> 0-d loss. See the module's docstring for an argument `group`."""
         raise NotImplementedError
 
     def after_step(self, *embeddings: Tensor) -> None:

@@ -4,20 +4,23 @@
                  that one process would make.
     networks     Each process has all of them, and embeds its share. Batch normalisation is that of the whole batch, see
                  `fastssl.train.networks.batch_norm`.
-    loss         The embeddings of all processes are gathered, in the batch's order, and every process takes the loss of
-                 the whole batch. So a method need not know of processes, whatever its loss, queue or teacher; and all
-                 processes see the same numbers, NaN included, and make the same decisions.
+    loss         Each process takes its share of it, if the method's loss has an argument `group`: rows of other
+                 processes pass by in a ring (`fastssl.distributed`). Otherwise the embeddings of all processes are
+                 gathered, in the batch's order, and every process takes the loss of the whole batch. All processes see
+                 the same numbers, NaN included, and make the same decisions.
     gradients    The mean over the processes. Gathered rows get the gradient of the sum of the processes' losses, that
                  is of as many times the one loss: for the parameters behind them the mean makes the sum of the shares
                  out of that. A parameter of the loss itself, such as a temperature, has the same gradient everywhere.
 
-The first process alone prints, and reads and writes files. Costs: a process holds the embeddings of the whole batch,
-but not its views and activations; the loss is not shared out, and takes each process as long as one alone.
+The first process alone prints, and reads and writes files. With P processes each makes 1 / P of the views and of the
+products of networks and of losses that have a group, and holds at most two parts of the batch's embeddings. The whole
+batch's are gathered for a queue, and ten times in a run for their health.
 """
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -26,7 +29,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from fastssl.distributed import gather_rows, mean_over_processes, rank, world_size
+from fastssl.distributed import ProcessGroup, all_processes, gather_rows, mean_over_processes, rank, world_size
 from fastssl.train.networks.batch_norm import synchronize
 
 T = TypeVar("T")
@@ -87,14 +90,20 @@ def gather(z: Tensor, chunk_size: int | None = None) -> Tensor:
     return gather_rows(z).unflatten(0, (processes, -1, rows)).transpose(0, 1).flatten(0, 2)
 
 
-def average_gradients(module: nn.Module) -> None:
-    """Replaces each gradient by its mean over the processes, in one exchange."""
-    gradients = [p.grad for p in module.parameters() if p.grad is not None]
-    if world_size() == 1 or not gradients:
-        return
-    mean = mean_over_processes(torch.cat([g.flatten() for g in gradients]))
-    for g, part in zip(gradients, mean.split([g.numel() for g in gradients]), strict=True):
-        g.copy_(part.view_as(g))
+def group_of(function: Callable[..., Any]) -> ProcessGroup | None:
+    """All processes, if there are several and the function takes a group."""
+    return all_processes() if "group" in inspect.signature(function).parameters else None
+
+
+def average_gradients(module: nn.Module, loss: Tensor) -> Tensor:
+    """Replaces each gradient by its mean over the processes, in one exchange, and returns that of the loss."""
+    if world_size() == 1:
+        return loss
+    tensors = [loss.detach().clone(), *(p.grad for p in module.parameters() if p.grad is not None)]
+    mean = mean_over_processes(torch.cat([x.flatten() for x in tensors]))
+    for x, part in zip(tensors, mean.split([x.numel() for x in tensors]), strict=True):
+        x.copy_(part.view_as(x))
+    return tensors[0]
 
 
 def on_cpu(state: Any) -> Any:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastssl import grad_cache, use_backend
 from fastssl._meter import CudaMeter, Meter, meter
-from fastssl.distributed import world_size
+from fastssl.distributed import ProcessGroup, world_size
 from fastssl.train import parallel
 from fastssl.train.device import Reading
 from fastssl.train.evaluate import Health, HealthNumbers
@@ -139,10 +139,12 @@ def train_step(
     autocast = torch.autocast(device.type, run.autocast_dtype) if run.amp else contextlib.nullcontext()
     scaler = scaler or torch.amp.GradScaler(device.type, enabled=False)
     differentiate = _differentiate if run.chunk_size is None else partial(_differentiate_by_chunks, run.chunk_size)
+    group = parallel.group_of(method.loss) if method.impl != "naive" else None
     with use_backend(IMPLEMENTATIONS[method.impl]):
-        embeddings, loss, meters, objective = differentiate(method, views, autocast, scaler, memory)
+        embeddings, loss, meters, objective = differentiate(method, views, group, autocast, scaler, memory)
+        embeddings = [z.detach() for z in embeddings]
         with meter(memory, device) as update:
-            parallel.average_gradients(method)
+            loss = parallel.average_gradients(method, loss)
             scale = scaler.scale(torch.ones((), device=device)) if scaler.is_enabled() else None
             scaler.unscale_(optimizer)
             taken = Taken(loss, *_norms(method), scale)
@@ -156,11 +158,19 @@ def train_step(
             scaler.update()
             optimizer.zero_grad()
             with meter(False, device) as after:
-                method.after_step(*(z.detach() for z in embeddings))
+                if group is not None and parallel.group_of(method.after_step) is None:
+                    method.after_step(*_whole(embeddings, group, run.chunk_size))
+                else:
+                    method.after_step(*embeddings, **({} if group is None else {"group": group}))
     taken.meters, taken.objective, taken.after = [*meters, update], objective, after
     if report:
-        taken.health = _health(method, [z.detach() for z in embeddings])
+        taken.health = _health(method, _whole(embeddings, group, run.chunk_size))
     return taken
+
+
+def _whole(embeddings: Sequence[Tensor], group: ProcessGroup | None, chunk_size: int | None) -> Sequence[Tensor]:
+    """Those of the whole batch; with a group, embeddings are this process's."""
+    return embeddings if group is None else [parallel.gather(z, chunk_size) for z in embeddings]
 
 
 def _health(method: Method, embeddings: Sequence[Tensor]) -> HealthNumbers:
@@ -174,20 +184,20 @@ Differentiated = tuple[Sequence[Tensor], Tensor, list[_Meter], _Meter | None]
 def _differentiate(
     method: Method,
     views: tuple[Tensor, ...],
+    group: ProcessGroup | None,
     autocast: contextlib.AbstractContextManager,
     scaler: torch.amp.GradScaler,
     memory: bool,
 ) -> Differentiated:
-    """Embeddings of the whole batch, loss, the meter of it all, and that of the loss: the graph is cut at the
-    embeddings and joined again by their gradients."""
+    """Embeddings of the whole batch, or with a group this process's, loss, the meter of it all, and that of the loss:
+    the graph is cut at the embeddings and joined again by their gradients."""
     measured = partial(meter, memory, views[0].device)
     with measured() as forward, autocast:
         embeddings = method(*views)
     with measured() as objective:
         leaves = [z.detach().requires_grad_(z.requires_grad) for z in embeddings]
         with autocast:
-            whole = [parallel.gather(leaf) for leaf in leaves]
-            loss = method.loss(*whole)
+            whole, loss = _loss(method, leaves, group, None)
         scaler.scale(loss).backward()
     with measured() as backward:
         pairs = [(z, leaf.grad) for z, leaf in zip(embeddings, leaves, strict=True) if leaf.grad is not None]
@@ -199,6 +209,7 @@ def _differentiate_by_chunks(
     chunk_size: int,
     method: Method,
     views: tuple[Tensor, ...],
+    group: ProcessGroup | None,
     autocast: contextlib.AbstractContextManager,
     scaler: torch.amp.GradScaler,
     memory: bool,
@@ -207,14 +218,24 @@ def _differentiate_by_chunks(
     found: list[Tensor] = []
 
     def loss_fn(*leaves: Tensor) -> Tensor:
-        whole = [parallel.gather(leaf, chunk_size) for leaf in leaves]
-        found.extend([method.loss(*whole), *whole])
-        return scaler.scale(found[0])
+        whole, loss = _loss(method, leaves, group, chunk_size)
+        found.extend([loss, *whole])
+        return scaler.scale(loss)
 
     with meter(memory, views[0].device) as everything, autocast:
         grad_cache(method, views, loss_fn, chunk_size=chunk_size // world_size())
     loss, *whole = found
     return whole, loss, [everything], None
+
+
+def _loss(
+    method: Method, leaves: Sequence[Tensor], group: ProcessGroup | None, chunk_size: int | None
+) -> tuple[Sequence[Tensor], Tensor]:
+    """What the loss is taken of, and the loss."""
+    if group is not None:
+        return leaves, method.loss(*leaves, group=group)
+    whole = [parallel.gather(leaf, chunk_size) for leaf in leaves]
+    return whole, method.loss(*whole)
 
 
 def _norms(method: Method) -> tuple[list[str], Tensor, Tensor]:

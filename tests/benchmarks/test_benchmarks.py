@@ -270,3 +270,14 @@ def test_runner_names_what_is_wrong(arguments, message, capsys):
 def test_views_come_in_pairs(nt_xent):
     with pytest.raises(ValueError, match="even number of rows.*63"):
         nt_xent.inputs((63, 8), torch.float32)
+
+
+@pytest.mark.parametrize("slow, calls", [(3.0, (1, 3)), (0.5, (3, 7))])
+def test_long_steps_are_repeated_less(monkeypatch, slow, calls):
+    """Its calls that warm up, and those that are timed."""
+    done = []
+    monkeypatch.setattr(measure, "seconds_of", lambda step, device: done.append(step()) or done[-1])
+    found = measure.interleaved_seconds({"slow": ("highest", lambda: slow), "other": ("highest", lambda: 1.5)})
+    warm, repeats = calls
+    assert {name: len(seconds) for name, seconds in found.items()} == {"slow": repeats, "other": repeats}
+    assert done.count(slow) == warm + repeats

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -11,11 +12,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastssl
 from fastssl import distributed
+from fastssl._arithmetic import dot
 from fastssl.distributed import Ring, gather_rows, rank, world_size
-from fastssl.functional import barlow_twins, clip_loss, info_nce, siglip_loss, vicreg
+from fastssl.functional import barlow_twins, clip_loss, dcl, info_nce, nt_xent, siglip_loss, sup_con, vicreg
 from fastssl.nn import (
     ClipLoss,
     SigLipLoss,
@@ -48,7 +51,31 @@ def _softmax_losses() -> dict[str, Callable[..., Tensor]]:
     def plain_nce(x, y, scale, **kwargs):
         return nce(x, y, scale, normalize=False, label_smoothing=0.2, **kwargs)
 
-    return {f.__name__: f for f in (clip_loss, smoothed_clip, nce, symmetric_nce, plain_nce)}
+    losses = (clip_loss, smoothed_clip, nce, symmetric_nce, plain_nce, *_losses_of_both_views())
+    return {f.__name__: f for f in losses}
+
+
+def _losses_of_both_views() -> tuple[Callable[..., Tensor], ...]:
+    """Those in which each row of either view has a loss, of which these have the mean."""
+
+    def of_pairs(losses: Tensor, reduction: str) -> Tensor:
+        return losses.view(2, -1).mean(0) if reduction == "none" else losses / 2 if reduction == "sum" else losses
+
+    def xent(x, y, scale, reduction="mean", **kwargs):
+        return of_pairs(nt_xent(x, y, temperature=1 / scale, reduction=reduction, **kwargs), reduction)
+
+    def plain_dcl(x, y, scale, reduction="mean", **kwargs):
+        options = {"weight_fn": lambda x, y: 1 + dot(x, y).square(), "normalize": False}
+        return of_pairs(dcl(x, y, temperature=1 / scale, reduction=reduction, **options, **kwargs), reduction)
+
+    def supervised(x, y, scale, reduction="mean", group=None):
+        first = 0 if group is None else group.rank() * len(x)
+        labels = torch.arange(first, first + len(x)) % 3 * 10
+        features = torch.stack([x, y], 1)
+        losses = sup_con(features, labels, temperature=1 / scale, reduction=reduction, group=group)
+        return of_pairs(losses.T.flatten() if reduction == "none" else losses, reduction)
+
+    return xent, plain_dcl, supervised
 
 
 def _check_ring() -> None:
@@ -219,6 +246,40 @@ def _check_no_process_holds_the_batch() -> None:
         assert largest < 2.5 * parts[0].nbytes, (name, largest)
 
 
+class _Products(TorchDispatchMode):
+    """Counts the multiplications of rows with rows, in all operations of the family."""
+
+    TIMES = {  # M x N products of rows, or sums over as many, of each
+        "self_logsumexp": 0.5, "self_logsumexp_backward": 1.5, "pair_logsumexp": 1, "pair_logsumexp_backward": 3,
+        "nt_xent": 0.5, "nt_xent_backward": 1.5, "sup_con": 0.5, "sup_con_backward": 1.5,
+    }  # fmt: skip
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found = 0.0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__.removesuffix("_portable")
+        if name in self.TIMES:
+            rows = [len(x) for x in args if isinstance(x, Tensor) and x.dim() == 2]
+            sides = (sum(rows), sum(rows)) if name.startswith("nt_xent") else (rows[0], rows[-1])
+            self.found += self.TIMES[name] * math.prod(sides)
+        return function(*args, **(kwargs or {}))
+
+
+def _check_products_fall_with_the_number_of_processes() -> None:
+    """Of P processes each multiplies as many rows as one process alone, divided by P, in both passes."""
+    losses = _softmax_losses()
+    for name in ("xent", "supervised"):
+        whole = [x.requires_grad_() for x in all_views()[0]]
+        with _Products() as alone:
+            losses[name](*whole, 2.0).backward()
+        with _Products() as together:
+            losses[name](*(own_rows(x) for x in whole), 2.0, group=dist.group.WORLD).backward()
+        assert alone.found == 2 * (2 * world_size() * BATCH) ** 2
+        assert together.found * world_size() == alone.found, name
+
+
 class _Towers(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -300,6 +361,7 @@ def _check_unlike_processes_are_refused() -> None:
     x, y = (own_rows(x) for x in all_views()[0])
     last = rank() == world_size() - 1
     group, losses = dist.group.WORLD, {**_softmax_losses(), "siglip_loss": siglip_loss}
+    del losses["supervised"]  # its features are both views together
     for loss in losses.values():
         with pytest.raises(ValueError, match=rf"same shape.*every process.*\({BATCH}, 8\).*\({BATCH - 1}, 8\)"):
             loss(x[: BATCH - last], y[: BATCH - last], 2.0, group=group)
@@ -325,7 +387,8 @@ def _check_metrics() -> None:
     whole = all_views(dtype=torch.float64)[0]
     whole = whole[0], whole[0] + whole[1]
     parts = [own_rows(x) for x in whole]
-    for loss in _softmax_losses().values():
+    for name in _softmax_losses().keys() - {f.__name__ for f in _losses_of_both_views()}:
+        loss = _softmax_losses()[name]
         expected = loss(*whole, 2.0, return_metrics=True)[1]
         metrics = loss(*parts, 2.0, return_metrics=True, group=dist.group.WORLD)[1]
         assert list(metrics) == list(expected) and 0 < next(iter(expected.values())) < 1
@@ -389,6 +452,7 @@ CHECKS = (
     _check_half_precision_sums,
     _check_subgroups,
     _check_no_process_holds_the_batch,
+    _check_products_fall_with_the_number_of_processes,
     _check_towers_in_data_parallel,
     _check_clip_modules,
     _check_unlike_processes_are_refused,

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from fastssl.distributed import rank, world_size
 from fastssl.functional import koleo_loss
+from fastssl.integrations.dinov2 import KoLeoLossDistributed
 from tests.distributed.processes import needs_gloo, run_processes, tolerance
 from tests.inputs import normal
 
@@ -34,6 +36,22 @@ def _check_one_batch() -> None:
             torch.testing.assert_close(own.grad, whole.grad.split(counts)[rank()], **close)
 
 
+def _check_class_of_dinov3() -> None:
+    """Each process's loss is that of its rows, and its gradient that of the sum of all processes' losses."""
+    x = normal(12, 40)
+    for topk, size in ((1, None), (3, None), (2, 6), (2, 4)):
+        whole, own = x.clone().requires_grad_(), x.split(6)[rank()].clone().requires_grad_()
+        z, group = F.normalize(whole), torch.arange(12) // (size or 12)
+        similarity = (z @ z.T).masked_fill(group[:, None] != group, -2).fill_diagonal_(-2)
+        distances = F.pairwise_distance(z[:, None], z[similarity.topk(topk).indices], eps=1e-8)
+        losses = -(distances + 1e-8).log().view(2, -1).mean(1)
+        losses.sum().backward()
+        loss = KoLeoLossDistributed(topk, size)(own)
+        loss.backward()
+        torch.testing.assert_close(loss, losses[rank()])
+        torch.testing.assert_close(own.grad, whole.grad.split(6)[rank()])
+
+
 def _check_what_is_refused() -> None:
     group, x = dist.group.WORLD, torch.randn(3, 8)
     for other in (torch.randn(3, 8 + rank()), x.double() if rank() else x, x.clone().requires_grad_(rank() == 0)):
@@ -46,7 +64,11 @@ def _check_what_is_refused() -> None:
     assert koleo_loss(x[:0], group=group).isnan()
 
 
-@pytest.mark.parametrize("check", [_check_one_batch, _check_what_is_refused], ids=lambda check: check.__name__[7:])
+@pytest.mark.parametrize(
+    "check",
+    [_check_one_batch, _check_class_of_dinov3, _check_what_is_refused],
+    ids=lambda check: check.__name__[7:],
+)
 def test_two_processes(check, tmp_path):
     run_processes(check, 2, tmp_path)
 

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from fastssl import nn as ours
 from fastssl.functional import covariance_loss, variance_loss
 
+pytestmark = pytest.mark.usefixtures("device")
+
 SHAPES = [(2, 1), (2, 7), (3, 2), (10, 10), (9, 40), (40, 9), (64, 100), (100, 64)]
 
 

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from fastssl import nn as ours
-from fastssl.functional import prototype_distillation_loss, sinkhorn_knopp
+from fastssl.functional import koleo_loss, prototype_distillation_loss, sinkhorn_knopp
 from fastssl.integrations import dinov2
+
+pytestmark = pytest.mark.usefixtures("device")
 
 K = 37
 
@@ -206,6 +208,13 @@ def test_dinov2(sinkhorn, backend):
 def test_dinov2_koleo():
     x = _logits(9, 5)
     torch.testing.assert_close(dinov2.KoLeoLoss()(x), ours.KoLeoLoss()(x))
+    for topk, size in ((1, None), (3, None), (2, 3)):
+        loss = dinov2.KoLeoLossDistributed(topk, size)
+        torch.testing.assert_close(loss(x, eps=0.1), koleo_loss(x, eps=0.1, topk=topk, group_size=size))
+        with torch.autocast("cpu"):
+            assert loss(x.bfloat16()).dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="loss_group_size must be positive, got 0"):
+        dinov2.KoLeoLossDistributed(loss_group_size=0)
 
 
 @pytest.mark.parametrize(

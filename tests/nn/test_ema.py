@@ -14,6 +14,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from fastssl.nn import EMA
 from fastssl.optim import AdamW
 
+pytestmark = pytest.mark.usefixtures("device")
+
 SCHEDULES = ({}, {"schedule": "cosine", "total_steps": 4}, {"schedule": "warmup"})
 
 

@@ -22,6 +22,8 @@ from fastssl.functional import clip_loss, info_nce, nt_xent
 from fastssl.nn import NTXentLoss
 from tests.distributed.processes import mean_of_all, run_processes
 
+pytestmark = pytest.mark.usefixtures("device")
+
 BATCH, DIM = 13, 8
 
 

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 import fastssl
 from fastssl import nn as ours
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 def _rows(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32, unit: bool = True) -> Tensor:
     x = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))

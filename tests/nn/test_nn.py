@@ -12,6 +12,8 @@ from torch import Tensor, nn
 import fastssl
 from fastssl.nn import NTXentLoss
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 def _views(batch: int, dim: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)

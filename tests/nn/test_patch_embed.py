@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from fastssl.nn import PatchEmbed
 from tests.distributed.processes import mean_of_all, run_processes
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 def _normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))

@@ -7,9 +7,10 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastssl
-from fastssl.functional import ema_update_
+from fastssl.functional import adamw_ema_step_, ema_update_
 from fastssl.reference import ema as reference
 from tests.accuracy import same_bits, worst_error
 from tests.inputs import DTYPES, ragged
@@ -204,3 +205,19 @@ def test_shared_memory_is_refused_before_anything_changes(chosen):
         ema_update_([low, high], [low, memory[4:8]], 0.5)  # one with itself
         ema_update_([low, high], [zeros, zeros], 0.5)  # sources may share
     assert memory.tolist() == [0.5] * 4 + [1] * 4 + [0.5] * 4
+
+
+def test_numbers_are_not_captured_in_a_cuda_graph(monkeypatch):
+    """Fake tensors are on a GPU that is not there."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    ema_update_([torch.zeros(3)], [torch.ones(3)], 0.5)  # the CPU's are not
+    with FakeTensorMode():
+        target, source, *rest = (torch.zeros(3, device="cuda") for _ in range(5))
+        for momentum in (0.5, torch.tensor(0.5)):
+            with pytest.raises(ValueError, match="momentum must be a tensor on the GPU while a CUDA graph is captured"):
+                ema_update_([target], [source], momentum)
+        ema_update_([target], [source], torch.tensor(0.5, device="cuda"))
+        with pytest.raises(ValueError, match="steps must not be taken while a CUDA graph is captured"):
+            adamw_ema_step_(*([x] for x in (target, source, *rest)), [torch.tensor(0.0)], momentum=0.5)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        ema_update_([target], [source], 0.5)

@@ -23,6 +23,8 @@ from fastssl.functional import (
 from fastssl.reference import masking as reference
 from tests.inputs import DTYPES, seeded, some_ids
 
+pytestmark = pytest.mark.usefixtures("device")
+
 chisquare = pytest.importorskip("scipy.stats").chisquare
 SHAPES = ((3, 7, 5), (1, 1, 1), (2, 196, 16), (5, 33, 1), (70, 40, 24), (9, 6, 1030), (0, 4, 3), (2, 0, 3))  # B, L, D
 

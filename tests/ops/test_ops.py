@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -13,18 +14,21 @@ from torch import Tensor
 import fastssl
 from fastssl.ops import _portable
 from fastssl.ops._op import Op
-from fastssl.reference import OPS, OpSpec, Sample
+from fastssl.reference import OPS, BadInput, OpSpec, Sample
 from fastssl.reference.samples import COMPILED, EDGE, POISONED, RAGGED, SHAPES, TRACED
 from tests.accuracy import (
     Results,
     as_double,
     assert_as_accurate_as_eager,
     cotangent_for,
+    device_of,
     evaluate,
     gradients,
     leaves_of,
     map_tensors,
+    moved,
     natural_sizes,
+    on_cpu,
     public,
     reference,
     tensors_of,
@@ -33,13 +37,14 @@ from tests.accuracy import (
     values,
     weighted_error,
 )
+from tests.devices import DEVICES, device_param, on_every_device
 from tests.inputs import FLOATS
 from tests.recorder import recorded_calls
 
 
 @functools.cache
-def _samples(name: str, dtype: torch.dtype) -> dict[str, Sample]:
-    return {sample.label: sample for sample in OPS[name].samples(dtype, "cpu")}
+def _samples(name: str, dtype: torch.dtype, device: str = "cpu") -> dict[str, Sample]:
+    return {sample.label: sample for sample in OPS[name].samples(dtype, device)}
 
 
 def _cases(
@@ -47,20 +52,22 @@ def _cases(
     where: Callable[[OpSpec, Sample], bool] = lambda spec, sample: True,
     unsanitized: tuple[torch.dtype, ...] = (),
 ) -> Any:
-    """Parametrises a test over (spec, sample)."""
+    """Parametrises a test over (spec, sample), on every device."""
     return pytest.mark.parametrize(
         "spec, sample",
         [
-            pytest.param(
+            device_param(
+                device,
                 spec,
                 sample,
                 id=f"{name}-{str(dtype).removeprefix('torch.')}-{label.replace(' ', '_')}",
                 marks=[pytest.mark.unsanitized] * (dtype in unsanitized),
             )
+            for device in DEVICES
             for name, spec in OPS.items()
             for dtype in dtypes
             if dtype in spec.dtypes
-            for label, sample in _samples(name, dtype).items()
+            for label, sample in _samples(name, dtype, device).items()
             if where(spec, sample)
         ],
     )
@@ -96,7 +103,7 @@ def test_every_function_has_a_specification():
 
 @functools.cache
 def _truth_and_eager(spec: OpSpec, sample: Sample) -> tuple[Results, Results]:
-    return truth_and_eager(spec, unreduced(spec, sample))
+    return truth_and_eager(spec, unreduced(spec, on_cpu(sample)))
 
 
 @pytest.mark.sanitized
@@ -149,6 +156,7 @@ def test_backends_agree_on_shape_and_dtype(spec, sample, backend):
 
 @_cases(torch.float32, where=lambda spec, sample: not _settled(spec, sample))
 def test_what_is_said_of_outputs_holds_for_the_reference(spec, sample):
+    sample = on_cpu(sample)
     spec.check(sample, *values(evaluate(reference(spec), sample), sample))
 
 
@@ -160,7 +168,7 @@ def test_medium_precision(spec, sample, kernels, medium):
     assert all(r.dtype == torch.float32 for r in results if r.is_floating_point())
     if (rough_sample := _samples(spec.name, torch.bfloat16).get(sample.label)) is None:
         return
-    truth = evaluate(reference(spec), as_double(sample))
+    truth = evaluate(reference(spec), as_double(on_cpu(sample)))
     rough_truth, rough = _truth_and_eager(spec, rough_sample)
     for result, true, x, y, (weight, size) in zip(
         results, truth, rough, rough_truth, natural_sizes(spec, sample, truth), strict=True
@@ -172,9 +180,9 @@ def test_medium_precision(spec, sample, kernels, medium):
 @_cases(torch.float32, where=lambda spec, sample: _loss(spec, sample) and spec.multiplies is not None)
 def test_autocast_multiplies_in_its_dtype(spec, sample, backend):
     """As "medium" does, whose products are bfloat16 too."""
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device_of(sample).type, torch.bfloat16):
         output = public(spec)(*sample.args, **sample.kwargs)
-    results = output, *gradients([output], sample)
+    results = [x.cpu() for x in (output, *gradients([output], sample))]
     torch.set_float32_matmul_precision("medium")
     expected = evaluate(public(spec), sample)
     for result, right, (weight, size) in zip(
@@ -186,7 +194,7 @@ def test_autocast_multiplies_in_its_dtype(spec, sample, backend):
 
 @_cases(torch.bfloat16, torch.float32, where=_tagged(TRACED))
 def test_dtype_under_autocast(spec, sample, backend):
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device_of(sample).type, torch.bfloat16):
         outputs = tensors_of(public(spec)(*sample.args, **sample.kwargs))
     if spec.autocast == "inputs":
         expected = [x.dtype for x in tensors_of(public(spec)(*sample.args, **sample.kwargs))]
@@ -293,20 +301,22 @@ def test_compile_inductor(spec, sample):
     _assert_compiles(spec, sample, exact=False)
 
 
+@on_every_device
 @pytest.mark.parametrize("spec", OPS.values(), ids=OPS)
-def test_compile_dynamic_shapes(spec):
+def test_compile_dynamic_shapes(spec, device):
     torch._dynamo.reset()
     compiled = public(spec, functools.partial(torch.compile, fullgraph=True, backend="aot_eager", dynamic=True))
-    samples = [sample for sample in _samples(spec.name, torch.float32).values() if SHAPES in sample.tags]
+    samples = [sample for sample in _samples(spec.name, torch.float32, device).values() if SHAPES in sample.tags]
     assert len(samples) > 1
     for sample in samples:
         for result, expected in zip(evaluate(compiled, sample), evaluate(public(spec), sample), strict=True):
             torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
+@on_every_device
 @pytest.mark.parametrize("spec", OPS.values(), ids=OPS)
-def test_compile_follows_the_precision(spec):
-    traced = [sample for sample in _samples(spec.name, torch.float32).values() if TRACED in sample.tags]
+def test_compile_follows_the_precision(spec, device):
+    traced = [sample for sample in _samples(spec.name, torch.float32, device).values() if TRACED in sample.tags]
     sample = max(traced, key=lambda sample: sum(x.numel() for x in tensors_of(sample)))
     torch._dynamo.reset()
     compiled = public(spec, functools.partial(torch.compile, fullgraph=True, backend="aot_eager"))
@@ -337,9 +347,22 @@ def test_nan_and_inf(spec, sample, poison, backend):
         assert results[0].isfinite().all() == expected[0].isfinite().all()
 
 
+def _bad_inputs(spec: OpSpec, device: str) -> Iterator[BadInput]:
+    """Those on the CPU are on that device."""
+    for bad in spec.bad_inputs():
+        args, kwargs = moved((bad.args, bad.kwargs), device)
+        match = bad.match if device == "cpu" else bad.match.replace("cpu", torch.device(device).type)
+        yield BadInput(bad.label, args, kwargs, bad.error, match)
+
+
 @pytest.mark.parametrize(
     "spec, bad",
-    [pytest.param(s, b, id=f"{s.name}-{b.label.replace(' ', '_')}") for s in OPS.values() for b in s.bad_inputs()],
+    [
+        device_param(device, spec, bad, id=f"{spec.name}-{bad.label.replace(' ', '_')}")
+        for device in DEVICES
+        for spec in OPS.values()
+        for bad in _bad_inputs(spec, device)
+    ],
 )
 def test_bad_inputs(spec, bad, monkeypatch):
     def run(self: Op, *args: Any) -> Any:
@@ -352,6 +375,7 @@ def test_bad_inputs(spec, bad, monkeypatch):
 
 @_cases(torch.float32, torch.bfloat16)
 def test_same_bits_in_every_run(spec, sample, backend):
+    torch.use_deterministic_algorithms(device_of(sample).type != "cpu")  # where it is not so anyway
     runs = {threads: [] for threads in (1, 2)}
     for threads, results in runs.items():
         torch.set_num_threads(threads)
@@ -387,12 +411,46 @@ def test_strided_grad_output(spec, sample, backend):
     leaves = leaves_of(sample)
     expanded = torch.autograd.grad(output.sum(), leaves, retain_graph=True)
     contiguous = torch.autograd.grad(output, leaves, torch.ones_like(output), retain_graph=True)
-    sliced = torch.autograd.grad(
-        output, leaves, torch.ones(2 * output.numel(), dtype=output.dtype)[::2].view(output.shape)
-    )
+    sliced = torch.autograd.grad(output, leaves, output.new_ones(2 * output.numel())[::2].view(output.shape))
     for a, b, c in zip(expanded, contiguous, sliced, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
         torch.testing.assert_close(c, b, rtol=0, atol=0)
+
+
+FACTORIES = (
+    "arange",
+    "empty",
+    "eye",
+    "full",
+    "linspace",
+    "ones",
+    "rand",
+    "randint",
+    "randn",
+    "randperm",
+    "tensor",
+    "zeros",
+)
+
+
+@_cases(torch.float32, where=_tagged(TRACED, EDGE))
+def test_new_tensors_are_made_on_a_device_that_is_named(spec, sample, monkeypatch):
+    """And not on the CPU because that is where they are made by default."""
+
+    def named(factory: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def make(*args: Any, **kwargs: Any) -> Tensor:
+            caller = sys._getframe(1)
+            ours = caller.f_globals.get("__name__", "").startswith("fastssl.")
+            assert not ours or kwargs.get("device") is not None, f"{caller.f_code.co_filename}:{caller.f_lineno}"
+            return factory(*args, **kwargs)
+
+        return make
+
+    for name in FACTORIES:
+        monkeypatch.setattr(torch, name, named(getattr(torch, name)))
+    for backend in ("portable", "reference"):
+        with fastssl.use_backend(backend):
+            evaluate(public(spec), sample)
 
 
 @_cases(torch.float32)

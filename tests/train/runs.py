@@ -66,7 +66,7 @@ def data_of(method: Method):
     tokens = torch.randint(1, 99, (len(IMAGES), 6), generator=torch.Generator().manual_seed(0))
     if method.load in (METHODS["clip"].load, METHODS["coca"].load):
         return torch.utils.data.TensorDataset(IMAGES.unsqueeze(1).expand(-1, 3, -1, -1), tokens)
-    return tokens if method.load in (METHODS["simcse"].load, METHODS["bert"].load) else IMAGES
+    return tokens if method.load in [METHODS[name].load for name in ("simcse", "simcse_bert", "bert")] else IMAGES
 
 
 class InterruptAfter:

@@ -177,6 +177,26 @@ def test_fine_tuning_begins_with_the_encoder_of_a_checkpoint(images, pretrained,
     assert len(train(method, images, layer_decay=0.75)) == STEPS
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("dino", {"vit": True}), ("dinov2", {"registers": 3, "layer_scale": 0.1})],
+    ids=["class token", "registers and scales"],
+)
+def test_fine_tuning_adopts_what_the_encoder_has_more(name, options, images, tmp_path):
+    torch.manual_seed(0)
+    pretrained = create(name, 1, images, **options)
+    fit({"m": pretrained}, images.train, Run(batch_size=8, steps=1, checkpoint=tmp_path / "run.pt"), console=QUIET)
+    method = supervised(images, vit=True)
+    checkpoint.load_encoder(method.encoder, tmp_path / "run.pt")
+    pretrained.eval(), method.eval()
+    view = images.test.unsqueeze(1) / 255
+    assert torch.equal(method.encoder(view), pretrained.encoder(view)) and method.encoder(view).shape == (40, 128)
+    weights = dict(pretrained.encoder.state_dict())
+    train(method, images, steps=2)
+    for key, moved in method.encoder.state_dict().items():
+        assert not torch.equal(moved, weights[key]), key
+
+
 def test_another_encoder_is_refused(images, tmp_path):
     path = tmp_path / "run.pt"
     mae = create("mae", 1, size=32)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 pytest.importorskip("rich")
 pytest.importorskip("sklearn")
 
-from fastssl.train import Method, Run, create, fit
+from fastssl.train import Method, Run, checkpoint, create, fit
 from fastssl.train.data import subwords
 from fastssl.train.data.packages import DataError
 from fastssl.train.data.subwords import LENGTH, Subwords
@@ -185,6 +185,25 @@ def test_marks_are_those_of_the_model_and_of_frequencies(name, text):
     assert right > list(before.values())[0] and ratio < 0.9 and method.training
 
 
+def test_simcse_begins_with_berts_encoder_and_sees_no_padding(text, tmp_path):
+    bert = new("bert", text)
+    fit({"m": bert}, text.train, Run(batch_size=16, steps=2, checkpoint=tmp_path / "bert.pt"), console=QUIET)
+    torch.manual_seed(1)
+    method = create("simcse_bert", 4, text, features=32, depth=1, dropout=0.2)
+    checkpoint.load_encoder(method.encoder, tmp_path / "bert.pt")
+    tokens = text.train[:8].clone()
+    assert not torch.allclose(*method(tokens))  # dropout
+    torch.testing.assert_close(*method.eval()(tokens))
+    torch.testing.assert_close(method.embed(tokens), bert.encoder(tokens).mean(1))
+    tokens[:, 20:] = 0
+    expected = bert.encoder(tokens[:, :20]).mean(1)
+    torch.testing.assert_close(method.embed(tokens), expected)
+    assert method.embed(torch.zeros_like(tokens)).isfinite().all()
+    changed = tokens.clone()
+    changed[:, 19] = 7
+    assert not torch.allclose(method.encoder(changed, changed != 0)[:, 0], method.encoder(tokens, tokens != 0)[:, 0])
+
+
 def test_gpt_goes_on_with_a_text(text):
     method = new("gpt", text)
     torch.manual_seed(0)
@@ -207,6 +226,9 @@ def test_subwords_of_a_text(tmp_path, monkeypatch):
     assert data.decode(data.test[0]).startswith(sentences[75])
     again = subwords.load(tmp_path / "story.txt")
     assert again.tokenizer == data.tokenizer and torch.equal(again.test, data.test)
+    by_sentence = subwords.load_sentences(tmp_path / "story.txt")
+    assert len(by_sentence.train) == 75 and len(by_sentence.test) == 24 and by_sentence.facts == data.facts
+    assert [data.decode(row[row > 0]) for row in by_sentence.test] == sentences[75:]
     (tmp_path / "short.txt").write_text("\n\n".join(sentences[:8]))
     with pytest.raises(DataError, match="short.txt must have 64 subwords to train on and as many to test"):
         subwords.load(tmp_path / "short.txt")

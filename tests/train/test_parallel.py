@@ -46,7 +46,9 @@ def new(name: str, dtype: torch.dtype = torch.float64) -> Method:
     method = create(name, STEPS, **small(name))
     for module in method.modules():
         if isinstance(module, BagOfWords):
-            module.words, module.dropout = nn.Embedding(200, module.features, padding_idx=0), nn.Dropout(0)
+            module.words = nn.Embedding(200, module.features, padding_idx=0)
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
     if name == "electra":
         method.temperature = 1e-12  # its draws differ, too
     method.to(dtype)
@@ -68,7 +70,7 @@ def data_of(method: Method) -> Any:
     tokens = torch.randint(1, 200, (40, 8), generator=generator)
     if method.load in (METHODS["clip"].load, METHODS["coca"].load):
         return TensorDataset(images.unsqueeze(1).expand(-1, 3, -1, -1), tokens)
-    if method.load in (METHODS["simcse"].load, METHODS["bert"].load):
+    if method.load in [METHODS[name].load for name in ("simcse", "simcse_bert", "bert")]:
         return tokens
     labelled = isinstance(method, (METHODS["sup_con"], METHODS["supervised"]))
     return TensorDataset(images, torch.arange(len(images)) % 3) if labelled else images

@@ -66,6 +66,7 @@ def small_data(monkeypatch, blobs, blob_places):
     datasets = (images_module, blobs), (pairs_module, pairs), (speech_module, speech), *texts
     for module, dataset in datasets:
         monkeypatch.setattr(module, "load", lambda source, dataset=dataset: dataset)
+    monkeypatch.setattr(subwords_module, "load_sentences", subwords_module.load)
 
 
 def new_twins(name: str, steps: int = 4) -> dict[str, Method]:

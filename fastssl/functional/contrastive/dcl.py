@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from fastssl import reference
-from fastssl._arithmetic import finish, inverse, of_reference, unit
-from fastssl._checks import check_flag, check_pair, check_reduction, check_temperature, check_weights
+from fastssl._arithmetic import dot, finish, inverse, logsumexp, of_reference, unit
+from fastssl._checks import check_flag, check_group, check_pair, check_reduction, check_temperature, check_weights
+from fastssl._exponential_sums import joined, pair_sums, self_sums, sums_with_others
+from fastssl.distributed import ProcessGroup, Ring
 from fastssl.ops import contrastive, current_backend
 from fastssl.ops._precision import accumulate_dtype, product_precision
 
@@ -22,6 +24,7 @@ def dcl(
     weight_fn: Callable[[Tensor, Tensor], Tensor] | None = None,
     normalize: bool = True,
     reduction: str = "mean",
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     r"""The decoupled contrastive loss (DCL, arXiv:2110.06848): NT-Xent without the positive in the denominator.
 
@@ -37,6 +40,7 @@ def dcl(
             rows and those of the other side; None: 1.
         normalize: divide each row by its Euclidean norm, as `torch.nn.functional.normalize` does.
         reduction: "mean" over the 2B rows, "sum", or "none".
+        group: as in `nt_xent`. weight_fn gets this process's rows.
 
     Returns:
         0-d loss, or with "none" (2B,) losses, those of z1's rows first; in z1's dtype, float32 under autocast. The mean
@@ -45,7 +49,8 @@ def dcl(
     Raises:
         TypeError: if z1, z2 or what weight_fn returns is no tensor, or temperature neither number nor tensor.
         ValueError: if shapes, dtypes or devices do not fit, those of weights included, temperature is a number that is
-            zero or not finite (as a tensor: NaN comes out), or reduction is unknown.
+            zero or not finite (as a tensor: NaN comes out), or reduction is unknown, or on every process, if those of
+            group differ in shapes, dtypes or requires_grad.
     """
     z1, z2 = check_pair(z1, z2)
     temperature = check_temperature(temperature, z1)
@@ -54,6 +59,7 @@ def dcl(
         raise TypeError(f"weight_fn must be a function or None, got {type(weight_fn).__name__}")
     weigh = None if weight_fn is None else lambda rows, partners: check_weights(weight_fn(rows, partners), rows)
     check_reduction(reduction)
+    check_group(group)
     if current_backend() == "reference":
         loss = reference.contrastive.dcl(
             z1, z2, temperature=temperature, weight_fn=weigh, normalize=normalize, reduction=reduction
@@ -65,6 +71,14 @@ def dcl(
     else:
         x, y = (unit(z) if normalize else z for z in (z1, z2))
         weight = torch.cat([weigh(x, y), weigh(y, x)]).to(accumulate_dtype(z1.dtype))
+    if group is not None:
+        ring = Ring(group, z1=z1, z2=z2, temperature=scale)
+        x, y = (unit(z) if normalize else z for z in (z1, z2))
+        across = pair_sums(x, y, scale, torch.arange(x.shape[0], device=x.device), precision)
+        within = [self_sums(z, scale, precision) for z in (x, y)]
+        sums = [tuple(torch.cat(parts) for parts in zip(*pair, strict=True)) for pair in (across, within)]
+        sums = joined([*sums, sums_with_others(ring, torch.cat([x, y]), scale, precision)])
+        return finish(logsumexp(*sums) - weight * (dot(x, y) * scale).repeat(2), reduction, z1)
     keep = contrastive.bytes_to_keep(precision, (z1, z2, scale), 2 * z1.shape[0])
     loss, *_ = contrastive.dcl(z1, z2, weight, scale, normalize, keep, precision)
     return finish(loss, reduction, z1)

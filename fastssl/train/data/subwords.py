@@ -55,6 +55,19 @@ def load(source: str | os.PathLike[str] | None = None) -> Subwords:
     return Subwords(name, **made)
 
 
+def load_sentences(source: str | os.PathLike[str] | None = None) -> Subwords:
+    """The same with a row for each sentence, without what is beyond LENGTH, and 0 after the last subword."""
+    dataset = load(source)
+    _, sentences = text.read(source)
+    tokenizer = library().Tokenizer.from_str(dataset.tokenizer)
+    tokens = torch.zeros(len(sentences), LENGTH, dtype=torch.int64)
+    for row, sentence in zip(tokens, tokenizer.encode_batch(sentences), strict=True):
+        ids = sentence.ids[:LENGTH]
+        row[: len(ids)] = torch.tensor(ids)
+    test = len(sentences) // 4
+    return dataset._replace(train=tokens[:-test], test=tokens[-test:])
+
+
 def library() -> Any:
     """The tokenizers library.
 

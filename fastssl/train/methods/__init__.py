@@ -31,6 +31,7 @@ from fastssl.train.methods.moco_v3 import MoCoV3
 from fastssl.train.methods.siglip import SigLIP
 from fastssl.train.methods.simclr import SimCLR
 from fastssl.train.methods.simcse import SimCSE
+from fastssl.train.methods.simcse_bert import SimCSEBERT
 from fastssl.train.methods.simsiam import SimSiam
 from fastssl.train.methods.sup_con import SupCon
 from fastssl.train.methods.supervised import Supervised
@@ -62,6 +63,7 @@ METHODS: dict[str, type[Method]] = {
     "siglip": SigLIP,
     "simclr": SimCLR,
     "simcse": SimCSE,
+    "simcse_bert": SimCSEBERT,
     "simsiam": SimSiam,
     "sup_con": SupCon,
     "supervised": Supervised,

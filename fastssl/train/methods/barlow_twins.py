@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from fastssl.distributed import ProcessGroup
 from fastssl.functional import barlow_twins
 from fastssl.train.two_views import TwoViews
 
@@ -19,5 +20,5 @@ class BarlowTwins(TwoViews):
         super().__init__(1024, 1024, 1024)
         self.lambda_param = lambda_param
 
-    def loss(self, z1: Tensor, z2: Tensor) -> Tensor:
-        return barlow_twins(z1, z2, lambda_param=self.lambda_param)
+    def loss(self, z1: Tensor, z2: Tensor, group: ProcessGroup | None = None) -> Tensor:
+        return barlow_twins(z1, z2, lambda_param=self.lambda_param, group=group)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastssl.distributed import ProcessGroup
 from fastssl.functional import block_masking_ids, linear_cross_entropy
 from fastssl.train import clusters
 from fastssl.train.data.augment import CROPPED, to_float
@@ -70,7 +71,7 @@ class BEiT(Method):
         """Features (B, L, features), and the codes."""
         return self.encoder.layers(self.encoder.embed(images, mask=mask, mask_token=self.mask_token)), codes
 
-    def loss(self, features: Tensor, codes: Tensor) -> Tensor:
+    def loss(self, features: Tensor, codes: Tensor, group: ProcessGroup | None = None) -> Tensor:
         return linear_cross_entropy(features, self.head.weight, codes, linear_bias=self.head.bias)
 
     def monitored(self, features: Tensor, codes: Tensor) -> tuple[Tensor, ...]:

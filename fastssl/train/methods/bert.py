@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fastssl.functional import mask_tokens
 from fastssl.train.data.subwords import VOCABULARY, Subwords
+from fastssl.train.device import move
 from fastssl.train.evaluate import pooled
 from fastssl.train.language import LanguageModel
 
@@ -67,6 +68,6 @@ class BERT(LanguageModel):
         found = self.marks(dataset, "masked subwords") | self.probe(dataset)
         if self.follows is not None:
             inputs = self.views(dataset.test[:512], torch.Generator().manual_seed(0))
-            *_, logits, own = self(*inputs)
+            *_, logits, own = self(*move(inputs, self.device))
             found["halves known to be one's own, or not"] = ((logits > 0) == own).double().mean().item()
         return found

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastssl.distributed import ProcessGroup
 from fastssl.nn import EMA
 from fastssl.ops._precision import widen
 from fastssl.train.data.augment import STRONG
@@ -40,10 +41,17 @@ class BYOL(TwoViews):
             targets = self.teacher(views)
         return *predictions.chunk(2), *targets.chunk(2)
 
-    def loss(self, prediction1: Tensor, prediction2: Tensor, target1: Tensor, target2: Tensor) -> Tensor:
+    def loss(
+        self,
+        prediction1: Tensor,
+        prediction2: Tensor,
+        target1: Tensor,
+        target2: Tensor,
+        group: ProcessGroup | None = None,
+    ) -> Tensor:
         similarity = F.cosine_similarity(widen(prediction1), widen(target2))
         similarity = similarity + F.cosine_similarity(widen(prediction2), widen(target1))
         return (4 - 2 * similarity).mean()
 
-    def after_step(self, *embeddings: Tensor) -> None:
+    def after_step(self, *embeddings: Tensor, group: ProcessGroup | None = None) -> None:
         self.teacher.update(self.student)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from fastssl.distributed import ProcessGroup
 from fastssl.functional import clip_loss
 from fastssl.train.image_text import ImageText
 
@@ -20,5 +21,5 @@ class CLIP(ImageText):
     def __init__(self, *, temperature: float = 0.07) -> None:
         super().__init__(temperature)
 
-    def loss(self, image: Tensor, text: Tensor) -> Tensor:
-        return clip_loss(image, text, self.logit_scale.exp())
+    def loss(self, image: Tensor, text: Tensor, group: ProcessGroup | None = None) -> Tensor:
+        return clip_loss(image, text, self.logit_scale.exp(), group=group)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fastssl.distributed import ProcessGroup
 from fastssl.functional import dino_loss, sinkhorn_center, update_center_
 from fastssl.nn import EMA, DINOHead
 from fastssl.ops._precision import widen
@@ -113,19 +114,19 @@ class DINO(MultiCrop):
             "teacher_temperature": self.teacher_temperature(self.progress),
         }
 
-    def center_of(self, average: Tensor, *logits: Tensor) -> Tensor:
+    def center_of(self, average: Tensor, *logits: Tensor, group: ProcessGroup | None = None) -> Tensor:
         """The center of the teacher's logits: their moving average, or Sinkhorn-Knopp's."""
         if not self.sinkhorn:
             return average
-        return sinkhorn_center(logits, temperature=self.temperatures["teacher_temperature"])
+        return sinkhorn_center(logits, temperature=self.temperatures["teacher_temperature"], group=group)
 
-    def loss(self, *logits: Tensor) -> Tensor:
-        center = self.center_of(self.center, *logits[-2:])
+    def loss(self, *logits: Tensor, group: ProcessGroup | None = None) -> Tensor:
+        center = self.center_of(self.center, *logits[-2:], group=group)
         return dino_loss(logits[:-2], logits[-2:], center=center, **self.temperatures)
 
-    def after_step(self, *logits: Tensor) -> None:
+    def after_step(self, *logits: Tensor, group: ProcessGroup | None = None) -> None:
         if not self.sinkhorn:
-            update_center_(self.center, logits[-2:], self.center_momentum)
+            update_center_(self.center, logits[-2:], self.center_momentum, group=group)
         self.teacher.update(self.student)
 
     def monitored(self, *logits: Tensor) -> tuple[Tensor, ...]:

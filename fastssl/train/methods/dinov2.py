@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from fastssl.distributed import ProcessGroup
 from fastssl.functional import koleo_loss
 from fastssl.train.methods.ibot import IBOT
 
@@ -26,9 +27,10 @@ class DINOv2(IBOT):
         tokens, *embeddings = self.embed(*inputs)
         return *tokens.chunk(2), *embeddings
 
-    def loss(self, *embeddings: Tensor) -> Tensor:
+    def loss(self, *embeddings: Tensor, group: ProcessGroup | None = None) -> Tensor:
         view1, view2, *others = embeddings
-        return super().loss(*others) + self.koleo_weight * (koleo_loss(view1) + koleo_loss(view2))
+        spread = koleo_loss(view1, group=group) + koleo_loss(view2, group=group)
+        return super().loss(*others, group=group) + self.koleo_weight * spread
 
-    def after_step(self, *embeddings: Tensor) -> None:
-        super().after_step(*embeddings[2:])
+    def after_step(self, *embeddings: Tensor, group: ProcessGroup | None = None) -> None:
+        super().after_step(*embeddings[2:], group=group)

@@ -7,10 +7,12 @@ import torch.nn.functional as F
 from sklearn.metrics import average_precision_score
 from torch import Tensor, nn
 
+from fastssl.distributed import ProcessGroup
 from fastssl.functional import gather_tokens, linear_categorical, random_masking_ids
 from fastssl.train.data.subwords import VOCABULARY, Subwords
+from fastssl.train.device import move
 from fastssl.train.language import LanguageModel
-from fastssl.train.networks.transformer import layers
+from fastssl.train.networks.transformer import Layers
 
 
 class ELECTRA(LanguageModel):
@@ -41,7 +43,7 @@ class ELECTRA(LanguageModel):
             raise ValueError(f"probability must be at most 1, got {probability}")
         self.probability, self.temperature, self.discriminator_weight = probability, temperature, discriminator_weight
         width = features // 2
-        self.generator = nn.Sequential(nn.Linear(features, width), layers(depth, width), nn.Linear(width, features))
+        self.generator = nn.Sequential(nn.Linear(features, width), Layers(depth, width), nn.Linear(width, features))
         self.head = nn.Linear(features, 1)
 
     def views(self, batch: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
@@ -59,10 +61,17 @@ class ELECTRA(LanguageModel):
         seen = tokens.scatter(1, places, drawn.clamp_min(0))  # from NaN nothing can be drawn; the loss will say so
         return found, tokens.gather(1, places), self.encoder(seen), seen != tokens
 
-    def loss(self, found: Tensor, labels: Tensor, features: Tensor, replaced: Tensor) -> Tensor:
+    def loss(
+        self,
+        found: Tensor,
+        labels: Tensor,
+        features: Tensor,
+        replaced: Tensor,
+        group: ProcessGroup | None = None,
+    ) -> Tensor:
         logits = self.head(features).squeeze(2)
         of_encoder = F.binary_cross_entropy_with_logits(logits, replaced.to(logits.dtype))
-        return super().loss(found, labels) + self.discriminator_weight * of_encoder
+        return super().loss(found, labels, group) + self.discriminator_weight * of_encoder
 
     def monitored(self, found: Tensor, labels: Tensor, features: Tensor, replaced: Tensor) -> tuple[Tensor, ...]:
         return (features.flatten(0, 1),)
@@ -75,9 +84,10 @@ class ELECTRA(LanguageModel):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             found = self.marks(dataset, "hidden subwords")
-            *_, features, replaced = self(*self.views(dataset.test[:512], torch.Generator().manual_seed(0)))
+            views = self.views(dataset.test[:512], torch.Generator().manual_seed(0))
+            *_, features, replaced = self(*move(views, self.device))
         self.train(training)
         share, scores = replaced.double().mean(), self.head(features)
-        precision = average_precision_score(replaced.flatten().numpy(), scores.flatten().numpy())
+        precision = average_precision_score(replaced.flatten().cpu().numpy(), scores.flatten().cpu().numpy())
         found[f"average precision of replaced subwords ({share:.1%}: by chance)"] = precision
         return found | self.probe(dataset)

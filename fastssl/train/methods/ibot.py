@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastssl.distributed import ProcessGroup
 from fastssl.functional import block_masking_ids, gather_tokens, prototype_distillation_loss, update_center_
 from fastssl.nn import DINOHead
 from fastssl.ops._precision import widen
@@ -129,20 +130,21 @@ class IBOT(DINO):
         """(B, M, features) -> (B, M, D)."""
         return head.features(patches.flatten(0, 1)).unflatten(0, patches.shape[:2])
 
-    def loss(self, *embeddings: Tensor) -> Tensor:
+    def loss(self, *embeddings: Tensor, group: ProcessGroup | None = None) -> Tensor:
         student, teacher, *logits = embeddings
         student, teacher = student.flatten(0, 1), teacher.flatten(0, 1)
         prototypes, center = self.teacher.module[-1].prototypes, self.patch_center
         if self.sinkhorn:
-            center = self.center_of(center, F.linear(teacher, prototypes))
+            center = self.center_of(center, F.linear(teacher, prototypes), group=group)
         of_patches = prototype_distillation_loss(
             student, self.heads[-1].prototypes, teacher, prototypes, center=center, **self.temperatures
         )
-        return super().loss(*logits) + of_patches
+        return super().loss(*logits, group=group) + of_patches
 
-    def after_step(self, *embeddings: Tensor) -> None:
+    def after_step(self, *embeddings: Tensor, group: ProcessGroup | None = None) -> None:
         _, teacher, *logits = embeddings
         if not self.sinkhorn:  # the mean of logits is that of the mean feature
             mean = widen(teacher).mean((0, 1)).unsqueeze(0)
-            update_center_(self.patch_center, F.linear(mean, self.teacher.module[-1].prototypes), self.center_momentum)
-        super().after_step(*logits)
+            logits_of_mean = F.linear(mean, self.teacher.module[-1].prototypes)
+            update_center_(self.patch_center, logits_of_mean, self.center_momentum, group=group)
+        super().after_step(*logits, group=group)

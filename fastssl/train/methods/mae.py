@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastssl.distributed import ProcessGroup
 from fastssl.functional import masked_patch_loss, random_masking_ids, restore_tokens
 from fastssl.train.data.augment import CROPPED, to_float
 from fastssl.train.data.draw import Draw
@@ -62,7 +63,7 @@ class MAE(Method):
         visible = self.to_decoder(self.encoder(images, ids_keep))
         return self.decoder(restore_tokens(visible, ids_restore, self.mask_token, self.pos_embed)), images, mask
 
-    def loss(self, prediction: Tensor, images: Tensor, mask: Tensor) -> Tensor:
+    def loss(self, prediction: Tensor, images: Tensor, mask: Tensor, group: ProcessGroup | None = None) -> Tensor:
         return masked_patch_loss(prediction, images, mask, self.patch_size, norm_pix_loss=self.norm_pix_loss)
 
     @torch.no_grad()

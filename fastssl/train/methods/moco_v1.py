@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastssl._arithmetic import unit
 from fastssl._meter import available_memory
+from fastssl.distributed import ProcessGroup
 from fastssl.functional import info_nce
 from fastssl.nn import EMA, MemoryBank
 from fastssl.train.two_views import TwoViews
@@ -41,7 +42,7 @@ class MoCoV1(TwoViews):
             key = unit(self.teacher(view2))
         return query, key
 
-    def loss(self, query: Tensor, key: Tensor) -> Tensor:
+    def loss(self, query: Tensor, key: Tensor, group: ProcessGroup | None = None) -> Tensor:
         return info_nce(query, key, self.queue.keys, temperature=self.temperature, normalize=False)
 
     def after_step(self, query: Tensor, key: Tensor) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from fastssl.distributed import ProcessGroup
 from fastssl.functional import info_nce
 from fastssl.train.methods.byol import BYOL
 
@@ -21,8 +22,14 @@ class MoCoV3(BYOL):
         super().__init__(total_steps=total_steps, momentum=momentum)
         self.temperature = temperature
 
-    def loss(self, prediction1: Tensor, prediction2: Tensor, target1: Tensor, target2: Tensor) -> Tensor:
-        return 2 * self.temperature * (self._contrast(prediction1, target2) + self._contrast(prediction2, target1))
-
-    def _contrast(self, prediction: Tensor, target: Tensor) -> Tensor:
-        return info_nce(prediction, target, temperature=self.temperature)
+    def loss(
+        self,
+        prediction1: Tensor,
+        prediction2: Tensor,
+        target1: Tensor,
+        target2: Tensor,
+        group: ProcessGroup | None = None,
+    ) -> Tensor:
+        pairs = (prediction1, target2), (prediction2, target1)
+        losses = (info_nce(*pair, temperature=self.temperature, group=group) for pair in pairs)
+        return 2 * self.temperature * sum(losses)

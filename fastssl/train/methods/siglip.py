@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fastssl.distributed import ProcessGroup
 from fastssl.functional import siglip_loss
 from fastssl.train.image_text import ImageText
 
@@ -21,5 +22,5 @@ class SigLIP(ImageText):
         super().__init__(temperature)
         self.logit_bias = nn.Parameter(torch.tensor(-bias))
 
-    def loss(self, image: Tensor, text: Tensor) -> Tensor:
-        return siglip_loss(image, text, self.logit_scale.exp(), self.logit_bias)
+    def loss(self, image: Tensor, text: Tensor, group: ProcessGroup | None = None) -> Tensor:
+        return siglip_loss(image, text, self.logit_scale.exp(), self.logit_bias, group=group)

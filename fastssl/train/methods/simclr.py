@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from fastssl.distributed import ProcessGroup
 from fastssl.functional import nt_xent
 from fastssl.train.two_views import TwoViews
 
@@ -19,5 +20,5 @@ class SimCLR(TwoViews):
         super().__init__(256, 128)
         self.temperature = temperature
 
-    def loss(self, z1: Tensor, z2: Tensor) -> Tensor:
-        return nt_xent(z1, z2, temperature=self.temperature)
+    def loss(self, z1: Tensor, z2: Tensor, group: ProcessGroup | None = None) -> Tensor:
+        return nt_xent(z1, z2, temperature=self.temperature, group=group)

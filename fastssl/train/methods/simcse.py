@@ -7,6 +7,7 @@ import os
 import torch
 from torch import Tensor
 
+from fastssl.distributed import ProcessGroup
 from fastssl.functional import info_nce, topk_similarity
 from fastssl.train.data import text
 from fastssl.train.data.draw import Draw
@@ -41,17 +42,21 @@ class SimCSE(Method):
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, ...]:
         """The model's input -> (B, features), twice."""
-        return self.encoder(tokens), self.encoder(tokens)
+        return self.embed(tokens), self.embed(tokens)
 
-    def loss(self, z1: Tensor, z2: Tensor) -> Tensor:
-        return info_nce(z1, z2, temperature=self.temperature)
+    def embed(self, tokens: Tensor) -> Tensor:
+        """(B, L) -> (B, features)."""
+        return self.encoder(tokens)
+
+    def loss(self, z1: Tensor, z2: Tensor, group: ProcessGroup | None = None) -> Tensor:
+        return info_nce(z1, z2, temperature=self.temperature, group=group)
 
     @torch.no_grad()
     def evaluate(self, dataset: Sentences) -> dict[str, float]:
         """The share of test sentences whose neighbour in the text, the one before or after, is among the nearest."""
         training = self.training
         self.eval()
-        z = torch.cat([self.encoder(move(tokens, self.device)) for tokens in dataset.test.split(1024)])
+        z = torch.cat([self.embed(move(tokens, self.device)) for tokens in dataset.test.split(1024)])
         self.train(training)
         place = torch.arange(len(z)).unsqueeze(1)
         _, nearest = topk_similarity(z, z, min(11, len(z)))  # itself included

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastssl.distributed import ProcessGroup
 from fastssl.ops._precision import widen
 from fastssl.train.data.augment import STRONG
 from fastssl.train.networks.models import mlp
@@ -28,7 +29,14 @@ class SimSiam(TwoViews):
         projections = self.student(torch.cat([view1, view2]))
         return *self.predictor(projections).chunk(2), *projections.detach().chunk(2)
 
-    def loss(self, prediction1: Tensor, prediction2: Tensor, projection1: Tensor, projection2: Tensor) -> Tensor:
+    def loss(
+        self,
+        prediction1: Tensor,
+        prediction2: Tensor,
+        projection1: Tensor,
+        projection2: Tensor,
+        group: ProcessGroup | None = None,
+    ) -> Tensor:
         similarity = F.cosine_similarity(widen(prediction1), widen(projection2))
         similarity = similarity + F.cosine_similarity(widen(prediction2), widen(projection1))
         return -similarity.mean() / 2

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
+from fastssl.distributed import ProcessGroup
 from fastssl.functional import sup_con
 from fastssl.train.data.draw import Draw
 from fastssl.train.data.images import Images
@@ -34,8 +35,8 @@ class SupCon(TwoViews):
     def forward(self, view1: Tensor, view2: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         return torch.stack(super().forward(view1, view2), 1), labels
 
-    def loss(self, projections: Tensor, labels: Tensor) -> Tensor:
-        return sup_con(projections, labels, temperature=self.temperature)
+    def loss(self, projections: Tensor, labels: Tensor, group: ProcessGroup | None = None) -> Tensor:
+        return sup_con(projections, labels, temperature=self.temperature, group=group)
 
     def monitored(self, projections: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
         return projections.unbind(1)

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from fastssl.distributed import ProcessGroup
 from fastssl.train.data.augment import MILD
 from fastssl.train.data.draw import Draw
 from fastssl.train.data.images import Images
@@ -46,7 +47,7 @@ class Supervised(Method):
     def forward(self, view: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         return pooled(self.encoder(view)), labels
 
-    def loss(self, features: Tensor, labels: Tensor) -> Tensor:
+    def loss(self, features: Tensor, labels: Tensor, group: ProcessGroup | None = None) -> Tensor:
         return F.cross_entropy(self.head(features), labels)
 
     def evaluate(self, dataset: Images) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from fastssl.distributed import ProcessGroup
 from fastssl.functional import vicreg
 from fastssl.train.two_views import TwoViews
 
@@ -21,5 +22,6 @@ class VICReg(TwoViews):
         super().__init__(1024, 1024, 1024)
         self.lambda_param, self.mu_param, self.nu_param = lambda_param, mu_param, nu_param
 
-    def loss(self, z1: Tensor, z2: Tensor) -> Tensor:
-        return vicreg(z1, z2, lambda_param=self.lambda_param, mu_param=self.mu_param, nu_param=self.nu_param)
+    def loss(self, z1: Tensor, z2: Tensor, group: ProcessGroup | None = None) -> Tensor:
+        weights = {"lambda_param": self.lambda_param, "mu_param": self.mu_param, "nu_param": self.nu_param}
+        return vicreg(z1, z2, **weights, group=group)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -87,6 +90,21 @@ class ViT(nn.Module):
         ours = 0 if self.class_token is None else 1
         others = 0 if self.registers is None else len(self.registers)
         return tokens[:, 0] if ours else None, tokens[:, ours + others :]
+
+    def adopt(self, weights: Mapping[str, Any]) -> None:
+        """Gets the parts that the weights of another one are of, and this one has not: class token, registers, scales
+        of layers. What is in them is to be loaded."""
+
+        def parameter(x: Any) -> nn.Parameter | None:
+            return nn.Parameter(torch.zeros_like(x, device=self.pos_embed.device)) if isinstance(x, Tensor) else None
+
+        for name in ("class_token", "registers"):
+            if getattr(self, name) is None:
+                setattr(self, name, parameter(weights.get(name)))
+        for place, layer in enumerate(self.layers[:-1]):
+            scales = [weights.get(f"layers.{place}.scales.{part}") for part in range(2)]
+            if layer.scales is None and all(isinstance(x, Tensor) for x in scales):
+                layer.scales = nn.ParameterList(parameter(x) for x in scales)
 
     def stages(self) -> list[nn.Module]:
         """Its stages, from input to output, without the last normalisation, which counts as the head's."""
