@@ -58,6 +58,9 @@ def test_what_each_half_sees(pictures):
     method = new(pictures).eval()
     images, tokens = method.views(pictures.train[torch.arange(8)], torch.Generator().manual_seed(0))
     image, text, features, _ = method(images, tokens)
+    words = method.text_encoder(tokens)
+    ends = torch.stack([row[last] for row, last in zip(words, [3, 4, 5, 2] * 2, strict=True)])
+    torch.testing.assert_close(text, F.normalize(method.text_projection(ends), dim=1))
     other = method(1 - images, tokens)
     torch.testing.assert_close(other[1], text)  # the first half reads no image
     assert not torch.allclose(other[0], image) and not torch.allclose(other[2][:, 0], features[:, 0])

@@ -16,6 +16,8 @@ from fastssl.train import Method, Run, checkpoint, create, fit
 from fastssl.train.data import subwords
 from fastssl.train.data.packages import DataError
 from fastssl.train.data.subwords import LENGTH, Subwords
+from fastssl.train.language import write
+from fastssl.train.networks.transformer import Decoder
 from tests.train.runs import QUIET
 
 WORDS = 30
@@ -90,6 +92,7 @@ def test_t5_writes_what_was_cut_out_and_does_not_see_what_follows(text):
     features, labels = method(inputs, labels)
     expected = F.cross_entropy(method.logits(features).flatten(0, 1), labels.flatten())
     torch.testing.assert_close(method.loss(features, labels), expected)
+    torch.testing.assert_close(method.decode(F.pad(labels, (1, 0))[:, :-1], method.encoder(inputs)), features)
     changed = labels.clone()
     changed[:, 10] = 7
     torch.testing.assert_close(method(inputs, changed)[0][:, :11], features[:, :11])
@@ -118,6 +121,7 @@ def test_electra_tells_what_its_generator_has_replaced(text):
     method.encoder.forward = lambda x: seen.append(x) or encode(x)
     found, labels, features, replaced = method(tokens, places)
     assert torch.equal(labels, tokens.gather(1, places)) and torch.equal(replaced, seen[0] != tokens)
+    torch.testing.assert_close(method.head.bias.sigmoid(), torch.tensor([0.25]))
     kept = torch.ones_like(replaced).scatter(1, places, False)
     assert not (replaced & kept).any() and 0.8 < replaced.sum() / places.numel() < 1
     hidden = method.generator(method.encoder.embed(tokens.scatter(1, places, 0))).take_along_dim(places[:, :, None], 1)
@@ -202,6 +206,22 @@ def test_simcse_begins_with_berts_encoder_and_sees_no_padding(text, tmp_path):
     changed = tokens.clone()
     changed[:, 19] = 7
     assert not torch.allclose(method.encoder(changed, changed != 0)[:, 0], method.encoder(tokens, tokens != 0)[:, 0])
+
+
+def test_a_decoder_reads_everything_and_sees_nothing_that_follows():
+    torch.manual_seed(0)
+    x, read = torch.randn(2, 5, 16, requires_grad=True), torch.randn(2, 7, 16, requires_grad=True)
+    of_x, of_read = torch.autograd.grad(Decoder(16, 2)(x, read)[:, 2, 0].sum(), (x, read))
+    assert of_x[:, :3].abs().amin(2).gt(0).all() and not of_x[:, 3:].any() and of_read.abs().amin(2).gt(0).all()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-3])
+def test_what_is_written_is_what_is_likely(temperature):
+    def logits(tokens):  # the next number, and with half as much the one after it
+        return F.one_hot((tokens[:, -1] + 1) % 9, 9) + 0.5 * F.one_hot((tokens[:, -1] + 2) % 9, 9)
+
+    written = write(logits, torch.tensor([[5], [0]]), 6, temperature, torch.Generator().manual_seed(0))
+    assert written.tolist() == [[5, 6, 7, 8, 0, 1], [0, 1, 2, 3, 4, 5]]
 
 
 def test_gpt_goes_on_with_a_text(text):

@@ -185,6 +185,25 @@ def test_mae_sees_only_what_is_not_masked_and_is_judged_where_it_is(images):
     torch.testing.assert_close(method.loss(prediction, targets, mask), expected)
 
 
+def test_beit_tells_the_codes_of_hidden_patches_and_does_not_see_them(images):
+    torch.manual_seed(0)
+    method = create("beit", STEPS, images, codes=8)
+    pictures, mask, codes = inputs_of(method, images)
+    assert mask.sum(1).eq(20).all() and torch.equal(codes < 0, mask == 0)
+    patches = F.unfold(pictures, 4, stride=4).transpose(1, 2)[mask == 1]
+    distances = torch.cdist(patches, method.centroids)
+    torch.testing.assert_close(distances.gather(1, codes[mask == 1, None])[:, 0], distances.amin(1))
+    assert distances.amin(1).mean() < 0.5 * torch.cdist(patches, patches.mean(0, keepdim=True)).mean()  # by k-means
+    features, _ = method(pictures, mask, codes)
+    expected = F.cross_entropy(method.head(features).flatten(0, 1), codes.flatten())
+    torch.testing.assert_close(method.loss(features, codes), expected)
+    pixels = mask.view(16, 7, 7).repeat_interleave(4, 1).repeat_interleave(4, 2).unsqueeze(1)
+    changed = torch.where(pixels == 1, torch.rand_like(pictures), pictures)
+    torch.testing.assert_close(method(changed, mask, codes)[0], features)
+    changed = torch.where(pixels == 0, torch.rand_like(pictures), pictures)
+    assert not torch.allclose(method(changed, mask, codes)[0][mask == 1], features[mask == 1])
+
+
 def test_mae_puts_tokens_back_in_their_places(images):
     """A patch that all tokens know nothing of but their own pixels and place comes out where it went in."""
     method = new("mae", mask_ratio=0.5)

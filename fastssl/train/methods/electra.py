@@ -45,6 +45,7 @@ class ELECTRA(LanguageModel):
         width = features // 2
         self.generator = nn.Sequential(nn.Linear(features, width), Layers(depth, width), nn.Linear(width, features))
         self.head = nn.Linear(features, 1)
+        nn.init.constant_(self.head.bias, torch.tensor(probability).logit(1e-3))  # as the other bias: of the frequency
 
     def views(self, batch: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
         """(B, L) subwords, and the places (B, M) of those that are hidden."""
