@@ -13,9 +13,9 @@ logits twice: it sums exponentials relative to the largest logit so far, then wr
 the loss, in which 1 - exp(s_y - lse) has not been rounded. Rows without a label take part as zeros, because nothing
 waits for the GPU to say which they are.
 
-Cost. With U = 2 N V D floating-point operations, 3 U with gradients, U without. Of memory, each logit is written once
-and read once (twice where rows in flight do not fit the second-level cache), and G is written once and read twice.
-There are no atomics: the bits are the same in every run.
+Cost. With U = 2 N V D floating-point operations, 3 U with gradients, 2 U with one of dX and dW, U without. Of memory,
+each logit is written once and read once (twice where rows in flight do not fit the second-level cache), and G is
+written once and read twice. There are no atomics: the bits are the same in every run.
 """
 
 from __future__ import annotations
@@ -127,14 +127,15 @@ def linear_cross_entropy(
     ignore_index: int,
     normalize: bool,
     derive: bool,
+    derive_input: bool,
+    derive_weight: bool,
     precision: str,
 ) -> tuple[Tensor, ...]:
     tensors = input, linear_weight, linear_bias, target, scale, class_weight
     loss = input.new_empty(len(input), dtype=torch.float32)
     numbers = label_smoothing, ignore_index, normalize, precision
-    gradients = _visit(*tensors, row_weight if derive else None, None, loss, *numbers)
-    if gradients is None:
-        gradients = tuple(x.new_empty((0, *x.shape[1:])) for x in (input, linear_weight, linear_bias, scale))
+    wanted = derive_input, derive_weight, derive_input
+    gradients = _visit(*tensors, row_weight if derive else None, None, loss, *numbers, wanted)
     return loss if row_weight is None else (loss * row_weight).sum(), *gradients
 
 
@@ -150,11 +151,15 @@ def linear_cross_entropy_backward(
     label_smoothing: float,
     ignore_index: int,
     normalize: bool,
+    wants_input: bool,
+    wants_linear_weight: bool,
+    wants_scale: bool,
     precision: str,
 ) -> tuple[Tensor, ...]:
     factors = (grad_loss, None) if row_weight is None else (row_weight, grad_loss)  # the forward pass's bits
     tensors = input, linear_weight, linear_bias, target, scale, class_weight
-    return _visit(*tensors, *factors, None, label_smoothing, ignore_index, normalize, precision)
+    wanted = wants_input, wants_linear_weight, wants_scale
+    return _visit(*tensors, *factors, None, label_smoothing, ignore_index, normalize, precision, wanted)
 
 
 def _visit(
@@ -171,9 +176,11 @@ def _visit(
     ignore_index: int,
     normalize: bool,
     precision: str,
-) -> tuple[Tensor, ...] | None:
-    """Writes each row's loss, if that is wanted; and returns the gradients of input, matrix, bias and scale, if there
-    is a `factor`: those of the rows' losses times it, summed, times `upstream`."""
+    wanted: tuple[bool, bool, bool],
+) -> tuple[Tensor, ...]:
+    """Writes each row's loss, if that is wanted; and returns the gradients of input, matrix, bias and scale, of no rows
+    where they are not wanted: with a `factor`, those of the rows' losses times it, summed, times `upstream`."""
+    wants_input, wants_matrix, wants_scale = wanted
     classes = len(linear_weight)
     scale = scale.float()
     weights = scale.new_ones(classes) if class_weight is None else class_weight.float()
@@ -200,7 +207,7 @@ def _visit(
         gain = gain_for(torch.cat([factor.float(), scale.new_zeros(1)]).abs().amax() * share.amax())
         factor = factor.float() * gain
         once = (1 if upstream is None else upstream) / gain
-        gradients = Gradients(logits, x[None], w, scale[0] * once)
+        gradients = Gradients(logits, x[None], w, scale[0] * once, wants_input or wants_scale, wants_matrix)
         bias_sums = torch.zeros(len(linear_bias), dtype=torch.float32, device=x.device)
     scales = torch.cat([scale, spread])
     for rows in row_blocks(len(x), logits.row_bytes):
@@ -221,12 +228,17 @@ def _visit(
             gradients.add(rows, of_rows)
             if bias is not None:
                 bias_sums += S.sum(0, dtype=torch.float32)
+    dx, dw, db, dscale = (z.new_empty((0, *z.shape[1:])) for z in (input, linear_weight, linear_bias, scale))
     if gradients is None:
-        return None
-    (dx,), dw = gradients.finish()
-    along = (dx.float() * x.float()).sum().reshape(1)
-    dx, dw = through_norms(dx, x, norms).to(input.dtype), through_norms(dw, w, w_norms).to(linear_weight.dtype)
-    return dx, dw, (bias_sums * once).to(linear_bias.dtype), along / scale
+        return dx, dw, db, dscale
+    of_rows, of_matrix = gradients.finish()
+    if wants_scale:
+        dscale = (of_rows[0].float() * x.float()).sum().reshape(1) / scale
+    if wants_input:
+        dx = through_norms(of_rows[0], x, norms).to(input.dtype)
+    if wants_matrix:
+        dw = through_norms(of_matrix, w, w_norms).to(linear_weight.dtype)
+    return dx, dw, (bias_sums * once).to(linear_bias.dtype), dscale
 
 
 def launch(

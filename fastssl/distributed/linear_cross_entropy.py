@@ -47,7 +47,7 @@ def linear_cross_entropy(
         rows, mine = x.where(known[:, None], 0), labels.where(known, -1 - first) - first
     rows, scale = shared(rows, group), shared(scale, group)
     lse, *_ = ops.linear_cross_entropy(
-        rows, w, bias, None, scale, None, None, 0.0, ignore_index, normalize, False, precision
+        rows, w, bias, None, scale, None, None, 0.0, ignore_index, normalize, False, False, False, precision
     )
     lse = _logsumexp(lse, group)
     weights = lse.new_ones(len(w)) if class_weight is None else class_weight

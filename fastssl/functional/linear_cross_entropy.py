@@ -47,7 +47,9 @@ def linear_cross_entropy(
 
     Logits are computed for some rows at a time, and never stored as a whole: no memory grows with N V. Rows without a
     label take no part in any product (on CUDA they take part as zeros: to leave them out would make the CPU wait). With
-    "mean" and "sum" the forward pass takes the gradients, too, while it has the logits.
+    "mean" and "sum" the forward pass takes the gradients, too, while it has the logits: three products in all, two where
+    input or linear_weight needs no gradient. With "none", in float16, under torch.compile and with group it is one more:
+    the backward pass computes the logits again.
 
     Args:
         input: (..., D) features, for instance (B, L, D) of B texts of L tokens; float32, bfloat16, float16 or float64.
@@ -127,13 +129,14 @@ def linear_cross_entropy(
         row_weight, nothing = _row_weights(x, y, class_weight, classes, ignore_index, reduction)
     inputs = x, linear_weight, bias, scale
     taken = needs_gradient(*inputs, target) and row_weight is not None and _takes(x, linear_weight, bias)
+    flags = taken, taken and (x.requires_grad or scale.requires_grad), taken and linear_weight.requires_grad
     arguments = x, linear_weight, bias, y, scale, class_weight, row_weight, label_smoothing
     precision = product_precision(input)
     if soft:
         derive_target = taken and target.requires_grad
-        loss, *_ = ops.linear_soft_cross_entropy(*arguments, normalize, taken, derive_target, precision)
+        loss, *_ = ops.linear_soft_cross_entropy(*arguments, normalize, *flags, derive_target, precision)
     else:
-        loss, *_ = ops.linear_cross_entropy(*arguments, ignore_index, normalize, taken, precision)
+        loss, *_ = ops.linear_cross_entropy(*arguments, ignore_index, normalize, *flags, precision)
     return finish(loss.view(input.shape[:-1]) if reduction == "none" else loss + nothing, "none", input)
 
 

@@ -5,6 +5,7 @@ The arguments of the backward operation are called
     grad_<output>   the gradient of an output; outputs without one are not differentiable
     needs_<input>   whether that input needs its gradient. If not, the values of the input are not read, and may have
                     changed since the forward pass; what is returned for it is empty, of no rows
+    wants_<input>   the same, of an input whose values are read for other gradients
     size_<input>    the shape of an input, which need not be kept for its shape alone
     others          the input or the output of that name
 
@@ -67,15 +68,15 @@ class Derivative:
         self._cotangents = [name for name in self._arguments if name.startswith("grad_")]
         self._differentiable = [_stripped("grad_", name, outputs, backward) for name in self._cotangents]
         # Where the formula gets each argument from: its own arguments, needs_input_grad, or what was kept.
-        self._kept, needs = [], {name for name in self._arguments if name.startswith("needs_")}
+        self._kept = []
         for name in self._arguments:
-            if name.startswith("needs_"):
-                _stripped("needs_", name, self._point, backward)
+            if name.startswith(_NEEDS):
+                _stripped(name[: name.index("_") + 1], name, self._point, backward)
             elif name not in self._cotangents:
                 self._kept.append(name)
                 if name not in {*inputs, *outputs}:
                     _stripped("size_", name, inputs, backward)
-        self._unread = {name for name in self._kept if f"needs_{name}" in needs}
+        self._unread = {name for name in self._kept if f"needs_{name}" in self._arguments}
         self._taken = [name for name in outputs if name.startswith("kept_") and name not in self._arguments]
         if self._taken:
             if len(self._cotangents) > 1:
@@ -89,7 +90,7 @@ class Derivative:
         gradients = []
         for name in self._point:
             like = values[name]
-            unneeded = not values.get(f"needs_{name}", True)
+            unneeded = not _is_needed(name, values)
             if isinstance(like, (list, tuple)):
                 gradients.append([x.new_empty(x.shape) for x in like])
             else:
@@ -127,7 +128,7 @@ class Derivative:
                 _check_version(name, values[name], version, needs[name])
             values.update(zip(saved_names, nested(ctx.saved_tensors, ctx.structure), strict=True))
             values.update(zip((f"grad_{name}" for name in self._outputs), grads, strict=True))
-            values.update((f"needs_{name}", needs[name]) for name in self._point)
+            values.update((prefix + name, needs[name]) for name in self._point for prefix in _NEEDS)
             results = backward_op(*(values[name] for name in self._arguments))
             return _of_inputs(results if len(self._point) > 1 else (results,), needs)
 
@@ -171,7 +172,7 @@ class Derivative:
             others = (x.item() if isinstance(x, Tensor) else x for x in ctx.others)  # numbers
             saved = nested(ctx.saved_tensors, ctx.structure)
             values = dict(zip((*tensor_names, *other_names), (*saved, *others), strict=True))
-            needed = [values.get(f"needs_{name}", True) for name in self._point]
+            needed = [_is_needed(name, values) for name in self._point]
             (cotangents, structure), (point, point_structure) = (
                 flattened(values[name] for name in names) for names in (self._cotangents, self._point)
             )
@@ -202,7 +203,7 @@ class Derivative:
         def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
             values = dict(zip(self._arguments, inputs, strict=True))
             ctx.save_for_backward(*(values[name] for name in names))
-            ctx.needs = [values.get(f"needs_{name}", True) for name in self._point]
+            ctx.needs = [_is_needed(name, values) for name in self._point]
 
         def formula(ctx: Any, *directions: Tensor) -> tuple:
             values = dict(zip(names, ctx.saved_tensors, strict=True))
@@ -218,6 +219,12 @@ class Derivative:
 
 
 _TENSORS = torch.OptionalType(torch.TensorType.get()), torch.ListType(torch.TensorType.get())
+_NEEDS = "needs_", "wants_"
+
+
+def _is_needed(name: str, values: dict[str, Any]) -> bool:
+    """Whether an input's gradient is, as the backward operation's arguments say."""
+    return all(values.get(prefix + name, True) for prefix in _NEEDS)
 
 
 def flattened(values: Iterable[Any]) -> tuple[list[Any], list[int | None]]:

@@ -55,4 +55,5 @@ linear_categorical = Op(
     " str precision) -> Tensor ids",
     fake=_fake,
     portable=_portable,
+    triton="linear_categorical",
 )

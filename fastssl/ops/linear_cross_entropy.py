@@ -13,11 +13,14 @@ normalised, the gradients of their rows are, as those of contrastive losses, thr
 
 A block of rows at a time: its logits, their G in place, and both products with them. With U = 2 N V D floating-point
 operations, one product, that is 3 U, in the forward pass if gradients are taken there (`derive`), and O(rows V) memory.
+Where not both products are asked for, as with a frozen matrix, it is 2 U: of dx, with which dscale comes, and of dW.
 Rows without a label take no part in any product on the CPU; elsewhere, where that would make the CPU wait, they take
 part as zeros.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -41,10 +44,13 @@ def _fake(
     ignore_index: int,
     normalize: bool,
     derive: bool,
+    derive_input: bool,
+    derive_weight: bool,
     precision: str,
 ) -> tuple[Tensor, ...]:
     loss = input.new_empty(input.shape[:1] if row_weight is None else (), dtype=accumulate_dtype(input.dtype))
-    return loss, *(_taken(x, derive) for x in (input, linear_weight, linear_bias, scale))
+    taken = (input, derive_input), (linear_weight, derive_weight), (linear_bias, derive), (scale, derive_input)
+    return loss, *(_taken(*pair) for pair in taken)
 
 
 def _soft_fake(
@@ -58,16 +64,28 @@ def _soft_fake(
     label_smoothing: float,
     normalize: bool,
     derive: bool,
+    derive_input: bool,
+    derive_weight: bool,
     derive_target: bool,
     precision: str,
 ) -> tuple[Tensor, ...]:
-    others = class_weight, row_weight, label_smoothing, 0, normalize, derive, precision
+    flags = derive, derive_input, derive_weight
+    others = class_weight, row_weight, label_smoothing, 0, normalize, *flags, precision
     loss, *kept, kept_scale = _fake(input, linear_weight, linear_bias, target, scale, *others)
     return loss, *kept, _taken(target, derive_target), kept_scale
 
 
 def _taken(x: Tensor, derive: bool) -> Tensor:
     return x.new_empty(x.shape if derive else (0, *x.shape[1:]))
+
+
+class _Wanted(NamedTuple):
+    """Of which inputs gradients are, beside the bias."""
+
+    input: bool
+    linear_weight: bool
+    scale: bool
+    target: bool = False
 
 
 class _Target:
@@ -161,18 +179,18 @@ def _visit(
     ignore_index: int,
     normalize: bool,
     precision: str,
+    wanted: _Wanted,
     upstream: Tensor | None = None,
-    derive_target: bool = False,
 ) -> tuple[Tensor, ...]:
     """Each row's loss; and the gradients, of input, weight, bias, target and scale, of the losses times `factor`,
-    summed, times `upstream`."""
+    summed, times `upstream`; of no rows where they are not wanted."""
     dtype = accumulate_dtype(input.dtype)
     (wide_w, w_norms), bias = normalized_rows(linear_weight, normalize), linear_bias.to(dtype)
     w, wide_scale = round_operand(wide_w, precision), scale.to(dtype)
     loss = input.new_zeros(len(input), dtype=dtype)
     derive = factor is not None
-    grad_x, grad_w, grad_b = (z.new_zeros(z.shape if derive else (0, *z.shape[1:])) for z in (input, w, bias))
-    grad_target = target.new_zeros(target.shape) if derive_target else None
+    sums = (input, wanted.input), (w, wanted.linear_weight), (bias, derive), (target, wanted.target)
+    grad_x, grad_w, grad_b, grad_target = (None if z is None else _taken(z, taken).zero_() for z, taken in sums)
     along = input.new_zeros(1, dtype=torch.float64)
     once = None if upstream is None else upstream.to(dtype)
     ids = _labelled(target, ignore_index, len(w))
@@ -192,7 +210,7 @@ def _visit(
         if not derive:
             continue
         factors = factor[at].to(dtype)
-        if derive_target:
+        if wanted.target:
             slope = slope * factors[:, None]
             grad_target[at] = (slope if once is None else slope * once).to(grad_target.dtype)
         G = block.weights_(log_probabilities, factors if known is None else factors.where(known, 0))
@@ -201,13 +219,17 @@ def _visit(
         if len(bias):
             grad_b += G.sum(0)
         G = round_weights(G, precision)
+        if wanted.linear_weight:
+            grad_w.addmm_(G.T, x)
+        if not (wanted.input or wanted.scale):
+            continue
         g = G @ w
         along += (g * wide_x).sum(dtype=torch.float64)
-        g = through_norms(g.mul_(wide_scale), wide_x, norms)
-        grad_x[at] = (g if once is None else g * once).to(grad_x.dtype)
-        grad_w.addmm_(G.T, x)
-    grad_scale = along.to(dtype) if derive else along.new_empty(0, dtype=dtype)
-    if derive:
+        if wanted.input:
+            g = through_norms(g.mul_(wide_scale), wide_x, norms)
+            grad_x[at] = (g if once is None else g * once).to(grad_x.dtype)
+    grad_scale = along.to(dtype) if wanted.scale else along.new_empty(0, dtype=dtype)
+    if wanted.linear_weight:
         grad_w = through_norms(grad_w.mul_(wide_scale), wide_w, w_norms)
     if once is not None:
         grad_w, grad_b, grad_scale = grad_w * once, grad_b * once, grad_scale * once
@@ -251,10 +273,13 @@ def _forward(
     ignore_index: int,
     normalize: bool,
     derive: bool,
+    derive_input: bool,
+    derive_weight: bool,
     precision: str,
 ) -> tuple[Tensor, ...]:
     tensors = input, linear_weight, linear_bias, target, scale, class_weight, row_weight if derive else None
-    loss, *kept, _, kept_scale = _visit(*tensors, label_smoothing, ignore_index, normalize, precision)
+    wanted = _Wanted(derive_input, derive_weight, derive_input)
+    loss, *kept, _, kept_scale = _visit(*tensors, label_smoothing, ignore_index, normalize, precision, wanted)
     return _weighted(loss, row_weight), *kept, kept_scale
 
 
@@ -270,11 +295,15 @@ def _backward(
     label_smoothing: float,
     ignore_index: int,
     normalize: bool,
+    wants_input: bool,
+    wants_linear_weight: bool,
+    wants_scale: bool,
     precision: str,
 ) -> tuple[Tensor, ...]:
     factor, upstream = (grad_loss, None) if row_weight is None else (row_weight, grad_loss)
     tensors = input, linear_weight, linear_bias, target, scale, class_weight, factor
-    _, *grads, _, grad_scale = _visit(*tensors, label_smoothing, ignore_index, normalize, precision, upstream)
+    wanted = _Wanted(wants_input, wants_linear_weight, wants_scale)
+    _, *grads, _, grad_scale = _visit(*tensors, label_smoothing, ignore_index, normalize, precision, wanted, upstream)
     return *grads, grad_scale
 
 
@@ -289,14 +318,15 @@ def _soft_forward(
     label_smoothing: float,
     normalize: bool,
     derive: bool,
+    derive_input: bool,
+    derive_weight: bool,
     derive_target: bool,
     precision: str,
 ) -> tuple[Tensor, ...]:
     tensors = input, linear_weight, linear_bias, target, scale, class_weight, row_weight if derive else None
-    loss, *kept, kept_target, kept_scale = _visit(
-        *tensors, label_smoothing, 0, normalize, precision, derive_target=derive_target
-    )
-    return _weighted(loss, row_weight), *kept, kept_target if derive_target else _taken(target, False), kept_scale
+    wanted = _Wanted(derive_input, derive_weight, derive_input, derive_target)
+    loss, *kept = _visit(*tensors, label_smoothing, 0, normalize, precision, wanted)
+    return _weighted(loss, row_weight), *kept
 
 
 def _soft_backward(
@@ -310,11 +340,16 @@ def _soft_backward(
     row_weight: Tensor | None,
     label_smoothing: float,
     normalize: bool,
+    wants_input: bool,
+    wants_linear_weight: bool,
+    wants_target: bool,
+    wants_scale: bool,
     precision: str,
 ) -> tuple[Tensor, ...]:
     factor, upstream = (grad_loss, None) if row_weight is None else (row_weight, grad_loss)
     tensors = input, linear_weight, linear_bias, target, scale, class_weight, factor
-    return _visit(*tensors, label_smoothing, 0, normalize, precision, upstream, True)[1:]
+    wanted = _Wanted(wants_input, wants_linear_weight, wants_scale, wants_target)
+    return _visit(*tensors, label_smoothing, 0, normalize, precision, wanted, upstream)[1:]
 
 
 def _weighted(loss: Tensor, row_weight: Tensor | None) -> Tensor:
@@ -371,13 +406,15 @@ def _blocks(input: Tensor, linear_weight: Tensor) -> list[slice]:
 
 _TENSORS = "Tensor input, Tensor linear_weight, Tensor linear_bias,"
 _WEIGHTS = "Tensor scale, Tensor? class_weight, Tensor? row_weight, float label_smoothing,"
+_DERIVE = "bool derive, bool derive_input, bool derive_weight,"
 
 linear_cross_entropy = Op(
-    f"linear_cross_entropy({_TENSORS} Tensor? target, {_WEIGHTS} int ignore_index, bool normalize, bool derive,"
+    f"linear_cross_entropy({_TENSORS} Tensor? target, {_WEIGHTS} int ignore_index, bool normalize, {_DERIVE}"
     " str precision)"
     " -> (Tensor loss, Tensor kept_input, Tensor kept_linear_weight, Tensor kept_linear_bias, Tensor kept_scale)",
     backward=f"(Tensor grad_loss, {_TENSORS} Tensor? target, {_WEIGHTS} int ignore_index, bool normalize,"
-    " str precision) -> (Tensor grad_input, Tensor grad_linear_weight, Tensor grad_linear_bias, Tensor grad_scale)",
+    " bool wants_input, bool wants_linear_weight, bool wants_scale, str precision) -> (Tensor grad_input,"
+    " Tensor grad_linear_weight, Tensor grad_linear_bias, Tensor grad_scale)",
     fake=_fake,
     portable=(_forward, _backward),
     share=_share,
@@ -386,11 +423,12 @@ linear_cross_entropy = Op(
 )
 
 linear_soft_cross_entropy = Op(
-    f"linear_soft_cross_entropy({_TENSORS} Tensor target, {_WEIGHTS} bool normalize, bool derive, bool derive_target,"
+    f"linear_soft_cross_entropy({_TENSORS} Tensor target, {_WEIGHTS} bool normalize, {_DERIVE} bool derive_target,"
     " str precision) -> (Tensor loss, Tensor kept_input, Tensor kept_linear_weight, Tensor kept_linear_bias,"
     " Tensor kept_target, Tensor kept_scale)",
-    backward=f"(Tensor grad_loss, {_TENSORS} Tensor target, {_WEIGHTS} bool normalize, str precision) -> (Tensor"
-    " grad_input, Tensor grad_linear_weight, Tensor grad_linear_bias, Tensor grad_target, Tensor grad_scale)",
+    backward=f"(Tensor grad_loss, {_TENSORS} Tensor target, {_WEIGHTS} bool normalize, bool wants_input,"
+    " bool wants_linear_weight, bool wants_target, bool wants_scale, str precision) -> (Tensor grad_input,"
+    " Tensor grad_linear_weight, Tensor grad_linear_bias, Tensor grad_target, Tensor grad_scale)",
     fake=_soft_fake,
     portable=(_soft_forward, _soft_backward),
     share=_soft_share,

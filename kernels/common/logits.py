@@ -77,19 +77,34 @@ class Logits:
 
 
 class Gradients:
-    """dX and dW, times `scale` (0-d), of features (V, N, D) and a matrix (K, D), in their dtypes."""
+    """dX and dW, times `scale` (0-d), of features (V, N, D) and a matrix (K, D), in their dtypes; None for one of which
+    no gradient is wanted."""
 
-    def __init__(self, logits: Logits, features: Tensor, matrix: Tensor, scale: Tensor) -> None:
+    def __init__(
+        self,
+        logits: Logits,
+        features: Tensor,
+        matrix: Tensor,
+        scale: Tensor,
+        of_features: bool = True,
+        of_matrix: bool = True,
+    ) -> None:
         self._logits, self._scale, self._dtype = logits, scale, matrix.dtype
-        self._of_features = torch.empty_like(features, memory_format=torch.contiguous_format)
-        self._of_matrix = torch.zeros_like(matrix, dtype=torch.float32, memory_format=torch.contiguous_format)
+        self._of_features = self._of_matrix = None
+        if of_features:
+            self._of_features = torch.empty_like(features, memory_format=torch.contiguous_format)
+        if of_matrix:
+            self._of_matrix = torch.zeros_like(matrix, dtype=torch.float32, memory_format=torch.contiguous_format)
 
     def add(self, rows: slice, weights: Tensor) -> None:
         """What G (V, n, K) of some rows adds."""
         weights = weights.flatten(0, 1)
-        of_rows = product(weights, self._logits.matrix) * self._scale
-        self._of_features[:, rows] = of_rows.unflatten(0, (len(self._of_features), -1))
-        self._of_matrix += product(weights.mT, self._logits.rows(rows))
+        if self._of_features is not None:
+            of_rows = product(weights, self._logits.matrix) * self._scale
+            self._of_features[:, rows] = of_rows.unflatten(0, (len(self._of_features), -1))
+        if self._of_matrix is not None:
+            self._of_matrix += product(weights.mT, self._logits.rows(rows))
 
-    def finish(self) -> tuple[Tensor, Tensor]:
-        return self._of_features, self._of_matrix.mul_(self._scale).to(self._dtype)
+    def finish(self) -> tuple[Tensor | None, Tensor | None]:
+        of_matrix = self._of_matrix
+        return self._of_features, None if of_matrix is None else of_matrix.mul_(self._scale).to(self._dtype)

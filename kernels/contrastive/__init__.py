@@ -12,6 +12,7 @@ from fastssl.kernels.contrastive.logsumexp import (
     similarity_logsumexp_backward,
 )
 from fastssl.kernels.contrastive.nt_xent import nt_xent, nt_xent_backward
+from fastssl.kernels.contrastive.selected_logsumexp import selected_logsumexp, selected_logsumexp_backward
 
 __all__ = [
     "clip_loss",
@@ -24,6 +25,8 @@ __all__ = [
     "nt_xent_backward",
     "pair_logsumexp",
     "pair_logsumexp_backward",
+    "selected_logsumexp",
+    "selected_logsumexp_backward",
     "self_logsumexp",
     "self_logsumexp_backward",
     "similarity_logsumexp",

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import fastssl
 from fastssl.functional import linear_cross_entropy
 from fastssl.nn import LinearCrossEntropyLoss
-from fastssl.ops.linear_cross_entropy import _forward
+from fastssl.ops.linear_cross_entropy import _backward, _forward
 from tests.recorder import Recorder
 
 NAN = float("nan")
@@ -93,12 +93,49 @@ def test_ignored_rows_cost_no_products():
     x, w, y = _normal(50, 12), _normal(40, 12, seed=1), _labels(50, 40, 0.6)
 
     def operations(x: Tensor, y: Tensor) -> int:
-        numbers = torch.ones(1), None, torch.ones(len(x)), 0.0, -100, False, True, "float32"
+        numbers = torch.ones(1), None, torch.ones(len(x)), 0.0, -100, False, True, True, True, "float32"
         with FlopCounterMode(display=False) as counted:
             _forward(x, w, w.new_empty(0), y, *numbers)
         return counted.get_total_flops()
 
     assert 0 < operations(x, y) == operations(x[y >= 0], y[y >= 0]) < operations(x, y.clamp(min=0))
+
+
+@pytest.mark.parametrize("of_input", [False, True])
+@pytest.mark.parametrize("of_weight", [False, True])
+def test_what_needs_no_gradient_costs_no_product(of_input, of_weight):
+    x, w, y = _normal(50, 12), _normal(40, 12, seed=1), _labels(50, 40)
+    tensors, numbers = (x, w, w.new_empty(0), y, torch.ones(1), None, torch.ones(50)), (0.0, -100, False)
+    for function, arguments, flags in (
+        (_forward, tensors, (True, of_input, of_weight)),
+        (_backward, (torch.ones(()), *tensors), (of_input, of_weight, False)),
+    ):
+        with FlopCounterMode(display=False) as counted:
+            function(*arguments, *numbers, *flags, "float32")
+        assert counted.get_total_flops() == (1 + of_input + of_weight) * 2 * 50 * 40 * 12
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("soft", [False, True])
+def test_gradients_of_some_inputs_are_those_of_all(soft, reduction, kernels):
+    """Whether the others need none, or are not asked for."""
+    target = _normal(50, 40, seed=3).softmax(1) if soft else _labels(50, 40, 0.3)
+    values = [_normal(50, 12), _normal(40, 12, seed=1), _normal(40, seed=2), torch.tensor(0.5), target]
+
+    def found(needed: list[bool], asked: list[bool]) -> list[Tensor]:
+        x, w, bias, temperature, y = (z.clone().requires_grad_(n) for z, n in zip(values, needed, strict=True))
+        loss = linear_cross_entropy(x, w, y, linear_bias=bias, temperature=temperature, reduction=reduction).sum()
+        inputs = [z for z, a in zip((x, w, bias, temperature, y), asked, strict=True) if a]
+        return list(torch.autograd.grad(loss, inputs))
+
+    everything = [True, True, True, True, soft]
+    gradients = found(everything, everything)
+    for i in range(4 + soft):
+        one = [i == j for j in range(5)]
+        for asked, needed in ((one, everything), (one, one)):
+            assert torch.equal(*found(needed, asked), gradients[i])
+        others = [not o and a for o, a in zip(one, everything, strict=True)]
+        assert all(map(torch.equal, found(others, others), gradients[:i] + gradients[i + 1 :]))
 
 
 @pytest.mark.parametrize("ignore_index", [None, 7, -1])

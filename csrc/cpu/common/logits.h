@@ -14,6 +14,7 @@
 
 #include "common/arena.h"
 #include "common/logits_tiles.h"
+#include "common/pages.h"
 #include "common/side.h"
 
 namespace fastssl {
@@ -28,6 +29,26 @@ inline Cut cut_rows(int64_t N, int64_t D, int64_t K, int64_t views, int64_t byte
   cut.blocks = pieces(N, cut.block);
   return cut;
 }
+
+// Blocks that take much memory together, in large pages: to find and clear small ones takes as long as the products.
+struct LargeBlocks {
+  int64_t bytes_per_block;
+  Blocks few;
+  Tensor many;
+
+  LargeBlocks(int64_t blocks, int64_t bytes)
+      : bytes_per_block(round_up(bytes, kLine)),
+        few(is_large(blocks) ? 0 : blocks, bytes),
+        many(is_large(blocks) ? empty_in_large_pages({blocks * bytes_per_block}, at::kByte) : Tensor()) {}
+
+  void* operator[](int64_t block) const {
+    return many.defined() ? static_cast<char*>(many.mutable_data_ptr()) + block * bytes_per_block : few[block];
+  }
+  float* floats(int64_t block) const { return static_cast<float*>((*this)[block]); }
+
+ private:
+  bool is_large(int64_t blocks) const { return blocks * bytes_per_block > (int64_t(1) << 22); }
+};
 
 // The logits of one layer, whose blocks of features are cut alike.
 struct Layer {
@@ -60,38 +81,46 @@ struct LogitSums {
   void combine(const LogitsTiles& f, float c) const { f.combine(largest, total, tiles, rows, rows, c, top, sum); }
 };
 
-// Gradients of features and of the weight, from tiles of G.
+// Gradients of features and of the weight, or of one of them, from tiles of G.
 //
 // dX_J = sum_I G_IJ^T W_I is a product of turned tiles in float32, so that W is an operand as it lies; in bfloat16, in
 // which W must be packed anyway, it is gathered transposed. dW_I is summed where it is returned, if it can be.
 struct LayerGradients {
   const Side& weight;
+  const bool of_rows, of_weight;
   const Tensor& dw;
   const bool direct;  // dW is float32 as it is summed, but for rows that pad its last block
   int64_t splits;
-  Blocks sums, partial;        // of dW_I; of dX for each split and view
+  LargeBlocks sums;            // of dW_I
+  Blocks partial;              // of dX for each split and view
   Blocks scratch, turned;      // room to finish rows, and to turn tiles
   std::vector<char> has_sums;  // the first term of a sum is stored, not added
 
-  LayerGradients(const Side& weight, int64_t views, int64_t block, const Tensor& dw)
+  LayerGradients(const Side& weight, int64_t views, int64_t block, const Tensor& dw, bool of_rows = true,
+                 bool of_weight = true)
       : weight(weight),
+        of_rows(of_rows),
+        of_weight(of_weight),
         dw(dw),
-        direct(dw.scalar_type() == at::kFloat && dw.size(1) == weight.dim && !weight.normalize),
+        direct(of_weight && dw.scalar_type() == at::kFloat && dw.size(1) == weight.dim && !weight.normalize),
         splits(std::min<int64_t>(weight.threads, weight.cut.blocks)),
-        sums(direct ? 1 : weight.cut.blocks, weight.cut.block * weight.dim * 4),
-        partial(splits * views, weight.dim * block * 4),
+        sums(direct ? 1 : weight.cut.blocks, of_weight ? weight.cut.block * weight.dim * 4 : 0),
+        partial(splits * views, of_rows ? weight.dim * block * 4 : 0),
         scratch(weight.threads, (weight.dim * std::max(block, weight.cut.block) + weight.dim) * 4),
-        turned(weight.engine.half() ? 0 : weight.threads, weight.cut.block * block * 4),
+        turned(weight.engine.half() || !of_rows ? 0 : weight.threads, weight.cut.block * block * 4),
         has_sums(weight.cut.blocks) {}
 
-  // What W needs to be packed as.
+  // What W needs to be packed as, for dX.
   static int roles(const Engine& engine) { return engine.half() ? kWeighing : kNothing; }
 
   // Calls visit(split, I) for all blocks of classes, each split's in order.
   template <typename Visit>
   void each(const Visit& visit) const {
     run(weight.threads, splits, [&](int64_t split) {
-      for (int64_t I = first(split); I < first(split + 1); ++I) visit(split, I);
+      for (int64_t I = first(split); I < first(split + 1); ++I) {
+        if (weight.lazy && of_rows) weight.prepare(I, weight.engine.half() ? kWeighing : kWeighed);
+        visit(split, I);
+      }
     }, [&] { weight.engine.release(); });
   }
 
@@ -99,7 +128,8 @@ struct LayerGradients {
   void add(int64_t split, int64_t I, const Side& x, int64_t v, int64_t J, const void* left, const void* right) {
     const int64_t classes = weight.padded(I), rows = x.padded(J), dim = weight.dim;
     const Engine& engine = weight.engine;
-    engine.multiply(classes, dim, rows, std::exchange(has_sums[I], 1), left, x.weighed(J), sum_of(I));
+    if (of_weight) engine.multiply(classes, dim, rows, std::exchange(has_sums[I], 1), left, x.weighed(J), sum_of(I));
+    if (!of_rows) return;
     float* const to = partial.floats(v * splits + split);
     const bool add = I > first(split);
     if (engine.half()) {

@@ -23,7 +23,7 @@ enum Role : int {
 
 // One side of S: the rows of one tensor, or of two, the second below the first, which are (normalised and) packed in
 // blocks. A lazy side is not packed as a whole: a thread calls prepare(b) before it uses block b, and keeps one block
-// at a time.
+// at a time. What is cut as given has no largest square.
 struct Side {
   Tensor first_part, second_part;
   Rows rows;
@@ -32,7 +32,7 @@ struct Side {
   const Engine& engine;
   int threads;
   Cut cut;
-  bool normalize, lazy;
+  bool normalize, lazy, cut_as_given;
   bool turned;  // whether W^T Z is computed from W transposed, or else transposed, as Z^T W
   int roles;
   Blocks left, right, right_pairs, left_columns, scratch;
@@ -50,8 +50,9 @@ struct Side {
       : Side(x1, x2, normalize, true, wanted, engine, threads, false, known) {}
 
   // One side of a product that is cut as given, and whose tiles are not turned.
-  Side(const Tensor& x, bool normalize, int wanted, const Engine& engine, int threads, const Cut& cut)
-      : Side(x, nullptr, normalize, false, wanted, engine, threads, false, nullptr, &cut) {}
+  Side(const Tensor& x, bool normalize, int wanted, const Engine& engine, int threads, const Cut& cut,
+       bool lazy = false)
+      : Side(x, nullptr, normalize, false, wanted, engine, threads, lazy, nullptr, &cut) {}
 
  private:
   Side(const Tensor& x1, const Tensor* x2, bool normalize, bool symmetric, int wanted, const Engine& engine,
@@ -70,6 +71,7 @@ struct Side {
         cut(given ? *given : Cut(count, x1.size(1), threads, symmetric)),
         normalize(normalize),
         lazy(lazy),
+        cut_as_given(given),
         turned(!given && count <= 2 * dim),
         roles(turned && (wanted & kWeighing) ? (wanted & ~kWeighing) | kWeighed : wanted),
         left(places(), roles & (kRows | (engine.half() ? 0 : kWeighed)) ? block_bytes() : 0),
@@ -78,8 +80,8 @@ struct Side {
         left_columns(places(), engine.half() && (roles & kWeighing) ? block_bytes() : 0),
         scratch(threads, 2 * cut.block * dim * 4),
         inverse_norm(count) {
-    if (known && (lazy || as_they_lie())) {
-      largest_square = *known;
+    if ((known && (lazy || as_they_lie())) || (lazy && cut_as_given)) {
+      if (known) largest_square = *known;
       std::fill_n(inverse_norm.data, count, 1.f);
       return;
     }
@@ -93,20 +95,25 @@ struct Side {
   }
 
  public:
-  // Packs block b, and returns its largest |z|^2.
-  float prepare(int64_t b) const {
+  // Packs block b, as the operands of `only` these roles, and returns its largest |z|^2.
+  float prepare(int64_t b, int only = ~0) const {
     const int64_t at = place(b);
-    const bool lie = as_they_lie(b);
-    const Packed out{lie ? nullptr : left[at], right[at], right_pairs[at], left_columns[at],
-                     lie ? static_cast<const float*>(rows[first(b)]) : nullptr};
+    const bool lie = as_they_lie(b), half = engine.half();
+    const auto operand = [&](const Blocks& blocks, int role) { return only & role ? blocks[at] : nullptr; };
+    const Packed out{lie ? nullptr : operand(left, half ? kRows : kRows | kWeighed),
+                     operand(right, half ? kColumns : kColumns | kWeighing), operand(right_pairs, kWeighed),
+                     operand(left_columns, kWeighing),
+                     lie && !half ? static_cast<const float*>(rows[first(b)]) : nullptr};
     return engine.tile.pack(rows, first(b), size(b), padded(b), dim, normalize, engine.operand,
                             inverse_norm.data + first(b), scratch.floats(slot(threads)), out);
   }
 
   // Whether block b, as it lies in memory, is the operand that packing would make of it.
   bool as_they_lie(int64_t b) const {
-    return engine.operand == Operand::Float32 && rows.element == Element::Float32 && !normalize && rows.dim == dim &&
-        rows.stride[0] == dim && size(b) == padded(b) && rows.batch == count;
+    const bool floats = engine.operand == Operand::Float32 && rows.element == Element::Float32;
+    const bool halves = cut_as_given && engine.half() && rows.element == Element::BFloat16;
+    return (floats || halves) && !normalize && rows.dim == dim && rows.stride[0] == dim && size(b) == padded(b) &&
+        rows.batch == count;
   }
 
   // Whether that holds for every block and every operand that is wanted.

@@ -118,7 +118,7 @@ struct PrototypeDistillation {
         if ((s == t) != unlike_views) pairs[s].push_back({t, Numbers<float>((class_cut.blocks + 1) * cut.block)});
       most = std::max<int64_t>(most, pairs[s].size());
     }
-    const Blocks kept(class_cut.blocks * kept_tiles, tile * engine.bytes());
+    const LargeBlocks kept(class_cut.blocks * kept_tiles, tile * engine.bytes());
     const Blocks tiles(threads, (teachers + 1) * tile * 4), distances(threads, most * cut.block * 4);
     const Blocks narrow(threads, derive && half ? 2 * tile * 2 : 0);
     const Blocks coefficients(views + teachers, cut.block * 4);

@@ -119,4 +119,5 @@ selected_logsumexp = Op(
     portable=(_forward, _backward),
     share=_share,
     blocks=_blocks,
+    triton="contrastive",
 )
