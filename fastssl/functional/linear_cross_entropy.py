@@ -47,9 +47,9 @@ def linear_cross_entropy(
 
     Logits are computed for some rows at a time, and never stored as a whole: no memory grows with N V. Rows without a
     label take no part in any product (on CUDA they take part as zeros: to leave them out would make the CPU wait). With
-    "mean" and "sum" the forward pass takes the gradients, too, while it has the logits: three products in all, two where
-    input or linear_weight needs no gradient. With "none", in float16, under torch.compile and with group it is one more:
-    the backward pass computes the logits again.
+    "mean" and "sum" the forward pass takes the gradients, too, while it has the logits: three products in all, two
+    where input or linear_weight needs no gradient. With "none", in float16, under torch.compile and with group it is
+    one more: the backward pass computes the logits again.
 
     Args:
         input: (..., D) features, for instance (B, L, D) of B texts of L tokens; float32, bfloat16, float16 or float64.
