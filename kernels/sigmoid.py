@@ -14,8 +14,8 @@ and W^T x, 2 U; for wide ones 3 U, S once for both sides (common/blocks.py). 1 U
 Numerics: softplus(S) = max(S, 0) + log1p(exp(-|S|)), and W comes from the same exp(-|S|): neither overflows, and both
 keep their digits where S is far below 0, as most of SigLIP's entries are. So that float16 does not lose weights where
 the bias makes all of them small, a row's are held relative to exp(min(max_j S_ij, 0)); those of wide rows relative to a
-bound of them all, exp(min(|scale| max_i |x_i| max_j |y_j| + bias, 0)): what is 10^8 times smaller loses digits there.
-The loss is summed in float32 within a row, or a tile, and in float64 over them.
+bound of them all, exp(min(|scale| max_i |x_i| max_j |y_j| + bias, 0)): what is 10^8 times smaller loses digits there,
+and what is below e^-88 is 0. The loss is summed in float32 within a row, or a tile, and in float64 over them.
 """
 
 from __future__ import annotations

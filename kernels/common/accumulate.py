@@ -41,7 +41,7 @@ from torch import Tensor
 from fastssl.kernels.common.blocks import accumulate_blocks
 from fastssl.kernels.common.launch import OPTIONS, PEAK, PROGRAMS, ROWS, autotune, configs, input_precision, is_wide
 from fastssl.kernels.common.tiles import COUNTS, at, exponents, finite, load_excluded, load_scale, softplus, span
-from fastssl.kernels.common.weights import Sums, Weights, exponentials, load_factors, power_of_two, sigmoids
+from fastssl.kernels.common.weights import Sums, Weights, exponentials, load_factors, power_of_two, sigmoid_relative
 
 
 def narrow_needs(c: dict[str, int], named: dict[str, Any], size: int, capability: int) -> int | None:
@@ -72,7 +72,7 @@ def weigh_tile(
         p = tl.exp(x - finite(highest)[:, None])
     else:
         highest = tl.minimum(highest, 0.0)
-        p = sigmoids(x, finite(highest)[:, None])
+        p = sigmoid_relative(x, finite(highest)[:, None])
     alpha = tl.exp(top - finite(highest))
     return p * PEAK, alpha, highest, total * alpha + tl.sum(p, 1)
 

@@ -47,7 +47,7 @@ from fastssl.kernels.common.tiles import (
     load_scale,
     softplus,
 )
-from fastssl.kernels.common.weights import Sums, Weights, exponentials, load_factors, power_of_two, sigmoids
+from fastssl.kernels.common.weights import Sums, Weights, exponentials, load_factors, power_of_two
 
 WORKSPACE = 1 << 28  # bytes for the weights of a block
 SIDE = 256  # the sides of a block are multiples of this, the largest side of a tile
@@ -100,7 +100,7 @@ def weigh_half(
         else:
             to_peak = PEAK / power_of_two(tl.load(peak))
             if WEIGHT == "sigmoid":
-                weights = sigmoids(x, 0.0)
+                weights = 1 / (1 + tl.exp(-x))  # one exponential, and 0 where it overflows
                 store_sum(totals, weights, block, column_block, width)
                 weights *= to_peak
             else:
@@ -213,7 +213,7 @@ def accumulate_blocks(
     slices = blocks_of(len(left), len(right), left.element_size(), symmetric)
     blocks = [(i, j) for i, j in itertools.product(*slices) if not symmetric or i.start <= j.start]
     height, width = (side[0].stop for side in slices)
-    cells, sigmoid = height * width // CELL.value**2, weight == "sigmoid"
+    cells, unscaled = height * width // CELL.value**2, derive and weight == "sigmoid"
 
     def new(wanted: bool, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor | None:
         return left.new_empty(shape, dtype=dtype) if wanted else None
@@ -224,9 +224,9 @@ def accumulate_blocks(
     of_rows = new(derive, *left.shape)
     of_columns = of_rows if symmetric else new(derive and both, *right.shape)
     w = new(derive, height, width, dtype=left.dtype)
-    in_cells = new(sigmoid and derive, cells), new(loss, cells)
+    in_cells = new(unscaled, cells), new(loss, cells)
     in_blocks = [new(x is not None, len(blocks), dtype=torch.float64) for x in in_cells]
-    if sigmoid and derive:
+    if unscaled:
         peak = largest_sigmoid(pairs)
     for index, (i, j) in enumerate(blocks):
         weigh[grid](

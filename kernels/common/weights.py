@@ -47,7 +47,7 @@ def exponentials(x, shift_i, factor_i, column_shift, column_factor, to_peak, j, 
 
 
 @triton.jit
-def sigmoids(x, shift):
+def sigmoid_relative(x, shift):
     """1 / (1 + exp(-x)), divided by exp(shift)."""
     return tl.exp(tl.minimum(x, 0.0) - shift) / (1 + tl.exp(-tl.abs(x)))
 
