@@ -7,7 +7,8 @@
 // Algorithm. Z Z^T is symmetric: tiles I <= J, each for its rows and for its columns. Where bfloat16 products are
 // quicker a tile is of those: its error has a bound, and what lies within it of a row's k largest so far is multiplied
 // again, in float32. So the neighbours are those of float32 products, at the cost of bfloat16's where few rows are that
-// near. Features tend to be near to each other, all being near to their mean m, and so tiles are of y = z - m:
+// near; rows that many others equal are found by sorting, before. Features tend to be near to each other, all being near
+// to their mean m, and so tiles are of y = z - m:
 //
 //     <z_i, z_j> = <y_i, y_j> + o_i + o_j,    o_i = <z_i, m> - |m|^2 / 2
 //
@@ -18,7 +19,12 @@
 // sums have a fixed order: the bits are the same in every run.
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cmath>
+#include <cstring>
+#include <limits>
+#include <numeric>
+#include <vector>
 
 #include "common/checks.h"
 #include "common/places.h"
@@ -30,6 +36,7 @@ namespace fastssl {
 namespace {
 
 constexpr int64_t kTogether = 64;  // rows of a task, where work is done row by row
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 int threads_for_rows(int64_t rows, int64_t dim) { return rows * dim < 1 << 16 ? 1 : at::get_num_threads(); }
 
@@ -80,8 +87,45 @@ void find_middle(const float* z, int64_t count, int64_t dim, float* middle) {
   for (int64_t d = 0; d < dim; ++d) middle[d] /= static_cast<float>(pieces(count, step));
 }
 
-void find(const float* z, int64_t count, int64_t dim, int64_t size, int64_t first, int64_t own, int64_t k,
-          int64_t* index) {
+// Finds the neighbours of rows that many others equal, which a search would compare with all of those: k equal ones,
+// since no row is nearer to one of length 1; and for zeros the first ones, since all are as near. Nothing reaches the
+// thresholds that such rows get. More than k equal ones nobody needs: the others get offsets with which they reach no
+// threshold. Where a row is not finite nothing is done, since it is the nearest of all.
+void find_equal(const Nearest& n, const double* inverse, float* offset) {
+  if (!std::all_of(inverse, inverse + n.count, [](double x) { return std::isnormal(x); })) return;
+  const auto compare = [&](int64_t a, int64_t b) {
+    if (a / n.size != b / n.size) return a < b ? -1 : 1;
+    if (offset[a] != offset[b]) return offset[a] < offset[b] ? -1 : 1;
+    return std::memcmp(n.z + a * n.dim, n.z + b * n.dim, n.dim * sizeof(float));
+  };
+  std::vector<int64_t> order(n.count);
+  std::iota(order.begin(), order.end(), 0);
+  std::sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
+    const int sign = compare(a, b);
+    return sign ? sign < 0 : a < b;
+  });
+  for (int64_t begin = 0, end = 1; begin < n.count; begin = end++) {
+    while (end < n.count && compare(order[begin], order[end]) == 0) ++end;
+    const float* const row = n.z + order[begin] * n.dim;
+    const bool zeros = std::all_of(row, row + n.dim, [](float x) { return x == 0; });
+    const bool shorter = inverse[order[begin]] < 0;
+    if (!zeros && (shorter || end - begin <= n.k)) continue;
+    for (int64_t e = begin; e < end; ++e) {
+      const int64_t i = order[e];
+      if (e - begin >= n.k) offset[i] = -kInfinity;
+      if (i < n.first || i >= n.first + n.own) continue;
+      n.threshold[i] = kInfinity;
+      int64_t* const found = n.index + (i - n.first) * n.k;
+      for (int64_t next = 0, place = 0; place < n.k; ++next) {
+        const int64_t j = zeros ? i / n.size * n.size + next : order[begin + next];
+        if (j != i) found[place++] = j;
+      }
+    }
+  }
+}
+
+void find(const float* z, const double* inverse, int64_t count, int64_t dim, int64_t size, int64_t first, int64_t own,
+          int64_t k, int64_t* index) {
   const KoleoTiles& tile = FASTSSL_TABLE_IN_USE(koleo_tiles);
   const Numbers<float> middle(dim), centered(count * dim), offset(round_up(count, kPadding), 0);
   find_middle(z, count, dim, middle.data);
@@ -97,11 +141,11 @@ void find(const float* z, int64_t count, int64_t dim, int64_t size, int64_t firs
   // and numbers of about 1 by what float32 does.
   const double error = (engine.half() ? 0x1p-7 + 0x1p-16 : 0) + dim * 0x1p-23;
   const float margin = static_cast<float>(side.largest_square * error + 0x1p-20);
-  constexpr float kInfinity = std::numeric_limits<float>::infinity();
   const Numbers<float> value(own * k, -kInfinity), threshold(side.padded_count(), kInfinity);
   std::fill_n(threshold.data + first, own, -kInfinity);
   std::fill_n(index, own * k, 0);
   const Nearest nearest{z, count, dim, size, first, own, k, margin, offset.data, value.data, index, threshold.data};
+  find_equal(nearest, inverse, offset.data);
   const auto has_own = [&](int64_t b) { return side.first(b) < first + own && side.first(b) + side.size(b) > first; };
   const Similarities products{side, side, 1, 0, nullptr, false};
   const Blocks tiles(side.threads, side.cut.block * side.cut.block * 4);
@@ -127,7 +171,7 @@ std::tuple<Tensor, Tensor> koleo_loss(const Tensor& features, int64_t first, int
   const Numbers<float> unit(count * dim);
   normalize(x, eps, inverse.data, unit.data);
   int64_t* const index = nearest.mutable_data_ptr<int64_t>();
-  find(unit.data, count, dim, group_size, first, rows, topk, index);
+  find(unit.data, inverse.data, count, dim, group_size, first, rows, topk, index);
   const Numbers<double> sums(pieces(rows, kTogether), 0);
   each_block(threads_for_rows(rows * topk, dim), rows, [&](int64_t begin, int64_t end) {
     for (int64_t p = begin * topk; p < end * topk; ++p)

@@ -108,6 +108,42 @@ def test_koleo_takes_the_first_of_equally_near_rows(kernels):
     assert _nearest(z, 1, 6).flatten().tolist() == [1, 3, 5, 1, 1, 2]
 
 
+def _copies(x: torch.Tensor, times: int) -> torch.Tensor:
+    """Rows, each of which stands at so many places, among others."""
+    places = torch.randperm(len(x) * times, generator=torch.Generator().manual_seed(3))
+    return torch.cat([x.repeat(times, 1)[places], normal(len(x), x.shape[1], seed=4)])
+
+
+@pytest.mark.parametrize("first, rows, size", [(0, 416, 416), (30, 300, 416), (100, 200, 104)])
+@pytest.mark.parametrize("topk", [1, 3, 7])
+def test_koleo_of_many_equal_rows(first, rows, size, topk, kernels):
+    """None is nearer to one than the others, of which the first are taken; to zeros all are as near; to a row shorter
+    than eps its equals are not the nearest."""
+    x = F.normalize(_copies(normal(16, 24), 25), dim=1)
+    x[::9], x[5::40] = 0, 1e-9 * torch.eye(24)[0]
+    nearest = koleo.koleo_loss(x, first, rows, topk, size, 1e-8)[1]
+    for i in range(first, first + rows, 3):
+        group = x[i // size * size :][:size]
+        others = (torch.arange(len(group)) + i // size * size)[torch.arange(len(group)) != i % size]
+        similarity = x[i].double() @ x[others].double().T
+        equal = (x[others] == x[i]).all(1) & (x[i].norm() > 0.5)
+        order = torch.where(equal, 2, similarity).sort(descending=True, stable=True).indices[:topk]
+        expected = others[order]
+        if kernels not in ("portable", "auto") and (equal.sum() >= topk or not x[i].any()):
+            assert nearest[i - first].tolist() == expected.tolist(), i
+        else:
+            products = (x[i].double() @ x[j].double().T for j in (nearest[i - first], expected))
+            torch.testing.assert_close(*products, rtol=0, atol=1e-6 * x[i].norm().item())
+
+
+def test_koleo_of_equal_rows_and_one_that_is_not_finite(kernels):
+    """Which is the nearest of all."""
+    for value in (float("nan"), float("inf")):
+        x = normal(1, 24).repeat(40, 1)
+        x[7, 3] = value
+        assert _nearest(x, 1, 40)[:7].eq(7).all() and _nearest(x, 1, 40)[8:].eq(7).all()
+
+
 def test_koleo_of_no_rows_is_nan(backend):
     for group_size in (None, 4):
         value, gradient = with_gradients(lambda x, size=group_size: koleo_loss(x, group_size=size), normal(0, 8))
