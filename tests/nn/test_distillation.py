@@ -33,11 +33,16 @@ def _assert_same(mine: nn.Module, theirs: nn.Module, arguments: tuple, leaves: l
         torch.testing.assert_close(x, expected[name], rtol=1e-5, atol=1e-7)
 
 
+def test_a_warm_up_of_one_epoch_has_its_first_temperature():
+    loss = ours.DINOLoss(K, warmup_teacher_temp=0.06, teacher_temp=0.04, warmup_teacher_temp_epochs=1)
+    assert [loss.teacher_temp_of(epoch) for epoch in (0, 1, None)] == [0.06, 0.04, 0.04]
+
+
 @pytest.mark.parametrize("teachers, students", [(2, 2), (2, 6), (1, 3)])
 def test_dino_as_lightly(lightly, teachers, students, backend):
     options = dict(output_dim=K, warmup_teacher_temp=0.06, teacher_temp=0.04, warmup_teacher_temp_epochs=4)
     mine, theirs = ours.DINOLoss(**options), lightly.DINOLoss(**options)
-    for step, arguments in enumerate([{}, {"epoch": 0}, {"epoch": 2}, {"epoch": 9}, {"teacher_temp": 0.07}]):
+    for step, arguments in enumerate([{}, *({"epoch": i} for i in (0, 2, 3, 4, 9)), {"teacher_temp": 0.07}]):
         teacher = list(_logits(teachers, 5, K, seed=step))
         student = [x.requires_grad_() for x in _logits(students, 5, K, seed=100 + step)]
         order = tuple(arguments.get(name) for name in ("teacher_temp", "epoch"))

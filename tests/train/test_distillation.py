@@ -43,6 +43,8 @@ def test_multi_crop_has_two_large_views_and_small_ones(blobs):
     assert len(torch.unique(torch.stack(views[2:]).flatten(1), dim=0)) == 3
     scales = [(view.min_scale, view.max_scale) for view in new("dino", local_scale=0.3).augmentations]
     assert scales == [(0.3, 1)] * 2 + [(0.05, 0.3)] * 4
+    strengths = [(view.blur, view.solarise) for view in new("dino", local_views=1).augmentations]
+    assert strengths == [(1, 0), (0.1, 0.2), (0.5, 0)]  # the paper's
     with pytest.raises(ValueError, match="local_scale must be from 0.05 to 1, got 0.01"):
         new("dino", local_scale=0.01)
     with pytest.raises(ValueError, match="local_size must be positive, got 0"):
@@ -82,6 +84,26 @@ def test_dino_is_the_papers_pseudocode(blobs, sinkhorn):
     method.after_step(*(z.detach() for z in logits))
     expected = before if sinkhorn else 0.9 * before + 0.1 * torch.cat(teacher).mean(0)
     torch.testing.assert_close(method.center, expected)
+
+
+@pytest.mark.parametrize("name", ["dino", "ibot", "dinov2", "data2vec", "jepa"])
+def test_teachers_follow_their_students_weights_slowly(blobs, name):
+    """Those of heads with batch normalisation have statistics of their own."""
+    method = new(name)
+    embeddings = [z.detach() for z in method(*inputs_of(method, blobs))]
+    teacher, student = method.teacher.module, getattr(method, "student", method.encoder)
+    weights, statistics = ([x.clone() for x in xs()] for xs in (teacher.parameters, teacher.buffers))
+    assert name in ("data2vec", "jepa") or all(layer.training for layer in teacher.modules())
+    with torch.no_grad():
+        for x in student.parameters():
+            x.add_(1)
+        for x in student.buffers():
+            x.add_(1)
+    method.after_step(*embeddings)
+    steps = torch.cat([(x - y).flatten() for x, y in zip(teacher.parameters(), weights, strict=True)])
+    assert 1e-3 < steps.min() and steps.max() < 0.03
+    if name not in ("data2vec", "jepa"):
+        assert all(map(torch.equal, teacher.buffers(), statistics))
 
 
 def test_teacher_temperature_warms_up(blobs):
