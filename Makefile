@@ -1,12 +1,13 @@
 # make demo | test | bench: each sets up .venv first. `make clean` before another PYTHON or TORCH.
 # make gpu: all that a new machine with a GPU should be asked, with the PYTHON that is there and no network;
 # STAGES="correctness speed" for some of it, DEVICE=cpu for a rehearsal.
+# make oldest: what depends most on PyTorch and Triton, under the oldest that are supported. Gigabytes, the first time.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 NATIVE := setup.py CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test bench gpu clean
+.PHONY: demo test bench gpu oldest clean
 
 demo: .venv/demo
 	$(BIN)/python -m fastssl.train.demo
@@ -17,6 +18,16 @@ test: .venv/test
 
 bench: .venv/bench
 	$(BIN)/python -m benchmarks.ops
+
+# The library in this tree is for another PyTorch and is not loaded: the portable code runs.
+oldest: build/oldest/ready
+	build/oldest/bin/python -m pytest -q tests/ops/test_ops.py tests/gpu/test_triton.py \
+		-k "(test_compile or test_opcheck) and not inductor or interpreted and (sigmoid or koleo)"
+
+build/oldest/ready:
+	$(PYTHON) -m venv build/oldest
+	build/oldest/bin/pip install "torch==2.10.0" "triton==3.6.0" hypothesis numpy pytest rich
+	touch $@
 
 gpu:
 	$(PYTHON) -m benchmarks.gpu $(STAGES) --device $(or $(DEVICE),cuda)
