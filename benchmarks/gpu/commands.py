@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 ROOT = Path(__file__).parents[2]
-_TAIL = 40  # lines of output that a report keeps
+_LINES = 40  # of the output's end, and of tests that failed before, that a report keeps
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,9 @@ def run(command: Command, log: IO[str], limit: float) -> dict[str, Any]:
         output.seek(0)
         printed = output.read()
     log.write(printed)
-    return result | {"seconds": time.monotonic() - start, "tail": printed.splitlines()[-_TAIL:]}
+    lines = printed.splitlines()
+    failed = [line for line in lines[:-_LINES] if " FAILED " in line]
+    return result | {"seconds": time.monotonic() - start, "tail": failed[:_LINES] + lines[-_LINES:]}
 
 
 def _end(process: subprocess.Popen) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.gpu.commands import Command, python
 
 SECONDS = 530.0  # of a stage: a command on a lent machine may have ten minutes
-_PYTEST = "-q", "-p", "no:cacheprovider", "--no-header"
+_PYTEST = "-v", "-p", "no:cacheprovider", "--no-header"
 _DETERMINISTIC = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
 _KERNELS = ("clip_loss", "32768x512"), ("siglip_loss", "32768x512"), ("nt_xent", "32768x128")
 
@@ -32,7 +32,8 @@ def environment(device: str, scratch: Path) -> list[Command]:
 
 
 def correctness(device: str, scratch: Path) -> list[Command]:
-    """One call of every operation against float64, each survivor of those before it; then the tests."""
+    """One call of every operation against float64, each survivor of those before it; then the tests, which say by the
+    line how they end: many of them will not, in time."""
     smoke = python("benchmarks.gpu.smoke", "--device", device, "--results", scratch / "smoke")
     commands = [Command("smoke", smoke, 180, _DETERMINISTIC)]
     if device == "cpu":

@@ -34,6 +34,11 @@ def test_a_command_leaves_its_output_and_status(tmp_path):
     assert log == "\n$ sh -c echo out; echo err >&2; exit 3\nout\nerr\n"
 
 
+def test_tests_that_failed_are_kept_wherever_they_stand(tmp_path):
+    result, _ = _run(("sh", "-c", "echo '[gw0] FAILED a'; seq 100; exit 1"), tmp_path)
+    assert result["tail"][0] == "[gw0] FAILED a" and result["tail"][1:] == [str(i) for i in range(61, 101)]
+
+
 @pytest.mark.parametrize("seconds, limit", [(0.3, 20.0), (20.0, 0.3)])
 def test_a_command_ends_at_its_limit_with_all_that_it_started(tmp_path, seconds, limit):
     left = tmp_path / "left"
