@@ -175,6 +175,11 @@ CHUNKED = {
 }
 
 
+def _in_one_process(loop: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The loop, which knows no groups of processes, where a method's loss passes one on: here it is None."""
+    return lambda *z, group=None, **options: loop(*z, **options)
+
+
 def loss_costs(method: Method, embeddings: Sequence[Tensor]) -> dict[str, Cost]:
     """The cost of a method's loss on the same embeddings, by both implementations, torch.compile and the chunked loop,
     in turns. A contestant whose loss or gradients are further from float64's than `TIMES` the naive error, plus the
@@ -184,7 +189,7 @@ def loss_costs(method: Method, embeddings: Sequence[Tensor]) -> dict[str, Cost]:
     naive, ours = both["naive"], both["fastssl"]
     # Of the modules of the method and of those that it is derived from: what its loss calls.
     modules = [kind.loss.__globals__ for kind in type(naive).__mro__ if "loss" in vars(kind)]
-    chunked = {name: loop for name, loop in CHUNKED.items() if any(name in names for names in modules)}
+    chunked = {name: _in_one_process(loop) for name, loop in CHUNKED.items() if any(name in names for names in modules)}
 
     def by_chunks(*z: Tensor) -> Tensor:
         with ExitStack() as stack:

@@ -20,7 +20,7 @@ class CPC(SpeechModel):
         negatives: the number of other frames, or as many as there are.
     """
 
-    def __init__(self, *, ahead: int = 12, negatives: int = 100, features: int = 128) -> None:
+    def __init__(self, *, ahead: int = 12, negatives: int = 16, features: int = 128) -> None:
         super().__init__(features=features, depth=0)
         if ahead >= FRAMES:
             raise ValueError(f"ahead must be below {FRAMES}, got {ahead}")
