@@ -190,7 +190,12 @@ def test_a_call_that_is_wrong_is_found(monkeypatch):
 
 
 def test_a_call_finds_new_memory_poisoned(monkeypatch):
-    monkeypatch.setattr(smoke, "public", lambda spec: lambda *args, **kwargs: args[0].sum() + torch.empty(()))
+    right = smoke.public
+
+    def reads_new_memory(spec):
+        return lambda *args, **kwargs: right(spec)(*args, **kwargs) + torch.empty(4).isnan().all() * 1.0
+
+    monkeypatch.setattr(smoke, "public", reads_new_memory)
     assert smoke.check(("uniformity", "float32"), "cpu")["note"]
     assert not torch.are_deterministic_algorithms_enabled()
 
