@@ -65,6 +65,36 @@ def test_every_edge(count, classes, kernels):
     torch.testing.assert_close(*results, rtol=2e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize(
+    "sizes, dtype, soft",
+    [
+        *(((2500, 8, 70), dtype, soft) for dtype in (torch.float32, torch.bfloat16) for soft in (False, True)),
+        ((40, 500, 9000), torch.float32, False),
+        ((40, 1024, 9000), torch.bfloat16, False),
+    ],
+    ids=str,
+)
+def test_many_rows_and_many_words(sizes, dtype, soft):
+    """Rows that are visited in several panels; and a weight that is packed, or read where it lies, block by block."""
+    rows, dim, classes = sizes
+    x, w, b = ((z / dim**0.25).to(dtype).requires_grad_() for z in (_normal(*s, seed=s[0]) for s in _shapes(*sizes)))
+    y, weight = _labels(rows, classes, 0.4), _normal(classes, seed=4).abs()
+    if soft:
+        y = _normal(rows, classes, seed=5).softmax(1).to(dtype).requires_grad_()
+    named, leaves = {"weight": weight, "label_smoothing": 0.1, "reduction": "sum"}, (x, w, b, *([y] if soft else []))
+    loss = linear_cross_entropy(x, w, y, linear_bias=b, **named)
+    target = y.double() if soft else y
+    expected = _pytorch(x, w, target, b.double(), **named | {"weight": weight.double()})
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(loss.double(), expected, rtol=tolerance, atol=0)
+    for found, right in zip(*(torch.autograd.grad(z, leaves) for z in (loss, expected)), strict=True):
+        assert (found.double() - right.double()).norm() <= tolerance * right.double().norm()
+
+
+def _shapes(rows: int, dim: int, classes: int) -> tuple[tuple[int, ...], ...]:
+    return (rows, dim), (classes, dim), (classes,)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_ignored_rows_take_no_part(reduction, backend):
     """They may hold NaN."""
