@@ -110,6 +110,10 @@ def _parser() -> Parser:
             command.add_argument("--pictures", type=Path, metavar="FILE", help="draw what it has learnt (PNG)")
         command.set_defaults(batch_size=method.batch_size)
         command.add_arguments_of(method)
+        if "size" in inspect.signature(method.load).parameters:
+            command.add_argument(
+                "--image-size", type=positive_int, metavar="PIXELS", help="of a folder's images (default: 32)"
+            )
         if method.augmentations:
             command.add_arguments_of(Augmentation, "the method's", command.add_argument_group("of all its views"))
     return parser
@@ -151,7 +155,11 @@ def _train(args: argparse.Namespace, device: torch.device) -> None:
             pass  # raises now rather than after the data have been fetched; `fit` does it again
     writer = _writer(args.tensorboard)
     console = Console(quiet=rank() > 0)
-    dataset = parallel.in_first_process(lambda: kind.load(args.data))
+    if hasattr(args, "image_size"):  # every process maps the same file, which the first one has written
+        parallel.in_first_process(lambda: kind.load(args.data, args.image_size) and None)
+        dataset = kind.load(args.data, args.image_size)
+    else:
+        dataset = parallel.in_first_process(lambda: kind.load(args.data))
     data = kind.training_data(dataset)
     console.print(f"{dataset.name}: {len(data):,} training examples", markup=False)
     if args.batch_size > len(data):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import itertools
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,14 @@ from torch import Tensor
 from fastssl.distributed import rank, world_size
 from fastssl.train import checkpoint, parallel, resume, signals
 from fastssl.train.data.draw import Draw
+from fastssl.train.data.loader import Loader
 from fastssl.train.device import choose, move
 from fastssl.train.learner import Learner
 from fastssl.train.method import Method
 from fastssl.train.run import Run
 from fastssl.train.step import Step
+
+_MUCH = 0.2  # of the time, to wait for data
 
 
 def fit(
@@ -84,8 +88,11 @@ def fit(
         progress = stack.enter_context(_progress(console))
         received = stack.enter_context(signals.deferred()) if path is not None or world_size() > 1 else lambda: 0
         task = progress.add_task("", total=run.steps, completed=first, status="")
-        for step, batch in zip(range(first, run.steps), _batches(run, len(data), first), strict=False):
-            views = _views(learners[0].method, data, batch, run, step, device)
+        views_of = _Views(learners[0].method, run, device)
+        loader = Loader(data, map(views_of.needs, _batches(run, len(data), first)))
+        began = time.perf_counter()
+        for step, examples in zip(range(first, run.steps), loader, strict=False):
+            views = views_of(examples, step)
             for learner in sorted(learners, key=lambda learner: learner.name, reverse=bool(step % 2)):
                 _tell(learner, learner.learn(views), progress.console, writer)
             stop = parallel.highest(received())
@@ -97,21 +104,35 @@ def fit(
             if stop:
                 signals.end(stop)
             progress.update(task, advance=1, status="\n".join(_status(learner) for learner in learners))
+        waited = loader.seconds / (time.perf_counter() - began)
+        if waited > _MUCH:
+            progress.console.print(f"{waited:.0%} of the time went by waiting for data to be read.", highlight=False)
     return {learner.name: learner.history for learner in learners}
 
 
-def _views(method: Method, data: Any, batch: Tensor, run: Run, step: int, device: torch.device) -> tuple[Tensor, ...]:
+class _Views:
     """This process's share of the model's inputs, on the device."""
-    generator = torch.Generator().manual_seed(run.seed_for("views", step))
-    if "draw" in inspect.signature(method.views).parameters:
-        rows = parallel.share(torch.arange(len(batch)), run.chunk_size)
-        views = method.views(move(data[batch[rows]], device), Draw(generator, len(batch), rows, device))
-    else:
-        views = tuple(parallel.share(view, run.chunk_size) for view in method.views(data[batch], generator))
-    views = move(tuple(views), device)
-    if not run.channels_last:
-        return views
-    return tuple(x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x for x in views)
+
+    def __init__(self, method: Method, run: Run, device: torch.device) -> None:
+        self.method, self.run, self.device = method, run, device
+        by_example = "draw" in inspect.signature(method.views).parameters
+        self.rows = parallel.share(torch.arange(run.batch_size), run.chunk_size) if by_example else None
+
+    def needs(self, batch: Tensor) -> Tensor:
+        """Of the positions of a batch, those whose examples are needed here."""
+        return batch if self.rows is None else batch[self.rows]
+
+    def __call__(self, examples: Any, step: int) -> tuple[Tensor, ...]:
+        run, generator = self.run, torch.Generator().manual_seed(self.run.seed_for("views", step))
+        if self.rows is None:
+            views = tuple(parallel.share(view, run.chunk_size) for view in self.method.views(examples, generator))
+        else:
+            draw = Draw(generator, run.batch_size, self.rows, self.device)
+            views = self.method.views(move(examples, self.device), draw)
+        views = move(tuple(views), self.device)
+        if not run.channels_last:
+            return views
+        return tuple(x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x for x in views)
 
 
 def _batches(run: Run, examples: int, first: int) -> Iterator[Tensor]:

@@ -93,9 +93,10 @@ class Method(nn.Module):
     progress = 0.0
 
     @staticmethod
-    def load(directory: str | None) -> Any:
-        """The data set: an object with a `name` that says what it is, from which the next two methods take data."""
-        return images.load(directory)
+    def load(directory: str | None, size: int | None = None) -> Any:
+        """The data set: an object with a `name` that says what it is, from which the next two methods take data. Where
+        it has an argument `size`, that of images may be chosen."""
+        return images.load(directory, size)
 
     def prepare(self, dataset: Any) -> None:
         """Called once by `create`: what is learned from the data set before the first step, such as a codebook. It must

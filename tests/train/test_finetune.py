@@ -229,7 +229,7 @@ def test_an_encoder_for_grey_images_and_for_colours():
 
 
 def test_the_command_fine_tunes(images, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(data, "load", lambda directory: images)
+    monkeypatch.setattr(data, "load", lambda directory, size=None: images)
 
     def command(*arguments):
         monkeypatch.setattr("sys.argv", ["command", *map(str, arguments), "--steps", "2", "--batch-size", "32"])

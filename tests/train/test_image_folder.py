@@ -2,6 +2,8 @@
 
 import io
 import os
+import threading
+import time
 
 import pytest
 import torch
@@ -13,13 +15,15 @@ pytest.importorskip("PIL")
 import numpy as np
 from PIL import Image
 from rich.console import Console
+from torch.utils.data import TensorDataset
 
 import fastssl.train.__main__ as command_line
 from fastssl.train import METHODS, DataError, Method, Run, cli, create, fit
 from fastssl.train.data import augment, image_folder
 from fastssl.train.data import images as data
-from fastssl.train.data.cache import cached
+from fastssl.train.data.cache import cached, is_mapped
 from fastssl.train.data.image_folder import SIZE, picture
+from fastssl.train.data.loader import Loader
 
 IMAGE_METHODS = [name for name, method in METHODS.items() if method.load is Method.load]
 
@@ -155,7 +159,7 @@ def test_pictures_of_all_kinds(tmp_path):
 def test_images_are_decoded_once(animals, monkeypatch, tmp_path):
     decoded = []
     decode = image_folder.decode
-    monkeypatch.setattr(image_folder, "decode", lambda files: decoded.append(len(files)) or decode(files))
+    monkeypatch.setattr(image_folder, "decode", lambda files, *args: decoded.append(len(files)) or decode(files, *args))
     first = data.load(animals)
     data.load(animals)
     assert decoded == [17]
@@ -173,6 +177,53 @@ def test_images_are_decoded_once(animals, monkeypatch, tmp_path):
         data.load(animals)
         assert place.read_bytes() == content
     assert len(decoded) == 8
+
+
+def test_images_of_another_size_are_read_from_a_file(animals):
+    """As many as are used, and the next batch while a step is taken."""
+    small, large = data.load(animals), data.load(animals, 100)
+    assert large.facts == {**small.facts, "size": 100}
+    assert large.train.shape == (13, 3, 100, 100) and is_mapped(large.train) and is_mapped(large.test)
+    assert torch.equal(large.train_labels, small.train_labels)
+    middle = large.train[:, :, 40:60, 40:60].float().mean((2, 3))
+    torch.testing.assert_close(middle, small.train[:, :, 12:20, 12:20].float().mean((2, 3)), atol=3, rtol=0)
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_what_is_read_ahead_is_the_same(labelled, animals, monkeypatch):
+    images, names = data.load(animals, 40).train, set()
+    examples = TensorDataset(images, torch.arange(13)) if labelled else images
+    kind = type(examples)
+    getitem = kind.__getitem__
+
+    def named(self, positions):
+        names.add(threading.current_thread().name.split("_")[0])
+        time.sleep(0.01)
+        return getitem(self, positions)
+
+    positions = [torch.tensor(ids) for ids in ([3, 1], [0, 12], [5, 5])]
+    expected = [examples[ids] for ids in positions]
+    if labelled:
+        monkeypatch.setattr(kind, "__getitem__", named)
+    loader = Loader(examples, iter(positions))
+    for found, wanted in zip(loader, expected, strict=True):
+        assert all(map(torch.equal, found, wanted))
+    assert not labelled or (names == {"loader"} and loader.seconds > 0.009)
+    assert list(Loader(images.clone(), [])) == [] and not is_mapped(images.clone())
+
+
+def test_whoever_waits_for_data_is_told(animals, monkeypatch):
+    console = Console(file=io.StringIO(), width=80)
+    method = create("simclr", 2, data.load(animals, 40))
+    monkeypatch.setattr("fastssl.train.loop._MUCH", -1.0)
+    fit({"m": method}, data.load(animals, 40).train, Run(batch_size=4, steps=2), console=console)
+    assert " % of the time went by waiting for data" in console.file.getvalue().replace("%", " %")
+
+
+def test_fashion_mnist_has_a_size_of_its_own(monkeypatch):
+    monkeypatch.delenv("FASTSSL_DATA", raising=False)
+    with pytest.raises(DataError, match="a size of images, 64, needs a folder of images"):
+        data.load(None, 64)
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(tmp_path):

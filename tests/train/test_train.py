@@ -244,7 +244,7 @@ def test_bad_data_gives_one_line(monkeypatch, tmp_path):
 )
 def test_bad_values_give_one_line(monkeypatch, tmp_path, images, arguments, message):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(data, "load", lambda directory: images)
+    monkeypatch.setattr(data, "load", lambda directory, size=None: images)
     monkeypatch.setattr(Method, "evaluate", lambda self, dataset: {})
     code = command(monkeypatch, command_line.main, arguments[0], "--steps", 2, "--batch-size", 32, *arguments[1:])
     assert code.startswith("error: ") and "\n" not in code and re.search(message, code)
@@ -264,7 +264,7 @@ def test_bad_values_give_one_line(monkeypatch, tmp_path, images, arguments, mess
     ],
 )
 def test_bad_values_are_found_before_the_data_are_fetched(monkeypatch, arguments, message):
-    monkeypatch.setattr(METHODS[arguments[0]], "load", lambda directory: pytest.fail("fetched"))
+    monkeypatch.setattr(METHODS[arguments[0]], "load", lambda directory, size=None: pytest.fail("fetched"))
     code = command(monkeypatch, command_line.main, *arguments)
     assert code.startswith("error: ") and "\n" not in code and re.search(message, code)
 
@@ -286,7 +286,7 @@ def test_mae_hides_from_one_patch_to_all_but_one():
 )
 def test_bad_values_are_found_before_anything_is_measured(monkeypatch, tmp_path, images, arguments, message):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(data, "load", lambda directory: images)
+    monkeypatch.setattr(data, "load", lambda directory, size=None: images)
     monkeypatch.setattr(Method, "evaluate", lambda self, dataset: pytest.fail("measured"))
     code = command(monkeypatch, command_line.main, *arguments)
     assert code.startswith("error: ") and "\n" not in code and re.search(message, code)
@@ -311,7 +311,7 @@ def test_progress_tells_the_method_its_loss_and_its_pace():
 )
 def test_command_trains(monkeypatch, capsys, tmp_path, images, arguments):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(data, "load", lambda directory: images)
+    monkeypatch.setattr(data, "load", lambda directory, size=None: images)
     assert command(monkeypatch, command_line.main, *arguments, "--steps", 2, "--batch-size", 64) == 0
     output = capsys.readouterr().out
     assert all(term in output for term in ("step 1: loss", "effective rank", "kNN accuracy", "linear probe"))
@@ -319,7 +319,7 @@ def test_command_trains(monkeypatch, capsys, tmp_path, images, arguments):
 
 
 def test_command_goes_on_where_it_stopped(monkeypatch, capsys, tmp_path, images):
-    monkeypatch.setattr(data, "load", lambda directory: images)
+    monkeypatch.setattr(data, "load", lambda directory, size=None: images)
     arguments = ["simclr", "--steps", 3, "--batch-size", 32, "--checkpoint", tmp_path / "new" / "run.pt"]
     outputs = []
     for more in ([], ["--resume"]):
@@ -352,7 +352,7 @@ def test_tensorboard_gets_every_step_or_one_line_says_what_is_missing(monkeypatc
         def close(self):
             scalars.append("closed")
 
-    monkeypatch.setattr(data, "load", lambda directory: images)
+    monkeypatch.setattr(data, "load", lambda directory, size=None: images)
     arguments = ["byol", "--steps", 2, "--batch-size", 32, "--tensorboard", "logs"]
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     assert "--tensorboard needs tensorboard: pip install" in command(monkeypatch, command_line.main, *arguments)
@@ -380,7 +380,7 @@ def demo():
 
 
 def test_demo_from_training_to_figure(monkeypatch, capsys, tmp_path, images, demo):
-    monkeypatch.setattr(demo, "load", lambda directory: images)
+    monkeypatch.setattr(demo, "load", lambda directory, size=None: images)
     figure = tmp_path / "new" / "figure.png"
     options = ["--steps", 3, "--batch-size", 64, "--rows", 1000, "--output", figure]
     assert command(monkeypatch, demo.main, *options) == 0

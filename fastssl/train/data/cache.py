@@ -5,16 +5,22 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import json
+import math
 import os
 import pickle
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from fastssl.train.files import read_bytes
+from fastssl.train.files import open_regular, read_bytes
+
+_NOTE = 256  # bytes
+_FEW = 1 << 28  # bytes whose sum takes a tenth of a second
 
 
 def cache_folder(name: str) -> Path:
@@ -42,6 +48,67 @@ def cached(path: Path, key: str, make: Callable[[], Any]) -> Any:
             whole.write_bytes(_digest(key, content) + b"\n" + content)
             os.replace(whole, path)
     return made
+
+
+def mapped(path: Path, key: str, shape: Sequence[int], fill: Callable[[Tensor], Any]) -> tuple[Tensor, Any]:
+    """uint8 numbers of that shape in a file, which need not fit into memory: the system reads what is used, and forgets
+    it when memory runs short. And what `fill` returned, which wrote them, when the file was made for that key and
+    shape; something that json knows.
+
+    At the file's end is the SHA-256 of all that, which is looked at; of the numbers only where they are few, since a
+    large file is not to be read before it is used. Nobody is to write to them. Where there can be no file, they are in
+    memory.
+    """
+    size = math.prod(shape)
+    try:
+        if (found := _note(path, key, shape)) is None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+                whole = Path(folder) / path.name
+                with open(whole, "xb") as file:  # now, rather than a crash when the disk is full
+                    os.posix_fallocate(file.fileno(), 0, size + _NOTE)
+                numbers = _map(whole, size)
+                found = {"value": fill(numbers.view(*shape))}
+                found["sha256"] = _sum(key, shape, found["value"], numbers)
+                with open(whole, "r+b") as file:
+                    file.seek(size)
+                    file.write(json.dumps(found).encode().ljust(_NOTE))
+                os.replace(whole, path)
+    except OSError:
+        numbers = torch.empty(*shape, dtype=torch.uint8)
+        return numbers, fill(numbers)
+    return _map(path, size).view(*shape), found["value"]
+
+
+def _note(path: Path, key: str, shape: Sequence[int]) -> dict[str, Any] | None:
+    """What is at the end of a file that `mapped` has written for that key and shape; None of another one."""
+    size = math.prod(shape)
+    try:
+        with open_regular(path) as file:
+            if os.fstat(file.fileno()).st_size != size + _NOTE:
+                return None
+            file.seek(size)
+            found = json.loads(file.read())
+        right = found["sha256"] == _sum(key, shape, found["value"], _map(path, size))
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return found if right else None
+
+
+def _sum(key: str, shape: Sequence[int], value: Any, numbers: Tensor) -> str:
+    digest = hashlib.sha256(json.dumps([key, list(shape), value]).encode())
+    if numbers.numel() <= _FEW:
+        digest.update(numbers.numpy())
+    return digest.hexdigest()
+
+
+def _map(path: Path, size: int) -> Tensor:
+    return torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8)  # otherwise it has no name any more
+
+
+def is_mapped(x: Tensor) -> bool:
+    """Whether its numbers are in a file, and may have to be waited for."""
+    return x.device.type == "cpu" and x.untyped_storage().filename is not None
 
 
 def _digest(key: str, content: bytes) -> bytes:

@@ -11,7 +11,7 @@ import io
 import os
 import zlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,22 +20,30 @@ from PIL import Image, ImageOps
 from rich.progress import track
 from torch import Tensor
 
-from fastssl.train.data.cache import cache_folder, cached
+from fastssl.train.data.cache import cache_folder, mapped
 from fastssl.train.data.packages import DataError
 from fastssl.train.files import open_regular
 
 SIZE = 32
+_TASKS = 4096  # of threads, at a time
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
 
-def read(folder: Path) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+def read(folder: Path, size: int = SIZE) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
     """Images and labels for training, and for testing; the labels are None if the folder has no classes.
 
     It has classes if every image is in a subfolder, and there are at least two of these. Where there are no folders
     train and test, or train and val, a fifth of each class is for testing. Hidden files and linked folders are skipped.
 
+    They are decoded once, into a file of the user's cache, which may be larger than memory: of the images that are
+    returned, the system reads what is used.
+
+    Args:
+        folder: of the images.
+        size: of the images that are made of them.
+
     Returns:
-        (N, 3, SIZE, SIZE) uint8 images, the middle of each, in an order that is as good as random; (N, SIZE, SIZE) if
+        (N, 3, size, size) uint8 images, the middle of each, in an order that is as good as random; (N, size, size) if
         all are grey. (N,) int64 labels, the positions of their classes' names in sorted order.
 
     Raises:
@@ -61,21 +69,21 @@ def read(folder: Path) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
     files = [image for image, _ in train + test]
     stats = [file.stat() for file in files]
     listing = [f"{file} {stat.st_size} {stat.st_mtime_ns}" for file, stat in zip(files, stats, strict=True)]
-    place = cache_folder("folders") / hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()
-    images = cached(place, repr((SIZE, listing)), lambda: decode(files))
-    images = images[:, 0] if (images == images[:, :1]).all() else images
+    place = cache_folder("folders") / f"{hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()}-{size}"
+    images, grey = mapped(place, repr(listing), (len(files), 3, size, size), lambda images: decode(files, images))
+    images = images[:, 0] if grey else images
     return images[: len(train)], labels[0], images[len(train) :], labels[1]
 
 
-def picture(file: Path | io.BytesIO) -> Image.Image:
-    """An image file as RGB, upright, on white where it is transparent; large JPEGs smaller, but not below 2 SIZE.
+def picture(file: Path | io.BytesIO, size: int = SIZE) -> Image.Image:
+    """An image file as RGB, upright, on white where it is transparent; large JPEGs smaller, but not below 2 size.
 
     Raises:
         DataError: if it cannot be read as an image.
     """
     try:
         with open_regular(file) if isinstance(file, Path) else file as source, Image.open(source) as image:
-            image.draft(None, (2 * SIZE, 2 * SIZE))
+            image.draft(None, (2 * size, 2 * size))
             if image.mode == "F":
                 raise ValueError("nobody knows which of its floating-point numbers is white")
             if image.mode.startswith("I"):  # 16 bits, which convert would cut at 255
@@ -106,23 +114,32 @@ def _images(root: Path) -> list[tuple[Path, str]]:
     return [(path, name) for _, path, name in sorted(images)]
 
 
-def decode(files: Sequence[Path], resize: Callable[..., Image.Image] = ImageOps.fit) -> Tensor:
-    """(len(files), 3, SIZE, SIZE) uint8; `resize`(image, size, filter) is by default the image's middle.
+def decode(files: Sequence[Path], images: Tensor, resize: Callable[..., Image.Image] = ImageOps.fit) -> bool:
+    """Fills images, and returns whether all of them are grey.
+
+    Args:
+        files: of images.
+        images: (len(files), 3, size, size) uint8, to which threads write, each where it belongs.
+        resize: (image, size, filter) -> image, by default its middle.
 
     Raises:
         DataError: if one cannot be read as an image.
     """
+    size = images.shape[-1]
 
-    def pixels(file: Path) -> Tensor:
-        return to_tensor(resize(picture(file), (SIZE, SIZE), Image.Resampling.BICUBIC))
+    def write(place: int) -> bool:
+        image = to_tensor(resize(picture(files[place], size), (size, size), Image.Resampling.BICUBIC))
+        images[place].copy_(image)
+        return torch.equal(image, image[:1].expand_as(image))
 
-    images = torch.empty(len(files), 3, SIZE, SIZE, dtype=torch.uint8)
+    def written() -> Iterator[bool]:
+        for start in range(0, len(files), _TASKS):  # there may be millions
+            yield from pool.map(write, range(start, min(start + _TASKS, len(files))))
+
     with ThreadPoolExecutor() as pool:
         try:
-            decoded = pool.map(pixels, files)
-            for row, image in zip(images, track(decoded, "reading images", len(files), transient=True), strict=True):
-                row.copy_(image)
+            coloured = sum(not grey for grey in track(written(), "reading images", len(files), transient=True))
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    return images
+    return coloured == 0

