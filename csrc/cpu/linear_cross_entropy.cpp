@@ -20,13 +20,13 @@
 #include <ATen/Dispatch.h>
 #include <torch/library.h>
 
-#include <cfloat>
 #include <cmath>
 #include <optional>
 #include <tuple>
 
 #include "common/arena.h"
 #include "common/checks.h"
+#include "common/exponents.h"
 #include "common/logits.h"
 #include "common/portable.h"
 #include "common/token_rows.h"
@@ -135,7 +135,7 @@ struct LinearCrossEntropy {
       : engine(precision),
         classes(weight.size(0)),
         scale(scale_.item<float>()),
-        c(scale > 0 ? static_cast<float>(std::min(M_LOG2E * double(scale), double(FLT_MAX))) : NAN),
+        c(exponent_scale(scale)),
         wanted(wanted),
         derive(derive),
         chosen_rows(is_labels(target) ? labelled_rows(*target, classes, ignore_index) : Tensor()),

@@ -28,6 +28,17 @@ inline float exponent_factor(float scale) {
   return c == 0 ? std::numeric_limits<float>::min() : c;
 }
 
+// The same for a positive scale, at most float32's largest; NaN for any other.
+inline float exponent_scale(double scale) {
+  constexpr double kMost = std::numeric_limits<float>::max();
+  return scale > 0 ? static_cast<float>(std::min(kLog2E * scale, kMost)) : std::numeric_limits<float>::quiet_NaN();
+}
+
+// The c for which 2^(c x) = exp(x / temperature); NaN for a temperature that is not positive.
+inline float exponent_scale_at(double temperature) {
+  return exponent_scale(temperature > 0 ? 1 / temperature : std::numeric_limits<double>::quiet_NaN());
+}
+
 // How the exponentials of scale X Y^T are computed from tiles of S = factor X Y^T.
 struct Exponent {
   float scale;     // NaN if it is not finite

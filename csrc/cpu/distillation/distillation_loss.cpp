@@ -18,7 +18,6 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <cfloat>
 #include <cmath>
 #include <cstring>
 #include <numeric>
@@ -26,6 +25,7 @@
 #include <tuple>
 #include <vector>
 
+#include "common/exponents.h"
 #include "common/pages.h"
 #include "common/portable.h"
 #include "common/tensors.h"
@@ -79,9 +79,6 @@ const float* data_of(const char* name, const Tensor& vector, int64_t length, std
   return held.back().const_data_ptr<float>();
 }
 
-// The factor c with 2^(c x) = exp(x / temperature).
-float exponent_scale(double temperature) { return static_cast<float>(std::min(M_LOG2E / temperature, double(FLT_MAX))); }
-
 struct Distillation {
   std::vector<Tensor> held;
   std::vector<View> student, teacher, gradient;
@@ -129,7 +126,7 @@ struct Distillation {
         double sum = 0;
         const auto teach = [&](size_t view, int64_t place) {
           const float total = tile.teacher(teacher[view].row(i), teacher[view].element, center, columns,
-                                           exponent_scale(teacher_temperature), memory.floats(place));
+                                           exponent_scale_at(teacher_temperature), memory.floats(place));
           targets[place] = {memory.floats(place), 1 / total};
         };
         const auto learn = [&](size_t view, const Target& target, int64_t count) {
@@ -176,7 +173,7 @@ struct Distillation {
       return 0;
     }
     const View& x = student[view];
-    const RowSums sums = tile.student(x.row(i), x.element, target, columns, exponent_scale(student_temperature),
+    const RowSums sums = tile.student(x.row(i), x.element, target, columns, exponent_scale_at(student_temperature),
                                       gradient.empty() ? nullptr : exps);
     if (!gradient.empty()) {
       const double scale = factor / student_temperature;

@@ -14,7 +14,6 @@
 // it is 2 U.
 #include <torch/library.h>
 
-#include <cfloat>
 #include <cmath>
 #include <deque>
 #include <optional>
@@ -23,17 +22,13 @@
 
 #include "common/arena.h"
 #include "common/checks.h"
+#include "common/exponents.h"
 #include "common/logits.h"
 #include "common/portable.h"
 #include "common/token_rows.h"
 
 namespace fastssl {
 namespace {
-
-// 1 / temperature, as a factor of exponents of 2.
-float exponent_scale(double temperature) {
-  return temperature > 0 ? static_cast<float>(std::min(M_LOG2E / temperature, double(FLT_MAX))) : NAN;
-}
 
 void check_features(const char* names, const Tensor& features, const Tensor& prototypes) {
   TORCH_CHECK_VALUE(features.dim() == 3 && prototypes.dim() == 2 && features.size(2) == prototypes.size(1) &&
@@ -89,8 +84,8 @@ struct PrototypeDistillation {
         threads(threads_for(rows * views, classes, student.size(2))),
         unlike_views(unlike_views),
         student_temperature(student_temperature),
-        student_c(exponent_scale(student_temperature)),
-        teacher_c(exponent_scale(teacher_temperature)),
+        student_c(exponent_scale_at(student_temperature)),
+        teacher_c(exponent_scale_at(teacher_temperature)),
         cut(cut_rows(rows, std::max(student.size(2), teacher.size(2)), classes, derive ? views + teachers : 0,
                      engine.bytes())),
         class_cut(classes, std::max(student.size(2), teacher.size(2)), threads),

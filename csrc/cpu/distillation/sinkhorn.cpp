@@ -26,12 +26,6 @@
 namespace fastssl {
 namespace {
 
-// The c with 2^(c x) = exp(x / temperature); NaN for a temperature that is not positive.
-float exponent_of(double temperature) {
-  if (!(temperature > 0)) return std::numeric_limits<float>::quiet_NaN();
-  return static_cast<float>(std::min<double>(kLog2E / temperature, std::numeric_limits<float>::max()));
-}
-
 // The rows of logits (N, K) with unit stride within each row.
 Rows rows_of(const Tensor& logits) {
   return {{logits.const_data_ptr(), nullptr}, {logits.stride(0), 0}, logits.size(0), logits.size(1), element_of(logits)};
@@ -112,7 +106,7 @@ std::tuple<Tensor, Tensor> column_logsumexp(at::TensorList logits, double temper
   if (is_double(logits)) return portable<&column_logsumexp>(logits, temperature);
   const SinkhornTiles& tile = FASTSSL_TABLE_IN_USE(sinkhorn_tiles);
   const RowBlocks all(logits);
-  const float c = exponent_of(temperature);
+  const float c = exponent_scale_at(temperature);
   const Tensor totals = all.sums(0), tops = all.sums(kLowest);
   float *const total = totals.mutable_data_ptr<float>(), *const top = tops.mutable_data_ptr<float>();
   run(all.threads, all.size(), [&](int64_t b) {
@@ -147,7 +141,7 @@ Tensor assignment_sums(at::TensorList logits, const Tensor& center_, double temp
   const SinkhornTiles& tile = FASTSSL_TABLE_IN_USE(sinkhorn_tiles);
   const RowBlocks all(logits);
   const Tensor center = checked_center(center_, all.columns), sums = all.sums(0);
-  const float c = exponent_of(temperature);
+  const float c = exponent_scale_at(temperature);
   const Blocks scratch(all.threads, scratch_bytes(all.columns));
   run(all.threads, all.size(), [&](int64_t b) {
     const auto& [rows, first, count] = all.blocks[b];
@@ -163,7 +157,7 @@ Tensor assignments(const Tensor& logits, const Tensor& center_, double temperatu
   const SinkhornTiles& tile = FASTSSL_TABLE_IN_USE(sinkhorn_tiles);
   const RowBlocks all(logits);
   const Tensor center = checked_center(center_, all.columns);
-  const float c = exponent_of(temperature);
+  const float c = exponent_scale_at(temperature);
   const Tensor out = empty_in_large_pages(logits.sizes(), all.options);
   const Blocks scratch(all.threads, scratch_bytes(all.columns));
   run(all.threads, all.size(), [&](int64_t b) {
