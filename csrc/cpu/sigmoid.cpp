@@ -42,6 +42,16 @@ Results run_softplus(const Tensor& x_, const Tensor& y_, const Tensor& scale_, c
   const Numbers<double> total(x.cut.blocks, 0), weight(x.cut.blocks, 0);  // of each block of rows
   const Blocks tile(threads, x.cut.block * y.cut.block * 4);
   const Blocks narrow(threads, derive && engine.half() ? 2 * x.cut.block * y.cut.block * 2 : 0);
+  double all = 0, grad_scale = 0, grad_bias = 0;
+  const bool exact = engine.operand == Operand::Float32;
+  const Numbers<float> positive_weight(diagonal ? x.count : 0);
+  if (diagonal) dot_rows(x, y, positive_weight.data);
+  for (int64_t i = 0; diagonal && i < x.count; ++i) {
+    const Softplus positive(-(double(scale) * positive_weight[i] + bias));
+    all += positive.value;
+    positive_weight[i] = static_cast<float>(-positive.slope);
+    grad_bias -= positive.slope;
+  }
   const auto sum_up = [&](Gathered* of_x, Gathered* of_y) {
     match(threads, x.cut, y.cut, [&](int64_t I, int64_t J) {
       float* const s = tile.floats(slot(threads));
@@ -54,29 +64,22 @@ Results run_softplus(const Tensor& x_, const Tensor& y_, const Tensor& scale_, c
       auto* half = static_cast<at::BFloat16*>(narrow[slot(threads)]);
       auto* pairs = half ? half + m * n : nullptr;
       total[I] += f.softplus_and_weights(s, n, m, n, factor, bias, &weight[I], half, pairs);
+      if (diagonal && exact && I == J)
+        for (int64_t r = 0; r < x.size(I); ++r) s[r * n + r] = positive_weight[x.first(I) + r];
       of_x->add(I, half ? static_cast<void*>(half) : s, y, J);
       of_y->add_columns(J, half ? static_cast<void*>(pairs) : s, x, I);
     }, [&] { engine.release(); });
   };
 
-  double all = 0, grad_scale = 0, grad_bias = 0;
-  const Numbers<float> positive_weight(diagonal ? x.count : 0);
-  if (diagonal) dot_rows(x, y, positive_weight.data);
-  for (int64_t i = 0; diagonal && i < x.count; ++i) {
-    const Softplus positive(-(double(scale) * positive_weight[i] + bias));
-    all += positive.value;
-    positive_weight[i] = static_cast<float>(-positive.slope);
-    grad_bias -= positive.slope;
-  }
   const int64_t dim = x.rows.dim;
   const Tensor grad_x = at::empty({derive ? x.count : 0, dim}, at::kFloat);
   const Tensor grad_y = at::empty({derive ? y.count : 0, dim}, at::kFloat);
   if (derive) {
-    Gathered of_x(x, true, nullptr), of_y(y, false, &x);
+    Gathered of_x(x, true, nullptr, &grad_x), of_y(y, false, &x, &grad_y);
     sum_up(&of_x, &of_y);
     const Positives texts{y, positive_weight.data}, images{x, positive_weight.data};
-    grad_scale = finish_side(of_x, diagonal ? &texts : nullptr, scale, grad_x);
-    finish_side(of_y, diagonal ? &images : nullptr, scale, grad_y);
+    grad_scale = finish_side(of_x, diagonal && !exact ? &texts : nullptr, scale, grad_x);
+    finish_side(of_y, diagonal && !exact ? &images : nullptr, scale, grad_y);
   } else {
     sum_up(nullptr, nullptr);
     grad_bias = 0;

@@ -159,6 +159,10 @@ double finish(const void* x, float inverse_norm, const void* positive, float pos
   if (projection != 0)
     for (int64_t d = 0; d < padded; ++d) sums[d] -= projection * z.x[d];
   const double factor = double(scale) * inverse;
+  if (out == sums) {  // as they are gathered in the gradient itself
+    scale_row(sums, factor, dim, sums);
+    return along;
+  }
   if (!fits_float(factor)) scale_row(sums, factor, padded, sums);
   store_row(sums, out_element, dim, fits_float(factor) ? static_cast<float>(factor) : 1, out);
   return along;

@@ -148,16 +148,22 @@ struct Side {
 //
 // W^T X is summed transposed, as X^T W: W is then a right operand as it lies, and X is packed transposed once. If X has
 // few rows, at most twice as many as features, it is less work to transpose the tiles.
+//
+// Where a gradient has the layout of the sums, they are gathered in it: a small batch then stays in the cache.
 struct Gathered {
   const Side& side;
+  float* in_place;          // the gradient whose rows are the sums, or null
   Blocks sums, transposed;  // (rows, dim) and (dim, rows) floats each
   Blocks turned;
   std::vector<char> has_sums, has_transposed;  // a sum's first term is stored, not added
 
-  // `of_rows`: for sums of W Y. `x`, unless null: for sums of W^T X as well.
-  Gathered(const Side& side, bool of_rows, const Side* x)
+  // `of_rows`: for sums of W Y. `x`, unless null: for sums of W^T X as well. `grad`: what `finish_side` will write.
+  Gathered(const Side& side, bool of_rows, const Side* x, const Tensor* grad = nullptr)
       : side(side),
-        sums(side.cut.blocks, of_rows || (x && x->turned) ? side.cut.block * side.dim * 4 : 0),
+        in_place(grad && grad->scalar_type() == at::kFloat && grad->size(1) == side.dim && side.count % kPadding == 0
+                     ? grad->mutable_data_ptr<float>()
+                     : nullptr),
+        sums(side.cut.blocks, !in_place && (of_rows || (x && x->turned)) ? side.cut.block * side.dim * 4 : 0),
         transposed(side.cut.blocks, x && !x->turned ? side.cut.block * side.dim * 4 : 0),
         turned(side.threads, x && x->turned ? x->cut.block * side.cut.block * side.engine.bytes() : 0),
         has_sums(side.cut.blocks),
@@ -166,7 +172,7 @@ struct Gathered {
   // Adds W Y_J to the sum of block I. W is (rows, columns) of float32 or bfloat16.
   void add(int64_t I, const void* W, const Side& y, int64_t J) {
     side.engine.multiply(side.padded(I), side.dim, y.padded(J), std::exchange(has_sums[I], 1), W, y.weighed(J),
-                         sums.floats(I));
+                         sum_of(I));
   }
 
   // Adds W^T X_I to the sum of block J. W is float32, or bfloat16 in pairs.
@@ -178,7 +184,7 @@ struct Gathered {
     }
     float* const turn = turned.floats(slot(side.threads));
     side.engine.tile.transposed(static_cast<const float*>(W), n, side.engine.half() ? m / 2 : m, turn);
-    side.engine.multiply(n, side.dim, m, std::exchange(has_sums[J], 1), turn, x.weighed(I), sums.floats(J));
+    side.engine.multiply(n, side.dim, m, std::exchange(has_sums[J], 1), turn, x.weighed(I), sum_of(J));
   }
 
   // The sum of block b, (rows, dim). `spare` has room for it.
@@ -189,11 +195,14 @@ struct Gathered {
       if (!has_transposed[b]) std::fill_n(spare, elements, 0.f);
       return spare;
     }
-    float* const sum = sums.floats(b);
+    float* const sum = sum_of(b);
     if (has_transposed[b])
       for (int64_t i = 0; i < elements; ++i) sum[i] += spare[i];
     return sum;
   }
+
+ private:
+  float* sum_of(int64_t b) const { return in_place ? in_place + side.first(b) * side.dim : sums.floats(b); }
 };
 
 // The product of row i of x with its partner in y, both (normalised but) unrounded. `spare`: 2 x.dim floats.

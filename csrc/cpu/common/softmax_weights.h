@@ -49,14 +49,17 @@ struct Weights {
   const Exponent& e;
   const Coefficients* rows;     // null: no term of rows
   const Coefficients* columns;  // null: no term for columns
+  const float* diagonal;        // null: as the others; only where products are float32
   const SoftmaxTiles& tile = FASTSSL_TABLE_IN_USE(softmax_tiles);
   Blocks tiles, narrow;
 
-  Weights(const Similarities& S, const Exponent& e, const Coefficients* rows, const Coefficients* columns)
+  Weights(const Similarities& S, const Exponent& e, const Coefficients* rows, const Coefficients* columns,
+          const float* diagonal = nullptr)
       : S(S),
         e(e),
         rows(rows),
         columns(columns),
+        diagonal(diagonal),
         tiles(S.x.threads, S.x.cut.block * S.y.cut.block * 4),
         narrow(S.x.threads, S.x.engine.half() ? 2 * S.x.cut.block * S.y.cut.block * 2 : 0) {}
 
@@ -79,6 +82,8 @@ struct Weights {
       tile.weights_online(s, n, m, n, e.c, a, rows->origin.data + S.x.first(I), b,
                           columns ? columns->origin.data + S.y.first(J) : nullptr, half, pairs);
     }
+    if (diagonal && I == J)
+      for (int64_t r = 0; r < S.x.size(I); ++r) s[r * n + r] = diagonal[S.x.first(I) + r];
     if (of_x) of_x->add(I, half ? static_cast<void*>(half) : s, S.y, J);
     if (of_y) of_y->add_columns(J, half ? static_cast<void*>(pairs) : s, S.x, I);
   }

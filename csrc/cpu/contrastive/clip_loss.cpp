@@ -9,7 +9,7 @@
 // pass takes 1 U, the backward pass 2 U from tiles that were kept, 3 U from tiles that are computed again.
 //
 // The weights of positive pairs do not average out, so they do not go through rounded products: the diagonal is left
-// out of the tiles, and its terms are computed from unrounded rows.
+// out of the tiles, and its terms are computed from unrounded rows. In float32 the weights are put into the tiles.
 #include <torch/library.h>
 
 #include "common/checks.h"

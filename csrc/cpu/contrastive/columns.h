@@ -8,8 +8,8 @@ namespace fastssl {
 
 // Each thread owns some columns; the bits do not depend on which.
 inline void gather_columns(const Similarities& S, const Exponent& e, const Coefficients& rows, const KeptTiles& kept,
-                           Gathered& gathered) {
-  const Weights weights(S, e, &rows, nullptr);
+                           Gathered& gathered, const float* diagonal = nullptr) {
+  const Weights weights(S, e, &rows, nullptr, diagonal);
   run(S.y.threads, S.y.cut.blocks, [&](int64_t J) {
     // If the last tile of a column of tiles was kept, all of that column's were.
     if (S.y.lazy && S.x.cut.blocks && !kept(S.x.cut.blocks - 1, J)) S.y.prepare(J);

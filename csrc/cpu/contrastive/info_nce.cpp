@@ -13,8 +13,8 @@
 // tiles that were kept (common/kept_tiles.h), 2 U of tiles that are computed again.
 //
 // The positive's weight does not average out, so it does not go through rounded products: the positive is left out of
-// the tiles, and its terms are computed from unrounded rows. Each thread owns some rows (some columns in the backward
-// pass); the bits do not depend on which.
+// the tiles, and its terms are computed from unrounded rows; in float32 the keys' gradient has it in its tiles. Each
+// thread owns some rows (some columns in the backward pass); the bits do not depend on which.
 #include <torch/library.h>
 
 #include "common/checks.h"
@@ -121,7 +121,7 @@ std::tuple<Tensor, Tensor, Tensor> info_nce_backward(const Tensor& grad_loss, co
   double grad_scale = 0;
   for (int64_t i = 0; i < count; ++i) grad_scale += double(g[i]) * by_scale[i];
   const Tensor grad_query = query_slope.mul(gradient.mul(scale).unsqueeze(1)).to(query.scalar_type());
-  const Tensor grad_key = at::zeros({needs_key ? count : 0, key.size(1)}, key.options());
+  const Tensor grad_key = at::empty({needs_key ? count : 0, key.size(1)}, key.options());
   if (!needs_key || count == 0) return {grad_query, grad_key, scalar(grad_scale, scale.options())};
 
   const Engine engine(precision);
@@ -142,13 +142,15 @@ std::tuple<Tensor, Tensor, Tensor> info_nce_backward(const Tensor& grad_loss, co
     positive_weight[i] = static_cast<float>((share ? share * g[i] : 0) - slope);
     return t[i] == 0 ? 0 : static_cast<float>(slope / t[i]);
   }, shift, x, e);
-  Gathered gathered(y, false, &x);
-  gather_columns({x, y, e.factor, e.excluded, nullptr, true}, e, rows, tiles, gathered);
+  Gathered gathered(y, false, &x, &grad_key);
+  const bool exact = engine.operand == Operand::Float32;
+  gather_columns({x, y, e.factor, e.excluded, nullptr, true}, e, rows, tiles, gathered,
+                 exact ? positive_weight.data : nullptr);
   const Positives queries{x, positive_weight.data};
   const Numbers<float> weighted =
       share ? sum_rows(x, [&](int64_t i) { return -share * g[i] / static_cast<float>(count); }) : Numbers<float>(0);
   const EvenWeights even{nullptr, nullptr, weighted.data};
-  finish_side(gathered, &queries, e.scale, grad_key, nullptr, share ? &even : nullptr);
+  finish_side(gathered, exact ? nullptr : &queries, e.scale, grad_key, nullptr, share ? &even : nullptr);
   return {grad_query, grad_key, scalar(grad_scale, scale.options())};
 }
 

@@ -125,7 +125,7 @@ std::tuple<Tensor, Tensor, Tensor> similarity_logsumexp_backward(
   const Exponent e(scale, x, y);
   tiles.check(e.shared);
   const Coefficients rows(gradient, shift, x, e);
-  Gathered gathered(y, false, &x);
+  Gathered gathered(y, false, &x, &grad_y);
   gather_columns({x, y, e.factor, e.excluded, data_of(exclude), false}, e, rows, tiles, gathered);
   finish_side(gathered, nullptr, e.scale, grad_y);
   return {grad_x, grad_y, grad_scale};
