@@ -117,3 +117,12 @@ def test_gathered_keys_are_never_stored(kernels):
     with Sizes():
         info_nce(q, k[:2000], keys, negative_ids=ids).backward()
     assert 2000 * 64 <= max(sizes) <= 2001 * 64
+
+
+@pytest.mark.parametrize("options", [{}, {"symmetric": True}, {"normalize": False}])
+def test_a_single_pair_has_nothing_to_smooth(options, backend):
+    for seed in range(8):
+        q, k = (normal(1, 24, seed=2 * seed + i).requires_grad_() for i in range(2))
+        loss = info_nce(q, k, label_smoothing=0.3, temperature=0.01, **options)
+        for zero in (loss, *torch.autograd.grad(loss, (q, k))):
+            torch.testing.assert_close(zero, torch.zeros_like(zero), rtol=0, atol=0)
