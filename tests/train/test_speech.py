@@ -182,6 +182,9 @@ def test_frames_of_the_encoder_and_of_mel_energies_are_the_same():
     energies, other = mel.log_mel(waveforms.float()), mel.log_mel(changed.float())
     torch.testing.assert_close(other[:, 3], energies[:, 3])
     assert not torch.allclose(other[:, 2], energies[:, 2])
+    changed = waveforms.float()
+    changed[:, 3 * HOP :][:, : (LENGTH - 256) // 2] = changed[:, 3 * HOP + (LENGTH + 257) // 2 :] = 7.0
+    torch.testing.assert_close(mel.log_mel(changed)[:, 3], energies[:, 3])  # the middle of a frame
 
 
 def test_a_recurrent_encoder_hears_only_the_past_and_a_transformer_everything():
