@@ -123,7 +123,9 @@ FUNCTIONS: dict[str, Callable[[], dict[str, Any]]] = {
     "correlation_algorithm": lambda: {"batch": 8, "dim": 16},
     "covariance_loss": lambda: {"z": _leaf(4, 8), "unbiased": True},
     "cross_correlation": lambda: _pair("z_a", "z_b", eps=1e-5, unbiased=False, group=None),
-    "dcl": lambda: _pair("z1", "z2", temperature=0.2, weight_fn=_weight, normalize=True, reduction="mean"),
+    "dcl": lambda: _pair(
+        "z1", "z2", temperature=0.2, weight_fn=_weight, normalize=True, reduction="mean", group=None
+    ),
     "dino_loss": lambda: {
         "student_logits": [_leaf(4, 8), _leaf(2, 4, 8, seed=1)],
         "teacher_logits": _normal(2, 4, 8, seed=2),
@@ -201,7 +203,7 @@ FUNCTIONS: dict[str, Callable[[], dict[str, Any]]] = {
         "reduction": "mean",
     },
     "nt_xent": lambda: _pair(
-        "z1", "z2", temperature=torch.tensor(0.5, requires_grad=True), normalize=True, reduction="mean"
+        "z1", "z2", temperature=torch.tensor(0.5, requires_grad=True), normalize=True, reduction="mean", group=None
     ),
     "patch_embed": lambda: {
         "images": _leaf(2, 3, 4, 6),
@@ -249,6 +251,7 @@ FUNCTIONS: dict[str, Callable[[], dict[str, Any]]] = {
         "temperature": 0.2,
         "normalize": True,
         "reduction": "mean",
+        "group": None,
     },
     "mask_tokens": lambda: {
         "input_ids": torch.arange(12).view(2, 6),
