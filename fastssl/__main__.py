@@ -70,7 +70,7 @@ def _kernel(name: str, key: str) -> str:
     registered = re.search(f"^{key}: registered at (.*)", torch._C._dispatch_dump(name), re.MULTILINE)
     if registered is None:
         return "portable PyTorch"
-    return "C++" if registered[1].startswith("csrc/") else "Triton"
+    return "C++" if "csrc/" in registered[1] else "Triton"
 
 
 def report() -> None:

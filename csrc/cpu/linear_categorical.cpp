@@ -28,12 +28,10 @@ Tensor linear_categorical(const Tensor& seed, const Tensor& input, const Tensor&
                           const Tensor& linear_bias, const Tensor& scale_, c10::string_view precision) {
   TORCH_CHECK_VALUE(seed.scalar_type() == at::kLong && seed.numel() == 1, "seed must be one int64, got ",
                     seed.scalar_type(), " of shape ", seed.sizes());
-  check_sides("input and linear_weight", input, linear_weight, scale_);
+  check_layer(input, linear_weight, linear_bias, scale_);
   const int64_t rows = input.size(0), classes = linear_weight.size(0);
-  TORCH_CHECK_VALUE(0 < classes && classes <= std::numeric_limits<int32_t>::max(),
+  TORCH_CHECK_VALUE(classes <= std::numeric_limits<int32_t>::max(),
                     "linear_weight must have from 1 to 2^31 - 1 rows, got ", classes);
-  TORCH_CHECK_VALUE(linear_bias.dim() == 1 && (linear_bias.size(0) == 0 || linear_bias.size(0) == classes),
-                    "linear_bias must have shape (", classes, ") or (0), got ", linear_bias.sizes());
   const Engine engine(precision);
   const int threads = threads_for(rows, classes, input.size(1));
   const Cut cut(rows, input.size(1), 1), class_cut(classes, input.size(1), threads);

@@ -361,14 +361,7 @@ struct LinearCrossEntropy {
 void check(const Tensor& input, const Tensor& weight, const Tensor& bias, const std::optional<Tensor>& target,
            const Tensor& scale, const std::optional<Tensor>& class_weight, const std::optional<Tensor>& row_weight,
            bool soft = false) {
-  TORCH_CHECK_VALUE(input.dim() == 2 && weight.dim() == 2 && input.size(1) == weight.size(1) && weight.numel() > 0,
-                    "input and linear_weight must have shapes (N, D) and (V, D), V > 0, D > 0, got ", input.sizes(),
-                    " and ", weight.sizes());
-  TORCH_CHECK_VALUE(has_element(input) && has_element(weight),
-                    "input and linear_weight must be float32, bfloat16 or float16, got ", input.scalar_type(), " and ",
-                    weight.scalar_type());
-  TORCH_CHECK_VALUE(bias.dim() == 1 && (bias.size(0) == 0 || bias.size(0) == weight.size(0)),
-                    "linear_bias must have shape (", weight.size(0), ") or (0), got ", bias.sizes());
+  check_layer(input, weight, bias, scale);
   if (target && soft) {
     TORCH_CHECK_VALUE(has_element(*target) && target->dim() == 2 && target->size(0) == input.size(0) &&
                           target->size(1) == weight.size(0),
@@ -379,7 +372,6 @@ void check(const Tensor& input, const Tensor& weight, const Tensor& bias, const 
                       "target must be int64 of shape (", input.size(0), "), got ", target->scalar_type(), " of shape ",
                       target->sizes());
   }
-  TORCH_CHECK_VALUE(scale.numel() == 1, "scale must have one element, got shape ", scale.sizes());
   if (class_weight) check_vectors("class_weight", weight.size(0), {*class_weight});
   if (row_weight) check_vectors("row_weight", input.size(0), {*row_weight});
 }

@@ -76,7 +76,7 @@ def fit(
         console, writer = Console(quiet=True), None
     device = choose(run.device)
     learners = [Learner(name, method, run, device) for name, method in methods.items()]
-    about = resume.describe(run, learners, len(data))
+    about = resume.describe(run, learners, data)
     path = None if run.checkpoint is None else Path(run.checkpoint)
     with contextlib.ExitStack() as stack:
         if path is not None:

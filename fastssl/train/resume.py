@@ -8,6 +8,10 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
 from fastssl.train import checkpoint, parallel
 from fastssl.train.checkpoint import check_tensors
 from fastssl.train.evaluate import Health
@@ -20,14 +24,15 @@ T = TypeVar("T")
 _PARTS = ("weights", "optimizers", "scalers", "history")
 
 
-def describe(run: Run, learners: Sequence[Learner], examples: int) -> dict[str, Any]:
-    """What decides a run's losses, besides the data: a checkpoint fits only a run with the same values."""
+def describe(run: Run, learners: Sequence[Learner], data: Any) -> dict[str, Any]:
+    """What decides a run's losses, besides the data's values: a checkpoint fits only a run with the same."""
+    example = [tuple(x.shape[1:]) for x in tree_leaves(data[torch.tensor([0])]) if isinstance(x, Tensor)]
     methods = {
         learner.name: {"class": type(learner.method).__name__, "impl": learner.method.impl, **learner.method.options}
         for learner in learners
     }
     return _plain({
-        "methods": methods, "examples": examples, "batch_size": run.batch_size, "steps": run.steps,
+        "methods": methods, "examples": len(data), "example": example, "batch_size": run.batch_size, "steps": run.steps,
         "optimizer": run.optimizer, "clip": run.clip,
         "learning_rate": {learner.name: learner.rate.peak for learner in learners},
         "weight_decay": {learner.name: learner.decay.first for learner in learners},

@@ -75,8 +75,6 @@ def here(monkeypatch):
     monkeypatch.setattr(gpu, "build", lambda device: [])
     monkeypatch.setattr(machine, "measure_rates", lambda device, small=False: RATES)
     monkeypatch.setattr(smoke, "cases", lambda names: [("uniformity", "float32"), ("nt_xent", "tf32")])
-    run_smoke = smoke.run
-    monkeypatch.setattr(smoke, "run", lambda *arguments: run_smoke(*arguments, method="fork"))
     return others
 
 

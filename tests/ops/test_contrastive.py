@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import fastssl
 from fastssl import reference
+from fastssl._exponential_sums import pair_sums
 from fastssl.functional import (
     clip_loss,
     dcl,
@@ -160,6 +161,18 @@ def test_all_rows_zero(backend):
 
 def test_mean_of_an_empty_batch_is_nan(backend):
     assert nt_xent(torch.ones(0, 8), torch.ones(0, 8)).isnan()
+
+
+@pytest.mark.parametrize("first", [256, 40, 7, 1])
+@pytest.mark.sanitized
+def test_nan_is_in_the_loss_of_every_row_that_meets_it(first, kernels):
+    """Also where nothing else is in a tile but what fills it up."""
+    x, y = (F.normalize(normal(first + 20, 8, seed=i), dim=1) for i in range(2))
+    y[first:] = float("nan")
+    losses = clip_loss(x, y, 10.0, reduction="none"), info_nce(x, y, reduction="none"), nt_xent(x, y, reduction="none")
+    assert all(loss.isnan().all() for loss in losses)
+    sums = pair_sums(x, y[first:], torch.tensor(10.0), None, "float32")[0]
+    assert sums[0].isnan().all()
 
 
 @pytest.mark.parametrize("value, expected", [(0.0, "nan"), (float("inf"), "finite"), (float("nan"), "nan")])

@@ -57,6 +57,15 @@ def test_a_seed_draws_the_same_everywhere(sizes, dtype):
 
 
 @pytest.mark.parametrize("backend", ["auto", "portable"])
+def test_unlike_dtypes_under_autocast(backend):
+    """Features of a layer, and a parameter."""
+    x, w, _ = _layer(40, 8, 70)
+    with fastssl.use_backend(backend), torch.autocast("cpu", torch.bfloat16):
+        ids = [linear_categorical(*z, generator=seeded(4)) for z in ((x.bfloat16(), w), (x.bfloat16(), w.bfloat16()))]
+    assert torch.equal(*ids)
+
+
+@pytest.mark.parametrize("backend", ["auto", "portable"])
 def test_rows_without_a_distribution(backend):
     x, w, bias = _layer(40, 8, 70)
     x[3, 2], x[5] = float("nan"), 0

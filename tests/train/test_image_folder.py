@@ -189,6 +189,17 @@ def test_images_of_another_size_are_read_from_a_file(animals):
     torch.testing.assert_close(middle, small.train[:, :, 12:20, 12:20].float().mean((2, 3)), atol=3, rtol=0)
 
 
+def test_a_file_that_cannot_be_written_to_leaves_images_in_memory(animals, monkeypatch):
+    in_file = data.load(animals, 40).train.clone()
+
+    def refuse(*args, **kwargs):
+        raise RuntimeError("unable to open file in read-write mode: Permission denied")
+
+    monkeypatch.setattr(torch, "from_file", refuse)
+    in_memory = data.load(animals, 40).train
+    assert torch.equal(in_memory, in_file) and not is_mapped(in_memory)
+
+
 @pytest.mark.parametrize("labelled", [False, True])
 def test_what_is_read_ahead_is_the_same(labelled, animals, monkeypatch):
     images, names = data.load(animals, 40).train, set()

@@ -65,6 +65,9 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     ]:
         with pytest.raises(ValueError, match=message):
             run(tiny(), **{"steps": 2, **options}, checkpoint=path, resume=True)
+    with pytest.raises(ValueError, match=r"run with example \[\(28, 28\)\], got \[\(14, 28\)\]"):
+        smaller = Run(batch_size=16, steps=2, checkpoint=path, resume=True)
+        fit({"m": tiny()}, IMAGES[:, :14], smaller, console=QUIET)
     with pytest.raises(ValueError, match=r"run with methods .*Tiny.*, got .*SimSiam"):
         run(new("simsiam"), 2, checkpoint=path, resume=True)
     wider = tiny()

@@ -65,7 +65,7 @@ def small_data(monkeypatch, blobs, blob_places):
     texts = (text_module, sentences), (subwords_module, subwords), (captions_module, captions)
     datasets = (images_module, blobs), (pairs_module, pairs), (speech_module, speech), *texts
     for module, dataset in datasets:
-        monkeypatch.setattr(module, "load", lambda source, dataset=dataset: dataset)
+        monkeypatch.setattr(module, "load", lambda source, size=None, dataset=dataset: dataset)
     monkeypatch.setattr(subwords_module, "load_sentences", subwords_module.load)
 
 
@@ -91,7 +91,7 @@ def test_a_step_is_that_of_float64_but_for_rounding(name):
     assert not agree(errors)
     # dropout draws the same mask, and no .float() rounds on the way
     assert all(errors[quantity]["naive"] < 1e-5 for quantity in ("loss", "gradients"))
-    assert all(error["naive"] < 1e-2 for error in errors.values())
+    assert all(error["naive"] < 2e-2 for error in errors.values())
     assert all(torch.equal(x, before[key]) for key, x in method.state_dict().items())
 
 
@@ -341,4 +341,4 @@ def test_unknown_methods_give_one_line(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["command", "simclr", "word2vec"])
     with pytest.raises(SystemExit) as caught:
         program.main()
-    assert caught.value.code == 2 and "word2vec is none of barlow_twins, bert, byol" in capsys.readouterr().err
+    assert caught.value.code == 2 and "word2vec is none of barlow_twins, beit, bert" in capsys.readouterr().err

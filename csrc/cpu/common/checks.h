@@ -19,7 +19,20 @@ inline void check_sides(const char* names, const Tensor& x, const Tensor& y, con
   TORCH_CHECK_VALUE(scale.numel() == 1, "scale must have one element, got shape ", scale.sizes());
 }
 
-// The same for paired rows: row i of x belongs to row i of y.
+// The same for the rows of a linear layer, whose dtypes may be unlike. A bias of no elements is none.
+inline void check_layer(const Tensor& input, const Tensor& weight, const Tensor& bias, const Tensor& scale) {
+  TORCH_CHECK_VALUE(input.dim() == 2 && weight.dim() == 2 && input.size(1) == weight.size(1) && weight.numel() > 0,
+                    "input and linear_weight must have shapes (N, D) and (V, D), V > 0, D > 0, got ", input.sizes(),
+                    " and ", weight.sizes());
+  TORCH_CHECK_VALUE(has_element(input) && has_element(weight),
+                    "input and linear_weight must be float32, bfloat16 or float16, got ", input.scalar_type(), " and ",
+                    weight.scalar_type());
+  TORCH_CHECK_VALUE(bias.dim() == 1 && (bias.size(0) == 0 || bias.size(0) == weight.size(0)),
+                    "linear_bias must have shape (", weight.size(0), ") or (0), got ", bias.sizes());
+  TORCH_CHECK_VALUE(scale.numel() == 1, "scale must have one element, got shape ", scale.sizes());
+}
+
+// The same as of sides for paired rows: row i of x belongs to row i of y.
 inline void check_pairs(const char* names, const Tensor& x, const Tensor& y, const Tensor& scale) {
   check_sides(names, x, y, scale);
   TORCH_CHECK_VALUE(x.size(0) == y.size(0), names, " must have the same shape, got ", x.sizes(), " and ", y.sizes());

@@ -107,8 +107,10 @@ void sum_exponentials_online(const float* S, int64_t ld, int64_t rows, int64_t c
     const float* row = S + r * ld;
     Vec extreme = lowest, e = {};
     for (int64_t j = 0; j < columns; j += kLanes) extreme = max(extreme, load(row + j) * sign);
-    if (!move_origin(max(extreme), sign, c, row_origin[r], row_total[r])) continue;
-    for (int64_t j = 0; j < columns; j += kLanes) e += exp2((load(row + j) - row_origin[r]) * c);
+    // A row, or below a column, with nothing in it keeps origin 0: its exponentials are then 0, or NaN if it has a NaN,
+    // which the extreme need not be.
+    const float origin = move_origin(max(extreme), sign, c, row_origin[r], row_total[r]) ? row_origin[r] : 0;
+    for (int64_t j = 0; j < columns; j += kLanes) e += exp2((load(row + j) - origin) * c);
     row_total[r] += sum(e);
   }
   if (!column_total) return;
@@ -116,7 +118,6 @@ void sum_exponentials_online(const float* S, int64_t ld, int64_t rows, int64_t c
     Vec extreme = lowest, e = {}, origin = {};
     for (int64_t r = 0; r < rows; ++r) extreme = max(extreme, load(S + r * ld + j) * sign);
     for (int i = 0; i < kLanes; ++i)
-      // A column with nothing in it keeps origin 0: its exponentials are then 0, not NaN.
       if (move_origin(extreme[i], sign, c, column_origin[j + i], column_total[j + i])) origin[i] = column_origin[j + i];
     for (int64_t r = 0; r < rows; ++r) e += exp2((load(S + r * ld + j) - origin) * c);
     for (int i = 0; i < kLanes; ++i) column_total[j + i] += e[i];

@@ -74,10 +74,10 @@ def mapped(path: Path, key: str, shape: Sequence[int], fill: Callable[[Tensor], 
                     file.seek(size)
                     file.write(json.dumps(found).encode().ljust(_NOTE))
                 os.replace(whole, path)
+        return _map(path, size).view(*shape), found["value"]
     except OSError:
         numbers = torch.empty(*shape, dtype=torch.uint8)
         return numbers, fill(numbers)
-    return _map(path, size).view(*shape), found["value"]
 
 
 def _note(path: Path, key: str, shape: Sequence[int]) -> dict[str, Any] | None:
@@ -103,7 +103,10 @@ def _sum(key: str, shape: Sequence[int], value: Any, numbers: Tensor) -> str:
 
 
 def _map(path: Path, size: int) -> Tensor:
-    return torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8)  # otherwise it has no name any more
+    try:
+        return torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8)  # else it has no name any more
+    except RuntimeError as error:  # it may be read, but not written to
+        raise OSError(str(error)) from error
 
 
 def is_mapped(x: Tensor) -> bool:
