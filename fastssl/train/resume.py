@@ -8,9 +8,8 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
-import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils.data import TensorDataset
 
 from fastssl.train import checkpoint, parallel
 from fastssl.train.checkpoint import check_tensors
@@ -26,7 +25,8 @@ _PARTS = ("weights", "optimizers", "scalers", "history")
 
 def describe(run: Run, learners: Sequence[Learner], data: Any) -> dict[str, Any]:
     """What decides a run's losses, besides the data's values: a checkpoint fits only a run with the same."""
-    example = [tuple(x.shape[1:]) for x in tree_leaves(data[torch.tensor([0])]) if isinstance(x, Tensor)]
+    parts = data.tensors if isinstance(data, TensorDataset) else [data]
+    example = [tuple(x.shape[1:]) for x in parts if isinstance(x, Tensor)]
     methods = {
         learner.name: {"class": type(learner.method).__name__, "impl": learner.method.impl, **learner.method.options}
         for learner in learners
