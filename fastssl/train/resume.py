@@ -8,11 +8,9 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
-from torch import Tensor
-from torch.utils.data import TensorDataset
-
 from fastssl.train import checkpoint, parallel
 from fastssl.train.checkpoint import check_tensors
+from fastssl.train.data.loader import tensors_of
 from fastssl.train.evaluate import Health
 from fastssl.train.learner import Learner
 from fastssl.train.optimizers import state_like
@@ -25,8 +23,7 @@ _PARTS = ("weights", "optimizers", "scalers", "history")
 
 def describe(run: Run, learners: Sequence[Learner], data: Any) -> dict[str, Any]:
     """What decides a run's losses, besides the data's values: a checkpoint fits only a run with the same."""
-    parts = data.tensors if isinstance(data, TensorDataset) else [data]
-    example = [tuple(x.shape[1:]) for x in parts if isinstance(x, Tensor)]
+    example = [tuple(x.shape[1:]) for x in tensors_of(data)]
     methods = {
         learner.name: {"class": type(learner.method).__name__, "impl": learner.method.impl, **learner.method.options}
         for learner in learners

@@ -15,6 +15,12 @@ from torch.utils.data import TensorDataset
 from fastssl.train.data.cache import is_mapped
 
 
+def tensors_of(data: Any) -> list[Tensor]:
+    """What a tensor or a TensorDataset consists of; nothing of anything else that takes positions."""
+    parts = data.tensors if isinstance(data, TensorDataset) else [data]
+    return [x for x in parts if isinstance(x, Tensor)]
+
+
 class Loader:
     """data[positions] of each of the positions. Where the data are in a file (`fastssl.train.data.cache.mapped`), a
     thread reads the next ones while something is done with these.
@@ -31,8 +37,7 @@ class Loader:
         self.data, self.positions, self.seconds = data, positions, 0.0
 
     def __iter__(self) -> Iterator[Any]:
-        parts = self.data.tensors if isinstance(self.data, TensorDataset) else [self.data]
-        if not any(isinstance(x, Tensor) and is_mapped(x) for x in parts):
+        if not any(map(is_mapped, tensors_of(self.data))):
             yield from self._in_turn(0, lambda positions: partial(self.data.__getitem__, positions))
             return
         with ThreadPoolExecutor(1, "loader") as pool:
