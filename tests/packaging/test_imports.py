@@ -20,7 +20,7 @@ ROOMS = [  # each uses those before it
     {"_checks", "_exponential_sums"},
     {"_random"},
     {"functional"},
-    {"nn", "grad_cache", "_smoke"},
+    {"nn", "grad_cache", "patch", "_smoke"},
     {"optim", "integrations"},
     {"train"},
 ]
