@@ -1,7 +1,7 @@
 """What mkdocs does to the Markdown of docs/, which is written to be read as it is on a forge, too.
 
-- A list item that is nothing but a link from a public name to its source becomes the documentation of that name, from
-  its docstring.
+- Under the heading API, a list item that is nothing but a link from a public name to its source becomes the
+  documentation of that name, from its docstring.
 - A block of mathematics becomes MathML, which browsers draw by themselves.
 - The file that a block of code is quoted from becomes its title.
 - CONTRIBUTING.md and CHANGELOG.md, which lie outside docs/, become pages. Links to other files out there become text.
@@ -19,7 +19,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 OUTSIDE = "CONTRIBUTING.md", "CHANGELOG.md"
-API = re.compile(r"^- \[`(fastssl\.[\w.]+)`\]\((?:\.\./)+([\w/]+)\.py\)$", re.MULTILINE)
+_NAME = re.compile(r"^- \[`(fastssl\.[\w.]+)`\]\((?:\.\./)+([\w/]+)\.py\)$", re.MULTILINE)
 _MATHEMATICS = re.compile(r"^```math\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _QUOTATION = re.compile(r"^```(\w+) +(\S+)$", re.MULTILINE)
 _LINK = re.compile(r"\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s:]+)\)")
@@ -35,7 +35,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     folder = posixpath.dirname(page.file.src_uri)
     inside = page.file.src_uri not in OUTSIDE
-    markdown = API.sub(_documentation, markdown)
+    prose, heading, names = markdown.partition("\n## API\n")
+    markdown = prose + heading + _NAME.sub(_documentation, names)
     markdown = _MATHEMATICS.sub(lambda match: f'<div class="math">{convert(match[1], display="block")}</div>', markdown)
     markdown = _QUOTATION.sub(r'```\1 title="\2"', markdown)
     return _LINK.sub(lambda match: _link(*match.groups(), folder if inside else None), markdown)
