@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 import fastssl
 from benchmarks.ops import peers
 from fastssl import _native
+from fastssl.patch import PEERS
 from fastssl.reference import OPS
 from tests.accuracy import dtype_of
 from tests.devices import DEVICES, MadeOn, device_param
@@ -27,6 +29,9 @@ PORTABLE = pytest.param("portable", marks=pytest.mark.unsanitized)
 def pytest_terminal_summary(terminalreporter):
     if DEVICES == ("cpu",):
         terminalreporter.write_line("The tests for a GPU did not run: PyTorch finds none.", yellow=True)
+    missing = [name for name in PEERS if find_spec(name) is None]
+    if missing:
+        terminalreporter.write_line(f"The tests beside {', '.join(missing)} did not run: not installed.", yellow=True)
 
 
 def pytest_collection_modifyitems(config, items):
@@ -116,3 +121,4 @@ def _peer(name: str):
 lightly, lightly_nt_xent_loss, open_clip, open_clip_transformer, timm = map(
     _peer, ("lightly", "lightly_nt_xent_loss", "open_clip", "open_clip_transformer", "timm")
 )
+sentence_transformers, transformers = map(_peer, ("sentence_transformers", "transformers"))

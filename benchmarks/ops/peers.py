@@ -53,6 +53,26 @@ def timm() -> ModuleType:
     return importlib.import_module("timm")
 
 
+def sentence_transformers() -> ModuleType:
+    """sentence_transformers.
+
+    Raises:
+        ImportError: if sentence-transformers is not installed.
+    """
+    _torchvision()
+    return importlib.import_module("sentence_transformers")
+
+
+def transformers() -> ModuleType:
+    """transformers.
+
+    Raises:
+        ImportError: if transformers is not installed.
+    """
+    _torchvision()
+    return importlib.import_module("transformers")
+
+
 def open_clip_transformer() -> ModuleType:
     """open_clip.transformer.
 
