@@ -1,4 +1,4 @@
-# make demo | test | bench: each sets up .venv first. `make clean` before another PYTHON or TORCH.
+# make demo | test | bench | docs: each sets up .venv first. `make clean` before another PYTHON or TORCH.
 # make gpu: all that a new machine with a GPU should be asked, with the PYTHON that is there and no network;
 # STAGES="correctness speed" for some of it, DEVICE=cpu for a rehearsal.
 # make oldest: what depends most on PyTorch and Triton, under the oldest that are supported. Gigabytes, the first time.
@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 NATIVE := setup.py CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test bench gpu oldest clean
+.PHONY: demo test bench docs gpu oldest clean
 
 demo: .venv/demo
 	$(BIN)/python -m fastssl.train.demo
@@ -18,6 +18,10 @@ test: .venv/test
 
 bench: .venv/bench
 	$(BIN)/python -m benchmarks.ops
+
+# site/index.html
+docs: .venv/docs
+	$(BIN)/python -m mkdocs build
 
 # The library in this tree is for another PyTorch and is not loaded: the portable code runs.
 oldest: build/oldest/ready
@@ -33,7 +37,7 @@ gpu:
 	$(PYTHON) -m benchmarks.gpu $(STAGES) --device $(or $(DEVICE),cuda)
 
 clean:
-	rm -rf .venv build dist *.egg-info fastssl/_build.json fastssl/*.so
+	rm -rf .venv build dist site *.egg-info fastssl/_build.json fastssl/*.so
 
 .venv/torch:
 	$(PYTHON) -m venv .venv
@@ -41,7 +45,7 @@ clean:
 	touch $@
 
 # Editable, so that what runs is the working tree. torch again, lest an extra bring another one.
-.venv/demo .venv/test .venv/bench: .venv/torch $(NATIVE)
+.venv/demo .venv/test .venv/bench .venv/docs: .venv/torch $(NATIVE)
 	@echo "Compiling the kernels: minutes for C++, and as many again for CUDA where nvcc is. CUDACXX=none leaves CUDA out."
 	$(BIN)/pip install "$(TORCH)" --editable ".[$(@F)]"
 	touch $@

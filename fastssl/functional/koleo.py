@@ -23,10 +23,10 @@ def koleo_loss(
 
         -mean_{i, j} log(|z_i - z_j + eps| + eps),    z_i = x_i / max(|x_i|, eps)
 
-    over all rows i and the `topk` rows j != i of the largest <z_i, z_j>. It falls as features spread out. The gradient
-    flows to both ends of each distance; which rows are nearest is a constant. The N x N similarities are never stored:
-    memory is O(N D). They are compared in float32 (float64 for float64), whatever `torch.set_float32_matmul_precision`
-    and autocast say: a rounded search would find other neighbours.
+    over all rows i and the `topk` rows j != i of the largest `<z_i, z_j>`. It falls as features spread out. The
+    gradient flows to both ends of each distance; which rows are nearest is a constant. The N x N similarities are never
+    stored: memory is O(N D). They are compared in float32 (float64 for float64), whatever
+    `torch.set_float32_matmul_precision` and autocast say: a rounded search would find other neighbours.
 
     Args:
         features: (N, D) rows; float32, bfloat16, float16 or float64.

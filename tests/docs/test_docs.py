@@ -57,7 +57,7 @@ def _params(blocks: list[Block]):
 
 
 def test_every_block_says_what_it_is():
-    assert {block.language for block in BLOCKS} <= {"python", "cpp", "bash", "text"}
+    assert {block.language for block in BLOCKS} <= {"python", "cpp", "bash", "text", "math"}
     assert len(_of("python")) >= 8 and len(_of("bash")) >= 5
 
 
@@ -151,3 +151,10 @@ def test_a_picture_is_drawn(script, tmp_path):
     subprocess.run([sys.executable, script, tmp_path / "picture.svg"], check=True)
     assert "</svg>" in (tmp_path / "picture.svg").read_text()
     assert script.with_suffix(".svg").exists()
+
+
+def test_every_family_has_its_picture(tmp_path):
+    subprocess.run([sys.executable, ROOT / "docs" / "pictures" / "draw.py", tmp_path], check=True)
+    drawn = {path.stem for path in tmp_path.glob("*.svg") if "</svg>" in path.read_text()}
+    assert drawn == {path.stem for path in ROOT.glob("docs/pictures/*.svg")}
+    assert drawn == {page.stem for page in ROOT.glob("docs/families/*.md") if f"/{page.stem}.svg)" in page.read_text()}

@@ -61,8 +61,8 @@ def clip_loss(
         0-d loss, or with "none" (B,) losses, in image_features' dtype, float32 under autocast. The mean over an empty
         batch is NaN. With return_metrics, (loss, metrics); the metrics are detached 0-d float32 tensors:
         "image_accuracy" and "text_accuracy", the shares of images and of texts whose own partner is more similar than
-        any other (not with labels); "positive_similarity", the mean <image_i, text_i>; "alignment", the mean |image_i -
-        text_i|^2 (arXiv:2005.10242).
+        any other (not with labels); "positive_similarity", the mean `<image_i, text_i>`; "alignment", the mean
+        `|image_i - text_i|^2` (arXiv:2005.10242).
 
         With a group, the loss (and metrics) of this process's pairs. The mean over the processes of their mean losses
         is that of one process on the whole batch. The gradients of the features are those of the sum of the processes'

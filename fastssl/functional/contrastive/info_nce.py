@@ -77,8 +77,8 @@ def info_nce(
         0-d loss, or with "none" (B,) losses, in query's dtype, float32 under autocast. The mean over an empty batch is
         NaN. A query without negatives has loss 0. With return_metrics, (loss, metrics); the metrics are detached 0-d
         float32 tensors: "accuracy", the share of queries that are more similar to their positive key than to any
-        negative (if symmetric, over both directions); "positive_similarity", the mean <q_i, k_i>; "alignment", the mean
-        |q_i - k_i|^2 (arXiv:2005.10242).
+        negative (if symmetric, over both directions); "positive_similarity", the mean `<q_i, k_i>`; "alignment", the
+        mean `|q_i - k_i|^2` (arXiv:2005.10242).
 
     Raises:
         TypeError: if query, positive_key, negative_keys or negative_ids is no tensor, or temperature neither number nor
