@@ -51,7 +51,10 @@ def _softmax_losses() -> dict[str, Callable[..., Tensor]]:
     def plain_nce(x, y, scale, **kwargs):
         return nce(x, y, scale, normalize=False, label_smoothing=0.2, **kwargs)
 
-    losses = (clip_loss, smoothed_clip, nce, symmetric_nce, plain_nce, *_losses_of_both_views())
+    def labelled_clip(x, y, scale, **kwargs):
+        return clip_loss(x, y, scale, labels=_labels(x, kwargs.get("group")), label_smoothing=0.1, **kwargs)
+
+    losses = (clip_loss, smoothed_clip, labelled_clip, nce, symmetric_nce, plain_nce, *_losses_of_both_views())
     return {f.__name__: f for f in losses}
 
 
@@ -69,13 +72,17 @@ def _losses_of_both_views() -> tuple[Callable[..., Tensor], ...]:
         return of_pairs(dcl(x, y, temperature=1 / scale, reduction=reduction, **options, **kwargs), reduction)
 
     def supervised(x, y, scale, reduction="mean", group=None):
-        first = 0 if group is None else group.rank() * len(x)
-        labels = torch.arange(first, first + len(x)) % 3 * 10
         features = torch.stack([x, y], 1)
-        losses = sup_con(features, labels, temperature=1 / scale, reduction=reduction, group=group)
+        losses = sup_con(features, _labels(x, group), temperature=1 / scale, reduction=reduction, group=group)
         return of_pairs(losses.T.flatten() if reduction == "none" else losses, reduction)
 
     return xent, plain_dcl, supervised
+
+
+def _labels(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Of the rows of this process, three in the whole batch: few of a process's own rows have any of them."""
+    first = 0 if group is None else group.rank() * len(x)
+    return torch.arange(first, first + len(x)) % 3 * 10
 
 
 def _check_ring() -> None:
@@ -270,14 +277,14 @@ class _Products(TorchDispatchMode):
 
 def _check_products_fall_with_the_number_of_processes() -> None:
     """Of P processes each multiplies as many rows as one process alone, divided by P, in both passes."""
-    losses = _softmax_losses()
-    for name in ("xent", "supervised"):
+    losses, rows = _softmax_losses(), world_size() * BATCH
+    for name, times in {"xent": 2 * 2**2, "supervised": 2 * 2**2, "labelled_clip": 4}.items():
         whole = [x.requires_grad_() for x in all_views()[0]]
         with _Products() as alone:
             losses[name](*whole, 2.0).backward()
         with _Products() as together:
             losses[name](*(own_rows(x) for x in whole), 2.0, group=dist.group.WORLD).backward()
-        assert alone.found == 2 * (2 * world_size() * BATCH) ** 2
+        assert alone.found == times * rows**2
         assert together.found * world_size() == alone.found, name
 
 
@@ -374,8 +381,8 @@ def _check_unlike_processes_are_refused() -> None:
         clip_loss(*((x, y) if last else (x.double(), y.double())), 2.0, group=group)
     with pytest.raises(TypeError, match="group must be a torch.distributed.ProcessGroup or None, got int"):
         clip_loss(x, y, 2.0, group=3)
-    with pytest.raises(ValueError, match="labels must be None where there is a group"):
-        clip_loss(x, y, 2.0, labels=torch.zeros(BATCH, dtype=torch.int64), group=group)
+    with pytest.raises(ValueError, match=r"labels must have the same shape.*got labels \(\(6,\), .*and \(\(0,\)"):
+        clip_loss(x, y, 2.0, labels=None if last else _labels(x, group), group=group)
     with pytest.raises(ValueError, match="group must be None with the backend 'reference'"):
         with fastssl.use_backend("reference"):
             clip_loss(x, y, 2.0, group=group)
@@ -392,7 +399,8 @@ def _check_metrics() -> None:
         loss = _softmax_losses()[name]
         expected = loss(*whole, 2.0, return_metrics=True)[1]
         metrics = loss(*parts, 2.0, return_metrics=True, group=dist.group.WORLD)[1]
-        assert list(metrics) == list(expected) and 0 < next(iter(expected.values())) < 1
+        assert list(metrics) == list(expected)
+        assert name == "labelled_clip" or 0 < next(iter(expected.values())) < 1  # an accuracy
         for name, value in metrics.items():
             torch.testing.assert_close(mean_of_all(value), expected[name])
 

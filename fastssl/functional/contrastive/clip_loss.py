@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from fastssl import reference
@@ -55,7 +56,8 @@ def clip_loss(
         group: processes that each hold B pairs of one batch: the images and texts of all of them are a pair's
             negatives. None: this process alone. All must call this function and its backward pass, with the same
             arguments except for the features. The texts travel from one process to the next (`fastssl.distributed`):
-            none holds the whole batch. Only without labels.
+            none holds the whole batch. Labels are those of all processes' pairs; every process holds the labels of the
+            whole batch, and a sum of rows for each that occurs.
 
     Returns:
         0-d loss, or with "none" (B,) losses, in image_features' dtype, float32 under autocast. The mean over an empty
@@ -82,8 +84,6 @@ def clip_loss(
     check_reduction(reduction)
     if labels is not None:
         check_labels(labels, image_features, "image_features")
-        if group is not None:
-            raise ValueError(f"labels must be None where there is a group, got shape {tuple(labels.shape)}")
     check_group(group)
     if current_backend() == "reference":
         result = reference.contrastive.clip_loss(
@@ -94,7 +94,8 @@ def clip_loss(
     scale, precision = as_scalar(logit_scale, image_features), product_precision(image_features)
     ring = None
     if group is not None:
-        ring = Ring(group, image_features=image_features, text_features=text_features, logit_scale=scale)
+        some = scale.new_empty(0, dtype=torch.int64) if labels is None else labels  # that all processes have, or none
+        ring = Ring(group, image_features=image_features, text_features=text_features, logit_scale=scale, labels=some)
     loss, sums = pair_loss(image_features, text_features, scale, labels, label_smoothing, precision, ring)
     loss = finish(loss, reduction, image_features)
     if not return_metrics:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastssl import distributed
 from fastssl._arithmetic import cross_entropy, dot, logsumexp
 from fastssl._exponential_sums import Sums, largest_similarity, pair_sums
 from fastssl.distributed import Ring, mean_over_processes
@@ -37,7 +38,12 @@ def pair_loss(
         aligned = dot(x, y)
         loss = (cross_entropy(rows, aligned * scale) + cross_entropy(columns, aligned * scale)) / 2
     else:
-        (of_y, count), (of_x, _) = (contrastive.class_sums(z, labels) for z in (y, x))
+        both = torch.cat([y, x], 1)
+        if ring is None:
+            sums_of_labels, count = contrastive.class_sums(both, labels)
+        else:
+            sums_of_labels, count = distributed.contrastive.class_sums(both, labels, ring.group)
+        of_y, of_x = sums_of_labels.chunk(2, 1)
         aligned = (dot(x, of_y) + dot(y, of_x)) / (2 * count)
         loss = (rows + columns) / 2 - aligned * scale
     if label_smoothing:
