@@ -53,11 +53,7 @@ class LanguageModel(Method):
         self.bias.copy_(F.pad(unigram, (0, self.signs), value=signs))  # a quarter of all, as with spans of three
 
     def loss(self, features: Tensor, labels: Tensor, group: ProcessGroup | None = None) -> Tensor:
-        inputs = features, self.encoder.words.weight, labels
-        if group is None:
-            return linear_cross_entropy(*inputs, linear_bias=self.bias)
-        found = mean_over_processes((labels >= 0).sum().float(), group)  # processes have unlike numbers of them
-        return linear_cross_entropy(*inputs, linear_bias=self.bias, reduction="sum") / found
+        return cross_entropy(features, self.encoder.words.weight, labels, self.bias, group)
 
     def monitored(self, features: Tensor, labels: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
         return (features.flatten(0, 1),)
@@ -96,6 +92,23 @@ class LanguageModel(Method):
         part, tested = number * _PARTS // len(found), number % 4 == 3
         accuracy = probe_accuracy(found[~tested], found[tested], part[~tested], part[tested])
         return {f"linear probe of which tenth of {len(found)} sequences one is of": accuracy}
+
+
+def cross_entropy(
+    features: Tensor,
+    words: Tensor,
+    labels: Tensor,
+    bias: Tensor,
+    group: ProcessGroup | None = None,
+    ignore_index: int = -100,
+) -> Tensor:
+    """The mean of that of all labels but ignore_index. Its mean over the processes of a group is that of the whole
+    batch, of whose labels they may have unlike numbers."""
+    options = {"linear_bias": bias, "ignore_index": ignore_index}
+    if group is None:
+        return linear_cross_entropy(features, words, labels, **options)
+    found = mean_over_processes((labels != ignore_index).sum().float(), group)
+    return linear_cross_entropy(features, words, labels, **options, reduction="sum") / found
 
 
 def log_frequencies(tokens: Tensor, vocabulary: int) -> Tensor:

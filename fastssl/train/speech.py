@@ -61,6 +61,18 @@ class SpeechModel(Method):
         places = HOP * starts + torch.arange(windows.shape[1] - HOP * MARGIN, device=windows.device)
         return speech.to_float(windows.gather(1, places))
 
+    @staticmethod
+    def steps(negatives: Tensor) -> Tensor:
+        """What `sample_negatives` drew (B, T, K), numbered within each recording, wherever that comes to be."""
+        batch, length, _ = negatives.shape
+        return (negatives - length * torch.arange(batch).view(-1, 1, 1)).clamp_min(-1)
+
+    @staticmethod
+    def ids(steps: Tensor, length: int) -> Tensor:
+        """Steps (B, M, K) of recordings of that length -> ids (B M, K) of `info_nce`."""
+        first = length * torch.arange(len(steps), device=steps.device).view(-1, 1, 1)
+        return (first + steps).where(steps >= 0, -1).flatten(0, 1)
+
     def evaluate(self, dataset: Speech) -> dict[str, float]:
         """How well a linear classifier of a prompt's mean features finds the words that its speaker often says; where
         there are none, the effective rank of these features, as a share of their dimensions."""

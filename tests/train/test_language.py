@@ -14,6 +14,7 @@ pytest.importorskip("sklearn")
 
 from fastssl.train import Method, Run, checkpoint, create, fit
 from fastssl.train.data import subwords
+from fastssl.train.data.draw import Draw
 from fastssl.train.data.packages import DataError
 from fastssl.train.data.subwords import LENGTH, Subwords
 from fastssl.train.language import write
@@ -36,6 +37,16 @@ def text(monkeypatch) -> Subwords:
 def new(name: str, text: Subwords, **options) -> Method:
     torch.manual_seed(0)
     return create(name, 4, text, features=32, depth=1, **options)
+
+
+@pytest.mark.parametrize("name", ["bert", "electra", "gpt", "t5"])
+def test_a_share_of_a_batch_is_seen_as_in_the_whole(name, text):
+    method, rows = new(name, text), torch.tensor([1, 2, 6])
+    whole, share = (
+        method.views(text.train[part], Draw(torch.Generator().manual_seed(0), 8, part))
+        for part in (torch.arange(8), rows)
+    )
+    assert all(torch.equal(x[rows], y) for x, y in zip(whole, share, strict=True))
 
 
 def test_bert_predicts_what_was_hidden(text):

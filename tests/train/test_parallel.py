@@ -36,14 +36,17 @@ from tests.train.runs import small, spoken
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs Gloo")
 STEPS, BATCH, PROCESSES = 5, 12, 2
 QUIET = Console(quiet=True)
-KINDS = {"whole": {}, "chunks": {"chunk_size": 4, "steps": 2}, "naive": {}, "amp": {"amp": True}}
-CASES = [(name, kind) for name in METHODS for kind in ("whole", "chunks")] + [("moco_v2", "naive"), ("simclr", "amp")]
+KINDS = {"whole": {}, "chunks": {"chunk_size": 4, "steps": 2}, "naive": {}, "amp": {"amp": True}, "next_sentence": {}}
+CASES = [
+    *((name, kind) for name in METHODS for kind in ("whole", "chunks")),
+    ("moco_v2", "naive"), ("simclr", "amp"), ("bert", "next_sentence"),
+]  # fmt: skip
 
 
-def new(name: str, dtype: torch.dtype = torch.float64) -> Method:
+def new(name: str, dtype: torch.dtype = torch.float64, **options: Any) -> Method:
     """Without dropout, whose masks differ; and in double precision, whose rounding training amplifies to nothing."""
     torch.manual_seed(rank())  # the first process's weights are to be everybody's
-    method = create(name, STEPS, **small(name))
+    method = create(name, STEPS, **small(name), **options)
     for module in method.modules():
         if isinstance(module, BagOfWords):
             module.words = nn.Embedding(200, module.features, padding_idx=0)
@@ -86,7 +89,8 @@ def run(method: Method, **options: Any) -> list[float]:
 
 
 def trained(name: str, kind: str) -> dict[str, Any]:
-    method = new(name, torch.float32 if kind == "amp" else torch.float64)
+    options = {kind: True} if kind == "next_sentence" else {}
+    method = new(name, torch.float32 if kind == "amp" else torch.float64, **options)
     method.impl = "naive" if kind == "naive" else "fastssl"
     history = steps_of(method, **KINDS[kind])
     return {

@@ -7,6 +7,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from fastssl.distributed import sum_over_processes, world_size
 from fastssl.train.device import move
 
 T = TypeVar("T", Tensor, tuple[Tensor, ...])
@@ -49,4 +50,15 @@ class Draw:
         """Of what has a row for each example of the whole batch, or several such, the rows that are here."""
         if isinstance(drawn, tuple):
             return tuple(self.own(x) for x in drawn)
-        return move(drawn if self.rows is None else drawn[self.rows], self.device)
+        return move(drawn if self.rows is None else drawn[move(self.rows, drawn.device)], self.device)
+
+    def placed(self, x: Tensor) -> Tensor:
+        """Of a batch's rows those that are here -> as many as the whole batch has, with 0 in the places of others: for
+        what draws numbers for each row of its input."""
+        if self.rows is None:
+            return x
+        return x.new_zeros(self.examples, *x.shape[1:]).index_copy(0, move(self.rows, x.device), x)
+
+    def whole(self, x: Tensor) -> Tensor:
+        """Of a batch's rows those that are here -> all of them. Processes that share a batch exchange theirs."""
+        return self.placed(x) if world_size() == 1 else sum_over_processes(self.placed(x))

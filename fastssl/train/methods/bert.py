@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastssl.distributed import ProcessGroup
 from fastssl.functional import mask_tokens
+from fastssl.train.data.draw import Draw
 from fastssl.train.data.subwords import VOCABULARY, Subwords
 from fastssl.train.device import move
 from fastssl.train.evaluate import pooled
@@ -38,26 +40,31 @@ class BERT(LanguageModel):
         self.probability = probability
         self.follows = nn.Linear(features, 1) if next_sentence else None
 
-    def views(self, batch: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
+    def views(self, batch: Tensor, draw: Draw) -> tuple[Tensor, ...]:
         """(B, L) subwords -> what is seen of them, and the labels of those that are to be found; with next_sentence
         also (B,), whether the second half is the first one's own."""
-        own = []
+        draw, own = Draw.of(draw, batch), []
         if self.follows is not None:
-            own = [(torch.rand(len(batch), generator=generator) < 0.5) | (len(batch) == 1)]  # there may be no other
+            own = [(draw.uniform() < 0.5) | (draw.examples == 1)]  # there may be no other
             half = batch.shape[1] // 2
-            other = torch.cat([batch[:, :half], batch.roll(1, 0)[:, half:]], 1)
+            other = torch.cat([batch[:, :half], draw.own(draw.whole(batch).roll(1, 0))[:, half:]], 1)
             batch = torch.where(own[0][:, None], batch, other)
-        return *mask_tokens(
-            batch, mask_token_id=0, vocab_size=self.vocabulary, probability=self.probability, generator=generator
-        ), *own
+        masked = mask_tokens(
+            draw.placed(batch),
+            mask_token_id=0,
+            vocab_size=self.vocabulary,
+            probability=self.probability,
+            generator=draw.generator,
+        )
+        return *draw.own(masked), *own
 
     def forward(self, corrupted: Tensor, labels: Tensor, *own: Tensor) -> tuple[Tensor, ...]:
         """Features (B, L, features), and the labels; with next_sentence also (B,) logits, and what is true."""
         features = self.encoder(corrupted)
         return features, labels, *(x for known in own for x in (self.follows(pooled(features)).squeeze(1), known))
 
-    def loss(self, features: Tensor, labels: Tensor, *of_halves: Tensor) -> Tensor:
-        loss = super().loss(features, labels)
+    def loss(self, features: Tensor, labels: Tensor, *of_halves: Tensor, group: ProcessGroup | None = None) -> Tensor:
+        loss = super().loss(features, labels, group)
         if of_halves:
             logits, own = of_halves
             loss = loss + F.binary_cross_entropy_with_logits(logits, own.to(logits.dtype))

@@ -8,13 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastssl.functional import clip_loss, linear_cross_entropy
+from fastssl.distributed import ProcessGroup
+from fastssl.functional import clip_loss
 from fastssl.train.data import captions
 from fastssl.train.data.augment import to_float
 from fastssl.train.data.captions import END, LENGTH, PADDING, VOCABULARY, Captions
 from fastssl.train.device import move
 from fastssl.train.image_text import ImageText
-from fastssl.train.language import log_frequencies, marks, write
+from fastssl.train.language import cross_entropy, log_frequencies, marks, write
 from fastssl.train.networks.transformer import Attention, Decoder, Transformer
 from fastssl.train.networks.vit import ViT
 
@@ -78,10 +79,11 @@ class CoCa(ImageText):
         last = (tokens != PADDING).sum(1, keepdim=True) - 1
         return F.normalize(self.text_projection(words.take_along_dim(last[:, :, None], 1).squeeze(1)), dim=1)
 
-    def loss(self, image: Tensor, text: Tensor, features: Tensor, labels: Tensor) -> Tensor:
-        words = self.text_encoder.words.weight
-        caption = linear_cross_entropy(features, words, labels, linear_bias=self.bias, ignore_index=PADDING)
-        return clip_loss(image, text, self.logit_scale.exp()) + self.caption_weight * caption
+    def loss(
+        self, image: Tensor, text: Tensor, features: Tensor, labels: Tensor, group: ProcessGroup | None = None
+    ) -> Tensor:
+        caption = cross_entropy(features, self.text_encoder.words.weight, labels, self.bias, group, PADDING)
+        return clip_loss(image, text, self.logit_scale.exp(), group=group) + self.caption_weight * caption
 
     def logits(self, features: Tensor) -> Tensor:
         return F.linear(features, self.text_encoder.words.weight, self.bias)

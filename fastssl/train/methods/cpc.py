@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fastssl.distributed import ProcessGroup
 from fastssl.functional import info_nce, sample_negatives
 from fastssl.train.data.draw import Draw
 from fastssl.train.data.speech import FRAMES, frames
@@ -28,24 +29,24 @@ class CPC(SpeechModel):
         self.predictors = nn.Linear(features, ahead * features, bias=False)
 
     def views(self, batch: Tensor, draw: Draw) -> tuple[Tensor, ...]:
-        """(B, samples) int16 windows -> waveforms, and each frame's negatives (B, T, K)."""
+        """(B, samples) int16 windows -> waveforms, and each frame's negatives, frames of its recording (B, T, K)."""
         draw = Draw.of(draw, batch)
         waveforms = self.cropped(batch, draw)
         negatives = sample_negatives(draw.examples, frames(waveforms), self.negatives, generator=draw.generator)
-        return waveforms, draw.own(negatives)
+        return waveforms, draw.own(self.steps(negatives))
 
     def forward(self, waveforms: Tensor, negatives: Tensor) -> tuple[Tensor, ...]:
         """Predictions (B, T, ahead, features), frames (B, T, features), their negatives."""
         heard = self.encoder.frames(waveforms)
         return self.predictors(self.encoder.context(heard)).unflatten(2, (self.ahead, -1)), heard, negatives
 
-    def loss(self, predictions: Tensor, heard: Tensor, negatives: Tensor) -> Tensor:
+    def loss(self, predictions: Tensor, heard: Tensor, negatives: Tensor, group: ProcessGroup | None = None) -> Tensor:
         losses = [
             info_nce(
                 predictions[:, :-step, step - 1].flatten(0, 1),
                 heard[:, step:].flatten(0, 1),
                 heard.flatten(0, 1),
-                negative_ids=negatives[:, step:].flatten(0, 1),
+                negative_ids=self.ids(negatives[:, step:], heard.shape[1]),
                 temperature=1.0,
                 normalize=False,
             )

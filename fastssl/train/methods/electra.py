@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fastssl.distributed import ProcessGroup
 from fastssl.functional import gather_tokens, linear_categorical, random_masking_ids
+from fastssl.train.data.draw import Draw
 from fastssl.train.data.subwords import VOCABULARY, Subwords
 from fastssl.train.device import move
 from fastssl.train.language import LanguageModel
@@ -47,10 +48,11 @@ class ELECTRA(LanguageModel):
         self.head = nn.Linear(features, 1)
         nn.init.constant_(self.head.bias, torch.tensor(probability).logit(1e-3))  # as the other bias: of the frequency
 
-    def views(self, batch: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
+    def views(self, batch: Tensor, draw: Draw) -> tuple[Tensor, ...]:
         """(B, L) subwords, and the places (B, M) of those that are hidden."""
-        ids_keep, mask, _ = random_masking_ids(*batch.shape, self.probability, generator=generator)
-        return batch, mask.argsort(dim=1, descending=True, stable=True)[:, : batch.shape[1] - ids_keep.shape[1]]
+        draw, length = Draw.of(draw, batch), batch.shape[1]
+        ids_keep, mask, _ = random_masking_ids(draw.examples, length, self.probability, generator=draw.generator)
+        return batch, draw.own(mask).argsort(dim=1, descending=True, stable=True)[:, : length - ids_keep.shape[1]]
 
     def forward(self, tokens: Tensor, places: Tensor) -> tuple[Tensor, ...]:
         """The generator's features (B, M, features) of hidden subwords, and these; the encoder's features (B, L,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastssl.train.data.draw import Draw
 from fastssl.train.data.subwords import LENGTH, Subwords
 from fastssl.train.device import move
 from fastssl.train.language import LanguageModel, write
@@ -15,7 +16,7 @@ class GPT(LanguageModel):
 
     causal = True
 
-    def views(self, batch: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
+    def views(self, batch: Tensor, draw: Draw) -> tuple[Tensor, ...]:
         """(B, L) subwords, as they are."""
         return (batch,)
 

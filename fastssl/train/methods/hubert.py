@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fastssl.distributed import ProcessGroup
 from fastssl.functional import linear_cross_entropy
 from fastssl.train import clusters
 from fastssl.train.data.draw import Draw
@@ -61,7 +62,7 @@ class HuBERT(MaskedSpeechModel):
         seen = self.encoder.frames(waveforms)
         return self.project(self.encoder.context(seen, mask, self.mask_token)), units
 
-    def loss(self, features: Tensor, units: Tensor) -> Tensor:
+    def loss(self, features: Tensor, units: Tensor, group: ProcessGroup | None = None) -> Tensor:
         return linear_cross_entropy(features, self.units, units, temperature=self.temperature, normalize=True)
 
     def monitored(self, features: Tensor, units: Tensor) -> tuple[Tensor, ...]:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastssl.functional import span_corruption
+from fastssl.train.data.draw import Draw
 from fastssl.train.data.subwords import LENGTH, VOCABULARY, Subwords
 from fastssl.train.device import move
 from fastssl.train.language import LanguageModel, write
@@ -40,9 +41,11 @@ class T5(LanguageModel):
         self.decoder = Decoder(features, depth)
         self.views(torch.zeros(1, LENGTH, dtype=torch.int64), torch.Generator())  # raises now if they are out of range
 
-    def views(self, batch: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
+    def views(self, batch: Tensor, draw: Draw) -> tuple[Tensor, ...]:
         """(B, L) subwords -> (B, M) what is left of them, and (B, N) what was cut out, both with signs."""
-        return span_corruption(batch, first_sentinel_id=len(self.bias) - 1, **self.spans, generator=generator)
+        draw, first = Draw.of(draw, batch), len(self.bias) - 1
+        cut = span_corruption(draw.placed(batch), first_sentinel_id=first, **self.spans, generator=draw.generator)
+        return draw.own(cut)
 
     def forward(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
         """The decoder's features (B, N, features), and the labels."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fastssl.distributed import ProcessGroup, mean_over_processes
 from fastssl.functional import gather_tokens, info_nce, sample_negatives
 from fastssl.ops._precision import widen
 from fastssl.train.data.draw import Draw
@@ -50,13 +51,13 @@ class Wav2Vec2(MaskedSpeechModel):
 
     def views(self, batch: Tensor, draw: Draw) -> tuple[Tensor, ...]:
         """(B, samples) int16 windows -> waveforms; mask (B, T); the places of hidden frames (B, M), and the negatives
-        of each (B, M, K); the quantiser's noise (B, T, groups, codes)."""
+        of each, frames of its recording (B, M, K); the quantiser's noise (B, T, groups, codes)."""
         draw = Draw.of(draw, batch)
         waveforms = self.cropped(batch, draw)
         mask = self.mask(waveforms, draw)
         hidden = mask.nonzero()[:, 1].view(len(mask), -1)
         negatives = sample_negatives(*mask.shape, self.negatives, mask=mask != 0, generator=draw.generator)
-        negatives = negatives[mask != 0].view(*hidden.shape, -1)
+        negatives = self.steps(negatives)[mask != 0].view(*hidden.shape, -1)
         noise = -torch.empty(*mask.shape, *self.codebooks.shape[:2]).exponential_(generator=draw.generator).log()
         return waveforms, *draw.own((mask, hidden, negatives, noise))
 
@@ -83,9 +84,16 @@ class Wav2Vec2(MaskedSpeechModel):
         return self.project_code(quantised.flatten(2)), number, logits.softmax(-1).mean(1)
 
     def loss(
-        self, context: Tensor, quantised: Tensor, code: Tensor, used: Tensor, hidden: Tensor, negatives: Tensor
+        self,
+        context: Tensor,
+        quantised: Tensor,
+        code: Tensor,
+        used: Tensor,
+        hidden: Tensor,
+        negatives: Tensor,
+        group: ProcessGroup | None = None,
     ) -> Tensor:
-        negatives = negatives.flatten(0, 1)
+        negatives = self.ids(negatives, code.shape[1])
         same = code.flatten()[negatives] == code.gather(1, hidden).view(-1, 1)  # such a frame is no negative
         contrastive = info_nce(
             context.flatten(0, 1),
@@ -94,12 +102,13 @@ class Wav2Vec2(MaskedSpeechModel):
             negative_ids=negatives.masked_fill(same, -1),
             temperature=self.temperature,
         )
-        return contrastive + self.diversity * (1 - self.perplexity(used) / used[0].numel())
+        return contrastive + self.diversity * (1 - self.perplexity(used, group) / used[0].numel())
 
     @staticmethod
-    def perplexity(used: Tensor) -> Tensor:
+    def perplexity(used: Tensor, group: ProcessGroup | None = None) -> Tensor:
         """Of the mean distributions over codes, the sum of the codebooks': from their number to that of all codes."""
-        return torch.special.entr(used.mean(0)).sum(1).exp().sum()
+        mean = used.mean(0) if group is None else mean_over_processes(used.mean(0), group)
+        return torch.special.entr(mean).sum(1).exp().sum()
 
     def monitored(self, context: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
         return (context.flatten(0, 1),)
