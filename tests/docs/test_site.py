@@ -64,8 +64,13 @@ def test_the_site_is_built_and_fetches_nothing(tmp_path):
         text=True,
     )
     assert built.returncode == 0 and not built.stdout, built.stdout
-    for page in tmp_path.rglob("*.html"):
-        text = page.read_text()
+    pages = {page: page.read_text() for page in tmp_path.rglob("*.html") if page.name != "404.html"}
+    anchors = {page: set(re.findall(r'\bid="([^"]+)"', text)) for page, text in pages.items()}
+    for page, text in pages.items():
         assert re.findall(FETCHED, text) == [], page
+        for target in re.findall(r'<a\b[^>]*\bhref="([^":]+)"', text):
+            path, _, anchor = target.partition("#")
+            other = (page.parent / path).resolve() if path else page
+            assert other.exists() and (not anchor or anchor in anchors[other]), f"{page.name}: {target}"
         # `<a, b>` in a docstring is no code there, and no element either.
         assert set(re.findall(r"<([a-z]\w*),", text)) == set(), page
