@@ -10,14 +10,15 @@ from torch import Tensor, nn
 from fastssl._checks import (
     check_compatible,
     check_flag,
-    check_positive,
     check_positive_number,
     check_rows,
+    check_size,
     check_tensors,
     renamed,
 )
-from fastssl.distributed import all_processes
-from fastssl.functional import dino_loss, sinkhorn_center
+from fastssl.distributed import ProcessGroup, all_processes, gather_rows
+from fastssl.functional import dino_loss, ibot_loss, sinkhorn_center
+from fastssl.ops._precision import accumulate_dtype
 
 
 class SwaVLoss(nn.Module):
@@ -31,7 +32,8 @@ class SwaVLoss(nn.Module):
 
     Args:
         temperature: of the predictions.
-        sinkhorn_iterations: of Sinkhorn-Knopp, at least 1.
+        sinkhorn_iterations: of Sinkhorn-Knopp; 0: codes are shares of the whole batch, sum to its number of rows, and
+            are no distributions.
         sinkhorn_epsilon: its temperature.
         sinkhorn_gather_distributed: let the codes be those of the batch of all processes.
 
@@ -49,7 +51,7 @@ class SwaVLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.temperature = check_positive_number("temperature", temperature)
-        self.sinkhorn_iterations = check_positive("sinkhorn_iterations", sinkhorn_iterations)
+        self.sinkhorn_iterations = check_size("sinkhorn_iterations", sinkhorn_iterations)
         self.sinkhorn_epsilon = check_positive_number("sinkhorn_epsilon", sinkhorn_epsilon)
         self.sinkhorn_gather_distributed = check_flag("sinkhorn_gather_distributed", sinkhorn_gather_distributed)
         if sinkhorn_gather_distributed and not torch.distributed.is_available():
@@ -97,6 +99,8 @@ class SwaVLoss(nn.Module):
         for i, batch in enumerate(batches):
             for queue in batch[1:]:
                 _check_alike(f"queue_outputs[{i}]", queue, names[0], high[0], same_rows=False)
+        if not self.sinkhorn_iterations:
+            return self._without_sinkhorn(crops, batches, group)
         # Each crop has a center of its own, subtracted here.
         centers = [sinkhorn_center(batch, **options) for batch in batches]
         codes = [x.detach() - center.to(x.dtype) for x, center in zip(high, centers, strict=True)]
@@ -108,6 +112,28 @@ class SwaVLoss(nn.Module):
             return dino_loss(
                 crops, codes, student_temperature=self.temperature, teacher_temperature=self.sinkhorn_epsilon
             )
+
+    def _without_sinkhorn(self, crops: list[Tensor], batches: list[list[Tensor]], group: ProcessGroup | None) -> Tensor:
+        """A row's codes are its softmax times its share of all rows' exponentials."""
+        if len(crops) < 2:
+            raise ValueError(f"there must be at least two crops, got {len(crops)}")
+        loss = 0.0
+        for i, batch in enumerate(batches):
+            scores = torch.cat(batch).detach().to(accumulate_dtype(batch[0].dtype)) / self.sinkhorn_epsilon
+            lse = scores.logsumexp(1)
+            all_lse = lse if group is None else gather_rows(lse, group)
+            shares = (lse[: len(crops[i])] - all_lse.logsumexp(0)).exp() * len(all_lse) / len(crops[i])
+            for v, crop in enumerate(crops):
+                if v != i:
+                    loss = loss + ibot_loss(
+                        crop,
+                        batch[0].detach(),
+                        student_temperature=self.temperature,
+                        teacher_temperature=self.sinkhorn_epsilon,
+                        weights=shares,
+                        reduction="sum",
+                    )
+        return loss / (len(batches) * (len(crops) - 1))
 
     def extra_repr(self) -> str:
         return f"temperature={self.temperature}, sinkhorn_epsilon={self.sinkhorn_epsilon}"

@@ -64,7 +64,7 @@ def test_ibot_as_lightly(lightly, teacher_temp, backend):
 
 
 @pytest.mark.parametrize("low, queue", [(0, 0), (3, 0), (2, 7)])
-@pytest.mark.parametrize("iterations", [1, 3])
+@pytest.mark.parametrize("iterations", [0, 1, 3])
 def test_swav_as_lightly(lightly, low, queue, iterations, backend):
     scores = [x.tanh().requires_grad_() for x in _logits(2 + low, 6, K)]
     queues = list(_logits(2, queue, K, seed=1).tanh()) if queue else None
@@ -243,7 +243,8 @@ def test_dinov2_koleo():
             lambda: ours.IBOTPatchLoss(K)(_logits(2, K), _logits(2, K), torch.ones(1, 1, 2)),
             r"mask must be bool of shape \(B, H, W\), got torch.float32",
         ),
-        (lambda: ours.SwaVLoss(sinkhorn_iterations=0), "sinkhorn_iterations must be positive, got 0"),
+        (lambda: ours.SwaVLoss(sinkhorn_iterations=-1), "sinkhorn_iterations must not be negative, got -1"),
+        (lambda: ours.SwaVLoss(sinkhorn_iterations=0)([_logits(2, K)], []), "at least two crops, got 1"),
         (lambda: ours.SwaVLoss()([], []), "high_resolution_outputs must have at least one crop"),
         (lambda: ours.SwaVLoss()([_logits(2, K)], [], [_logits(2, K)] * 2), "must be as many, got 2 and 1"),
         (lambda: ours.MSNLoss(0.0), "temperature must be positive, got 0"),

@@ -41,7 +41,8 @@ def check_pairs_of_views(names: str, student_views: int, teacher_views: int) -> 
     """How many pairs of a teacher's and a student's view of unlike numbers there are."""
     pairs = student_views * teacher_views - min(student_views, teacher_views)
     if pairs == 0:
-        raise ValueError(f"{names} must have views of unlike numbers, got {student_views} and {teacher_views} of them")
+        found = f"{student_views} and {teacher_views}"
+        raise ValueError(f"{names} must have at least two views, of unlike numbers, got {found}")
     return pairs
 
 

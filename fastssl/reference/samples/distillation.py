@@ -123,9 +123,9 @@ def _dino_loss_bad_inputs() -> Iterator[BadInput]:
     yield from _bad_inputs(2, 8, 16)
     x = torch.randn(2, 8, 16)
     for label, student, teacher, error, match in (
-        ("one view", x[:1], x[:1], ValueError, "must have views of unlike numbers, got 1 and 1"),
-        ("one view in lists", [x[0]], [x[:1]], ValueError, "must have views of unlike numbers, got 1 and 1"),
-        ("no views", x[:0], x, ValueError, "must have views of unlike numbers, got 0 and 2"),
+        ("one view", x[:1], x[:1], ValueError, "at least two views, of unlike numbers, got 1 and 1"),
+        ("one view in lists", [x[0]], [x[:1]], ValueError, "at least two views, of unlike numbers, got 1 and 1"),
+        ("no views", x[:0], x, ValueError, "at least two views, of unlike numbers, got 0 and 2"),
         ("an empty list", x, [], ValueError, "teacher_logits must have at least one view, got an empty list"),
         ("no tensor in a list", [x[0], 1.0], x, TypeError, r"student_logits\[1\] must be a Tensor, got float"),
         ("four dimensions", [x[0], x[None]], x, ValueError, r"student_logits\[1\] .*\(V, B, K\), got \(1, 2, 8, 16\)"),
@@ -218,7 +218,7 @@ def _prototype_bad_inputs() -> Iterator[BadInput]:
     yield bad("no features", (x[:, :0], w[:, :0], x, w), ValueError, r"student .*at least one feature.*\(8, 0\)")
     yield bad("one dimension", (x, w[0], x, w), ValueError, r"student_prototypes .*\(K, D\), got \(16,\)")
     yield bad("views of one", (x, w, x[None], w), ValueError, r"teacher must have shape \(N, D\), got \(1, 8, 16\)")
-    yield bad("one view", (x[None], w, x[None], w), ValueError, "must have views of unlike numbers, got 1 and 1")
+    yield bad("one view", (x[None], w, x[None], w), ValueError, "at least two views, of unlike numbers, got 1 and 1")
     yield bad("a view of another size", ([x, x[:, :8]], w, [x], w), ValueError, r"student\[1\] and student_prototypes")
     yield bad("a view of fewer rows", ([x, x[:5]], w, [x], w), ValueError, r"\[0\] and student\[1\] .*rows.*8 and 5")
     yield bad("dtypes differ", (x, w.double(), x, w), ValueError, "student and student_prototypes .*float32.*float64")
