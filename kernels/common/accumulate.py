@@ -60,13 +60,14 @@ def narrow_needs(c: dict[str, int], named: dict[str, Any], size: int, capability
 
 @triton.jit
 def weigh_tile(
-    x, shift_i, factor_i, column_shift, column_factor, to_peak, top, total, column, N,
+    x, shift_i, factor_i, column_shift, column_factor, to_peak, common, top, total, column, N,
     WEIGHT: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """A tile of W scaled to `PEAK`, the factors for earlier sums, and the rows' maxima and totals so far."""
     if WEIGHT == "both" or WEIGHT == "column":
         j = column + tl.arange(0, BN)
-        return exponentials(x, shift_i, factor_i, column_shift, column_factor, to_peak, j, N, WEIGHT), top, top, total
+        w = exponentials(x, shift_i, factor_i, column_shift, column_factor, to_peak, common, j, N, WEIGHT)
+        return w, top, top, total
     highest = tl.maximum(top, tl.max(x, 1))
     if WEIGHT == "softmax":
         p = tl.exp(x - finite(highest)[:, None])
@@ -79,18 +80,20 @@ def weigh_tile(
 
 @triton.jit
 def begin(exclude, row_shift, row_factor, peak, i, M, N, WEIGHT: tl.constexpr, EXCLUDE: tl.constexpr, BM: tl.constexpr):
-    """A block of rows before its first tile: excluded columns, shifts, factors, their scaling; maxima and sums."""
+    """A block of rows before its first tile: excluded columns, shifts, factors, their scaling and the shift that they
+    are relative to, NaN if there is none; maxima and sums."""
     top = tl.full((BM,), float("-inf"), tl.float32)
     zero = tl.zeros((BM,), tl.float32)
     excluded = i
-    shift, factor, to_peak = zero, zero, 1.0
+    shift, factor, to_peak, common = zero, zero, 1.0, 0.0
     if EXCLUDE == "row":
         excluded = load_excluded(exclude, i, M, N)
     if WEIGHT == "both" or WEIGHT == "column":
         to_peak = PEAK / power_of_two(tl.load(peak))
     if WEIGHT == "both":
         shift, factor = load_factors(row_shift, row_factor, to_peak, i, M)
-    return excluded, shift, factor, to_peak, top, zero, zero
+        common = tl.load(peak + 1)
+    return excluded, shift, factor, to_peak, common, top, zero, zero
 
 
 @triton.jit
@@ -129,7 +132,7 @@ def accumulate_narrow(
     i = row + tl.arange(0, BM)
     factor = load_scale(scale)
     offset = load_scale(bias) if bias is not None else None
-    excluded, shift_i, factor_i, to_peak, top, total, loss = begin(
+    excluded, shift_i, factor_i, to_peak, common, top, total, loss = begin(
         exclude, row_shift, row_factor, peak, i, M, N, WEIGHT, EXCLUDE, BM
     )
     d = tl.arange(0, D)
@@ -144,7 +147,7 @@ def accumulate_narrow(
             loss += tl.sum(softplus(x), 1)
         if gradient is not None:
             w, alpha, top, total = weigh_tile(
-                x, shift_i, factor_i, column_shift, column_factor, to_peak, top, total, column, N, WEIGHT, BN
+                x, shift_i, factor_i, column_shift, column_factor, to_peak, common, top, total, column, N, WEIGHT, BN
             )
             if WEIGHT == "softmax" or WEIGHT == "sigmoid":
                 acc *= alpha[:, None]
@@ -173,6 +176,7 @@ def accumulate(
     """
     if is_wide(pairs.left.shape[1], pairs.precision):
         return accumulate_blocks(pairs, both=False, aligned=aligned, derive=derive, loss=loss, kept=kept)[0]
+    pairs = pairs.surveyed(relate=True)
     left, right, sizes, scale, precision, weight, exclude_by, bias, exclude, rows, columns, peak = pairs
     (padded_rows, padded), count = left.shape, sizes[0]
     units, column_units = padded_rows // ROWS, right.shape[0] // ROWS
@@ -199,4 +203,5 @@ def accumulate_both(pairs: Weights, *, loss: bool = False, kept: Tensor | None =
     """What `accumulate` gives of `pairs`, and W^T x, its arguments exchanged."""
     if is_wide(pairs.left.shape[1], pairs.precision):
         return accumulate_blocks(pairs, both=True, aligned=None, derive=True, loss=loss, kept=kept)
+    pairs = pairs.surveyed(relate=True)
     return accumulate(pairs, loss=loss), accumulate(pairs.exchanged())

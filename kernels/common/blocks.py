@@ -107,7 +107,9 @@ def weigh_half(
                 shift_i, factor_i = 0.0, 0.0
                 if WEIGHT == "both":
                     shift_i, factor_i = load_factors(row_shift, row_factor, to_peak, i, M)
-                weights = exponentials(x, shift_i, factor_i, column_shift, column_factor, to_peak, j, N, WEIGHT)
+                weights = exponentials(
+                    x, shift_i, factor_i, column_shift, column_factor, to_peak, float("nan"), j, N, WEIGHT
+                )
         to = w + (block * BM).to(tl.int64) * width + column_block * BN
         to += tl.arange(0, BM)[:, None] * width + tl.arange(0, BN)[None, :]
         tl.store(to, weights.to(w.dtype.element_ty))
@@ -208,8 +210,9 @@ def accumulate_blocks(
     pairs: Weights, *, both: bool, aligned: Tensor | None, derive: bool, loss: bool, kept: Tensor | None
 ) -> tuple[Sums, Sums]:
     """What `accumulate` gives of `pairs`; and, if `both` are wanted, of the same exchanged, without losses."""
-    left, right, sizes, scale, precision, weight, exclude_by, bias, exclude, rows, columns, peak = pairs
     symmetric = pairs.symmetric
+    pairs = pairs.surveyed(relate=False)
+    left, right, sizes, scale, precision, weight, exclude_by, bias, exclude, rows, columns, peak = pairs
     slices = blocks_of(len(left), len(right), left.element_size(), symmetric)
     blocks = [(i, j) for i, j in itertools.product(*slices) if not symmetric or i.start <= j.start]
     height, width = (side[0].stop for side in slices)

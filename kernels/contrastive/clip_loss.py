@@ -28,7 +28,7 @@ from fastssl.kernels.common.accumulate import accumulate_both
 from fastssl.kernels.common.kept import kept_products, nothing_kept, room_for_products
 from fastssl.kernels.common.launch import OPTIONS, row_block
 from fastssl.kernels.common.tiles import COUNTS, softplus
-from fastssl.kernels.common.weights import Factors, Weights, largest
+from fastssl.kernels.common.weights import Factors, Weights
 from fastssl.kernels.contrastive.positives import (
     WARPS,
     load_factors_of_positive,
@@ -145,9 +145,8 @@ def clip_loss_backward(
             BR=ROWS_OF_FACTORS, **OPTIONS,
         )  # fmt: skip
         pairs = Weights(
-            left, right, (rows, rows), scale, precision, "both", "diagonal",
-            rows=of_rows, columns=of_columns, peak=largest(factors),
-        )  # fmt: skip
+            left, right, (rows, rows), scale, precision, "both", "diagonal", rows=of_rows, columns=of_columns
+        )
         sums_x, sums_y = accumulate_both(pairs, kept=kept_products(kept, rows, rows, x.shape[1], precision))
         share = x.new_empty(rows, dtype=torch.float64)
         of_x = of_y = None  # what label smoothing adds

@@ -33,7 +33,7 @@ from fastssl.kernels.common.kept import kept_products, nothing_kept, room_for_pr
 from fastssl.kernels.common.launch import OPTIONS, PEAK, row_block
 from fastssl.kernels.common.rows import unit
 from fastssl.kernels.common.tiles import COUNTS, EPS, finite, softplus
-from fastssl.kernels.common.weights import Factors, Weights, largest
+from fastssl.kernels.common.weights import Factors, Weights
 from fastssl.kernels.contrastive.positives import (
     WARPS,
     load_factors_of_positive,
@@ -204,9 +204,7 @@ def info_nce_backward(
             BR=ROWS_OF_FACTORS, **OPTIONS,
         )  # fmt: skip
         products = kept_products(kept, rows, rows, query.shape[1], precision)
-        pairs = Weights(
-            k, q, (rows, rows), scale, precision, "column", "diagonal", columns=factors, peak=largest(factors.factor)
-        )
+        pairs = Weights(k, q, (rows, rows), scale, precision, "column", "diagonal", columns=factors)
         sums = accumulate(pairs, kept=None if products is None else products.T)
         of_key = None  # what label smoothing adds
         if label_smoothing:

@@ -25,7 +25,7 @@ from fastssl.kernels.common.accumulate import accumulate, accumulate_both
 from fastssl.kernels.common.collect import collect_sums
 from fastssl.kernels.common.kept import kept_products, nothing_kept, room_for_products
 from fastssl.kernels.common.rows import pad
-from fastssl.kernels.common.weights import Factors, Weights, largest
+from fastssl.kernels.common.weights import Factors, Weights
 from fastssl.kernels.contrastive.sums import softmax_sums, totals_and_shifts
 
 
@@ -75,7 +75,7 @@ def similarity_logsumexp_backward(
         products = kept_products(kept, rows, columns, x.shape[1], precision)
         pairs = Weights(
             pad(y, precision), pad(x, precision), (columns, rows), scale, precision, "column", by, exclude=exclude,
-            columns=factors, peak=largest(factors.factor),
+            columns=factors,
         )  # fmt: skip
         G = accumulate(pairs, kept=None if products is None else products.T)
         return grad_x, collect_sums(G, y, scale, y.dtype).gradient, grad_scale
@@ -136,7 +136,7 @@ def pair_logsumexp_backward(
         exclude, by = excluding(exclude, "row")
         pairs = Weights(
             left, right, (rows, columns), scale, precision, "both", by, exclude=exclude,
-            rows=of_x, columns=of_y, peak=largest(of_x.factor, of_y.factor),
+            rows=of_x, columns=of_y,
         )  # fmt: skip
         sums_x, sums_y = accumulate_both(pairs, kept=kept_products(kept, rows, columns, x.shape[1], precision))
         collected = collect_sums(sums_x, x, scale, x.dtype, share=True)
@@ -172,9 +172,8 @@ def self_logsumexp_backward(
         padded = pad(z, precision)
         factors = Factors(shift.contiguous(), grad_total.contiguous())
         pairs = Weights(
-            padded, padded, (rows, rows), scale, precision, "both", "diagonal", rows=factors, columns=factors,
-            peak=largest(factors.factor),
-        )  # fmt: skip
+            padded, padded, (rows, rows), scale, precision, "both", "diagonal", rows=factors, columns=factors
+        )
         G = accumulate(pairs, kept=kept_products(kept, rows, rows, z.shape[1], precision))
         collected = collect_sums(G, z, scale, z.dtype, share=True)
         return collected.gradient, collected.share.sum().mul(0.5).to(scale.dtype)

@@ -32,7 +32,7 @@ from fastssl.kernels.common.kept import kept_products, nothing_kept, room_for_pr
 from fastssl.kernels.common.launch import OPTIONS, PEAK, row_block
 from fastssl.kernels.common.rows import load_rows, pad_views, unit
 from fastssl.kernels.common.tiles import COUNTS, EPS
-from fastssl.kernels.common.weights import Factors, Weights, largest, load_factors, power_of_two
+from fastssl.kernels.common.weights import Factors, Weights, load_factors, power_of_two
 from fastssl.kernels.contrastive.sums import Positives, totals_and_shifts
 
 
@@ -149,18 +149,17 @@ def through_tiles(
         z, inverse = pad_views(z1, z2, normalize, precision)
         aligned, grad_scale = torch.empty_like(total), torch.empty_like(inverse)
         pairs = Weights(
-            z, z, (2 * batch, 2 * batch), scale, precision, "both", "partner", rows=factors, columns=factors,
-            peak=largest(factors.factor),
-        )  # fmt: skip
+            z, z, (2 * batch, 2 * batch), scale, precision, "both", "partner", rows=factors, columns=factors
+        )
         products = kept_products(kept, 2 * batch, 2 * batch, dim, precision)
-        G = accumulate(pairs, aligned=aligned, kept=products).gradient
-        splits, padded_rows, padded = G.shape
+        sums = accumulate(pairs, aligned=aligned, kept=products)
+        splits, padded_rows, padded = sums.gradient.shape
         block = row_block(padded)
-        of_positives = (*factors, total, None, pairs.peak, aligned)
+        of_positives = (*factors, total, None, sums.peak, aligned)
         if pull is not None:
-            of_positives = (None, None, None, pull, pairs.peak, None)
+            of_positives = (None, None, None, pull, sums.peak, None)
         _project[(triton.cdiv(2 * batch, block["BR"]),)](
-            z1, z2, inverse, scale, *of_positives, G, grad_z1, grad_z2, grad_scale, batch, dim,
+            z1, z2, inverse, scale, *of_positives, sums.gradient, grad_z1, grad_z2, grad_scale, batch, dim,
             *z1.stride(), *z2.stride(), padded, padded_rows, splits, normalize, **block, **OPTIONS,
         )  # fmt: skip
         return grad_z1, grad_z2, grad_scale.sum().to(scale.dtype)

@@ -21,6 +21,7 @@ POINTERS = {
         ("row_total", "column_total", "positive", "factor", "weight", "extra", "query_slope", "scale_slope"), "fp32"
     ),
     **dict.fromkeys(("kept", "row_shift", "row_factor", "column_shift", "column_factor", "peak", "gradient"), "fp32"),
+    **dict.fromkeys(("row_relative", "column_relative"), "fp32"),
 }
 PADDED = ("PADDED", "padded_rows")
 STEPS = ("step_i", "step_j")
