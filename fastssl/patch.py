@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from types import FunctionType, ModuleType, TracebackType
 from typing import Any, NamedTuple
 
-PEERS = ("lightly", "sentence_transformers")  # those whose file in integrations/ has a table of replacements
+PEERS = ("lightly", "sentence_transformers", "transformers")  # whose file in integrations/ has a table of replacements
 
 
 def patch(peer: str) -> Patch:
