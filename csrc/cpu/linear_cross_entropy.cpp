@@ -11,12 +11,16 @@
 //     loss_i = sum_k R_ik (lse_i - s_ik),    R_ik = a_k T_ik + c_k
 //     G_ik = (sum R_i) Q_ik - R_ik,    dT_ik = a_k (lse_i - s_ik)
 //
-// Algorithm. The rows that have a label, a panel of several blocks at a time, as common/logits.h says: W and dW travel
-// through the caches once for a panel. What a tile holds is L = W x^T, and L + b / scale its logits over the scale.
-// The label's element of G, p_i (Q_iy - 1) and what smoothing adds, comes from the row's loss, not from Q, which
-// bfloat16 rounds: it is what a confident row still has to learn. With U = 2 N V D operations, N the rows that have a
-// label, that is 3 U, 2 U with one of dX and dW, and U without gradients, in O(panel V) memory. A large W is packed
-// block by block, where it has to be. Tiles of T are read where tiles of L are, in each pass.
+// Algorithm. The rows that have a label, a block at a time, as common/logits.h says: W and dW travel through the caches
+// once for each block. What a tile holds is L = W x^T, and L + b / scale its logits over the scale. The label's element
+// of G, p_i (Q_iy - 1) and what smoothing adds, comes from the row's loss, not from Q, which bfloat16 rounds: it is what
+// a confident row still has to learn. With U = 2 N V D operations, N the rows that have a label, that is 3 U, 2 U with
+// one of dX and dW, and U without gradients, in O(block V) memory. A large W is packed block by block, where it has to
+// be. Tiles of T are read where tiles of L are, in each pass.
+//
+// Where dW must be summed beside where it is returned, as in bfloat16, and those sums would take more than kSumBytes,
+// logits are computed twice: first all rows' losses, then for some classes at a time all rows' G, whose dW is then
+// complete, while the sums of dX go on. That is 4 U, in O(block D + N D) memory.
 #include <ATen/Dispatch.h>
 #include <torch/library.h>
 
@@ -34,8 +38,10 @@
 namespace fastssl {
 namespace {
 
-constexpr int64_t kPanelRows = 2048;
+constexpr int64_t kBlockRows = 512;
 constexpr int64_t kPackedBytes = 1 << 24;  // of W, if it is packed as a whole
+constexpr int64_t kSumBytes = 1 << 28;     // of dW, if it is summed as a whole beside where it is returned
+constexpr int64_t kPanelBytes = 1 << 23;   // of it, if it is not
 
 // The rows of `target` that have a label, or undefined where all have.
 Tensor labelled_rows(const Tensor& target, int64_t classes, int64_t ignore_index) {
@@ -110,6 +116,17 @@ struct Distributions {
 
 Tensor chosen(const Tensor& x, const Tensor& rows) { return rows.defined() ? x.index_select(0, rows) : x.contiguous(); }
 
+// How `count` rows are cut where `bytes` are kept of each of their logits.
+Cut cut_labelled(int64_t count, int64_t dim, int64_t classes, int64_t bytes) {
+  Cut cut(count, dim, 1);
+  int64_t most = kBlockRows;
+  while (most > kPadding && most * round_up(classes, kPadding) * bytes > kKeptBytes) most /= 2;
+  cut.block = round_up(pieces(count, std::max<int64_t>(pieces(count, most), 1)), kPadding);
+  cut.block = std::max(cut.block, kPadding);
+  cut.blocks = pieces(count, cut.block);
+  return cut;
+}
+
 struct LinearCrossEntropy {
   const Engine engine;
   const int64_t classes;
@@ -119,8 +136,8 @@ struct LinearCrossEntropy {
   const Tensor chosen_rows, labels;
   const int64_t count;  // of the rows that have a label
   const int threads;
+  const bool again;  // logits are computed twice
   const Cut cut, class_cut;
-  const int64_t panel;  // blocks of rows
   const Side w, x;
   const Distributions soft;
   double uniform_sum = 0;
@@ -142,11 +159,11 @@ struct LinearCrossEntropy {
         labels(is_labels(target) ? chosen(*target, chosen_rows) : Tensor()),
         count(chosen_rows.defined() ? chosen_rows.size(0) : input.size(0)),
         threads(threads_for(count, classes, weight.size(1))),
-        cut(cut_rows(count, weight.size(1), classes, 1, kept_bytes())),
-        class_cut(classes, weight.size(1), threads),
-        panel(std::clamp<int64_t>(
-            kKeptBytes / (cut.block * round_up(classes, kPadding) * std::max<int64_t>(kept_bytes(), 1)), 1,
-            std::min(cut.blocks + !cut.blocks, std::max<int64_t>(kPanelRows / cut.block, 1)))),
+        again(derive && wanted.weight && !(target && !is_labels(target)) &&
+              (weight.scalar_type() != at::kFloat || weight.size(1) % kPadding || normalize) &&
+              classes * round_up(weight.size(1), kPadding) * 4 > kSumBytes),
+        cut(cut_labelled(count, weight.size(1), classes, again ? 0 : kept_bytes())),
+        class_cut(classes, weight.size(1) <= 2048 ? std::min<int64_t>(weight.size(1), 768) : weight.size(1), threads),
         w(weight, normalize, kRows | (wanted.of_rows() ? LayerGradients::roles(engine) : 0), engine, threads, class_cut,
           weight.numel() * engine.bytes() > kPackedBytes),
         x(chosen_rows.defined() ? input.index_select(0, chosen_rows) : input, normalize,
@@ -187,76 +204,80 @@ struct LinearCrossEntropy {
   // `loss` and `factor` have an element for each row of `input`. Returns the gradient of the scale.
   double run(float* loss, const float* factor, float upstream, const Tensor& dx, const Tensor& dw, float* db,
              const Tensor& dtarget) const {
-    const int64_t tile = class_cut.block * cut.block, most = panel * cut.block;
+    const int64_t block = cut.block, tile = class_cut.block * block, all = again ? cut.blocks * block : block;
     const bool half = engine.half();
     const int64_t* const y = labels.defined() ? labels.const_data_ptr<int64_t>() : nullptr;
-    const LogitSums sums(class_cut.blocks, most);
-    const LargeBlocks kept(derive ? class_cut.blocks * panel : 0, tile * engine.bytes());
+    const int64_t* const to_row = chosen_rows.defined() ? chosen_rows.const_data_ptr<int64_t>() : nullptr;
+    const LogitSums sums(class_cut.blocks, block);
+    const LargeBlocks kept(derive && !again ? class_cut.blocks : 0, tile * engine.bytes());
     const Blocks tiles(threads, tile * 4), narrow(threads, derive && half ? 2 * tile * 2 : 0);
-    const Blocks scaled(threads, cut.block * 4);
-    const Blocks target_tiles(threads, is_soft ? 2 * tile * 4 : 0), row_sums(threads, is_soft ? cut.block * 4 : 0);
-    const LargeBlocks far_tiles(wanted.target ? class_cut.blocks * panel : 0, tile * 4);
-    const Numbers<float> target_distance(is_soft ? class_cut.blocks * most : 0);
-    const Numbers<float> target_sum(is_soft ? class_cut.blocks * most : 0);
-    const Numbers<double> base(wanted.target ? most : 0);
-    const Numbers<float> label(most), coefficient(most), spread(most), of_label(most);
-    const Numbers<float> distance(has_uniform ? class_cut.blocks * most : 0);
+    const Blocks kept_again(threads, again ? tile * engine.bytes() : 0), sums_again(threads, again ? 2 * block * 4 : 0);
+    const Blocks scaled(threads, block * 4);
+    const Blocks target_tiles(threads, is_soft ? 2 * tile * 4 : 0), row_sums(threads, is_soft ? block * 4 : 0);
+    const LargeBlocks far_tiles(wanted.target ? class_cut.blocks : 0, tile * 4);
+    const Numbers<float> target_distance(is_soft ? class_cut.blocks * block : 0);
+    const Numbers<float> target_sum(is_soft ? class_cut.blocks * block : 0);
+    const Numbers<double> base(wanted.target ? block : 0);
+    const Numbers<float> label(block), distance(has_uniform ? class_cut.blocks * block : 0);
+    const Numbers<float> top(all), coefficient(all), spread(all), of_label(all);  // of a block's rows, or of all
     const Numbers<float> bias_sums(derive && has_bias ? w.padded_count() : 0, 0.f);
+    const int64_t panel =
+        again ? std::max<int64_t>(kPanelBytes / (class_cut.block * w.dim * 4), threads) : class_cut.blocks;
+    const LargeBlocks totals(again && wanted.of_rows() ? cut.blocks : 0, block * w.dim * 4);
     std::optional<LayerGradients> gradients;
-    if (derive) gradients.emplace(w, panel, cut.block, dw, wanted.of_rows(), wanted.weight);
+    if (derive) gradients.emplace(w, 1, block, dw, wanted.of_rows(), wanted.weight, panel);
     const Layer layer{w};
     double along = 0;
 
-    for (int64_t J0 = 0; J0 < cut.blocks; J0 += panel) {
-      const int64_t J1 = std::min(J0 + panel, cut.blocks), first = x.first(J0);
-      const int64_t rows = x.first(J1 - 1) + x.size(J1 - 1) - first;
-      // Calls visit(r, k) for rows of block J whose label is class k of block I.
-      const auto each_label = [&](int64_t I, int64_t J, const auto& visit) {
-        if (!y) return;
-        const int64_t from = w.first(I), size = w.size(I);
-        const int64_t* const of_block = y + x.first(J);
-        for (int64_t r = 0; r < x.size(J); ++r)
-          if (const int64_t k = of_block[r] - from; k >= 0 && k < size) visit(r, k);
-      };
+    // Where what is known of the rows of block J is.
+    const auto place_of = [&](int64_t J) { return again ? x.first(J) : 0; };
+    // Calls visit(r, k) for rows of block J whose label is class k of block I.
+    const auto each_label = [&](int64_t I, int64_t J, const auto& visit) {
+      if (!y) return;
+      const int64_t from = w.first(I), size = w.size(I);
+      const int64_t* const of_block = y + x.first(J);
+      for (int64_t r = 0; r < x.size(J); ++r)
+        if (const int64_t k = of_block[r] - from; k >= 0 && k < size) visit(r, k);
+    };
+    const auto offset_of = [&](int64_t I) { return has_bias ? shift.data + w.first(I) : nullptr; };
+    const auto exponentials = [&](int64_t I, int64_t J, const float* L, void* to, float* largest, float* total,
+                                  const float* R) {
+      f.exponentials(L, layer.shape(x, I, J), offset_of(I), c, half || !to ? nullptr : static_cast<float*>(to),
+                     half ? to : nullptr, largest, total, &R, is_soft, target_distance.data + I * block);
+    };
+
+    // The losses of block J, and what its weights are made from.
+    const auto forward = [&](int64_t J) {
       fastssl::run(threads, class_cut.blocks, [&](int64_t I) {
         if (w.lazy) w.prepare(I, kRows);
-        float* const L = tiles.floats(slot(threads));
-        const float* const offset = has_bias ? shift.data + w.first(I) : nullptr;
-        for (int64_t J = J0; J < J1; ++J) {
-          const int64_t at = x.first(J) - first;
-          float* const largest = sums.largest + I * most + at;
-          const LogitShape shape = layer.shape(x, I, J);
-          layer.compute(x, I, J, L);
-          each_label(I, J, [&](int64_t r, int64_t k) {
-            label[at + r] = L[k * shape.rows + r] - (offset ? offset[k] : 0);
-          });
-          void* const to = derive ? kept[I * panel + J - J0] : nullptr;
-          const float* R = nullptr;
-          if (is_soft) {
-            float* const spare = target_tiles.floats(slot(threads));
-            soft.read(engine, shape, x.first(J), w.first(I), spare, target_sum.data + I * most + at, spare + tile);
-            R = spare + tile;
-          }
-          f.exponentials(L, shape, offset, c, half || !to ? nullptr : static_cast<float*>(to), half ? to : nullptr,
-                         largest, sums.total + I * most + at, &R, is_soft, target_distance.data + I * most + at);
-          if (wanted.target) {
-            float* const far = far_tiles.floats(I * panel + J - J0);
-            for (int64_t k = 0; k < shape.classes; ++k)
-              for (int64_t r = 0; r < shape.rows; ++r)
-                far[k * shape.rows + r] = L[k * shape.rows + r] - (offset ? offset[k] : 0);
-          }
-          if (has_uniform)
-            f.distances(L, shape, offset, largest, uniform.data + w.first(I), distance.data + I * most + at);
+        float *const L = tiles.floats(slot(threads)), *const largest = sums.largest + I * block;
+        const float* const offset = offset_of(I);
+        const LogitShape shape = layer.shape(x, I, J);
+        layer.compute(x, I, J, L);
+        each_label(I, J, [&](int64_t r, int64_t k) { label[r] = L[k * shape.rows + r] - (offset ? offset[k] : 0); });
+        const float* R = nullptr;
+        if (is_soft) {
+          float* const spare = target_tiles.floats(slot(threads));
+          soft.read(engine, shape, x.first(J), w.first(I), spare, target_sum.data + I * block, spare + tile);
+          R = spare + tile;
         }
+        exponentials(I, J, L, derive && !again ? kept[I] : nullptr, largest, sums.total + I * block, R);
+        if (wanted.target) {
+          float* const far = far_tiles.floats(I);
+          for (int64_t k = 0; k < shape.classes; ++k)
+            for (int64_t r = 0; r < shape.rows; ++r)
+              far[k * shape.rows + r] = L[k * shape.rows + r] - (offset ? offset[k] : 0);
+        }
+        if (has_uniform) f.distances(L, shape, offset, largest, uniform.data + w.first(I), distance.data + I * block);
       }, [&] { engine.release(); });
-      const int64_t last = J1 - 1, padded = x.first(last) + x.padded(last) - first;
-      f.combine(sums.largest, sums.total, class_cut.blocks, most, padded, c, sums.top, sums.sum);
+      const int64_t first = x.first(J), at = place_of(J);
+      f.combine(sums.largest, sums.total, class_cut.blocks, block, x.padded(J), c, sums.top, sums.sum);
 
-      for (int64_t r = 0; r < padded; ++r) coefficient[r] = spread[r] = 0;
-      for (int64_t r = 0; r < rows; ++r) {
-        const double log_sum = std::log(double(sums.sum[r])), top = sums.top[r];
+      for (int64_t r = 0; r < x.padded(J); ++r) top[at + r] = sums.top[r], coefficient[at + r] = spread[at + r] = 0;
+      for (int64_t r = 0; r < x.size(J); ++r) {
+        const double log_sum = std::log(double(sums.sum[r])), peak = sums.top[r];
         const double p = is_soft ? total_of(target_sum, sums, r) : label_weight[first + r];
-        const double nll = y ? log_sum + scale * (top - label[r]) : log_sum + scale * top;
+        const double nll = y ? log_sum + scale * (peak - label[r]) : log_sum + scale * peak;
         if (loss) {
           double total = is_soft ? p * log_sum + scale * distance_of(target_distance, target_sum, sums, r) : p * nll;
           if (has_uniform) total += uniform_sum * log_sum + scale * far(distance, sums, r);
@@ -264,57 +285,69 @@ struct LinearCrossEntropy {
         }
         if (!derive) continue;
         const double g = factor[place(first + r)];
-        coefficient[r] = static_cast<float>(g * (p + uniform_sum) / sums.sum[r]);
-        spread[r] = static_cast<float>(g);
-        if (wanted.target) base[r] = log_sum + scale * top;
-        if (y) of_label[r] = static_cast<float>(
+        coefficient[at + r] = static_cast<float>(g * (p + uniform_sum) / sums.sum[r]);
+        spread[at + r] = static_cast<float>(g);
+        if (wanted.target) base[r] = log_sum + scale * peak;
+        if (y) of_label[at + r] = static_cast<float>(
             g * (p * std::expm1(-nll) + (has_uniform ? uniform_sum * std::exp(-nll) - uniform[y[first + r]] : 0)));
       }
-      if (!derive) continue;
+    };
 
+    // The gradients that block J has part in, of the classes that are being visited.
+    const auto backward = [&](int64_t J) {
+      const int64_t at = place_of(J);
       gradients->each([&](int64_t split, int64_t I) {
         float* const factors = scaled.floats(slot(threads));
         auto* const left = half ? static_cast<at::BFloat16*>(narrow[slot(threads)]) : nullptr;
         auto* const right = half ? left + tile : nullptr;
-        for (int64_t J = J0; J < J1; ++J) {
-          const int64_t at = x.first(J) - first;
-          auto* const E = static_cast<float*>(kept[I * panel + J - J0]);
-          const LogitShape shape = layer.shape(x, I, J);
-          f.factors(coefficient.data + at, sums.largest + I * most + at, sums.top + at, shape.rows, shape.valid, c,
-                    factors);
-          const float* const of_rows = spread.data + at;
-          const void* R = nullptr;
-          if (is_soft) {
-            float* const spare = target_tiles.floats(slot(threads));
-            soft.read(engine, shape, x.first(J), w.first(I), spare, row_sums.floats(slot(threads)), spare + tile);
-            R = half ? narrowed(spare + tile, shape, spare) : spare + tile;
-          }
-          f.weights(E, shape, factors, &R, &of_rows, is_soft, has_uniform ? uniform.data + w.first(I) : nullptr,
-                    spread.data + at, left, right);
-          each_label(I, J, [&](int64_t r, int64_t k) {
-            if (half)
-              left[k * shape.rows + r] = right[k / 2 * 2 * shape.rows + 2 * r + k % 2] = of_label[at + r];
-            else
-              E[k * shape.rows + r] = of_label[at + r];
-          });
-          const void* const G = half ? static_cast<void*>(left) : E;
-          if (has_bias) f.class_sums(G, shape, half, bias_sums.data + w.first(I));
-          gradients->add(split, I, x, J - J0, J, G, right);
-          if (wanted.target)
-            soft.derive(engine, shape, x.first(J), w.first(I), far_tiles.floats(I * panel + J - J0), of_rows,
-                        base.data + at, scale, upstream, target_tiles.floats(slot(threads)), dtarget);
+        auto* const E = static_cast<float*>(again ? kept_again[slot(threads)] : kept[I]);
+        const float* largest = sums.largest + I * block;
+        if (again) {
+          float *const L = tiles.floats(slot(threads)), *const found = sums_again.floats(slot(threads));
+          if (w.lazy) w.prepare(I, kRows);
+          layer.compute(x, I, J, L);
+          exponentials(I, J, L, E, found, found + block, nullptr);
+          largest = found;
         }
+        const LogitShape shape = layer.shape(x, I, J);
+        f.factors(coefficient.data + at, largest, top.data + at, shape.rows, shape.valid, c, factors);
+        const float* const of_rows = spread.data + at;
+        const void* R = nullptr;
+        if (is_soft) {
+          float* const spare = target_tiles.floats(slot(threads));
+          soft.read(engine, shape, x.first(J), w.first(I), spare, row_sums.floats(slot(threads)), spare + tile);
+          R = half ? narrowed(spare + tile, shape, spare) : spare + tile;
+        }
+        f.weights(E, shape, factors, &R, &of_rows, is_soft, has_uniform ? uniform.data + w.first(I) : nullptr, of_rows,
+                  left, right);
+        each_label(I, J, [&](int64_t r, int64_t k) {
+          if (half)
+            left[k * shape.rows + r] = right[pair_at(shape, k, r)] = of_label[at + r];
+          else
+            E[k * shape.rows + r] = of_label[at + r];
+        });
+        const void* const G = half ? static_cast<void*>(left) : E;
+        if (has_bias) f.class_sums(G, shape, half, bias_sums.data + w.first(I));
+        gradients->add(split, I, x, 0, J, G, right);
+        if (wanted.target)
+          soft.derive(engine, shape, x.first(J), w.first(I), far_tiles.floats(I), of_rows, base.data, scale, upstream,
+                      target_tiles.floats(slot(threads)), dtarget);
       });
-      if (!wanted.of_rows()) continue;
-      const int64_t* const to = chosen_rows.defined() ? chosen_rows.const_data_ptr<int64_t>() : nullptr;
-      const Numbers<double> of_block(J1 - J0);
-      fastssl::run(threads, J1 - J0, [&](int64_t v) {
-        of_block[v] = gradients->finish_rows(x, v, J0 + v, scale * upstream, dx, to);
-      });
-      for (int64_t v = 0; v < J1 - J0; ++v) along += of_block[v];  // in this order: deterministic
+      if (wanted.of_rows())
+        along += gradients->finish_rows(x, 0, J, scale * upstream, dx, to_row, again ? totals.floats(J) : nullptr);
+    };
+
+    for (int64_t J = 0; J < cut.blocks; ++J) {
+      forward(J);
+      if (derive && !again) backward(J);
     }
     if (!derive) return 0;
-    if (wanted.weight) gradients->finish_weight(scale * upstream);
+    for (int64_t I = 0; I < class_cut.blocks; I += panel) {
+      gradients->from = I;
+      gradients->to = std::min(I + panel, class_cut.blocks);
+      for (int64_t J = 0; again && J < cut.blocks; ++J) backward(J);
+      if (wanted.weight) gradients->finish_weight(scale * upstream);
+    }
     for (int64_t k = 0; has_bias && k < classes; ++k) db[k] = bias_sums[k] * upstream;
     return along * upstream;
   }

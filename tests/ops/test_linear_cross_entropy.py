@@ -75,7 +75,7 @@ def test_every_edge(count, classes, kernels):
     ids=str,
 )
 def test_many_rows_and_many_words(sizes, dtype, soft):
-    """Rows that are visited in several panels; and a weight that is packed, or read where it lies, block by block."""
+    """Rows that are visited in several blocks; and a weight that is packed, or read where it lies, block by block."""
     rows, dim, classes = sizes
     x, w, b = ((z / dim**0.25).to(dtype).requires_grad_() for z in (_normal(*s, seed=s[0]) for s in _shapes(*sizes)))
     y, weight = _labels(rows, classes, 0.4), _normal(classes, seed=4).abs()
@@ -89,6 +89,27 @@ def test_many_rows_and_many_words(sizes, dtype, soft):
     torch.testing.assert_close(loss.double(), expected, rtol=tolerance, atol=0)
     for found, right in zip(*(torch.autograd.grad(z, leaves) for z in (loss, expected)), strict=True):
         assert (found.double() - right.double()).norm() <= tolerance * right.double().norm()
+
+
+def test_logits_that_are_computed_twice():
+    """As a large weight's in bfloat16, whose gradient would take too much in float32: the same results."""
+    sizes = rows, _, classes = 514, 1024, 65_600
+    numbers = [(z / 4).bfloat16() for z in (_normal(*s, seed=s[0]) for s in _shapes(*sizes))]
+    y, weight = _labels(rows, classes), _normal(classes, seed=4).abs()
+    y[-1] = classes - 1
+    results, before = [], torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        for dtype in (torch.bfloat16, torch.float32):
+            x, w, b = (z.to(dtype).requires_grad_() for z in numbers)
+            temperature = torch.tensor(1.5, requires_grad=True)
+            named = {"linear_bias": b, "weight": weight, "label_smoothing": 0.1, "temperature": temperature}
+            loss = linear_cross_entropy(x, w, y, **named)
+            results.append([loss, *torch.autograd.grad(loss, (x, w, b, temperature))])
+    finally:
+        torch.set_float32_matmul_precision(before)
+    for found, right in zip(*results, strict=True):
+        assert (found - right).norm() <= 4e-3 * right.norm()
 
 
 def _shapes(rows: int, dim: int, classes: int) -> tuple[tuple[int, ...], ...]:

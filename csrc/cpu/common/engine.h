@@ -7,6 +7,7 @@
 #include <ATen/Context.h>
 #include <ATen/native/CPUBlas.h>
 
+#include <algorithm>
 #include <string_view>
 
 #include "common/isa.h"
@@ -42,6 +43,24 @@ struct Engine {
       at::native::cpublas::brgemm(M, N, K, K, N, N, add, static_cast<const float*>(A), static_cast<const float*>(B), C);
     } else {
       tile.gemm(M, N, K, K, N, N, add, static_cast<const float*>(A), static_cast<const float*>(B), C);
+    }
+  }
+
+  // The same where B lies in strips of kStrip columns, as `Packed` has it: its rows are then not so far apart that they
+  // fall on each other in the first-level cache.
+  void multiply_strips(int64_t M, int64_t N, int64_t K, bool add, const void* A, const void* B, float* C) const {
+    for (int64_t n = 0; n < N; n += kStrip) {
+      const int64_t wide = std::min(kStrip, N - n);
+      const void* const strip = static_cast<const char*>(B) + n * K * bytes();
+      if (half()) {
+        at::native::cpublas::brgemm(M, wide, K, K, wide, N, add, static_cast<const at::BFloat16*>(A),
+                                    static_cast<const at::BFloat16*>(strip), C + n);
+      } else if (onednn) {
+        at::native::cpublas::brgemm(M, wide, K, K, wide, N, add, static_cast<const float*>(A),
+                                    static_cast<const float*>(strip), C + n);
+      } else {
+        tile.gemm(M, wide, K, K, wide, N, add, static_cast<const float*>(A), static_cast<const float*>(strip), C + n);
+      }
     }
   }
 

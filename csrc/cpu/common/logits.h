@@ -60,7 +60,7 @@ struct Layer {
 
   // Tile (I, J): classes I of rows J.
   void compute(const Side& x, int64_t I, int64_t J, float* out) const {
-    weight.engine.multiply(weight.padded(I), x.padded(J), x.dim, false, weight.as_rows(I), x.as_columns(J), out);
+    weight.engine.multiply_strips(weight.padded(I), x.padded(J), x.dim, false, weight.as_rows(I), x.as_columns(J), out);
   }
 };
 
@@ -84,7 +84,8 @@ struct LogitSums {
 // Gradients of features and of the weight, or of one of them, from tiles of G.
 //
 // dX_J = sum_I G_IJ^T W_I is a product of turned tiles in float32, so that W is an operand as it lies; in bfloat16, in
-// which W must be packed anyway, it is gathered transposed. dW_I is summed where it is returned, if it can be.
+// which W must be packed anyway, it is gathered transposed. dW_I is summed where it is returned, if it can be; else for
+// `panel` blocks of classes at a time.
 struct LayerGradients {
   const Side& weight;
   const bool of_rows, of_weight;
@@ -95,30 +96,37 @@ struct LayerGradients {
   Blocks partial;              // of dX for each split and view
   Blocks scratch, turned;      // room to finish rows, and to turn tiles
   std::vector<char> has_sums;  // the first term of a sum is stored, not added
+  int64_t from, to;            // the blocks of classes that are being visited
 
   LayerGradients(const Side& weight, int64_t views, int64_t block, const Tensor& dw, bool of_rows = true,
-                 bool of_weight = true)
+                 bool of_weight = true, int64_t panel = 1 << 30)
       : weight(weight),
         of_rows(of_rows),
         of_weight(of_weight),
         dw(dw),
-        direct(of_weight && dw.scalar_type() == at::kFloat && dw.size(1) == weight.dim && !weight.normalize),
+        direct(of_weight && is_direct(weight, dw)),
         splits(std::min<int64_t>(weight.threads, weight.cut.blocks)),
-        sums(direct ? 1 : weight.cut.blocks, of_weight ? weight.cut.block * weight.dim * 4 : 0),
+        sums(direct ? 1 : std::min(panel, weight.cut.blocks), of_weight ? weight.cut.block * weight.dim * 4 : 0),
         partial(splits * views, of_rows ? weight.dim * block * 4 : 0),
-        scratch(weight.threads, (weight.dim * std::max(block, weight.cut.block) + weight.dim) * 4),
+        scratch(weight.threads, (2 * kPadding + 1) * weight.dim * 4),
         turned(weight.engine.half() || !of_rows ? 0 : weight.threads, weight.cut.block * block * 4),
-        has_sums(weight.cut.blocks) {}
+        has_sums(weight.cut.blocks),
+        from(0),
+        to(weight.cut.blocks) {}
+
+  static bool is_direct(const Side& weight, const Tensor& dw) {
+    return dw.scalar_type() == at::kFloat && dw.size(1) == weight.dim && !weight.normalize;
+  }
 
   // What W needs to be packed as, for dX.
   static int roles(const Engine& engine) { return engine.half() ? kWeighing : kNothing; }
 
-  // Calls visit(split, I) for all blocks of classes, each split's in order.
+  // Calls visit(split, I) for all blocks of classes that are to be visited, each split's in order.
   template <typename Visit>
   void each(const Visit& visit) const {
-    run(weight.threads, splits, [&](int64_t split) {
+    run(weight.threads, active(), [&](int64_t split) {
       for (int64_t I = first(split); I < first(split + 1); ++I) {
-        if (weight.lazy && of_rows) weight.prepare(I, weight.engine.half() ? kWeighing : kWeighed);
+        if (weight.lazy && of_rows) weight.prepare(I, weight.engine.half() ? kWeighing : kRows);
         visit(split, I);
       }
     }, [&] { weight.engine.release(); });
@@ -128,42 +136,58 @@ struct LayerGradients {
   void add(int64_t split, int64_t I, const Side& x, int64_t v, int64_t J, const void* left, const void* right) {
     const int64_t classes = weight.padded(I), rows = x.padded(J), dim = weight.dim;
     const Engine& engine = weight.engine;
-    if (of_weight) engine.multiply(classes, dim, rows, std::exchange(has_sums[I], 1), left, x.weighed(J), sum_of(I));
+    if (of_weight)
+      engine.multiply_strips(classes, dim, rows, std::exchange(has_sums[I], 1), left, x.weighed(J), sum_of(I));
     if (!of_rows) return;
-    float* const to = partial.floats(v * splits + split);
+    float* const sum = partial.floats(v * splits + split);
     const bool add = I > first(split);
     if (engine.half()) {
-      engine.multiply(dim, rows, classes, add, weight.weighing(I), right, to);
+      engine.multiply_strips(dim, rows, classes, add, weight.weighing(I), right, sum);
     } else {
       float* const turn = turned.floats(slot(weight.threads));
       engine.tile.transposed(static_cast<const float*>(left), rows, classes, turn);
-      engine.multiply(rows, dim, classes, add, turn, weight.weighed(I), to);
+      engine.multiply(rows, dim, classes, add, turn, weight.as_rows(I), sum);
     }
   }
 
   // Writes dX of rows J of view v, contiguous, times `scale`, row i of x to row at[i] unless that is null. Returns
-  // sum_i <G_i W, x_i>, x_i as it was multiplied.
-  double finish_rows(const Side& x, int64_t v, int64_t J, float scale, const Tensor& dx,
-                     const int64_t* at = nullptr) const {
-    const int64_t rows = x.padded(J), elements = rows * x.dim;
-    float* const sum = partial.floats(v * splits);
-    for (int64_t split = 1; split < splits; ++split) {
-      const float* const other = partial.floats(v * splits + split);
-      for (int64_t i = 0; i < elements; ++i) sum[i] += other[i];
-    }
-    float* const spare = scratch.floats(slot(weight.threads));
-    float* const by_row = weight.engine.half() ? spare : sum;
-    if (weight.engine.half()) weight.engine.tile.transposed(sum, rows, x.dim, spare);
-    double along = 0;
-    for (int64_t r = 0; r < x.size(J); ++r)
-      along += finish(x, x.first(J) + r, at ? at[x.first(J) + r] : x.first(J) + r, scale, by_row + r * x.dim,
-                      spare + elements, dx);
-    return along;
+  // sum_i <G_i W, x_i>, x_i as it was multiplied. Where classes are visited in several turns, `total` (rows, dim) is
+  // what the earlier ones came to, and all but the last only add to it.
+  double finish_rows(const Side& x, int64_t v, int64_t J, float scale, const Tensor& dx, const int64_t* at = nullptr,
+                     float* total = nullptr) const {
+    const int64_t rows = x.padded(J), dim = x.dim, chunks = rows / kPadding;
+    const bool half = weight.engine.half();
+    const Numbers<double> along(chunks, 0);
+    run(weight.threads, chunks, [&](int64_t chunk) {
+      const int64_t start = chunk * kPadding, elements = kPadding * dim;
+      float *const sum = scratch.floats(slot(weight.threads)), *const spare = sum + elements;
+      float* const gathered = half ? spare : sum;  // (dim, kPadding), or (kPadding, dim)
+      for (int64_t split = 0; split < active(); ++split) {
+        const float* const part = partial.floats(v * splits + split);
+        const auto gather = [&](const float* from, int64_t count, float* to) {
+          for (int64_t i = 0; i < count; ++i) to[i] = split ? to[i] + from[i] : from[i];
+        };
+        if (!half) gather(part + start * dim, elements, gathered);
+        for (int64_t d = 0; half && d < dim; ++d) gather(part + d * rows + start, kPadding, gathered + d * kPadding);
+      }
+      if (half) weight.engine.tile.transposed(gathered, kPadding, dim, sum);
+      if (total) {
+        float* const all = total + start * dim;
+        for (int64_t i = 0; i < elements; ++i) sum[i] = all[i] = from ? all[i] + sum[i] : sum[i];
+        if (to < weight.cut.blocks) return;
+      }
+      for (int64_t i = x.first(J) + start, r = 0; r < std::min(kPadding, x.size(J) - start); ++r, ++i)
+        along[chunk] += finish(x, i, at ? at[i] : i, scale, sum + r * dim, spare, dx);
+    });
+    double sum = 0;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += along[chunk];  // in this order: deterministic
+    return sum;
   }
 
-  // Writes dW, times `scale`.
+  // Writes dW of the classes that were visited, times `scale`.
   void finish_weight(float scale) const {
-    run(weight.threads, weight.cut.blocks, [&](int64_t I) {
+    run(weight.threads, to - from, [&](int64_t i) {
+      const int64_t I = from + i;
       const bool there = direct && sum_of(I) != sums.floats(0);
       if (there && scale == 1 && has_sums[I]) return;
       float* const sum = sum_of(I);
@@ -175,10 +199,11 @@ struct LayerGradients {
   }
 
  private:
-  int64_t first(int64_t split) const { return weight.cut.blocks * split / splits; }
+  int64_t active() const { return std::min(splits, to - from); }
+  int64_t first(int64_t split) const { return from + (to - from) * split / active(); }
 
   float* sum_of(int64_t I) const {
-    if (!direct) return sums.floats(I);
+    if (!direct) return sums.floats(I - from);
     if (weight.size(I) < weight.padded(I)) return sums.floats(0);
     return dw.mutable_data_ptr<float>() + weight.first(I) * weight.dim;
   }

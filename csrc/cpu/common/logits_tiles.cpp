@@ -147,7 +147,7 @@ inline void weights_of(const At& at, const LogitShape& shape, const float* facto
         w1 -= uniform[k + 1] * g;
       }
       if (half) {
-        store_pair(w0, w1, half + i0, rows, pairs + k * rows + 2 * j);
+        store_pair(w0, w1, half + i0, rows, pairs + pair_at(shape, k, j));
       } else {
         store(out + i0, w0);
         store(out + i1, w1);

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "common/product_tiles.h"
 #include "common/table.h"
 
 namespace fastssl {
@@ -14,6 +15,12 @@ struct LogitShape {
   int64_t classes, rows;
   int64_t count, valid;
 };
+
+// Where element (k, r) of such a tile is in pairs, as (classes, rows) in strips of rows (`Packed`).
+static inline int64_t pair_at(const LogitShape& shape, int64_t k, int64_t r) {
+  const int64_t first = r / kStrip * kStrip, wide = shape.rows - first < kStrip ? shape.rows - first : kStrip;
+  return first * shape.classes + k / 2 * 2 * wide + 2 * (r - first) + k % 2;
+}
 
 struct LogitsTiles {
   // E_kr = 2^(c (L_kr - shift_k - largest_r)), largest_r the largest L_kr - shift_k of the tile, as floats into `out`,
@@ -43,7 +50,7 @@ struct LogitsTiles {
 
   // W_kr = factor_r E_kr - sum_t target_factors[t][r] targets[t]_kr - uniform_k uniform_factor_r, without the last term
   // where `uniform` is null. E and targets are floats, and W is written over E; or bfloat16, and W is written into half
-  // (classes, rows) and pairs (classes / 2, rows, 2). `uniform` is 0 beside the meant classes, the factors beside rows.
+  // (classes, rows) and pairs, as `pair_at` says. `uniform` is 0 beside the meant classes, the factors beside rows.
   void (*weights)(void* E, const LogitShape& shape, const float* factor, const void* const* targets,
                   const float* const* target_factors, int64_t count, const float* uniform, const float* uniform_factor,
                   void* half, void* pairs);

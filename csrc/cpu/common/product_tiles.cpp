@@ -61,8 +61,27 @@ struct ScaledRow {
   }
 };
 
+// out = x (rows, columns) in strips of `width` columns, one after the other.
+void in_strips(const int32_t* x, int64_t rows, int64_t columns, int64_t width, int32_t* out) {
+  for (int64_t c = 0; c < columns; c += width) {
+    const int64_t wide = c + width < columns ? width : columns - c;
+    for (int64_t r = 0; r < rows; ++r, out += wide)
+      for (int64_t i = 0; i < wide; ++i) out[i] = x[r * columns + c + i];
+  }
+}
+
+// out = x (columns, rows)^T in such strips.
+void transpose_in_strips(const int32_t* x, int64_t rows, int64_t columns, int64_t width, int32_t* out) {
+  for (int64_t c = 0; c < columns; c += width) {
+    const int64_t wide = c + width < columns ? width : columns - c;
+    transpose(x + c * rows, rows, wide, rows, out + c * rows, wide);
+  }
+}
+
 void arrange(const float* z, int64_t rows, int64_t dim, Operand operand, float* spare, const Packed& out) {
   const int64_t elements = rows * dim;
+  const auto bits = [](const void* x) { return static_cast<const int32_t*>(x); };
+  const int64_t width = out.strip ? out.strip : rows;
   if (operand != Operand::BFloat16) {
     float* const left = out.left ? static_cast<float*>(out.left) : spare;
     if (operand == Operand::RoundedToBFloat16) {
@@ -71,8 +90,8 @@ void arrange(const float* z, int64_t rows, int64_t dim, Operand operand, float* 
     } else if (out.left && out.left != z) {
       for (int64_t i = 0; i < elements; ++i) left[i] = z[i];
     }
-    if (out.right)
-      transpose(reinterpret_cast<const int32_t*>(z), dim, rows, dim, static_cast<int32_t*>(out.right), rows);
+    if (out.right) transpose_in_strips(bits(z), dim, rows, width, static_cast<int32_t*>(out.right));
+    if (out.right_pairs && out.strip) in_strips(bits(z), rows, dim, out.strip, static_cast<int32_t*>(out.right_pairs));
     return;
   }
   // A pair of bfloat16 is a 32-bit element: (rows, dim / 2) pairs along d transpose into `right`,
@@ -80,18 +99,19 @@ void arrange(const float* z, int64_t rows, int64_t dim, Operand operand, float* 
   uint16_t* const free = reinterpret_cast<uint16_t*>(spare);
   uint16_t* const left = out.left ? static_cast<uint16_t*>(out.left) : free;
   for (int64_t i = 0; i < elements; ++i) left[i] = float_to_bfloat16(z[i]);
-  if (out.right)
-    transpose(reinterpret_cast<const int32_t*>(left), dim / 2, rows, dim / 2, static_cast<int32_t*>(out.right), rows);
+  if (out.right) transpose_in_strips(bits(left), dim / 2, rows, width, static_cast<int32_t*>(out.right));
   if (out.right_pairs || out.left_columns) {
-    uint16_t* const pairs = out.right_pairs ? static_cast<uint16_t*>(out.right_pairs) : free + elements;
+    const bool whole = out.right_pairs && !out.strip;
+    uint16_t* const pairs = whole ? static_cast<uint16_t*>(out.right_pairs) : free + elements;
     for (int64_t r = 0; r < rows; r += 2)
       for (int64_t d = 0; d < dim; ++d) {
         pairs[r * dim + 2 * d] = left[r * dim + d];
         pairs[r * dim + 2 * d + 1] = left[(r + 1) * dim + d];
       }
+    if (out.right_pairs && !whole)
+      in_strips(bits(pairs), rows / 2, dim, out.strip, static_cast<int32_t*>(out.right_pairs));
     if (out.left_columns)
-      transpose(reinterpret_cast<const int32_t*>(pairs), dim, rows / 2, dim, static_cast<int32_t*>(out.left_columns),
-                rows / 2);
+      transpose(bits(pairs), dim, rows / 2, dim, static_cast<int32_t*>(out.left_columns), rows / 2);
   }
 }
 
@@ -103,9 +123,9 @@ float pack(const Rows& rows, int64_t first, int64_t count, int64_t padded_rows, 
   for (int64_t r = 0; r < count; ++r) {
     float* const row = copied ? z + r * padded_dim : scratch;
     const float* const x = row_of(rows[first + r], rows.element, rows.dim, 1, row);
-    const double square = dot(x, x, padded_dim);
+    const double square = inverse_norm ? dot(x, x, padded_dim) : 0;
     double inverse = 1;
-    inverse_norm[r] = 1;
+    if (inverse_norm) inverse_norm[r] = 1;
     if (normalize) {
       const double norm = __builtin_sqrt(square);
       inverse = 1 / (norm > kNormFloor || norm != norm ? norm : kNormFloor);

@@ -31,6 +31,8 @@ struct Rows {
   }
 };
 
+constexpr int64_t kStrip = 64;  // columns of a right operand that lies in strips
+
 // The (normalised) rows Z of one block as the operands of products, padded with zeros to rows x dim, both
 // multiples of 32. "In pairs": two consecutive rows of the matrix interleaved, [k/2][n][2], the layout in which
 // instructions that multiply pairs of bfloat16 read their right operand. Operands that nobody needs are null.
@@ -40,6 +42,9 @@ struct Packed {
   void* right_pairs;  // bfloat16 only: (rows, dim) in pairs: right operand of W Z
   void* left_columns; // bfloat16 only: (dim, rows): left operand of Z^T W
   const float* as_they_lie = nullptr;  // unless null, the rows themselves, which are `left` without being packed
+  // Unless 0, right operands lie in strips of that many columns, one strip after the other, each as above; in float32
+  // `right_pairs` is then Z itself in strips.
+  int64_t strip = 0;
 };
 
 struct ProductTiles {
@@ -47,7 +52,8 @@ struct ProductTiles {
   void (*arrange)(const float* z, int64_t rows, int64_t dim, Operand operand, float* spare, const Packed& out);
 
   // Packs rows [first, first + count), each divided by max(norm, 1e-12) if `normalize`. inverse_norm gets the factor
-  // by which each row was multiplied, negated where 1e-12 was the larger. Returns the largest |z|^2.
+  // by which each row was multiplied, negated where 1e-12 was the larger. Returns the largest |z|^2. With a null
+  // inverse_norm nothing is normalised and nothing measured.
   // `scratch`: 2 padded_rows x padded_dim floats.
   float (*pack)(const Rows& rows, int64_t first, int64_t count, int64_t padded_rows, int64_t padded_dim, bool normalize,
                 Operand operand, float* inverse_norm, float* scratch, const Packed& out);

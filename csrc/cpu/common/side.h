@@ -49,7 +49,7 @@ struct Side {
        const float* known = nullptr)
       : Side(x1, x2, normalize, true, wanted, engine, threads, false, known) {}
 
-  // One side of a product that is cut as given, and whose tiles are not turned.
+  // One side of a product that is cut as given, whose tiles are not turned, and whose right operands lie in strips.
   Side(const Tensor& x, bool normalize, int wanted, const Engine& engine, int threads, const Cut& cut,
        bool lazy = false)
       : Side(x, nullptr, normalize, false, wanted, engine, threads, lazy, nullptr, &cut) {}
@@ -74,15 +74,15 @@ struct Side {
         cut_as_given(given),
         turned(!given && count <= 2 * dim),
         roles(turned && (wanted & kWeighing) ? (wanted & ~kWeighing) | kWeighed : wanted),
-        left(places(), roles & (kRows | (engine.half() ? 0 : kWeighed)) ? block_bytes() : 0),
+        left(places(), roles & (kRows | (engine.half() || given ? 0 : kWeighed)) ? block_bytes() : 0),
         right(places(), roles & (kColumns | (engine.half() ? 0 : kWeighing)) ? block_bytes() : 0),
-        right_pairs(places(), engine.half() && (roles & kWeighed) ? block_bytes() : 0),
+        right_pairs(places(), (engine.half() || given) && (roles & kWeighed) ? block_bytes() : 0),
         left_columns(places(), engine.half() && (roles & kWeighing) ? block_bytes() : 0),
         scratch(threads, 2 * cut.block * dim * 4),
         inverse_norm(count) {
+    if (cut_as_given || (known && (lazy || as_they_lie()))) std::fill_n(inverse_norm.data, count, 1.f);
     if ((known && (lazy || as_they_lie())) || (lazy && cut_as_given)) {
       if (known) largest_square = *known;
-      std::fill_n(inverse_norm.data, count, 1.f);
       return;
     }
     const Numbers<float> square(cut.blocks);
@@ -100,12 +100,13 @@ struct Side {
     const int64_t at = place(b);
     const bool lie = as_they_lie(b), half = engine.half();
     const auto operand = [&](const Blocks& blocks, int role) { return only & role ? blocks[at] : nullptr; };
-    const Packed out{lie ? nullptr : operand(left, half ? kRows : kRows | kWeighed),
+    const Packed out{lie ? nullptr : operand(left, half || cut_as_given ? kRows : kRows | kWeighed),
                      operand(right, half ? kColumns : kColumns | kWeighing), operand(right_pairs, kWeighed),
                      operand(left_columns, kWeighing),
-                     lie && !half ? static_cast<const float*>(rows[first(b)]) : nullptr};
+                     lie && !half ? static_cast<const float*>(rows[first(b)]) : nullptr, cut_as_given ? kStrip : 0};
     return engine.tile.pack(rows, first(b), size(b), padded(b), dim, normalize, engine.operand,
-                            inverse_norm.data + first(b), scratch.floats(slot(threads)), out);
+                            cut_as_given && !normalize ? nullptr : inverse_norm.data + first(b),
+                            scratch.floats(slot(threads)), out);
   }
 
   // Whether block b, as it lies in memory, is the operand that packing would make of it.
@@ -139,7 +140,9 @@ struct Side {
   // Block b as each operand.
   const void* as_rows(int64_t b) const { return as_they_lie(b) ? rows[first(b)] : left[place(b)]; }
   const void* as_columns(int64_t b) const { return right[place(b)]; }
-  const void* weighed(int64_t b) const { return engine.half() ? right_pairs[place(b)] : as_rows(b); }
+  const void* weighed(int64_t b) const {
+    return engine.half() || cut_as_given ? right_pairs[place(b)] : as_rows(b);
+  }
   const void* weighing(int64_t b) const { return engine.half() ? left_columns[place(b)] : right[place(b)]; }
 };
 
