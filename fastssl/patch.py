@@ -11,7 +11,14 @@ from collections.abc import Iterator, Mapping
 from types import FunctionType, ModuleType, TracebackType
 from typing import Any, NamedTuple
 
-PEERS = ("lightly", "sentence_transformers", "transformers")  # whose file in integrations/ has a table of replacements
+# Those whose file in integrations/ has a table of replacements.
+PEERS = (
+    "lightly",
+    "open_clip",
+    "pytorch_metric_learning",
+    "sentence_transformers",
+    "transformers",
+)
 
 
 def patch(peer: str) -> Patch:

@@ -1,0 +1,80 @@
+"""The scripts of examples/, two steps of each on toy data, with and without the patch; and what compares them."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import fastssl
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """An example as a module, by its name."""
+    monkeypatch.setattr(sys, "path", [str(EXAMPLES), *sys.path])
+    yield importlib.import_module
+    for path in EXAMPLES.glob("*.py"):
+        sys.modules.pop(path.stem, None)
+
+
+@pytest.fixture
+def captions(tmp_path):
+    rows = ["image,caption"]
+    for i in range(10):
+        Image.new("RGB", (32, 32), (25 * i, 0, 255 - 25 * i)).save(tmp_path / f"{i}.png")
+        rows.append(f"{i}.png,picture {'abcdefghij'[i]}")
+    (tmp_path / "captions.csv").write_text("\n".join(rows))
+    return tmp_path / "captions.csv"
+
+
+def _agree(peer, train, rounding=1e-2, **options):
+    options = argparse.Namespace(**{"batch_size": 8, "steps": 2, "seed": 0, "data": None, **options})
+    theirs = list(train(options))
+    with fastssl.patch(peer):
+        ours = list(train(options))
+    assert len(ours) == 2 and ours[0] != ours[1]
+    torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=rounding, atol=0)
+
+
+def test_open_clip(script, captions, open_clip_transformer):
+    _agree("open_clip", script("open_clip_emoji").train, data=captions)
+
+
+def test_the_comparison(script, monkeypatch, capsys):
+    compare, runs = script("compare"), []
+
+    def run(name, *options):
+        runs.append((name, *options))
+        batch = int(options[-1]) if options else 8
+        gibibytes = batch / (16 if name == "ours" else 8)
+        return {"losses": [2.0, 1.0 + 1e-3 * (name == "ours")], "seconds": 0.5, "gibibytes": gibibytes}
+
+    monkeypatch.setattr(compare, "_run", run)
+    for rounding, status in (1e-2, False), (1e-4, True):
+        monkeypatch.setattr(sys, "argv", ["example.py", "--largest", "--batch-size", "8"])
+        with pytest.raises(SystemExit) as end:
+            compare.compare("lightly", None, rounding)
+        assert end.value.code is status
+    lines = capsys.readouterr().out.splitlines()
+    assert "   2   1.00000   1.00100" in lines and any("at most 1.0e-03 apart" in line for line in lines)
+    assert any(line.split()[-2:] == ["32", "64"] for line in lines if "largest" in line)
+
+
+def test_one_of_the_two_in_this_process(script, monkeypatch, capsys):
+    def train(options):
+        for step in range(options.steps):
+            yield options.batch_size + options.seed + step + 0.25
+
+    monkeypatch.setattr(sys, "argv", ["example.py", "--only", "theirs", "--steps", "3", "--seed", "1"])
+    script("compare").compare("lightly", train, 1e-2, batch_size=4)
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["losses"] == [5.25, 6.25, 7.25] and result["seconds"] > 0 and result["gibibytes"] > 0.1
