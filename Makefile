@@ -1,13 +1,14 @@
 # make demo | test | bench | docs: each sets up .venv first. `make clean` before another PYTHON or TORCH.
 # make gpu: all that a new machine with a GPU should be asked, with the PYTHON that is there and no network;
 # STAGES="correctness speed" for some of it, DEVICE=cpu for a rehearsal.
+# make wheels: an sdist, and a wheel for every Python and every supported torch, tried with each; see .ci/wheels.
 # make oldest: what depends most on PyTorch and Triton, under the oldest that are supported. Gigabytes, the first time.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 NATIVE := setup.py CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test bench docs gpu oldest clean
+.PHONY: demo test bench docs gpu oldest wheels clean
 
 demo: .venv/demo
 	$(BIN)/python -m fastssl.train.demo
@@ -32,6 +33,9 @@ build/oldest/ready:
 	$(PYTHON) -m venv build/oldest
 	build/oldest/bin/pip install "torch==2.10.0" "triton==3.6.0" hypothesis numpy pytest rich
 	touch $@
+
+wheels:
+	.ci/wheels
 
 gpu:
 	$(PYTHON) -m benchmarks.gpu $(STAGES) --device $(or $(DEVICE),cuda)

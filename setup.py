@@ -1,4 +1,8 @@
-"""Runs CMake for the native code. Where that cannot be built, fastssl installs without it and records why."""
+"""Runs CMake for the native code. Where that cannot be built, fastssl installs without it and records why.
+
+The C++ kernels are built for the torch that fastssl will run with, or for each of the torch packages whose directories
+match the pattern FASTSSL_TORCH: a wheel then serves these minor versions, and requires one of them.
+"""
 
 from __future__ import annotations
 
@@ -9,22 +13,42 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from glob import glob
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 REQUIRE = os.environ.get("FASTSSL_BUILD") == "require"
-_FIND_TORCH = "import os, torch; print(torch.__version__, os.path.dirname(torch.__file__), sep='\\n')"
+TORCH = os.environ.get("FASTSSL_TORCH", "")
+_FIND_TORCH = "import os, torch; print(os.path.dirname(torch.__file__))"
 
 
 class BuildError(Exception):
     """Why there is no native code, in words for the person who installs."""
 
 
-def find_torch() -> tuple[str, str]:
-    """(version, package directory) of the torch that fastssl will run with.
+def minor_of(torch: Path) -> int:
+    """The x of 2.x, the version of the torch package in a directory."""
+    version = re.search(r"__version__ = '(.*)'", (torch / "version.py").read_text())[1]
+    numbers = tuple(map(int, version.split(".")[:2]))
+    if numbers < (2, 10):
+        raise BuildError(f"torch must be 2.10 or newer, got {version}")
+    return numbers[1]
+
+
+def find_torches(pattern: str = TORCH) -> list[Path]:
+    """The directories of the torch packages to build for, the oldest version first."""
+    directories = [Path(directory).resolve() for directory in glob(pattern)] if pattern else [find_torch()]
+    if not directories:
+        raise BuildError(f"FASTSSL_TORCH must match torch packages, got {pattern}")
+    return sorted(directories, key=minor_of)
+
+
+def find_torch() -> Path:
+    """The directory of the torch that fastssl will run with.
 
     pip builds in an isolated environment, made with PYTHONPATH, that hides it: there this looks around it.
     """
@@ -34,12 +58,17 @@ def find_torch() -> tuple[str, str]:
             [sys.executable, "-c", _FIND_TORCH], capture_output=True, text=True, env=environment, cwd=sys.prefix
         )
         if found.returncode == 0:
-            version, directory = found.stdout.strip().splitlines()[-2:]
-            if tuple(map(int, version.split(".")[:2])) < (2, 10):
-                raise BuildError(f"torch must be 2.10 or newer, got {version}")
-            return version, directory
+            return Path(found.stdout.strip().splitlines()[-1])
     reason = (found.stderr.strip().splitlines() or ["it printed nothing"])[-1]
     raise BuildError(f"no torch to build against when fastssl was installed ({reason})")
+
+
+def requirement(pattern: str = TORCH) -> str:
+    """What the sources require, or a wheel for the torch packages that match the pattern."""
+    if not pattern:
+        return "torch>=2.10"
+    minors = [minor_of(torch) for torch in find_torches(pattern)]
+    return f"torch>=2.{minors[0]},<2.{minors[-1] + 1}"
 
 
 def run(*command: str) -> None:
@@ -83,13 +112,15 @@ class BuildNative(build_ext):
     def run(self) -> None:
         package = ROOT / "fastssl" if self.inplace else Path(self.build_lib).resolve() / "fastssl"
         package.mkdir(parents=True, exist_ok=True)
-        cpu, cuda = package / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}", package / "_C_cuda.so"
-        cpu.unlink(missing_ok=True)  # an old one must not outlive a failed build
-        cuda.unlink(missing_ok=True)
-        record = {"torch": None, "error": None, "cuda_error": None}
+        for library in package.glob("_C*.so"):
+            library.unlink()  # an old one must not outlive a failed build
+        record = {"error": None, "cuda_error": None}
+        torches: list[Path] = []
         try:
-            record["torch"], torch_dir = find_torch()
-            shutil.copy2(self.compile("_C", torch_dir) / cpu.name, cpu)
+            torches = find_torches()
+            build = self.compile("_C", torches)
+            for torch in torches:
+                shutil.copy2(build / f"_C-torch2.{minor_of(torch)}.so", package)
         except BuildError as error:
             if REQUIRE:
                 raise
@@ -98,13 +129,13 @@ class BuildNative(build_ext):
         nvcc = find_nvcc()
         if nvcc is None:
             record["cuda_error"] = "no nvcc when fastssl was installed"
-        elif record["torch"] is None:
+        elif not torches:
             record["cuda_error"] = record["error"]
         else:
             try:
                 architectures = cuda_architectures(os.environ.get("TORCH_CUDA_ARCH_LIST", ""))
                 options = f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DFASTSSL_CUDA_ARCHITECTURES={architectures}"
-                shutil.copy2(self.compile("_C_cuda", torch_dir, *options) / cuda.name, cuda)
+                shutil.copy2(self.compile("_C_cuda", torches[-1:], *options) / "_C_cuda.so", package)
             except BuildError as error:
                 if REQUIRE:
                     raise
@@ -112,13 +143,13 @@ class BuildNative(build_ext):
                 print(f"fastssl: installing without its CUDA kernels: {error}", file=sys.stderr, flush=True)
         (package / "_build.json").write_text(json.dumps(record))
 
-    def compile(self, target: str, torch_dir: str, *options: str) -> Path:
+    def compile(self, target: str, torches: list[Path], *options: str) -> Path:
         # setuptools gives editable builds a temporary directory; here they keep theirs, to compile only what changed.
         build = (ROOT / "build" / "editable" if self.editable_mode else Path(self.build_temp)).resolve() / target
         cmake, ninja = tool("cmake"), tool("ninja")
         run(
             cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}",
-            f"-DPython_EXECUTABLE={sys.executable}", f"-DTORCH_DIR={torch_dir}",
+            f"-DTORCH_DIR={';'.join(map(str, torches))}",
             f"-DCMAKE_CXX_FLAGS={os.environ.get('CXXFLAGS', '')}",  # CMake itself reads it only once per directory
             *options,
         )  # fmt: skip
@@ -132,7 +163,15 @@ class BuildNative(build_ext):
         return {}
 
 
+class TagWheel(bdist_wheel):
+    """The native code depends on the machine, and on no version of Python."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
 setup(
+    install_requires=[requirement()],
     packages=[
         *find_packages(include=["fastssl", "fastssl.*"], exclude=["fastssl.kernels*"]),
         "fastssl.kernels",
@@ -140,5 +179,5 @@ setup(
     ],
     package_dir={"fastssl": "fastssl", "fastssl.kernels": "kernels"},
     ext_modules=[Extension("fastssl._C", sources=[])],
-    cmdclass={"build_ext": BuildNative},
+    cmdclass={"build_ext": BuildNative, "bdist_wheel": TagWheel},
 )

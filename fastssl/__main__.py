@@ -16,10 +16,7 @@ import torch
 import fastssl
 from fastssl import _native
 
-_REMEDY = (
-    "have torch, a C++20 compiler and Python's headers (on Debian: apt install g++ python3-dev),"
-    " then install fastssl-kernels again"
-)
+_REMEDY = "have torch and a C++20 compiler (on Debian: apt install g++), then install fastssl-kernels again"
 
 
 def _cpu_name() -> str:

@@ -6,8 +6,8 @@ Where one is missing or does not load, the reason is kept for `python -m fastssl
 from __future__ import annotations
 
 import json
-from importlib import import_module
-from importlib.machinery import EXTENSION_SUFFIXES
+import re
+import warnings
 from pathlib import Path
 
 import torch
@@ -20,29 +20,30 @@ _PACKAGE = Path(__file__).parent
 def _load(name: str, package: Path) -> str | None:
     """Load the library `name` of `package`. None, or why it is not loaded."""
     record = package / "_build.json"
-    build = json.loads(record.read_text()) if record.exists() else {"torch": None, "error": None}
-    path = next((p for p in (package / f"{name}{suffix}" for suffix in EXTENSION_SUFFIXES) if p.exists()), None)
-    if path is None:
+    build = json.loads(record.read_text()) if record.exists() else {}
+    path = package / f"{name}.so"
+    if name == "_C":  # speaks torch's C++ ABI, which changes between minor versions; _C_cuda keeps to the stable one
+        minor = ".".join(torch.__version__.split(".")[:2])
+        path = package / f"_C-torch{minor}.so"
+        others = [p.stem.removeprefix("_C-torch") for p in package.glob("_C-torch*.so")]
+        if others and not path.exists():
+            others.sort(key=lambda version: [int(n) for n in re.findall(r"\d+", version)])
+            why = f"built for torch {', '.join(others)}, and not for torch {torch.__version__}"
+            warnings.warn(f"fastssl runs without its C++ kernels, which were {why}", RuntimeWarning, stacklevel=2)
+            return why
+    if not path.exists():
         return build.get("error" if name == "_C" else "cuda_error") or "not built"
     if name == "_C_cuda" and torch.version.cuda is None:
         return f"torch {torch.__version__} was built without CUDA"
-    # _C speaks torch's C++ ABI, which changes between minor versions; _C_cuda keeps to the stable one.
-    if name == "_C" and _minor(build["torch"]) != _minor(torch.__version__):
-        return f"built with torch {build['torch']}, which torch {torch.__version__} does not match"
     try:
         torch.ops.load_library(str(path))
         if name == "_C":
-            import_module("fastssl._C").register_kernels()
-    except (OSError, ImportError) as error:
+            torch.ops.fastssl_cpu.register_kernels()
+    except OSError as error:
         return f"does not load: {error}"
     except (AttributeError, RuntimeError) as error:  # its kernels are those of older sources, or of newer ones
         return f"built from other sources, build it again: {' '.join(str(error).split()[:25])}"
     return None
-
-
-def _minor(version: str | None) -> str | None:
-    """The part of a version that C++ code is tied to: "2.13" of "2.13.0+cpu"."""
-    return version and ".".join(version.split(".")[:2])
 
 
 _status = {name: _load(name, _PACKAGE) for name in ("_C", "_C_cuda")}

@@ -1,16 +1,15 @@
-// fastssl._C: bindings of what is not a tensor operation. Operations are reached through PyTorch's dispatcher.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
+// What of this library is not a tensor operation of fastssl, for fastssl/_C.py. It goes through PyTorch's dispatcher too:
+// so the library needs nothing of Python, and serves every version of it.
+#include <torch/library.h>
 #include <torch/version.h>
 
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "common/isa.h"
 #include "common/kernels.h"
 #include "common/kept_tiles.h"
-
-namespace py = pybind11;
 
 namespace {
 
@@ -32,44 +31,40 @@ void register_kernels() {
   registered = std::move(libraries);
 }
 
-}  // namespace
-
-PYBIND11_MODULE(_C, m) {
-  m.doc() = "What fastssl's C++ library was built with, and the instruction sets it uses.";
-  m.attr("compiler") = FASTSSL_COMPILER;
-  m.attr("torch_version") = TORCH_VERSION;
-#if defined(_OPENMP)
-  m.attr("openmp") = true;
-#else
-  m.attr("openmp") = false;
-#endif
-  m.def("register_kernels", &register_kernels, "Make the library's kernels those of fastssl's operations.");
-  m.def("built_isas", [] { return names(fastssl::built()); }, "Instruction sets that kernels were compiled for.");
-  m.def("available_isas", [] { return names(fastssl::available()); }, "Of those built, what this CPU can run.");
-  m.def("current_isa", [] { return fastssl::name(fastssl::current()); }, "The instruction set that kernels use.");
-  m.def(
-      "set_current_isa",
-      [](const std::string& name) { fastssl::set_current(fastssl::isa_from_name(name)); },
-      py::arg("name"),
-      "Make kernels use one of available_isas(), in this process.");
-  m.def(
-      "contrastive_tile_plan",
-      [](int64_t rows, int64_t dim, int threads, bool symmetric, int64_t keep, bool narrow) {
-        const fastssl::TilePlan plan = fastssl::tile_plan(rows, dim, threads, symmetric, keep, narrow);
-        return py::dict(
-            py::arg("threads") = plan.threads,
-            py::arg("block") = plan.block,
-            py::arg("blocks") = plan.blocks,
-            py::arg("group") = plan.group,
-            py::arg("tiles") = plan.tiles,
-            py::arg("kept") = plan.kept);
-      },
-      py::arg("rows"),
-      py::arg("dim"),
-      py::arg("threads"),
-      py::arg("symmetric") = false,
-      py::arg("keep") = 0,
-      py::arg("narrow") = false,
-      "How the contrastive losses cut rows x rows similarities of dim features into tiles for that many threads, and\n"
-      "how many tiles' exponentials, float32 or, if narrow, bfloat16, are kept in `keep` bytes between the passes.");
+c10::Dict<std::string, int64_t> contrastive_tile_plan(
+    int64_t rows, int64_t dim, int64_t threads, bool symmetric, int64_t keep, bool narrow) {
+  const fastssl::TilePlan plan = fastssl::tile_plan(rows, dim, int(threads), symmetric, keep, narrow);
+  c10::Dict<std::string, int64_t> result;
+  result.insert("threads", plan.threads);
+  result.insert("block", plan.block);
+  result.insert("blocks", plan.blocks);
+  result.insert("group", plan.group);
+  result.insert("tiles", plan.tiles);
+  result.insert("kept", plan.kept);
+  return result;
 }
+
+bool openmp() {
+#if defined(_OPENMP)
+  return true;
+#else
+  return false;
+#endif
+}
+
+TORCH_LIBRARY(fastssl_cpu, m) {
+  m.def("register_kernels() -> ()", &register_kernels);
+  m.def("compiler() -> str", [] { return std::string(FASTSSL_COMPILER); });
+  m.def("torch_version() -> str", [] { return std::string(TORCH_VERSION); });
+  m.def("openmp() -> bool", &openmp);
+  m.def("built_isas() -> str[]", [] { return names(fastssl::built()); });
+  m.def("available_isas() -> str[]", [] { return names(fastssl::available()); });
+  m.def("current_isa() -> str", [] { return std::string(fastssl::name(fastssl::current())); });
+  m.def("set_current_isa(str name) -> ()", [](const std::string& name) {
+    fastssl::set_current(fastssl::isa_from_name(name));
+  });
+  m.def("contrastive_tile_plan(int rows, int dim, int threads, bool symmetric=False, int keep=0, bool narrow=False)"
+        " -> Dict(str, int)", &contrastive_tile_plan);
+}
+
+}  // namespace

@@ -15,7 +15,7 @@ KERNELS = Path(find_spec("fastssl.kernels").submodule_search_locations[0])  # a 
 ROOMS = [  # each uses those before it
     {"reference", "_norms", "_label_smoothing"},
     {"ops", "kernels"},
-    {"_native", "_arithmetic", "_meter"},
+    {"_C", "_native", "_arithmetic", "_meter"},
     {"distributed"},
     {"_checks", "_exponential_sums"},
     {"_random"},
