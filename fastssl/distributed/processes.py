@@ -5,14 +5,17 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 
-ProcessGroup = dist.ProcessGroup if dist.is_available() else type(None)
+if TYPE_CHECKING or dist.is_available():
+    from torch.distributed import ProcessGroup
+else:
+    ProcessGroup = type(None)
 _DESCRIPTION = 160  # bytes, of a tensor in words
 
 
