@@ -13,10 +13,12 @@ from typing import Any, NamedTuple
 
 # Those whose file in integrations/ has a table of replacements.
 PEERS = (
+    "dinov2",
     "lightly",
     "open_clip",
     "pytorch_metric_learning",
     "sentence_transformers",
+    "timm",
     "transformers",
 )
 

@@ -303,3 +303,11 @@ def _logits_of(
         raise TypeError(f"the teacher's views must all be TeacherDistribution or all Tensor, got {kinds}")
     dtype = torch.promote_types(student[0].dtype, logits[0].dtype)
     return [x.to(dtype) for x in student], [x.to(dtype) for x in logits], center, temperature
+
+
+VERSIONS = "0.0.1", "0.0.2"
+REPLACES = {
+    "dinov2.loss.dino_clstoken_loss.DINOLoss": DINOLoss,
+    "dinov2.loss.ibot_patch_loss.iBOTPatchLoss": iBOTPatchLoss,
+    "dinov2.loss.koleo_loss.KoLeoLoss": KoLeoLoss,
+}

@@ -229,7 +229,7 @@ class EMA(nn.Module):
             for name in [name for name in state_dict if name.startswith(prefix)]:
                 state_dict[f"{prefix}module.{name.removeprefix(prefix)}"] = state_dict.pop(name)
             is_ours = True
-        if is_ours:
+        if is_ours and "step" not in self._non_persistent_buffers_set:
             state_dict.setdefault(f"{prefix}step", self.step)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
