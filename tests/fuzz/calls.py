@@ -27,6 +27,7 @@ class Call:
         random: two calls differ.
         others: arguments of what it calls, which an error may name in place of its own.
         kept: arguments that are given as they are where the reference computes in float64.
+        has_tensors: `run` has tensors of its own, to which it applies `change`, as that is applied to the arguments.
     """
 
     name: str
@@ -36,6 +37,10 @@ class Call:
     random: bool = False
     others: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()
+    has_tensors: bool = False
+
+
+Change = Callable[[Any], Any]
 
 
 class TheirOwn(Exception):
@@ -560,18 +565,18 @@ def _module(name: str) -> list[Call]:
     build, inputs = MODULES[name]
     cls = getattr(modules, name)
 
-    def construct(**arguments: Any) -> Any:
+    def construct(change: Change, **arguments: Any) -> Any:
         torch.manual_seed(0)
-        return cls(**arguments)(**inputs())
+        return cls(**arguments)(**{name: change(x) for name, x in inputs().items()})
 
-    def forward(**arguments: Any) -> Any:
+    def forward(change: Change, **arguments: Any) -> Any:
         torch.manual_seed(0)
-        return cls(**build())(**arguments)
+        return change(cls(**build()))(**arguments)
 
     # A center in float32 says nothing at a temperature of 1e-8.
     random = name in ("MSNLoss", "SwaVLoss")
-    made = Call(name, build, construct, cls.__init__, random, others=tuple(inputs()))
-    return [made, Call(f"{name}.forward", inputs, forward, cls.forward, random)]
+    made = Call(name, build, construct, cls.__init__, random, others=tuple(inputs()), has_tensors=True)
+    return [made, Call(f"{name}.forward", inputs, forward, cls.forward, random, has_tensors=True)]
 
 
 class _Encoder(nn.Linear):

@@ -211,16 +211,18 @@ def _difference(result: Any, references: list[Any], may_be_infinite: bool) -> st
 def _results(case: Case, backend: str, change: Callable[[Any], Any] = lambda x: x) -> Results:
     arguments = {**case.call.arguments(), case.argument: case.make()}
     kept = case.call.kept
-    return results_of(case.call, {k: x if k in kept else change(x) for k, x in arguments.items()}, backend)
+    return results_of(case.call, {k: x if k in kept else change(x) for k, x in arguments.items()}, backend, change)
 
 
-def results_of(call: Call, arguments: dict[str, Any], backend: str) -> Results:
+def results_of(
+    call: Call, arguments: dict[str, Any], backend: str, change: Callable[[Any], Any] = lambda x: x
+) -> Results:
     leaves = [x for x in arguments.values() if isinstance(x, Tensor) and x.requires_grad and x.is_leaf]
     chosen = contextlib.nullcontext() if call.name == "use_backend" else fastssl.use_backend(backend)
     with _time_limit(), warnings.catch_warnings(), torch.random.fork_rng(), chosen:
         warnings.simplefilter("ignore")
         torch.manual_seed(0)
-        outputs = _flat(call.run(**arguments))
+        outputs = _flat(call.run(**arguments, **({"change": change} if call.has_tensors else {})))
         differentiable = [x for x in outputs if isinstance(x, Tensor) and x.requires_grad]
         gradients = []
         if differentiable and leaves:
@@ -242,8 +244,10 @@ def _as_double(x: Any) -> Any:
         return type(x)(map(_as_double, x))
     if type(x) in (Tensor, nn.Parameter) and x.is_floating_point() and x.layout == torch.strided and x.data_ptr():
         wide = x.detach().double().requires_grad_(x.requires_grad)
+        if isinstance(x, nn.Parameter):
+            return nn.Parameter(wide, x.requires_grad)
         return wide if x.is_leaf else wide * 1
-    return x
+    return torch.float64 if x is torch.float32 else x
 
 
 @contextlib.contextmanager

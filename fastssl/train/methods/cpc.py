@@ -43,14 +43,14 @@ class CPC(SpeechModel):
     def loss(self, predictions: Tensor, heard: Tensor, negatives: Tensor, group: ProcessGroup | None = None) -> Tensor:
         losses = [
             info_nce(
-                predictions[:, :-step, step - 1].flatten(0, 1),
+                predicted[:, :-step].flatten(0, 1),
                 heard[:, step:].flatten(0, 1),
                 heard.flatten(0, 1),
                 negative_ids=self.ids(negatives[:, step:], heard.shape[1]),
                 temperature=1.0,
                 normalize=False,
             )
-            for step in range(1, self.ahead + 1)
+            for step, predicted in enumerate(predictions.unbind(2), 1)  # whose gradients are stacked, not summed
         ]
         return torch.stack(losses).mean()
 
