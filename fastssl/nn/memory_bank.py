@@ -51,7 +51,7 @@ class MemoryBank(nn.Module):
         TypeError: if size or dim is no integer, gather_distributed or normalize no flag, or dtype none.
         ValueError: if size or dim is not positive, dtype is not one of those losses take, or device is none.
 
-    Example:
+    Examples:
         >>> bank = MemoryBank(65536, 128)
         >>> query = F.normalize(model(view0), dim=1)
         >>> with torch.no_grad():
