@@ -73,6 +73,16 @@ def transformers() -> ModuleType:
     return importlib.import_module("transformers")
 
 
+def pytorch_lightning() -> ModuleType:
+    """pytorch_lightning.
+
+    Raises:
+        ImportError: if it is not installed.
+    """
+    _torchvision()
+    return importlib.import_module("pytorch_lightning")
+
+
 def open_clip_transformer() -> ModuleType:
     """open_clip.transformer.
 

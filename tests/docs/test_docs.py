@@ -62,7 +62,9 @@ def test_every_block_says_what_it_is():
 
 
 @_params(_of("python"))
-def test_python_runs(block):
+def test_python_runs(block, request):
+    if "from lightly" in block.text:
+        request.getfixturevalue("lightly")
     exec(compile(block.text, block.place, "exec"), {"__name__": "__main__"})
 
 
