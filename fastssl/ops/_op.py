@@ -36,8 +36,8 @@ What is not regular, and why:
   backward operations: their `derivative` is written by hand.
 - `restore_tokens` is linear: the derivative of its backward pass is the operation itself (`linear`). Its backward pass
   takes only the sizes of inputs, so that these need not be kept, and so has a fake of its own.
-- `sup_con`, `dcl` and `siglip_loss` have no Triton kernels of their own, but code that calls those of other operations
-  (`cuda`). The backward passes of the sigmoid losses, which multiply by a number, have none either.
+- `siglip_loss` has no Triton kernels of its own, but code that calls those of another operation (`cuda`). The backward
+  passes of the sigmoid losses, which multiply by a number, have none either.
 """
 
 from __future__ import annotations

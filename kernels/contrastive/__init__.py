@@ -13,6 +13,7 @@ from fastssl.kernels.contrastive.logsumexp import (
 )
 from fastssl.kernels.contrastive.nt_xent import nt_xent, nt_xent_backward
 from fastssl.kernels.contrastive.selected_logsumexp import selected_logsumexp, selected_logsumexp_backward
+from fastssl.kernels.contrastive.sup_con import sup_con, sup_con_backward
 
 __all__ = [
     "clip_loss",
@@ -31,4 +32,6 @@ __all__ = [
     "self_logsumexp_backward",
     "similarity_logsumexp",
     "similarity_logsumexp_backward",
+    "sup_con",
+    "sup_con_backward",
 ]

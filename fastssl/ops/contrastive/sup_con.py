@@ -90,8 +90,5 @@ sup_con = Op(
     portable=(partial(_forward, self_logsumexp_portable), partial(_backward, self_logsumexp_portable_backward)),
     share=_share,
     blocks=lambda z: row_blocks(z.shape[0], z.shape[0]),
-    cuda=(
-        partial(_forward, torch.ops.fastssl.self_logsumexp),
-        partial(_backward, torch.ops.fastssl.self_logsumexp_backward),
-    ),
+    triton="contrastive",
 )
