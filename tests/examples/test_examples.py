@@ -36,6 +36,14 @@ def captions(tmp_path):
     return tmp_path / "captions.csv"
 
 
+@pytest.fixture
+def verses(tmp_path):
+    words = "the of and that to in he shall unto for i his a they be is him not them it".split()
+    lines = [" ".join(words[(i * j) % 20] for j in range(1, 13)).capitalize() + "." for i in range(1, 40)]
+    (tmp_path / "verses.txt").write_text("\n".join(lines))
+    return tmp_path / "verses.txt"
+
+
 def _agree(peer, train, rounding=1e-2, **options):
     options = argparse.Namespace(**{"batch_size": 8, "steps": 2, "seed": 0, "data": None, **options})
     theirs = list(train(options))
@@ -47,6 +55,25 @@ def _agree(peer, train, rounding=1e-2, **options):
 
 def test_open_clip(script, captions, open_clip_transformer):
     _agree("open_clip", script("open_clip_emoji").train, data=captions)
+
+
+@pytest.mark.xdist_group("transformers")
+def test_sentence_transformers(script, verses, sentence_transformers, transformers, tmp_path, monkeypatch):
+    tokenizer = importlib.import_module("tokenizers").ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator([verses.read_text()], vocab_size=300, special_tokens=["<pad>"], show_progress=False)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, pad_token="<pad>").save_pretrained(
+        tmp_path
+    )
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    transformers.BertModel(transformers.BertConfig(vocab_size=300, **sizes)).save_pretrained(tmp_path)
+    example = script("sentence_transformers_pairs")
+    monkeypatch.setattr(example, "minilm", lambda: str(tmp_path))
+    _agree("sentence_transformers", example.train, data=verses, mini_batch_size=3)
+
+
+@pytest.mark.xdist_group("transformers")
+def test_transformers(script, verses, transformers):
+    _agree("transformers", script("transformers_gpt2").train, rounding=1e-5, data=verses)
 
 
 def test_the_comparison(script, monkeypatch, capsys):
