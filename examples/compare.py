@@ -24,7 +24,7 @@ def compare(
     """Run the script that calls this twice more, each time in a process of its own, and print what came out.
 
     Args:
-        peer: what to patch.
+        peer: what to patch; several names are separated by spaces.
         train: imports the peer, and yields the loss of each step; its only argument has `batch_size`, `steps`, `seed`
             `data` and the other options.
         rounding: how far the losses may be apart, relative to the larger one.
@@ -42,7 +42,8 @@ def compare(
     options = parser.parse_args()
     if options.only:
         if options.only == "ours":
-            fastssl.patch(peer)
+            for name in peer.split():
+                fastssl.patch(name)
         print(json.dumps(_measured(train(options))))
         return
     results = {name: _run(name) for name in ("theirs", "ours")}

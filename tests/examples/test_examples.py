@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
 import sys
@@ -47,7 +48,9 @@ def verses(tmp_path):
 def _agree(peer, train, rounding=1e-2, **options):
     options = argparse.Namespace(**{"batch_size": 8, "steps": 2, "seed": 0, "data": None, **options})
     theirs = list(train(options))
-    with fastssl.patch(peer):
+    with contextlib.ExitStack() as stack:
+        for name in peer.split():
+            stack.enter_context(fastssl.patch(name))
         ours = list(train(options))
     assert len(ours) == 2 and ours[0] != ours[1]
     torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=rounding, atol=0)
@@ -74,6 +77,22 @@ def test_sentence_transformers(script, verses, sentence_transformers, transforme
 @pytest.mark.xdist_group("transformers")
 def test_transformers(script, verses, transformers):
     _agree("transformers", script("transformers_gpt2").train, rounding=1e-5, data=verses)
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    for i in range(10):
+        Image.effect_noise((32, 32), 10 * i + 5).save(tmp_path / f"{i}.png")
+    return tmp_path
+
+
+def test_lightly(script, pictures, lightly):
+    pytest.importorskip("pytorch_lightning")
+    _agree("lightly", script("lightly_simclr").train, data=pictures)
+
+
+def test_timm(script, pictures, lightly, timm):
+    _agree("lightly timm", script("timm_mae").train, data=pictures)
 
 
 def test_the_comparison(script, monkeypatch, capsys):
