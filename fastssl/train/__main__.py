@@ -7,6 +7,7 @@ torchrun runs it in several processes (`torchrun --nproc-per-node 2 -m fastssl.t
 from __future__ import annotations
 
 import argparse
+import copy
 import inspect
 from dataclasses import fields
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 from rich.console import Console
 
 from fastssl.distributed import rank
-from fastssl.train import METHODS, Run, checkpoint, cli, create, fit, parallel
+from fastssl.train import METHODS, Run, checkpoint, cli, create, fit, fsdp, parallel
 from fastssl.train.cli import Parser, RunParser, not_negative_float, positive_float, positive_int, share
 from fastssl.train.data.augment import Augmentation
 from fastssl.train.device import choose
@@ -87,6 +88,11 @@ def _parser() -> Parser:
             metavar="N",
             help="embed the batch N examples at a time, twice, and keep the activations of no more; N is of all "
             "processes together, as is the batch size",
+        )
+        command.add_argument(
+            "--fsdp",
+            action="store_true",
+            help="the processes share out the weights of Transformer layers, which each has for the time it takes",
         )
         command.add_argument(
             "--backbone", metavar="NAME", help="a model of timm as image encoder (default: a small one)"
@@ -175,8 +181,13 @@ def _train(args: argparse.Namespace, device: torch.device) -> None:
     untrained = parallel.in_first_process(lambda: method.evaluate(dataset))
     if args.encoder is not None:
         checkpoint.load_encoder(method.encoder, args.encoder)
+    trained = method
+    if args.fsdp:  # which leaves a method without its whole weights, and the first process could not evaluate it
+        fsdp.check(args.method, method, args.amp)
+        trained = copy.deepcopy(method)
+        method.to("cpu")
     if args.compile:
-        method.encoder.compile()
+        trained.encoder.compile()
     run = Run(
         batch_size=args.batch_size,
         steps=steps,
@@ -190,12 +201,16 @@ def _train(args: argparse.Namespace, device: torch.device) -> None:
         device=device,
         channels_last=args.channels_last,
         chunk_size=args.chunk_size,
+        fsdp=args.fsdp,
         seed=args.seed,
         checkpoint=args.checkpoint,
         save_every=args.save_every,
         resume=args.resume,
     )
-    history = fit({args.method: method}, data, run, writer=writer, console=console)
+    history = fit({args.method: trained}, data, run, writer=writer, console=console)
+    if args.fsdp:
+        method.load_state_dict(fsdp.whole(trained.state_dict()))
+        method.to(device)
     if writer is not None:
         writer.close()
     for test, value in parallel.in_first_process(lambda: method.evaluate(dataset)).items():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastssl.distributed import rank
-from fastssl.train import parallel
+from fastssl.train import fsdp, parallel
 from fastssl.train.method import Method
 from fastssl.train.optimizers import make_optimizer
 from fastssl.train.run import Run
@@ -35,6 +35,9 @@ class Learner:
         if run.channels_last:
             method.to(memory_format=torch.channels_last)
         parallel.start_alike(method)
+        if run.fsdp:
+            fsdp.check(name, method, run.amp)
+            fsdp.shard(method, device)
         self.name, self.method, self.run = name, method, run
         self.rate, self.decay = run.rates(method)
         self.optimizer = make_optimizer(run.optimizer, method, self.rate.peak, self.decay.first, run.layer_decay)

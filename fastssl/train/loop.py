@@ -100,7 +100,7 @@ def fit(
             for learner in learners if save or stop or step == run.steps - 1 else ():
                 _tell(learner, learner.read(), progress.console, writer)
             if save:
-                parallel.in_first_process(lambda: resume.save(path, about, learners))
+                resume.save(path, about, learners)
             if stop:
                 signals.end(stop)
             progress.update(task, advance=1, status="\n".join(_status(learner) for learner in learners))

@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from fastssl.train.fsdp import is_sharded
 from fastssl.train.method import Method
 
 OPTIMIZERS = ("adamw", "lars")
@@ -51,10 +52,10 @@ def make_optimizer(
         raise ValueError(f"layer_decay must be 1 with an encoder that has no stages(), got {layer_decay}")
     stages = module.encoder.stages() if layer_decay != 1 else []
     scales = {p: layer_decay ** (len(stages) - place) for place, stage in enumerate(stages) for p in stage.parameters()}
-    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, bool, bool], list[nn.Parameter]] = {}
     for p in module.parameters():
         if p.requires_grad:
-            groups.setdefault((scales.get(p, 1.0), p.dim() > 1), []).append(p)
+            groups.setdefault((scales.get(p, 1.0), p.dim() > 1, is_sharded(p)), []).append(p)
     return {"adamw": partial(torch.optim.AdamW, fused=_can_be_fused(module)), "lars": LARS}[name](
         [
             {
@@ -64,7 +65,7 @@ def make_optimizer(
                 "scale": scale,
                 "lr": scale * learning_rate,
             }
-            for (scale, decays), params in groups.items()
+            for (scale, decays, _), params in groups.items()
         ],
         learning_rate,
     )

@@ -2,7 +2,8 @@
 
     views        Each process makes those of its share of the examples, from random numbers of their own: they are those
                  that one process would make.
-    networks     Each process has all of them, and embeds its share. Batch normalisation is that of the whole batch, see
+    networks     Each process has all of them, or its share of some weights (`fastssl.train.fsdp`), and embeds its share
+                 of the examples. Batch normalisation is that of the whole batch, see
                  `fastssl.train.networks.batch_norm`.
     loss         Each process takes its share of it, if the method's loss has an argument `group`: rows of other
                  processes pass by in a ring (`fastssl.distributed`). Otherwise the embeddings of all processes are
@@ -30,6 +31,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from fastssl.distributed import ProcessGroup, all_processes, gather_rows, mean_over_processes, rank, world_size
+from fastssl.train.fsdp import is_sharded
 from fastssl.train.networks.batch_norm import synchronize
 
 T = TypeVar("T")
@@ -96,10 +98,11 @@ def group_of(function: Callable[..., Any]) -> ProcessGroup | None:
 
 
 def average_gradients(module: nn.Module, loss: Tensor) -> Tensor:
-    """Replaces each gradient by its mean over the processes, in one exchange, and returns that of the loss."""
+    """Replaces each gradient by its mean over the processes, in one exchange, and returns that of the loss. Those of
+    weights that are shared out are such means already."""
     if world_size() == 1:
         return loss
-    tensors = [loss.detach().clone(), *(p.grad for p in module.parameters() if p.grad is not None)]
+    tensors = [loss.detach().clone(), *(p.grad for p in module.parameters() if not (p.grad is None or is_sharded(p)))]
     mean = mean_over_processes(torch.cat([x.flatten() for x in tensors]))
     for x, part in zip(tensors, mean.split([x.numel() for x in tensors]), strict=True):
         x.copy_(part.view_as(x))

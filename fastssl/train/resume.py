@@ -8,7 +8,9 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
-from fastssl.train import checkpoint, parallel
+from torch import Tensor
+
+from fastssl.train import checkpoint, fsdp, parallel
 from fastssl.train.checkpoint import check_tensors
 from fastssl.train.data.loader import tensors_of
 from fastssl.train.evaluate import Health
@@ -52,15 +54,22 @@ def _plain(value: Any) -> Any:
 
 
 def save(path: Path, about: dict[str, Any], learners: Sequence[Learner]) -> None:
-    """Saves a run that `describe` has described, as it is between two steps."""
+    """Saves a run that `describe` has described, as it is between two steps. All processes must call this; the first
+    one writes."""
     state = {
         "run": about,
-        "weights": {learner.name: learner.method.state_dict() for learner in learners},
-        "optimizers": {learner.name: learner.optimizer.state_dict()["state"] for learner in learners},
+        "weights": {learner.name: fsdp.whole(learner.method.state_dict()) for learner in learners},
+        "optimizers": {learner.name: fsdp.whole(_states(learner)) for learner in learners},
         "scalers": {learner.name: learner.scaler.state_dict() for learner in learners},
         "history": {learner.name: [asdict(step) for step in learner.history] for learner in learners},
     }
-    checkpoint.save(parallel.on_cpu(state), path)
+    parallel.in_first_process(lambda: checkpoint.save(parallel.on_cpu(state), path))
+
+
+def _states(learner: Learner) -> dict[str, dict[str, Tensor]]:
+    """What the optimiser keeps, by the parameters' names: their order differs where some are shared out."""
+    states = learner.optimizer.state
+    return {name: states[p] for name, p in learner.method.named_parameters() if p in states}
 
 
 def restore(path: Path, about: dict[str, Any], learners: Sequence[Learner]) -> None:
@@ -92,18 +101,27 @@ def restore(path: Path, about: dict[str, Any], learners: Sequence[Learner]) -> N
         histories[name] = [
             _record(Step, step, f"{path} does not fit {name}: history, step {i}") for i, step in enumerate(history)
         ]
-        parameters = [p for group in learner.optimizer.param_groups for p in group["params"]]
-        if not isinstance(states, dict) or not states or not states.keys() <= set(range(len(parameters))):
+        parameters = {key: p for key, p in learner.method.named_parameters() if p.requires_grad}
+        if not isinstance(states, dict) or not states or not states.keys() <= parameters.keys():
             raise ValueError(f"{path} does not fit {name}: optimizers must have states of the method's parameters")
-        for place, kept in states.items():
-            like = state_like(learner.optimizer, parameters[place])
-            check_tensors(kept, like, f"{path} does not fit {name}: optimizers, parameter {place}")
+        for key, kept in states.items():
+            like = state_like(learner.optimizer, parameters[key])
+            check_tensors(kept, like, f"{path} does not fit {name}: optimizers, {key}")
     if len({len(history) for history in histories.values()}) > 1:
         raise ValueError(f"{path} is damaged: history must have as many steps of each method")
     for learner in learners:
-        learner.method.load_state_dict(state["weights"][learner.name])
+        weights, states = state["weights"][learner.name], state["optimizers"][learner.name]
+        kept = learner.method.state_dict()
+        learner.method.load_state_dict({key: fsdp.as_share_of(x, kept[key]) for key, x in weights.items()})
+        names = {p: key for key, p in learner.method.named_parameters()}
+        order = [p for group in learner.optimizer.param_groups for p in group["params"]]
+        placed = {
+            place: {what: fsdp.as_share_of(x, p) for what, x in states[names[p]].items()}
+            for place, p in enumerate(order)
+            if names[p] in states
+        }
         groups = learner.optimizer.state_dict()["param_groups"]
-        learner.optimizer.load_state_dict({"state": state["optimizers"][learner.name], "param_groups": groups})
+        learner.optimizer.load_state_dict({"state": placed, "param_groups": groups})
         if learner.scaler.is_enabled():
             learner.scaler.load_state_dict(state["scalers"][learner.name])
         learner.history[:] = histories[learner.name]

@@ -41,6 +41,7 @@ class Run:
         channels_last: whether images and convolutions have their channels last in memory, which is faster on GPUs.
         chunk_size: examples whose activations are in memory at a time, in all processes together, see
             `fastssl.grad_cache`; None: the whole batch.
+        fsdp: whether the processes share out the weights of Transformer layers, see `fastssl.train.fsdp`.
         seed: of data order, augmentation and dropout.
         checkpoint: file to save to every `save_every` steps, at the end, and on Ctrl-C or SIGTERM when the step is
             done; None: nothing is saved.
@@ -64,6 +65,7 @@ class Run:
     device: str | torch.device = "cpu"
     channels_last: bool = False
     chunk_size: int | None = None
+    fsdp: bool = False
     seed: int = 0
     checkpoint: str | os.PathLike[str] | None = None
     save_every: int = 200
@@ -72,7 +74,7 @@ class Run:
     def __post_init__(self) -> None:
         checks = {
             **dict.fromkeys(("batch_size", "steps", "save_every", "chunk_size"), check_positive),
-            **dict.fromkeys(("resume", "channels_last"), check_flag),
+            **dict.fromkeys(("resume", "channels_last", "fsdp"), check_flag),
             "amp": _check_amp,
             **dict.fromkeys(("learning_rate", "weight_decay", "final_weight_decay"), _check_not_negative),
             "layer_decay": _check_layer_decay,

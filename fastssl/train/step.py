@@ -18,7 +18,7 @@ from torch import Tensor
 from fastssl import grad_cache, use_backend
 from fastssl._meter import CudaMeter, Meter, meter
 from fastssl.distributed import ProcessGroup, world_size
-from fastssl.train import parallel
+from fastssl.train import fsdp, parallel
 from fastssl.train.device import Reading
 from fastssl.train.evaluate import Health, HealthNumbers
 from fastssl.train.method import IMPLEMENTATIONS, Method
@@ -151,7 +151,8 @@ def train_step(
             if wait:
                 taken.check()
             if run.clip is not None:
-                torch.nn.utils.clip_grads_with_norm_(method.parameters(), run.clip, taken.total_norm)
+                gradients = [fsdp.local(p.grad) for p in method.parameters() if p.grad is not None]
+                torch._foreach_mul_(gradients, (run.clip / (taken.total_norm + 1e-6)).clamp(max=1))
             if not (wait or scaler.is_enabled()) and getattr(optimizer, "_step_supports_amp_scaling", False):
                 optimizer.found_inf = (~taken.total_norm.isfinite()).float()  # as the scaler would set it
             scaler.step(optimizer)
@@ -241,5 +242,5 @@ def _loss(
 def _norms(method: Method) -> tuple[list[str], Tensor, Tensor]:
     """Of the parameters that have a gradient: their names, the gradients' norms, and the norm of all together."""
     gradients = {name: p.grad for name, p in method.named_parameters() if p.grad is not None}
-    norms = torch.stack(torch._foreach_norm(list(gradients.values())))
+    norms = fsdp.norms(list(gradients.values()))
     return list(gradients), norms, torch.linalg.vector_norm(norms)

@@ -105,7 +105,7 @@ def test_a_file_that_is_no_checkpoint_is_refused(content, tmp_path):
             use()
 
 
-ABSENT = object()
+ABSENT, WEIGHT = object(), "encoder.2.weight"
 
 
 @pytest.mark.parametrize(
@@ -127,11 +127,11 @@ ABSENT = object()
         (("weights", "m", "encoder.2.bias"), torch.ones(8, device="meta"), "and is float32 meta"),
         (("optimizers",), 4, "damaged: optimizers must be a dict of m, got int"),
         (("optimizers", "m"), {}, "does not fit m: optimizers must have states of the method's parameters"),
-        (("optimizers", "m", 2), {}, "does not fit m: optimizers must have states of the method's parameters"),
-        (("optimizers", "m", 0), [], "optimizers, parameter 0: it must be a dict of tensors, and is list"),
-        (("optimizers", "m", 0, "exp_avg"), torch.ones(3), r"exp_avg must be float32 \(8, 784\), and is float32 \(3"),
-        (("optimizers", "m", 0, "exp_avg_sq"), ABSENT, "exp_avg_sq must be .*, and is absent"),
-        (("optimizers", "m", 0, "step"), 7, r"step must be float32 \(\), and is int"),
+        (("optimizers", "m", "other"), {}, "does not fit m: optimizers must have states of the method's parameters"),
+        (("optimizers", "m", WEIGHT), [], f"optimizers, {WEIGHT}: it must be a dict of tensors, and is list"),
+        (("optimizers", "m", WEIGHT, "exp_avg"), torch.ones(3), r"exp_avg must be float32 \(8, 784\), and is float32"),
+        (("optimizers", "m", WEIGHT, "exp_avg_sq"), ABSENT, "exp_avg_sq must be .*, and is absent"),
+        (("optimizers", "m", WEIGHT, "step"), 7, r"step must be float32 \(\), and is int"),
         (("history", "m"), [], "does not fit m: history must be a list of 1 to 1 steps"),
         (("history", "m"), [1, 2, 3], "does not fit m: history must be a list of 1 to 1 steps"),
         (("history", "m"), [1], "does not fit m: history, step 0 must be a dict of loss, .*, got int"),

@@ -27,8 +27,10 @@ pytest.importorskip("PIL")
 from PIL import Image
 from rich.console import Console
 
+import fastssl.train.__main__ as command_line
 from fastssl.distributed import gather_rows, rank, world_size
-from fastssl.train import METHODS, Method, Run, Step, checkpoint, create, fit, parallel
+from fastssl.train import METHODS, Method, Run, Step, checkpoint, create, fit, fsdp, parallel
+from fastssl.train.data.images import Images
 from fastssl.train.networks.batch_norm import BatchNorm, synchronize
 from fastssl.train.networks.models import BagOfWords
 from tests.train.runs import small, spoken
@@ -36,11 +38,21 @@ from tests.train.runs import small, spoken
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs Gloo")
 STEPS, BATCH, PROCESSES = 5, 12, 2
 QUIET = Console(quiet=True)
-KINDS = {"whole": {}, "chunks": {"chunk_size": 4, "steps": 2}, "naive": {}, "amp": {"amp": True}, "next_sentence": {}}
+SHARDED = {"fsdp": True, "clip": 0.5}
+KINDS = {
+    "whole": {},
+    "chunks": {"chunk_size": 4, "steps": 2},
+    "naive": {},
+    "amp": {"amp": True},
+    "next_sentence": {},
+    "fsdp": SHARDED,
+    "fsdp by chunks with LARS": {**SHARDED, "chunk_size": 4, "steps": 2, "optimizer": "lars"},
+}
 CASES = [
     *((name, kind) for name in METHODS for kind in ("whole", "chunks")),
-    ("moco_v2", "naive"), ("simclr", "amp"), ("bert", "next_sentence"),
-]  # fmt: skip
+    *(("moco_v2", "naive"), ("simclr", "amp"), ("bert", "next_sentence")),
+    *(("ibot", "fsdp"), ("t5", "fsdp"), ("hubert", "fsdp by chunks with LARS")),
+]
 
 
 def new(name: str, dtype: torch.dtype = torch.float64, **options: Any) -> Method:
@@ -72,6 +84,7 @@ def data_of(method: Method) -> Any:
         return spoken(40)
     tokens = torch.randint(1, 200, (40, 8), generator=generator)
     if method.load in (METHODS["clip"].load, METHODS["coca"].load):
+        tokens[::3, 5:] = 0  # padding, of which processes have unlike numbers
         return TensorDataset(images.unsqueeze(1).expand(-1, 3, -1, -1), tokens)
     if method.load in [METHODS[name].load for name in ("simcse", "simcse_bert", "bert")]:
         return tokens
@@ -88,15 +101,15 @@ def run(method: Method, **options: Any) -> list[float]:
     return [step.loss for step in steps_of(method, **options)]
 
 
-def trained(name: str, kind: str) -> dict[str, Any]:
+def trained(name: str, kind: str, alone: bool = False) -> dict[str, Any]:
     options = {kind: True} if kind == "next_sentence" else {}
     method = new(name, torch.float32 if kind == "amp" else torch.float64, **options)
     method.impl = "naive" if kind == "naive" else "fastssl"
-    history = steps_of(method, **KINDS[kind])
+    history = steps_of(method, **{**KINDS[kind], **({"fsdp": False} if alone else {})})
     return {
         "losses": [step.loss for step in history],
         "health": [(h.rank, h.uniformity, h.alignment or 0.0) for h in (step.health for step in history)],
-        "state": dict(method.state_dict()),
+        "state": fsdp.whole(dict(method.state_dict())),
     }
 
 
@@ -137,6 +150,54 @@ def _check_control_c_in_one_process_ends_and_saves_all(folder: Path) -> None:
 def _check_sigterm_in_one_process_ends_and_saves_all(folder: Path) -> None:
     interrupt(1, folder / "terminated.pt", signal.SIGTERM)
     assert run(new("byol"), checkpoint=folder / "terminated.pt", resume=True) == run(new("byol"))
+
+
+def _check_checkpoints_move_between_shards_and_whole_weights(folder: Path) -> None:
+    """And between the passes of a step, a process has one half of each layer, the student's and the teacher's."""
+
+    def measured(kept: list[float]) -> Method:
+        method = new("jepa")
+        loss, layers = method.loss, [network.layers[:-1] for network in (method.encoder, method.teacher.module)]
+        bytes_of = [sum(p.nbytes for p in some.parameters()) for some in layers]
+
+        def measuring(*embeddings: Tensor, group: dist.ProcessGroup) -> Tensor:
+            for some, whole in zip(layers, bytes_of, strict=True):
+                kept.append(sum(fsdp.local(p).nbytes for p in some.parameters()) / whole)
+            return loss(*embeddings, group=group)
+
+        method.loss = measuring
+        return method
+
+    losses = run(new("jepa"))
+    for sharded in (True, False):
+        path, before, after = folder / f"sharded {sharded}.pt", [], []
+        method = measured(before)
+        InterruptIn(method, 0, 1, signal.SIGTERM)
+        with pytest.raises(SystemExit):
+            run(method, fsdp=sharded, checkpoint=path)
+        resumed = run(measured(after), fsdp=not sharded, checkpoint=path, resume=True)
+        assert resumed == pytest.approx(losses, rel=1e-9)
+        halves, wholes = (before, after) if sharded else (after, before)
+        assert set(halves) == {0.5} and set(wholes) == {1.0}
+
+
+def _check_the_command_line_evaluates_what_was_shared_out(folder: Path) -> None:
+    images = data_of(new("jepa"))
+    METHODS["jepa"].load = staticmethod(lambda directory, size=None: Images("noise", images, None, images, None))
+    options = ["--steps", "2", "--batch-size", "4", "--device", "cpu", "--checkpoint", str(folder / "command.pt")]
+    tried, evaluate = [], METHODS["jepa"].evaluate
+    METHODS["jepa"].evaluate = lambda self, data: tried.append(dict(self.state_dict())) or evaluate(self, data)
+    command_line._train(command_line._parser().parse_args(["jepa", "--fsdp", *options]), torch.device("cpu"))
+    saved = checkpoint.load(folder / "command.pt")["weights"]["jepa"]
+    assert len(tried) == (2 if rank() == 0 else 0)
+    assert all(torch.equal(x, saved[key]) for state in tried[1:] for key, x in state.items())
+
+
+def _check_what_cannot_be_sharded_is_refused(folder: Path) -> None:
+    with pytest.raises(ValueError, match="fsdp needs a method that has Transformer layers, got m"):
+        run(new("simclr"), fsdp=True)
+    with pytest.raises(ValueError, match="fsdp needs bfloat16 or no amp, got 'float16'"):
+        run(new("jepa"), fsdp=True, amp="float16")
 
 
 def _check_the_checkpoint_of_another_run_is_nobodys(folder: Path) -> None:
@@ -291,13 +352,18 @@ def test_two_processes_train_as_one(name, kind, folder):
     first, second = (torch.load(folder / f"{name} {kind} {r}") for r in range(PROCESSES))
     assert first["losses"] == second["losses"] and first["health"] == second["health"]
     assert all(torch.equal(x, second["state"][key]) for key, x in first["state"].items())
-    one = trained(name, kind)
+    one = trained(name, kind, alone=True)
     if kind == "amp":  # activations are rounded to three digits
         torch.testing.assert_close(first["losses"], one["losses"], rtol=0.02, atol=0)
         return
     torch.testing.assert_close(first["losses"], one["losses"], rtol=1e-9, atol=0)
     torch.testing.assert_close(first["health"], one["health"], rtol=1e-5, atol=1e-5)  # measured in single precision
     torch.testing.assert_close(first["state"], one["state"], rtol=1e-6, atol=1e-6)  # Adam divides by small gradients
+
+
+def test_one_process_has_nobody_to_share_with():
+    with pytest.raises(ValueError, match="fsdp needs several processes, such as torchrun starts, got 1"):
+        run(new("jepa"), fsdp=True)
 
 
 def test_errors_interrupts_and_batch_norm(folder):
