@@ -1,5 +1,6 @@
 """The Vision Transformer: places of patches at other sizes, tokens of no patch, what makes deep ones trainable."""
 
+import inspect
 import math
 
 import pytest
@@ -9,8 +10,9 @@ import torch.nn.functional as F
 pytest.importorskip("rich")
 pytest.importorskip("sklearn")
 
+from fastssl.train import METHODS
 from fastssl.train.networks.models import Timm
-from fastssl.train.networks.vit import Layer, ViT, layers, position_embedding
+from fastssl.train.networks.vit import Layer, ViT, layers, patch_size_of, position_embedding
 
 
 @pytest.fixture(autouse=True)
@@ -34,6 +36,15 @@ def test_places_are_those_of_interpolation():
     columns = torch.arange(4, 12)  # low frequencies, which bicubic interpolation can follow
     inside = torch.arange(120).view(10, 12)[2:-2, 2:-2].flatten()  # at the edge interpolation repeats the last one
     torch.testing.assert_close(found[inside][:, columns], expected[inside][:, columns], atol=5e-3, rtol=0)
+
+
+def test_patches_grow_with_images():
+    sizes = {20: 4, 28: 4, 32: 4, 64: 8, 72: 8, 96: 8, 100: 4, 112: 8, 128: 16, 200: 8, 224: 16, 384: 16}
+    assert {size: patch_size_of(size) for size in sizes} == sizes
+    for name in ("mae", "beit", "jepa", "data2vec", "ibot", "coca"):
+        given = {"total_steps": 2, "local_size": 32}
+        given = {key: given[key] for key in given if key in inspect.signature(METHODS[name]).parameters}
+        assert METHODS[name](size=224, colours=3, **given).encoder.side == 14, name
 
 
 @pytest.mark.parametrize("size", [(28, 28), (12, 12), (36, 20)])

@@ -13,7 +13,7 @@ from fastssl.train.data.augment import CROPPED, to_float
 from fastssl.train.data.draw import Draw
 from fastssl.train.data.images import Images
 from fastssl.train.method import Method
-from fastssl.train.networks.vit import ViT
+from fastssl.train.networks.vit import ViT, patch_size_of
 
 _IMAGES = 2048  # whose patches codes are learned from
 
@@ -31,10 +31,10 @@ class BEiT(Method):
     learning_rate = 1e-3
     weight_decay = 0.05
     augmentations = (CROPPED,)
-    patch_size = 4
 
     def __init__(self, *, codes: int = 256, mask_ratio: float = 0.4, size: int = 28, colours: int = 1) -> None:
         super().__init__()
+        self.patch_size = patch_size_of(size)
         self.encoder = ViT(size, self.patch_size, colours)
         patches = len(self.encoder.pos_embed)
         if mask_ratio > 1 or not int(patches * (1 - mask_ratio)) < patches:

@@ -17,7 +17,7 @@ from fastssl.train.device import move
 from fastssl.train.image_text import ImageText
 from fastssl.train.language import cross_entropy, log_frequencies, marks, write
 from fastssl.train.networks.transformer import Attention, Decoder, Transformer
-from fastssl.train.networks.vit import ViT
+from fastssl.train.networks.vit import ViT, patch_size_of
 
 
 class CoCa(ImageText):
@@ -47,7 +47,7 @@ class CoCa(ImageText):
         colours: int = 3,
         vocabulary: int = VOCABULARY,
     ) -> None:
-        half, encoder = max(1, depth // 2), ViT(size, 4, colours, depth=depth)
+        half, encoder = max(1, depth // 2), ViT(size, patch_size_of(size), colours, depth=depth)
         super().__init__(
             temperature, encoders=(encoder, Transformer(vocabulary, LENGTH, encoder.features, half, causal=True))
         )

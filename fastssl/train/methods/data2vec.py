@@ -13,7 +13,7 @@ from fastssl.ops._precision import widen
 from fastssl.train.data.augment import CROPPED
 from fastssl.train.data.draw import Draw
 from fastssl.train.method import Method
-from fastssl.train.networks.vit import ViT
+from fastssl.train.networks.vit import ViT, patch_size_of
 
 
 class Data2Vec(Method):
@@ -33,7 +33,6 @@ class Data2Vec(Method):
     learning_rate = 1e-3
     weight_decay = 0.05
     augmentations = (CROPPED,)
-    patch_size = 4
 
     def __init__(
         self,
@@ -47,6 +46,7 @@ class Data2Vec(Method):
         colours: int = 1,
     ) -> None:
         super().__init__()
+        self.patch_size = patch_size_of(size)
         self.encoder = ViT(size, self.patch_size, colours)
         patches, depth = len(self.encoder.pos_embed), len(self.encoder.layers) - 1
         if not int(patches * (1 - mask_ratio)) < patches or mask_ratio > 1:

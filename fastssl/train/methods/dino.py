@@ -11,7 +11,7 @@ from fastssl.nn import EMA, DINOHead
 from fastssl.ops._precision import widen
 from fastssl.train.multi_crop import MultiCrop, by_size
 from fastssl.train.networks.models import image_encoder
-from fastssl.train.networks.vit import Layer, ViT
+from fastssl.train.networks.vit import Layer, ViT, patch_size_of
 from fastssl.train.schedules import Schedule
 
 
@@ -32,7 +32,7 @@ class DINO(MultiCrop):
         sinkhorn: take Sinkhorn-Knopp's center of each batch (arXiv:2006.09882), not the moving average of all.
         momentum: of the teacher at first; the paper's 0.996 is for longer runs.
         local_views: number of small crops.
-        local_size: of their views, a multiple of 4.
+        local_size: of their views; for a Vision Transformer a multiple of its patches' size.
         local_scale: the crop's area, as a share of the image's, above which a view is global and below which local.
         vit: whether the encoder is a Vision Transformer with a class token; it learns more slowly.
         registers: tokens of the Vision Transformer that stand for no patch.
@@ -44,7 +44,6 @@ class DINO(MultiCrop):
     learning_rate = 1e-3
     weight_decay = 0.04
     final_weight_decay = 0.4
-    patch_size = 4
     center_momentum = 0.9
     number_of_heads = 1
 
@@ -69,6 +68,7 @@ class DINO(MultiCrop):
         colours: int = 1,
     ) -> None:
         super().__init__(local_views, local_size, local_scale)
+        self.patch_size = patch_size_of(size)
         if vit and local_size % self.patch_size:
             raise ValueError(f"local_size must be a multiple of {self.patch_size}, got {local_size}")
         if vit:

@@ -14,7 +14,7 @@ from fastssl.ops._precision import widen
 from fastssl.train.data.augment import CROPPED
 from fastssl.train.data.draw import Draw
 from fastssl.train.method import Method
-from fastssl.train.networks.vit import ViT, layers, position_embedding
+from fastssl.train.networks.vit import ViT, layers, patch_size_of, position_embedding
 
 
 class JEPA(Method):
@@ -34,7 +34,6 @@ class JEPA(Method):
     weight_decay = 0.04
     final_weight_decay = 0.4
     augmentations = (CROPPED,)
-    patch_size = 4
 
     def __init__(
         self,
@@ -47,6 +46,7 @@ class JEPA(Method):
         colours: int = 1,
     ) -> None:
         super().__init__()
+        self.patch_size = patch_size_of(size)
         self.encoder = ViT(size, self.patch_size, colours)
         self.mask_ratio, self.beta, features = mask_ratio, beta, 64
         patches = len(self.encoder.pos_embed)

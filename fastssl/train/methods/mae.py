@@ -15,7 +15,7 @@ from fastssl.train.data.draw import Draw
 from fastssl.train.data.images import Images
 from fastssl.train.device import move
 from fastssl.train.method import Method
-from fastssl.train.networks.vit import ViT, layers, position_embedding
+from fastssl.train.networks.vit import ViT, layers, patch_size_of, position_embedding
 
 
 class MAE(Method):
@@ -30,12 +30,12 @@ class MAE(Method):
     learning_rate = 1e-3
     weight_decay = 0.05
     augmentations = (CROPPED,)
-    patch_size = 4
 
     def __init__(
         self, *, mask_ratio: float = 0.75, norm_pix_loss: bool = True, size: int = 28, colours: int = 1
     ) -> None:
         super().__init__()
+        self.patch_size = patch_size_of(size)
         self.mask_ratio, self.norm_pix_loss = mask_ratio, norm_pix_loss
         side, features = size // self.patch_size, 48
         if not 0 < int(side**2 * (1 - mask_ratio)) < side**2:

@@ -14,7 +14,7 @@ from fastssl.train.evaluate import accuracies, pooled
 from fastssl.train.method import Method
 from fastssl.train.methods.mae import MAE
 from fastssl.train.networks.models import image_encoder
-from fastssl.train.networks.vit import ViT
+from fastssl.train.networks.vit import ViT, patch_size_of
 
 
 class Supervised(Method):
@@ -30,7 +30,7 @@ class Supervised(Method):
     def __init__(self, *, vit: bool = False, size: int = 28, colours: int = 1, classes: int = 10) -> None:
         super().__init__()
         if vit:
-            self.encoder = ViT(size, MAE.patch_size, colours)
+            self.encoder = ViT(size, patch_size_of(size), colours)
             self.learning_rate, self.weight_decay = MAE.learning_rate, MAE.weight_decay
         else:
             self.encoder = image_encoder()

@@ -11,6 +11,12 @@ from torch import Tensor, nn
 from fastssl.nn import PatchEmbed
 
 
+def patch_size_of(size: int) -> int:
+    """That of images of this size: 16 for 224, and of 16, 8 and 4 the largest that makes at least 8 patches in a row; 4
+    for the smallest images."""
+    return next((patch for patch in (16, 8) if size % patch == 0 and size >= 8 * patch), 4)
+
+
 class ViT(nn.Module):
     """(B, colours, H, W) images -> (B, L, features) tokens, one for each patch; with a class token, that one alone,
     (B, features).
