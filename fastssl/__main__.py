@@ -123,8 +123,9 @@ def bench(operations: list[str], folder: Path) -> bool:
 
     from benchmarks.ops import quick, registry
 
-    if unknown := set(operations) - {name for b in registry.load().values() for name in (b.family, b.op, b.name)}:
-        sys.exit(f"operation {', '.join(sorted(unknown))} is none that is measured")
+    known = {name for b in registry.load().values() for name in (b.family, b.op, b.name)}
+    if unknown := set(operations) - known:
+        sys.exit(f"operation must be one of {', '.join(sorted(known))}, got {', '.join(sorted(unknown))}")
     return quick.bench(operations, folder, Console())
 
 
@@ -140,9 +141,9 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.command == "check":
         try:
-            torch.empty(0, device=arguments.device)
+            torch.zeros((), device=arguments.device).item()
         except (RuntimeError, AssertionError):  # the latter without CUDA
-            parser.error(f"--device must be one that PyTorch finds, got {arguments.device}")
+            parser.error(f"--device must be one that PyTorch finds, and has numbers, got {arguments.device}")
         return int(not check(arguments.device))
     if arguments.command == "bench":
         return int(not bench(arguments.operation, arguments.output))
