@@ -37,6 +37,8 @@ from tests.accuracy import (
 )
 from tests.inputs import normal
 
+pytestmark = pytest.mark.usefixtures("device")
+
 SIZES = (1, 3, 63, 64, 65, 127, 128, 129, 255, 256, 257, 511, 513)
 DIMS = (1, 2, 15, 16, 17, 31, 33, 100, 128, 130, 257, 768)
 

@@ -12,6 +12,8 @@ import fastssl
 from fastssl.functional import dino_loss, ibot_loss, prototype_distillation_loss
 from tests.recorder import Recorder
 
+pytestmark = pytest.mark.usefixtures("device")
+
 INF, NAN = float("inf"), float("nan")
 
 

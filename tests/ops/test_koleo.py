@@ -11,6 +11,8 @@ from fastssl.ops import _portable, koleo
 from tests.accuracy import with_gradients
 from tests.inputs import normal
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 def _by_pairs(x: torch.Tensor, eps: float, topk: int) -> torch.Tensor:
     """Row by row, from sorted distances."""

@@ -10,6 +10,8 @@ import fastssl
 from fastssl.functional import ema_update_, sinkhorn_center, sinkhorn_knopp, update_center_
 from tests.accuracy import with_tensors
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 def _logits(*shape: int, scale: float = 1.0, dtype: torch.dtype = torch.float32) -> Tensor:
     return (scale * torch.randn(shape, generator=torch.Generator().manual_seed(0))).to(dtype)

@@ -20,6 +20,8 @@ from fastssl.functional import (
 )
 from tests.inputs import seeded
 
+pytestmark = pytest.mark.usefixtures("device")
+
 chisquare = pytest.importorskip("scipy.stats").chisquare
 LEVEL = 1e-6  # of chi-square's tests
 BERT = {"mask_token_id": 103, "vocab_size": 30522}

@@ -18,9 +18,10 @@ pytest.importorskip("rich")
 pytest.importorskip("sklearn")
 
 from fastssl.nn import EMA
-from fastssl.train import METHODS, Run, checkpoint, fit, learner
+from fastssl.train import METHODS, Images, Run, checkpoint, evaluate, fit, learner
 from fastssl.train.device import choose
-from tests.train.runs import QUIET, InterruptAfter, data_of, new, run, tiny
+from tests.devices import DEVICES, device_param
+from tests.train.runs import IMAGES, QUIET, InterruptAfter, data_of, new, run, tiny
 
 META = torch.device("meta")
 
@@ -87,6 +88,46 @@ def test_the_host_waits_for_nothing_in_a_step(name, chunk_size, numbers):
         history = fit({"m": method}, data_of(method), run, console=QUIET)
     assert waits.found == []
     assert len(history["m"]) == 2 and all(p.is_meta for p in method.parameters())
+
+
+on_a_gpu = pytest.mark.parametrize("device", [device_param(device) for device in DEVICES if device != "cpu"])
+
+
+@on_a_gpu
+@pytest.mark.parametrize("name", METHODS)
+def test_a_gpu_has_the_losses_of_the_cpu(name, device):
+    torch.manual_seed(0)
+    losses = [run(new(name), 2, device=where) for where in ("cpu", device)]
+    rtol = 0.05 if name in ("electra", "simcse", "simcse_bert") else 1e-3  # whose draws and dropout differ
+    torch.testing.assert_close(losses[1][0], losses[0][0], rtol=rtol, atol=1e-3)
+    assert all(abs(loss) < float("inf") for loss in losses[1])
+
+
+@on_a_gpu
+def test_a_gpu_takes_every_kind_of_step(device):
+    kinds = {"amp": "bfloat16"}, {"amp": "float16"}, {"chunk_size": 4}, {"channels_last": True, "clip": 1.0}
+    for options in (*kinds, {"optimizer": "lars"}):
+        losses = run(new("moco_v2"), 3, device=device, **options)
+        assert all(abs(loss) < float("inf") for loss in losses), options
+
+
+@on_a_gpu
+def test_a_gpu_goes_on_with_what_the_cpu_began_and_back(device, tmp_path):
+    losses = run(new("byol"))
+    for i, (first, then) in enumerate((("cpu", device), (device, "cpu"))):
+        path = tmp_path / f"{i}.pt"
+        with pytest.raises(KeyboardInterrupt):
+            run(new("byol"), writer=InterruptAfter(1), checkpoint=path, device=first)
+        resumed = run(new("byol"), checkpoint=path, resume=True, device=then)
+        torch.testing.assert_close(resumed, losses, rtol=0.02, atol=1e-3)
+
+
+@on_a_gpu
+def test_features_are_probed_where_they_are(device):
+    labels = torch.arange(len(IMAGES)) % 3
+    images = Images("noise", IMAGES, labels, IMAGES, labels)
+    found = evaluate.accuracies(new("simclr").to(device).encoder, images)
+    assert found == pytest.approx(evaluate.accuracies(new("simclr").encoder, images), abs=0.1)
 
 
 @pytest.fixture
