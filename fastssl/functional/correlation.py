@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -23,6 +25,19 @@ from fastssl.distributed import ProcessGroup, gather_rows, mean_over_processes
 from fastssl.distributed.correlation import center, correction, correlate, mean_square, standardize
 from fastssl.ops import correlation, current_backend
 from fastssl.ops._precision import accumulate_dtype, product_precision
+
+
+@overload
+def barlow_twins(
+    z_a: Tensor, z_b: Tensor, *, lambda_param: float = ..., eps: float = ..., unbiased: bool = ...,
+    return_metrics: Literal[False] = ..., group: ProcessGroup | None = ...,
+) -> Tensor: ...
+
+@overload
+def barlow_twins(
+    z_a: Tensor, z_b: Tensor, *, lambda_param: float = ..., eps: float = ..., unbiased: bool = ...,
+    return_metrics: Literal[True], group: ProcessGroup | None = ...,
+) -> tuple[Tensor, dict[str, Tensor]]: ...
 
 
 def barlow_twins(
@@ -90,6 +105,21 @@ def barlow_twins(
         invariance, redundancy = (C.diagonal() - 1).square().sum(), correlation.off_diagonal_squares(C)
         loss = invariance + lambda_param * redundancy
     return _with_metrics(loss, z_a, return_metrics, invariance=invariance, redundancy=redundancy)
+
+
+@overload
+def vicreg(
+    z_a: Tensor, z_b: Tensor, *, lambda_param: float = ..., mu_param: float = ..., nu_param: float = ...,
+    eps: float = ..., unbiased: bool = ..., invariance_reduction: str = ..., variance_reduction: str = ...,
+    return_metrics: Literal[False] = ..., group: ProcessGroup | None = ...,
+) -> Tensor: ...
+
+@overload
+def vicreg(
+    z_a: Tensor, z_b: Tensor, *, lambda_param: float = ..., mu_param: float = ..., nu_param: float = ...,
+    eps: float = ..., unbiased: bool = ..., invariance_reduction: str = ..., variance_reduction: str = ...,
+    return_metrics: Literal[True], group: ProcessGroup | None = ...,
+) -> tuple[Tensor, dict[str, Tensor]]: ...
 
 
 def vicreg(
@@ -345,9 +375,9 @@ def _vicreg_of_processes(
     centered = [center(z, group) for z in (z_a, z_b)]
     factor = correction(z_a, unbiased, group)
     covariances = (correlate(x, x, group) * factor for x in centered)
-    covariance = sum(correlation.off_diagonal_squares(C) for C in covariances) / z_a.shape[1]
+    covariance: Tensor = sum(correlation.off_diagonal_squares(C) for C in covariances) / z_a.shape[1]
     variances = (mean_square(x, group) * factor for x in centered)
-    variance = sum(F.relu(1 - (x + eps).sqrt()).mean() for x in variances) / 2
+    variance: Tensor = sum(F.relu(1 - (x + eps).sqrt()).mean() for x in variances) / 2
     loss = lambda_param * invariance + mu_param * variance + nu_param * covariance
     return loss, invariance, variance, covariance
 

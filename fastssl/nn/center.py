@@ -26,6 +26,8 @@ class Center(nn.Module):
         iterations: of Sinkhorn-Knopp.
     """
 
+    center: Tensor
+
     def __init__(
         self,
         size: tuple[int, ...],

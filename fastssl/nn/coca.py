@@ -42,7 +42,7 @@ class CoCaLoss(ClipLoss):
         self.caption_loss_weight = check_number("caption_loss_weight", caption_loss_weight)
         self.caption_loss = nn.CrossEntropyLoss(ignore_index=check_integer("pad_id", pad_id))
 
-    def forward(
+    def forward(  # type: ignore[override]  # as open_clip's
         self,
         image_features: Tensor,
         text_features: Tensor,
@@ -76,7 +76,7 @@ class CoCaLoss(ClipLoss):
         check_tensor("image_features", image_features)
         check_same_device("image_features", image_features, "logits", logits)
         if self.clip_loss_weight:
-            contrastive = self.clip_loss_weight * super().forward(image_features, text_features, logit_scale)
+            contrastive: Tensor = self.clip_loss_weight * super().forward(image_features, text_features, logit_scale)
         else:
             contrastive = torch.tensor(0, device=logits.device)
         try:

@@ -34,7 +34,7 @@ class DistillClipLoss(ClipLoss):
         """The mean cross-entropy of rows of logits, which `forward` does not store."""
         return -(teacher_logits.softmax(1) * student_logits.log_softmax(1)).sum(1).mean()
 
-    def forward(
+    def forward(  # type: ignore[override]  # as open_clip's
         self,
         image_features: Tensor,
         text_features: Tensor,
@@ -64,7 +64,7 @@ class DistillClipLoss(ClipLoss):
             student_logits = self.get_logits(image_features, text_features, logit_scale)
             teacher_logits = self.get_logits(*teacher, dist_logit_scale)
             contrastive = self._cross_entropy(*student_logits)
-            distill = sum(self.dist_loss(t, s) for t, s in zip(teacher_logits, student_logits, strict=True)) / 2
+            distill: Tensor = sum(self.dist_loss(t, s) for t, s in zip(teacher_logits, student_logits, strict=True)) / 2
         else:
             contrastive = super().forward(image_features, text_features, logit_scale)
             distill = self._distill(image_features, text_features, *teacher, logit_scale, dist_logit_scale)

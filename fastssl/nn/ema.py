@@ -131,7 +131,7 @@ class EMA(nn.Module):
         return output
 
     @torch.no_grad()
-    def update(self, model: nn.Module, step: int | None = None) -> float:
+    def update(self, model: nn.Module, step: int | None = None) -> float | Tensor:
         """Move the teacher towards the student, and return the momentum with which it did.
 
         Args:

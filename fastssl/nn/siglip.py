@@ -118,7 +118,7 @@ class SigLipLoss(nn.Module):
         if group is not None:
             check_alike(group, {"image_features": image, "text_features": text})
             texts = gather_rows(text, group).chunk(self.world_size)
-        loss = 0
+        loss = image.new_zeros(())
         for process, others in enumerate(texts):
             logits = self.get_logits(image, others, logit_scale, logit_bias)
             negative_only = group is not None and process != self.rank

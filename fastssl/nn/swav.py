@@ -117,7 +117,7 @@ class SwaVLoss(nn.Module):
         """A row's codes are its softmax times its share of all rows' exponentials."""
         if len(crops) < 2:
             raise ValueError(f"there must be at least two crops, got {len(crops)}")
-        loss = 0.0
+        loss = crops[0].new_zeros(())
         for i, batch in enumerate(batches):
             scores = torch.cat(batch).detach().to(accumulate_dtype(batch[0].dtype)) / self.sinkhorn_epsilon
             lse = scores.logsumexp(1)

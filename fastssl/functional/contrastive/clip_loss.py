@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,20 @@ from fastssl.distributed import ProcessGroup, Ring
 from fastssl.functional.contrastive.pairs import pair_loss, pair_metrics
 from fastssl.ops import current_backend
 from fastssl.ops._precision import product_precision
+
+
+@overload
+def clip_loss(
+    image_features: Tensor, text_features: Tensor, logit_scale: float | Tensor, *, labels: Tensor | None = ...,
+    label_smoothing: float = ..., reduction: str = ..., return_metrics: Literal[False] = ...,
+    group: ProcessGroup | None = ...,
+) -> Tensor: ...
+
+@overload
+def clip_loss(
+    image_features: Tensor, text_features: Tensor, logit_scale: float | Tensor, *, labels: Tensor | None = ...,
+    label_smoothing: float = ..., reduction: str = ..., return_metrics: Literal[True], group: ProcessGroup | None = ...,
+) -> tuple[Tensor, dict[str, Tensor]]: ...
 
 
 def clip_loss(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
@@ -22,6 +24,23 @@ from fastssl.distributed import ProcessGroup, Ring
 from fastssl.functional.contrastive.pairs import mean_row, pair_loss, pair_metrics
 from fastssl.ops import contrastive, current_backend
 from fastssl.ops._precision import product_precision, widen
+
+
+@overload
+def info_nce(
+    query: Tensor, positive_key: Tensor, negative_keys: Tensor | None = ..., *, negative_ids: Tensor | None = ...,
+    temperature: float | Tensor = ..., negative_mode: str = ..., in_batch_negatives: bool | None = ...,
+    symmetric: bool = ..., normalize: bool = ..., label_smoothing: float = ..., reduction: str = ...,
+    return_metrics: Literal[False] = ..., group: ProcessGroup | None = ...,
+) -> Tensor: ...
+
+@overload
+def info_nce(
+    query: Tensor, positive_key: Tensor, negative_keys: Tensor | None = ..., *, negative_ids: Tensor | None = ...,
+    temperature: float | Tensor = ..., negative_mode: str = ..., in_batch_negatives: bool | None = ...,
+    symmetric: bool = ..., normalize: bool = ..., label_smoothing: float = ..., reduction: str = ...,
+    return_metrics: Literal[True], group: ProcessGroup | None = ...,
+) -> tuple[Tensor, dict[str, Tensor]]: ...
 
 
 def info_nce(
