@@ -52,9 +52,9 @@ class NTXentLoss(fastssl.nn.NTXentLoss):
     def __init__(
         self, temperature: float = 0.5, memory_bank_size: int | Sequence[int] = 0, gather_distributed: bool = False
     ) -> None:
-        known = not isinstance(memory_bank_size, int) or memory_bank_size <= 0
-        super().__init__(temperature, memory_bank_size if known else 0, gather_distributed)
-        self._rows = 0 if known else memory_bank_size
+        rows = memory_bank_size if isinstance(memory_bank_size, int) and memory_bank_size > 0 else 0
+        super().__init__(temperature, 0 if rows else memory_bank_size, gather_distributed)
+        self._rows = rows
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
         if self._rows and isinstance(out0, Tensor) and out0.dim() == 2:
@@ -147,7 +147,8 @@ def random_token_mask(
     order = torch.empty_like(restore).scatter_(1, restore, order)
     if first:
         order = nn.functional.pad(order, (1, 0))  # token 0
-    return order.tensor_split((keep.shape[1] + first,), dim=1)
+    kept = keep.shape[1] + first
+    return order[:, :kept], order[:, kept:]
 
 
 def get_at_index(tokens: Tensor, index: Tensor) -> Tensor:

@@ -69,7 +69,7 @@ class EMACallback(*_callback_classes()):  # type: ignore[misc]
         self.teacher.to(next(student.parameters()).device)
 
     def on_train_batch_end(self, trainer: Any, pl_module: nn.Module, *args: Any) -> None:
-        if trainer.global_step != self._step:
+        if self.teacher is not None and trainer.global_step != self._step:
             self._step = trainer.global_step
             self.teacher.update(pl_module.get_submodule(self.part))
 
