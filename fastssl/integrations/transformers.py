@@ -350,8 +350,31 @@ class ViTMAEForPreTraining(vit_mae.ViTMAEForPreTraining):
 # Speech
 
 
+class Wav2Vec2GumbelVectorQuantizer(wav2vec2.Wav2Vec2GumbelVectorQuantizer):
+    """transformers' class of this name, which multiplies choices with codebooks as matrices: it stores no product of
+    every time step's choice with every code."""
+
+    def forward(self, hidden_states: Tensor, mask_time_indices: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        logits = self.weight_proj(hidden_states).view(-1, self.num_groups, self.num_vars)
+        if self.training:
+            soft = logits.float().softmax(-1)
+            hard = F.gumbel_softmax(logits.flatten(0, 1).float(), tau=self.temperature, hard=True)
+            hard = hard.view_as(logits).to(logits.dtype)
+        else:
+            soft = hard = F.one_hot(logits.argmax(-1), self.num_vars).to(logits.dtype)
+        perplexity = self._compute_perplexity(soft, mask_time_indices)
+        codebooks = self.codevectors.view(self.num_groups, self.num_vars, -1)
+        dtype = torch.promote_types(hard.dtype, codebooks.dtype)
+        codes = torch.einsum("ngv,gvd->ngd", hard.to(dtype), codebooks.to(dtype))
+        return codes.reshape(*hidden_states.shape[:2], -1), perplexity
+
+
 class Wav2Vec2ForPreTraining(wav2vec2.Wav2Vec2ForPreTraining):
     """transformers' class of this name, whose contrastive loss reads negatives where they are."""
+
+    def __init__(self, config: wav2vec2.Wav2Vec2Config) -> None:
+        super().__init__(config)
+        self.quantizer.__class__ = Wav2Vec2GumbelVectorQuantizer
 
     @_instead_of(
         wav2vec2.Wav2Vec2ForPreTraining.forward,
@@ -411,6 +434,7 @@ _CLASSES = (
     ViTMAEEmbeddings,
     ViTMAEForPreTraining,
     Wav2Vec2ForPreTraining,
+    Wav2Vec2GumbelVectorQuantizer,
 )
 VERSIONS = "5.24", "5.25"
 REPLACES = {f"{ours.__base__.__module__}.{ours.__name__}.forward": ours.forward for ours in _CLASSES}
