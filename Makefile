@@ -2,13 +2,14 @@
 # make gpu: all that a new machine with a GPU should be asked, with the PYTHON that is there and no network;
 # STAGES="correctness speed" for some of it, DEVICE=cpu for a rehearsal.
 # make wheels: an sdist, and a wheel for every Python and every supported torch, tried with each; see .ci/wheels.
-# make oldest: what depends most on PyTorch and Triton, under the oldest that are supported. Gigabytes, the first time.
+# make oldest | newest: what depends most on PyTorch and Triton, under the oldest, or the newest, that are supported.
+# Gigabytes, the first time, unless PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 NATIVE := setup.py CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test bench docs gpu oldest wheels clean
+.PHONY: demo test bench docs gpu oldest newest wheels clean
 
 demo: .venv/demo
 	$(BIN)/python -m fastssl.train.demo
@@ -25,13 +26,15 @@ docs: .venv/docs
 	$(BIN)/python -m mkdocs build
 
 # The library in this tree is for another PyTorch and is not loaded: the portable code runs.
-oldest: build/oldest/ready
-	build/oldest/bin/python -m pytest -q tests/ops/test_ops.py tests/gpu/test_triton.py \
+oldest newest: %: build/%/ready
+	build/$@/bin/python -m pytest -q tests/ops/test_ops.py tests/gpu/test_triton.py \
 		-k "(test_compile or test_opcheck) and not inductor or interpreted and (sigmoid or koleo)"
 
-build/oldest/ready:
-	$(PYTHON) -m venv build/oldest
-	build/oldest/bin/pip install "torch==2.10.0" "triton==3.6.0" hypothesis numpy pytest rich
+oldest: PAIR := torch==2.10.0 triton==3.6.0
+newest: PAIR := torch==2.14.1 triton==3.8.0
+build/oldest/ready build/newest/ready: build/%/ready:
+	$(PYTHON) -m venv build/$*
+	build/$*/bin/pip install $(PAIR) hypothesis numpy pytest rich
 	touch $@
 
 wheels:

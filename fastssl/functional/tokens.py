@@ -179,7 +179,7 @@ def span_corruption(
 
     def laid_out(here: Tensor, width: int, fill: int, dtype: torch.dtype) -> Tensor:
         """(B, width): the tokens that are `here`, those before each span's beginning, then its sentinel."""
-        last = width + (eos_token_id is not None)
+        last = width + (0 if eos_token_id is None else 1)
         out = torch.full((batch, last + 1), fill, dtype=dtype, device=ends.device)
         places = here.cumsum(1) - here + spans_so_far
         out = out.scatter(1, places.where(here == 1, last), input_ids.to(dtype))  # the last column is cut off again
