@@ -47,6 +47,24 @@ def products(
 
 
 @triton.jit
+def products_of_two(left, right, row, column, other, D, T: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr):
+    """Those of T rows with T columns from `column` on, and with T columns from `other` on."""
+    k = tl.arange(0, BK)[None, :]
+    left = at(left, row, D, T) + k
+    near, far = at(right, column, D, T) + k, at(right, other, D, T) + k
+    of_near = tl.zeros((T, T), tl.float32)
+    of_far = tl.zeros((T, T), tl.float32)
+    for _ in range(0, D, BK):
+        x = tl.load(left)
+        of_near = tl.dot(x, tl.trans(tl.load(near)), of_near, input_precision=PRECISION)
+        of_far = tl.dot(x, tl.trans(tl.load(far)), of_far, input_precision=PRECISION)
+        left += BK
+        near += BK
+        far += BK
+    return of_near, of_far
+
+
+@triton.jit
 def kept_tile(products, row, column, step_i, step_j, BM: tl.constexpr, BN: tl.constexpr):
     """Pointers to a tile of products that are kept, one of (step_i, step_j) apart."""
     corner = products + tl.cast(row, tl.int64) * step_i + tl.cast(column, tl.int64) * step_j

@@ -3,11 +3,13 @@
     shift_i = max_j S_ij,    total_i = sum_j exp(S_ij - shift_i).
 
 Algorithm. S is cut into T x T tiles; tile (b, d) is that of row block b and column block b + d, modulo the number of
-column blocks. One program computes one tile, and stores the maximum and the sum of exponentials of each of its rows
+column blocks. A program computes a tile, and stores the maximum and the sum of exponentials of each of its rows
 and, where they are wanted, of its columns. For rows of block b, what comes from column block c goes to slot
 (c - b) mod blocks, where no other program writes; likewise for columns. `_merge` reduces the slots. Distances d are
 taken in bands, so the slots need O(M + N) memory. Columns are wanted for CLIP, where the shorter side becomes the rows;
 and for a symmetric S, where they stand for rows: there the distances d = 0 ... blocks // 2 cover every pair once.
+Where registers allow it, a program takes two tiles, which have their rows in common: 3/4 of the bytes from the
+second-level cache, and the same numbers.
 
 Cost, in units U = 2 M N D floating-point operations: 1 U, about U / 2 for a symmetric S. Memory: at most 512 bytes per
 row and per column for the slots.
@@ -35,6 +37,7 @@ from fastssl.kernels.common.tiles import (
     load_excluded,
     load_scale,
     products,
+    products_of_two,
 )
 from fastssl.kernels.common.weights import Factors, Sums, Weights
 
@@ -44,7 +47,9 @@ _BAND = 64  # distances per forward launch
 def _forward_needs(c: dict[str, int], named: dict[str, Any], size: int, capability: int) -> int | None:
     if not suits_units(c, named) or 16 * c["warps"] != named["T"]:
         return None
-    return c["stages"] * 2 * named["T"] * c["BK"] * size
+    if c["TILES"] == 2 and (size != 2 or capability // 10 not in (9, 10)):  # others have no room in registers
+        return None
+    return c["stages"] * (1 + c["TILES"]) * named["T"] * c["BK"] * size
 
 
 @triton.jit
@@ -54,36 +59,14 @@ def _maximum_and_sum(x, AXIS: tl.constexpr):
     return top, tl.sum(tl.exp(x - tl.expand_dims(finite(top), AXIS)), AXIS)
 
 
-@autotune(
-    _forward_needs,
-    ["D", "T", "PRECISION"],
-    configs(
-        ({"BK": 64}, 8, 3),
-        ({"BK": 32}, 8, 3),
-        ({"BK": 64}, 4, 3),
-        ({"BK": 32}, 4, 3),
-        ({"BK": 16}, 4, 3),
-    ),
-)
-@triton.jit(do_not_specialize=COUNTS)
-def _forward_tile(
-    left, right, scale, exclude, row_tops, row_sums, column_tops, column_sums, aligned, kept, step_i, step_j,
-    M, N, D, blocks, start, band,
-    EXCLUDE: tl.constexpr, SYMMETRIC: tl.constexpr, T: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+@triton.jit
+def _reduce_tile(
+    product, scale, excluded, exclude, row_tops, row_sums, column_tops, column_sums, aligned, kept, step_i, step_j,
+    row, column, distance, slot, M, N, blocks, band, EXCLUDE: tl.constexpr, SYMMETRIC: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
-    """Maxima and sums of the rows and columns of tile (block, distance), start <= distance < start + band."""
-    pid = tl.program_id(0)
-    block = pid // band
-    slot = pid % band
-    distance = start + slot
-    row = block * T
-    column = ((block + distance) % blocks) * T
+    """Maxima and sums of the rows and columns of a tile, from its products."""
     i = row + tl.arange(0, T)
     j = column + tl.arange(0, T)
-    excluded = i
-    if EXCLUDE == "row":
-        excluded = load_excluded(exclude, i, M, N)
-    product = products(left, right, row, column, D, T, T, BK, PRECISION)
     if kept is not None:
         if SYMMETRIC:  # first: stored last, it takes more registers than sm_80 has
             tl.store(kept_tile(kept, column, row, step_i, step_j, T, T), tl.trans(product))
@@ -118,6 +101,55 @@ def _forward_tile(
             to = (slot + (band if SYMMETRIC else 0)).to(tl.int64) * N + j
             tl.store(column_tops + to, top, mask=j < N)
             tl.store(column_sums + to, total, mask=j < N)
+
+
+@autotune(
+    _forward_needs,
+    ["D", "T", "PRECISION"],
+    configs(
+        ({"BK": 64, "TILES": 2}, 8, 3),
+        ({"BK": 64, "TILES": 1}, 8, 3),
+        ({"BK": 32, "TILES": 1}, 8, 3),
+        ({"BK": 64, "TILES": 1}, 4, 3),
+        ({"BK": 32, "TILES": 1}, 4, 3),
+        ({"BK": 16, "TILES": 1}, 4, 3),
+    ),
+)
+@triton.jit(do_not_specialize=COUNTS)
+def _forward_tile(
+    left, right, scale, exclude, row_tops, row_sums, column_tops, column_sums, aligned, kept, step_i, step_j,
+    M, N, D, blocks, start, band,
+    EXCLUDE: tl.constexpr, SYMMETRIC: tl.constexpr, T: tl.constexpr, BK: tl.constexpr, TILES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Maxima and sums of the rows and columns of tile (block, distance), start <= distance < start + band; with two
+    `TILES` of that of the next distance too, if there is one, whose rows are the same."""
+    pid = tl.program_id(0)
+    programs = tl.cdiv(band, TILES)
+    block = pid // programs
+    slot = pid % programs * TILES
+    distance = start + slot
+    row = block * T
+    column = ((block + distance) % blocks) * T
+    i = row + tl.arange(0, T)
+    excluded = i
+    if EXCLUDE == "row":
+        excluded = load_excluded(exclude, i, M, N)
+    if TILES == 1:
+        product = products(left, right, row, column, D, T, T, BK, PRECISION)
+    else:
+        column_after = ((block + distance + 1) % blocks) * T
+        product, after = products_of_two(left, right, row, column, column_after, D, T, BK, PRECISION)
+    _reduce_tile(
+        product, scale, excluded, exclude, row_tops, row_sums, column_tops, column_sums, aligned, kept, step_i, step_j,
+        row, column, distance, slot, M, N, blocks, band, EXCLUDE, SYMMETRIC, T,
+    )  # fmt: skip
+    if TILES == 2:
+        if slot + 1 < band:
+            _reduce_tile(
+                after, scale, excluded, exclude, row_tops, row_sums, column_tops, column_sums, aligned, kept,
+                step_i, step_j, row, column_after, distance + 1, slot + 1, M, N, blocks, band, EXCLUDE, SYMMETRIC, T,
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -220,7 +252,7 @@ def totals_and_shifts(
     loss, aligned, weight = positives or (None, None, None)
     for start in range(0, distances, band):
         width = min(band, distances - start)
-        _forward_tile[(row_blocks * width,)](
+        _forward_tile[lambda meta, width=width: (row_blocks * triton.cdiv(width, meta["TILES"]),)](
             left, right, scale, exclude, *sides[0][:2], *column_slots, aligned, kept,
             *((None, None) if kept is None else kept.stride()), *sizes, left.shape[1], blocks, start, width,
             EXCLUDE=exclude_by, SYMMETRIC=symmetric, T=tile, PRECISION=input_precision(precision), **OPTIONS,

@@ -33,7 +33,7 @@ DTYPES = [
 # Precisions of products that are compiled where no sweep is wanted; Hopper's bfloat16 in every variant.
 _SELECTED = {80: ("float32", "bfloat16"), 90: ("bfloat16", "tf32"), 100: ("float16",), 120: ("tf32",)}
 _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
-_SHOWN = ("T", "D", "BM", "BN", "BK", "BR", "BD", "NORMALIZE")
+_SHOWN = ("T", "TILES", "D", "BM", "BN", "BK", "BR", "BD", "NORMALIZE")
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import triton
 from torch import Tensor
 
 from fastssl.kernels import contrastive
@@ -24,7 +25,7 @@ from tests.gpu.triton_checks.common.kernels import (
     accumulate_cases,
     collect_cases,
 )
-from tests.gpu.triton_checks.common.numerics import DEVICE, INTERPRETED, THOROUGH, random_gradient
+from tests.gpu.triton_checks.common.numerics import DEVICE, INTERPRETED, THOROUGH, poisoned, random_gradient
 from tests.gpu.triton_checks.common.tiles import TileTests, both, some_excluded
 
 FORWARD = Kernel(of_sums._forward_tile, POINTERS, multiples=(*PADDED, *STEPS, "D"), needs=of_sums._forward_needs)
@@ -171,6 +172,23 @@ def test_gradients_of_any_size(precision):
         )
         for mine, other in zip(scaled, expected, strict=True):
             assert torch.equal(mine, size * other)
+
+
+def test_two_tiles_of_a_program(monkeypatch):
+    """They give what one gives, in bands of 2 and of 3."""
+    (x, y), z = both(130, 300, 24, "float16"), both(330, 1, 24, "float16")[0]
+    s, exclude = torch.tensor(10.0, device=DEVICE), some_excluded(130, 300)
+    monkeypatch.setattr(of_sums, "_BAND", 3)
+
+    def sums(tiles: int) -> list[Tensor]:
+        configs = [triton.Config({"BK": 32, "TILES": tiles}, num_warps=4, num_stages=3)]
+        monkeypatch.setattr(of_sums._forward_tile, "configs", configs)
+        with poisoned():
+            loss = contrastive.nt_xent(*z.chunk(2), s, False, 0, "float16")[0]
+            return [loss, *contrastive.pair_logsumexp(x, y, s, exclude, 0, "float16")[:4]]
+
+    for mine, other in zip(sums(2), sums(1), strict=True):
+        assert torch.equal(mine, other)
 
 
 @pytest.mark.parametrize("m,n", [(192, 300), (330, 200), (700, 40), (40, 700)] if THOROUGH else [(130, 300), (300, 65)])

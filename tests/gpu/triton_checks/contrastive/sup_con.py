@@ -119,7 +119,7 @@ def test_rows_as_they_are(scale, length):
     compare(rows(70, 24, length=length), labels_of(70, 5), scale, normalize=False)
 
 
-@pytest.mark.parametrize("count,classes", [(1, 1), (97, 3), (70, 70), (1100, 1)])
+@pytest.mark.parametrize("count,classes", [(1, 1), (97, 3), (70, 70), (1300, 1)])
 def test_sums_of_labels(count, classes):
     """Labels of one piece, of several, and of more than are added at once."""
     z, labels, weight = rows(count, 70 if count < 100 else 10), labels_of(count, classes), random_gradient(count)
