@@ -9,7 +9,7 @@ logits into a workspace; a kernel of the family takes the losses of its rows, an
 products multiply it. Rows of the workspace are padded, so that they are aligned for tensor cores whatever K is.
 
 Cost. With U = 2 V N K D floating-point operations, 3 U with gradients, U without. Of memory, `WORKSPACE` bytes, as many
-rows as they hold; dW in float32, to which each block adds, which reads and writes 20 K D bytes; and operands that have
+rows as they hold; dW in float32, to which each block adds, which reads and writes 8 K D bytes; and operands that have
 not the dtype of the products once more in it.
 
 Numerics. Operands, logits and G have the dtype of the products, sums and dW are float32. G may be too small for
@@ -23,6 +23,7 @@ import torch
 import triton
 from torch import Tensor
 
+from fastssl.kernels.common import blocks
 from fastssl.kernels.common.launch import DTYPES, PEAK
 
 WORKSPACE = 1 << 28  # bytes for logits
@@ -94,7 +95,8 @@ class Gradients:
         if of_features:
             self._of_features = torch.empty_like(features, memory_format=torch.contiguous_format)
         if of_matrix:
-            self._of_matrix = torch.zeros_like(matrix, dtype=torch.float32, memory_format=torch.contiguous_format)
+            self._of_matrix = torch.empty_like(matrix, dtype=torch.float32, memory_format=torch.contiguous_format)
+        self._first = True
 
     def add(self, rows: slice, weights: Tensor) -> None:
         """What G (V, n, K) of some rows adds."""
@@ -103,8 +105,11 @@ class Gradients:
             of_rows = product(weights, self._logits.matrix) * self._scale
             self._of_features[:, rows] = of_rows.unflatten(0, (len(self._of_features), -1))
         if self._of_matrix is not None:
-            self._of_matrix += product(weights.mT, self._logits.rows(rows))
+            blocks.add_product(self._of_matrix, weights.mT, self._logits.rows(rows), self._first)
+        self._first = False
 
     def finish(self) -> tuple[Tensor | None, Tensor | None]:
         of_matrix = self._of_matrix
+        if of_matrix is not None and self._first:
+            of_matrix.zero_()
         return self._of_features, None if of_matrix is None else of_matrix.mul_(self._scale).to(self._dtype)
