@@ -94,6 +94,7 @@ def main(argv: list[str]) -> int:
     with console.status("the machine's rates"):
         rates = machine.measure_rates(arguments.device)
     command = f"OMP_NUM_THREADS={torch.get_num_threads()} python -m benchmarks.ops {shlex.join(argv)}".strip()
+    described["command"] = command
     arguments.output.mkdir(parents=True, exist_ok=True)
     failed = False
     for op, benchmark in registry.load(arguments.family).items():

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from benchmarks.ops import __main__ as run
-from benchmarks.ops import measure, registry, report
+from benchmarks.ops import figures, measure, registry, report
 from benchmarks.ops.machine import Rates
 from benchmarks.ops.registry import Contestant
 from fastssl import functional, reference
@@ -281,3 +281,21 @@ def test_long_steps_are_repeated_less(monkeypatch, slow, calls):
     warm, repeats = calls
     assert {name: len(seconds) for name, seconds in found.items()} == {"slow": repeats, "other": repeats}
     assert done.count(slow) == warm + repeats
+
+
+def test_the_figures_of_the_documentation_are_drawn(tmp_path):
+    figures.draw_all(figures.RESULTS, tmp_path)
+    drawn = {path.name for path in tmp_path.iterdir() if "</svg>" in path.read_text()}
+    assert drawn == {path.name for path in figures.FIGURES.iterdir()} and len(drawn) == 3
+    assert set(figures.CURVES) <= {op for op, _ in figures.read(figures.RESULTS).cases()}
+
+
+def test_figures_are_of_one_machine(tmp_path):
+    for path in sorted(figures.RESULTS.glob("*.csv"))[:2]:
+        (tmp_path / path.name).write_text(path.read_text())
+    assert figures.read(tmp_path).measurements
+    with path.open(newline="") as file:
+        cpu = next(csv.DictReader(file))["cpu"]
+    (tmp_path / path.name).write_text(path.read_text().replace(cpu, "Another CPU"))
+    with pytest.raises(SystemExit, match="one machine, got .*Another CPU"):
+        figures.read(tmp_path)

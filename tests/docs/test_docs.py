@@ -16,6 +16,7 @@ pytest.importorskip("rich")
 pytest.importorskip("sklearn")
 
 from benchmarks.ops import __main__ as ops
+from benchmarks.ops import figures
 from benchmarks.twins import __main__ as twins
 from fastssl.train import __main__ as trainer
 
@@ -80,7 +81,7 @@ def test_a_quotation_is_what_the_file_says(block):
 
 def _inline() -> list[Block]:
     """Commands within sentences."""
-    pattern = r"`((?:\w+=\S+ )?python -m (?:fastssl\.train|benchmarks\.\w+) [^`]*)`"
+    pattern = r"`((?:\w+=\S+ )?python -m (?:fastssl\.train|benchmarks\.[\w.]+) [^`]*)`"
     return [
         Block(f"{page.relative_to(ROOT)}: {command}", "bash", "", command)
         for page in PAGES
@@ -103,6 +104,8 @@ def _check_commands(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
             trainer._parser().parse_args(arguments)
         elif program == "python -m benchmarks.ops":
             ops._arguments(arguments)
+        elif program == "python -m benchmarks.ops.figures":
+            figures._arguments(arguments)
         elif program == "python -m benchmarks.twins":
             twins._arguments()
         else:
