@@ -49,7 +49,8 @@ def linear_cross_entropy(
     label take no part in any product (on CUDA they take part as zeros: to leave them out would make the CPU wait). With
     "mean" and "sum" the forward pass takes the gradients, too, while it has the logits: three products in all, two
     where input or linear_weight needs no gradient. With "none", in float16, under torch.compile and with group it is
-    one more: the backward pass computes the logits again.
+    one more: the backward pass computes the logits again. And on a CPU one more where linear_weight's gradient
+    would take more than 256 MiB in float32 beside the one that is returned, as of 128,256 words x 1,024 in bfloat16.
 
     Args:
         input: (..., D) features, for instance (B, L, D) of B texts of L tokens; float32, bfloat16, float16 or float64.

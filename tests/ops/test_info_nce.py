@@ -95,6 +95,24 @@ def test_ids_below_zero_are_no_keys(backend):
         assert gradient[[1, 2, 3, 4, 5, 7, 8]].isfinite().all()
 
 
+@pytest.mark.parametrize(
+    "options, key", [({"temperature": -0.004}, 1.0), ({}, 0.0), ({"normalize": False}, float("-inf"))], ids=str
+)
+def test_extreme_keys_by_id(options, key, backend):
+    """Exponents of hundreds, of either sign; a key without a direction; and one that cannot be, alone or not."""
+    q, k, keys = normal(3, 8).abs(), normal(3, 8, seed=1).abs(), normal(5, 8, seed=2)
+    keys[4], ids = key, torch.tensor([[4, 4], [4, 0], [1, 2]])
+    leaves = [z.requires_grad_() for z in (q, k, keys)]
+    loss = info_nce(*leaves, negative_ids=ids, reduction="none", **options)
+    wide = [z.detach().double().requires_grad_() for z in leaves]
+    with fastssl.use_backend("reference"):
+        expected = info_nce(*wide, negative_ids=ids, reduction="none", **options)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=1e-6)
+    if key > float("-inf"):
+        for found, right in zip(*map(torch.autograd.grad, (loss.sum(), expected.sum()), (leaves, wide)), strict=True):
+            torch.testing.assert_close(found.double(), right, rtol=1e-3, atol=1e-4 * right.abs().max().item())
+
+
 @pytest.mark.parametrize("ids", [[[0, 9]], [[9, -1]], [[10**12, 0]]])
 def test_ids_out_of_range(ids, backend):
     ids = torch.tensor(ids).expand(4, 2)
