@@ -18,4 +18,7 @@ def mode_of(x: object) -> contextlib.AbstractContextManager:
     """In which tensors are made that may stand beside x, or a list's first: of its mode, if it is fake."""
     if isinstance(x, (list, tuple)):
         x = x[0] if x else None
-    return x.fake_mode if is_fake(x) else contextlib.nullcontext()
+    return x.fake_mode if is_fake(x) else _NO_MODE
+
+
+_NO_MODE = contextlib.nullcontext()

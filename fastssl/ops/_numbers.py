@@ -22,8 +22,11 @@ def as_tensor(number: float | Tensor, dtype: torch.dtype, device: torch.device |
         return number.to(device=device, dtype=dtype)
     if torch.compiler.is_compiling():
         # A number that varies is compiled once where it multiplies a tensor, and elsewhere anew for each value.
-        return torch.ones((), dtype=dtype, device=device or "cpu") * number
-    return torch.full((), number, dtype=dtype, device=device or "cpu")
+        return torch.ones((), dtype=dtype, device=device or _CPU) * number
+    return torch.scalar_tensor(number, dtype=dtype, device=device or _CPU)
+
+
+_CPU = torch.device("cpu")  # which need not be parsed
 
 
 def numbers_in(schema: str) -> list[int]:
@@ -40,8 +43,11 @@ def with_tensors(signature: str) -> str:
 def as_tensors(args: Sequence[Any], numbers: Sequence[int]) -> Sequence[Any]:
     if not numbers:
         return args
+    args = list(args)
     with mode_of(args[0]):
-        return [as_tensor(x, torch.float64) if i in numbers else x for i, x in enumerate(args)]
+        for i in numbers:
+            args[i] = as_tensor(args[i], torch.float64)
+    return args
 
 
 def taking_tensors(function: Callable[..., Any], numbers: Sequence[int]) -> Callable[..., Any]:

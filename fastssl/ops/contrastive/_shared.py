@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastssl.ops._backend import current_backend
+from fastssl.ops._precision import device_type_of
 
 
 def bytes_to_keep(precision: str, inputs: Sequence[Tensor], rows: int, columns: int | None = None) -> int:
@@ -23,12 +24,15 @@ def bytes_to_keep(precision: str, inputs: Sequence[Tensor], rows: int, columns: 
         columns: None: similarities of the rows with themselves, of which half are enough on a CPU.
     """
     x = inputs[0]
-    if x.dtype == torch.float64 or current_backend() != "auto" or not _has_kernel(x.device.type):
+    if x.dtype == torch.float64 or current_backend() != "auto" or not _has_kernel(device_type_of(x)):
         return 0
-    if not torch.is_grad_enabled() or not any(x.requires_grad for x in inputs):
+    bound, wanted = 0, False
+    for z in inputs:  # plainly: in a small batch, generators and `torch.sym_min` cost more than all else here
+        bound += 4 * z.numel() * z.element_size()
+        wanted = wanted or z.requires_grad
+    if not wanted or not torch.is_grad_enabled():
         return 0
-    bound = 4 * sum(x.numel() * x.element_size() for x in inputs)
-    if x.device.type == "cuda":
+    if x.is_cuda:
         if precision != "float32" and not (precision == "tf32" and x.shape[1] >= 512):
             return 0
         from torch.fx.experimental.symbolic_shapes import guard_or_false  # takes longer to import than fastssl
@@ -38,9 +42,14 @@ def bytes_to_keep(precision: str, inputs: Sequence[Tensor], rows: int, columns: 
     height, width = _padded(rows), _padded(rows if columns is None else columns)
     count = height * width
     if columns is None:  # the tiles on the diagonal, of up to 256 rows, are whole
-        count = torch.sym_min(count, height * (width + 256) // 2)
+        count = _smaller(count, height * (width + 256) // 2)
     needed = count * (2 if precision == "bfloat16" else 4) + 4 * height + 128
-    return torch.sym_min(needed, bound)
+    return _smaller(needed, bound)
+
+
+def _smaller(a: int, b: int) -> int:
+    """Of sizes that may be symbols, of which Python's `min` would ask which one it is."""
+    return min(a, b) if isinstance(a, int) and isinstance(b, int) else torch.sym_min(a, b)
 
 
 def _padded(rows: int, multiple: int = 32) -> int:
