@@ -227,7 +227,7 @@ Tensor koleo_loss_backward(const Tensor& grad_loss, const Tensor& features, cons
         tile.add_difference(factor[p], inverse_distance[p], z, unit.data + (first + p / topk) * dim, dim, -offset, sums);
       for (int64_t d = 0; d < padded; ++d) row[d] = static_cast<float>(sums[d]);
       products.finish(from[i], static_cast<float>(inverse[i]), nullptr, 1, 0, 1, true, from.element, dim, row, spare,
-                      from.element, out + i * dim * bytes_of(from.element));
+                      from.element, out + i * dim * bytes_of(from.element), false);
     }
   });
   return grad;

@@ -79,7 +79,7 @@ Results run_softplus(const Tensor& x_, const Tensor& y_, const Tensor& scale_, c
     sum_up(&of_x, &of_y);
     const Positives texts{y, positive_weight.data}, images{x, positive_weight.data};
     grad_scale = finish_side(of_x, diagonal && !exact ? &texts : nullptr, scale, grad_x);
-    finish_side(of_y, diagonal && !exact ? &images : nullptr, scale, grad_y);
+    finish_side(of_y, diagonal && !exact ? &images : nullptr, scale, grad_y, nullptr, nullptr, false);
   } else {
     sum_up(nullptr, nullptr);
     grad_bias = 0;

@@ -213,7 +213,7 @@ struct LayerGradients {
     return side.engine.tile.finish(side.rows[i], side.inverse_norm[i], nullptr, 1, 0, scale, side.normalize,
                                    side.rows.element, side.rows.dim, sum, spare, element_of(out),
                                    static_cast<char*>(out.mutable_data_ptr()) +
-                                       to * side.rows.dim * out.element_size());
+                                       to * side.rows.dim * out.element_size(), true);
   }
 };
 

@@ -11,26 +11,28 @@ namespace {
 
 constexpr float kNormFloor = 1e-12f;  // torch.nn.functional.normalize's eps
 
-double sum(const double (&partial)[kLanes]) {
-  double total = 0;
-  for (int i = 0; i < kLanes; ++i) total += partial[i];
-  return total;
+double sum(double (&partial)[kLanes]) {
+  for (int w = kLanes / 2; w > 0; w /= 2)
+    for (int i = 0; i < w; ++i) partial[i] += partial[i + w];
+  return partial[0];
 }
 
 // <a, b>; `dim` is padded. Four products at a time are summed in float32, and these sums in double. Where the products
 // are too large or too small for that, they are double as well: rows of numbers such as 1e30 or 1e-30 have a norm.
 double dot(const float* a, const float* b, int64_t dim) {
   double partial[kLanes] = {};
-  for (int64_t d = 0; d < dim;) {
-    Vec four = {};
-    for (const int64_t end = d + 4 * kLanes < dim ? d + 4 * kLanes : dim; d < end; d += kLanes)
-      four += load(a + d) * load(b + d);
+  const auto product = [=](int64_t d) { return load(a + d) * load(b + d); };
+  const auto add = [&](Vec four) {
     for (int i = 0; i < kLanes; ++i) partial[i] += four[i];
-  }
+  };
+  int64_t d = 0;
+  for (; d + 4 * kLanes <= dim; d += 4 * kLanes)
+    add(product(d) + product(d + kLanes) + product(d + 2 * kLanes) + product(d + 3 * kLanes));
+  for (; d < dim; d += kLanes) add(product(d));
   const double total = sum(partial), size = __builtin_fabs(total);
   if (size > 1e-25 && size < __builtin_inf()) return total;
   for (int i = 0; i < kLanes; ++i) partial[i] = 0;
-  for (int64_t d = 0; d < dim; d += kLanes)
+  for (d = 0; d < dim; d += kLanes)
     for (int i = 0; i < kLanes; ++i) partial[i] += static_cast<double>(a[d + i]) * b[d + i];
   return sum(partial);
 }
@@ -40,9 +42,8 @@ bool fits_float(double x) { return __builtin_fabs(x) >= __FLT_MIN__ && __builtin
 
 // out = x factor, of `dim` numbers; `out` may be x.
 void scale_row(const float* x, double factor, int64_t dim, float* out) {
-  const float narrow = static_cast<float>(factor);
   if (fits_float(factor)) {
-    for (int64_t d = 0; d < dim; ++d) out[d] = x[d] * narrow;
+    store_row(x, Element::Float32, dim, static_cast<float>(factor), out);
   } else {
     for (int64_t d = 0; d < dim; ++d) out[d] = static_cast<float>(x[d] * factor);
   }
@@ -169,12 +170,12 @@ void add_row(const void* x, float inverse_norm, float weight, Element element, i
 
 double finish(const void* x, float inverse_norm, const void* positive, float positive_inverse_norm,
               float positive_weight, float scale, bool normalize, Element element, int64_t dim, float* sums,
-              float* scratch, Element out_element, void* out) {
+              float* scratch, Element out_element, void* out, bool along_wanted) {
   const int64_t padded = (dim + 31) / 32 * 32;
   const float inverse = __builtin_fabsf(inverse_norm);
   if (positive) add_row(positive, positive_inverse_norm, positive_weight, element, dim, sums, scratch);
   const ScaledRow z(x, element, dim, inverse, scratch);
-  const double along = dot(sums, z.x, padded) * z.factor;
+  const double along = along_wanted || normalize ? dot(sums, z.x, padded) * z.factor : 0;
   const float projection = normalize && inverse_norm > 0 ? static_cast<float>(along * z.factor) : 0;
   if (projection != 0)
     for (int64_t d = 0; d < padded; ++d) sums[d] -= projection * z.x[d];
@@ -188,6 +189,10 @@ double finish(const void* x, float inverse_norm, const void* positive, float pos
   return along;
 }
 
+void store(const float* x, float factor, Element element, int64_t dim, void* out) {
+  store_row(x, element, dim, factor, out);
+}
+
 double dot_rows(const void* x, Element element, const void* y, Element element_of_y, int64_t dim, float* scratch) {
   const int64_t padded = (dim + 31) / 32 * 32;
   return dot(row_of(x, element, dim, 1, scratch), row_of(y, element_of_y, dim, 1, scratch + padded), padded);
@@ -196,6 +201,6 @@ double dot_rows(const void* x, Element element, const void* y, Element element_o
 }  // namespace
 
 extern const ProductTiles product_tiles;
-const ProductTiles product_tiles = {arrange, pack, largest_square, transposed, finish, add_row, dot_rows, gemm};
+const ProductTiles product_tiles = {arrange, pack, largest_square, transposed, finish, add_row, store, dot_rows, gemm};
 
 }  // namespace fastssl::FASTSSL_ISA

@@ -66,14 +66,18 @@ struct ProductTiles {
 
   // One row of a gradient: with z = x |inverse_norm|, z' likewise of `positive` (which may be null), and
   // G = sums + positive_weight z',   out = scale (G - <G, z> z) |inverse_norm|,   without the projection if not
-  // `normalize` or inverse_norm is negative. Returns <G, z>. `sums` is overwritten; `scratch`: padded dim floats.
+  // `normalize` or inverse_norm is negative. Returns <G, z> if `along_wanted`. `sums` is overwritten;
+  // `scratch`: padded dim floats.
   double (*finish)(const void* x, float inverse_norm, const void* positive, float positive_inverse_norm,
                    float positive_weight, float scale, bool normalize, Element element, int64_t dim, float* sums,
-                   float* scratch, Element out_element, void* out);
+                   float* scratch, Element out_element, void* out, bool along_wanted);
 
   // sum += weight x |inverse_norm|. `scratch`: padded dim floats.
   void (*add_row)(const void* x, float inverse_norm, float weight, Element element, int64_t dim, float* sum,
                   float* scratch);
+
+  // out = factor x; `out` may be x.
+  void (*store)(const float* x, float factor, Element element, int64_t dim, void* out);
 
   // <x, y>. `scratch`: 2 padded dim floats.
   double (*dot)(const void* x, Element element, const void* y, Element element_of_y, int64_t dim, float* scratch);

@@ -3,6 +3,7 @@
 
 #include "common/convert.h"
 #include "common/product_tiles.h"
+#include "common/simd.h"
 
 namespace fastssl::FASTSSL_ISA {
 
@@ -27,7 +28,10 @@ inline const float* row_of(const void* x, Element element, int64_t dim, float fa
 
 inline void store_row(const float* x, Element element, int64_t dim, float factor, void* out) {
   if (element == Element::Float32) {
-    for (int64_t d = 0; d < dim; ++d) static_cast<float*>(out)[d] = x[d] * factor;
+    float* const to = static_cast<float*>(out);  // may be x: a compiler that fears worse would go number by number
+    int64_t d = 0;
+    for (; d + kLanes <= dim; d += kLanes) store(to + d, load(x + d) * factor);
+    for (; d < dim; ++d) to[d] = x[d] * factor;
   } else if (element == Element::BFloat16) {
     for (int64_t d = 0; d < dim; ++d) static_cast<uint16_t*>(out)[d] = float_to_bfloat16(x[d] * factor);
   } else {

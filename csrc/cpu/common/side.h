@@ -257,9 +257,10 @@ struct EvenWeights {
 
 // Writes the gradient of a side's tensor, or tensors: scale G, where G is the blocks' sums plus, unless they are null,
 // weighted positives and even weights' terms; for normalised rows, the gradient of the rows before they were normalised.
-// Returns sum_i <G_i, z_i>, z being the rows as they were multiplied.
+// Returns sum_i <G_i, z_i>, z being the rows as they were multiplied, if `along_wanted`.
 inline double finish_side(const Gathered& gathered, const Positives* positives, float scale, const Tensor& grad,
-                          const Tensor* grad_of_second = nullptr, const EvenWeights* even = nullptr) {
+                          const Tensor* grad_of_second = nullptr, const EvenWeights* even = nullptr,
+                          bool along_wanted = true) {
   const Side& side = gathered.side;
   const Numbers<double> along(side.cut.blocks, 0);
   const Blocks scratch(side.threads, (side.dim + side.cut.block * side.dim) * 4);
@@ -281,7 +282,7 @@ inline double finish_side(const Gathered& gathered, const Positives* positives, 
                                           positives ? positives->other.inverse_norm[j] : 1,
                                           positives ? positives->weight[i] : 0, scale, side.normalize,
                                           side.rows.element, side.rows.dim, sums + r * side.dim, row,
-                                          out.element, const_cast<void*>(out[i]));
+                                          out.element, const_cast<void*>(out[i]), along_wanted);
     }
   });
   double total = 0;

@@ -27,6 +27,7 @@ namespace fastssl {
 namespace {
 
 constexpr char kNames[] = "query and positive_key";
+constexpr int64_t kGrain = 1 << 15;  // fewer numbers are not worth another thread
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> info_nce(const Tensor& query, const Tensor& key,
                                                                             const Tensor& scale,
@@ -70,11 +71,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> info_nce(cons
     out_loss[i] = static_cast<float>(found.value);
     if (!weigh) return;
     const float mean = sums.total[i] == 0 ? 0 : static_cast<float>(found.slope / sums.total[i]);
-    for (int64_t d = 0; d < x.dim; ++d) sum[d] = mean ? sum[d] * mean : 0;
+    if (mean) engine.tile.store(sum, mean, Element::Float32, x.dim, sum);
+    else std::fill_n(sum, x.dim, 0.f);
     if (share) engine.tile.add_row(mean_key.data, 1, -share, Element::Float32, x.dim, sum, nullptr);
     const double along = engine.tile.finish(x.rows[i], x.inverse_norm[i], y.rows[i], y.inverse_norm[i],
                                             static_cast<float>(share - found.slope), 1, normalize, x.rows.element, dim,
-                                            sum, spare, Element::Float32, out_query_slope + i * dim);
+                                            sum, spare, Element::Float32, out_query_slope + i * dim, true);
     out_scale_slope[i] = static_cast<float>(along);
   };
 
@@ -88,10 +90,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> info_nce(cons
         void* const half = engine.half() && exponentials ? exponentials : narrow[at];
         float* const s = exponentials && !half ? static_cast<float*>(exponentials) : tiles.floats(at);
         S(I, J, s);
-        if (weigh && J == 0) std::fill_n(weighted_of(I), m * x.dim, 0.f);
         f.exponentials(s, n, m, n, e.c, e.shared ? &e.origin : nullptr, &sums.total[x.first(I)],
-                       &sums.extreme[x.first(I)], weighted_of(I), weigh ? x.dim : 0, half);
-        if (weigh) engine.multiply(m, x.dim, n, true, half ? half : s, y.weighed(J), weighted_of(I));
+                       &sums.extreme[x.first(I)], weighted_of(I), weigh && J ? x.dim : 0, half);
+        if (weigh) engine.multiply(m, x.dim, n, J > 0, half ? half : s, y.weighed(J), weighted_of(I));
       });
     x.cut.each(g, [&](int64_t I) {
       for (int64_t r = 0; r < x.size(I); ++r)
@@ -100,6 +101,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> info_nce(cons
   }, [&] { engine.release(); });
   if (share) smooth(x, mean_key.data, share, e.scale, out_positive, out_loss);
   return {loss, positive, total, shift, query_slope, scale_slope, kept};
+}
+
+// factor_i scale row_i, with other options.
+Tensor scaled_rows(const Tensor& rows_, const float* factor, float scale, const at::TensorOptions& options,
+                   const Engine& engine) {
+  const Tensor rows = rows_.contiguous(), out = at::empty(rows.sizes(), options);
+  const int64_t dim = rows.size(1);
+  const float* const from = rows.const_data_ptr<float>();
+  char* const to = static_cast<char*>(out.mutable_data_ptr());
+  at::parallel_for(0, rows.size(0), std::max<int64_t>(1, kGrain / dim), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      engine.tile.store(from + i * dim, factor[i] * scale, element_of(out), dim, to + i * dim * out.element_size());
+  });
+  return out;
 }
 
 std::tuple<Tensor, Tensor, Tensor> info_nce_backward(const Tensor& grad_loss, const Tensor& query, const Tensor& key,
@@ -120,11 +135,11 @@ std::tuple<Tensor, Tensor, Tensor> info_nce_backward(const Tensor& grad_loss, co
   const float *const g = gradient.const_data_ptr<float>(), *const by_scale = scale_slope.const_data_ptr<float>();
   double grad_scale = 0;
   for (int64_t i = 0; i < count; ++i) grad_scale += double(g[i]) * by_scale[i];
-  const Tensor grad_query = query_slope.mul(gradient.mul(scale).unsqueeze(1)).to(query.scalar_type());
+  const Engine engine(precision);
+  const Tensor grad_query = scaled_rows(query_slope, g, scale.item<float>(), query.options(), engine);
   const Tensor grad_key = at::empty({needs_key ? count : 0, key.size(1)}, key.options());
   if (!needs_key || count == 0) return {grad_query, grad_key, scalar(grad_scale, scale.options())};
 
-  const Engine engine(precision);
   const int threads = threads_for(count, count, query.size(1));
   const KeptTiles tiles(kept, {count, count, query.size(1), threads, false}, engine);
   const bool all = tiles.all();

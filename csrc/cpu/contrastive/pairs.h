@@ -71,19 +71,19 @@ struct DerivedPair {
     match(x.threads, x.cut, y.cut, [&](int64_t I, int64_t J) { weights.compute_and_multiply(I, J, kept, &of_x, &of_y); },
           [&] { x.engine.release(); });
     const Positives columns_of{y, positive_weight}, rows_of{x, positive_weight};
-    const double grad_scale = finish(of_x, positive_weight && !exact ? &columns_of : nullptr, y, even, grad_x);
-    finish(of_y, positive_weight && !exact ? &rows_of : nullptr, x, even, grad_y);
+    const double grad_scale = finish(of_x, positive_weight && !exact ? &columns_of : nullptr, y, even, grad_x, true);
+    finish(of_y, positive_weight && !exact ? &rows_of : nullptr, x, even, grad_y, false);
     return {grad_x, grad_y, scalar(grad_scale, scale.options())};
   }
 
  private:
   double finish(const Gathered& gathered, const Positives* positives, const Side& other, const float* even,
-                const Tensor& grad) const {
-    if (!even) return finish_side(gathered, positives, e.scale, grad);
+                const Tensor& grad, bool along_wanted) const {
+    if (!even) return finish_side(gathered, positives, e.scale, grad, nullptr, nullptr, along_wanted);
     const Numbers<float> sum = sum_rows(other, [](int64_t) { return 1.f; });
     const Numbers<float> weighted = sum_rows(other, [&](int64_t i) { return even[i]; });
     const EvenWeights weights{even, sum.data, weighted.data};
-    return finish_side(gathered, positives, e.scale, grad, nullptr, &weights);
+    return finish_side(gathered, positives, e.scale, grad, nullptr, &weights, along_wanted);
   }
 };
 

@@ -127,7 +127,7 @@ std::tuple<Tensor, Tensor, Tensor> similarity_logsumexp_backward(
   const Coefficients rows(gradient, shift, x, e);
   Gathered gathered(y, false, &x, &grad_y);
   gather_columns({x, y, e.factor, e.excluded, data_of(exclude), false}, e, rows, tiles, gathered);
-  finish_side(gathered, nullptr, e.scale, grad_y);
+  finish_side(gathered, nullptr, e.scale, grad_y, nullptr, nullptr, false);
   return {grad_x, grad_y, grad_scale};
 }
 
