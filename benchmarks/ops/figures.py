@@ -176,9 +176,11 @@ def time(results: Results, axes_of: AxesOf) -> None:
         _say_if_nothing(axis, axis.lines)
         features = next(one.size.partition("x")[2] for one in results.measurements if one.op == op)
         axis.set(xscale="log", yscale="log", xlabel="rows", title=f"{op}, {features} features")
-        axis.grid(alpha=0.4)
         if axis.lines:
+            axis.grid(alpha=0.4)
             axis.legend(fontsize=8, frameon=False)
+        else:
+            axis.tick_params(which="both", bottom=False, left=False, labelbottom=False, labelleft=False)
         if op == CURVES[0]:
             axis.set_ylabel("milliseconds")
 
