@@ -2,9 +2,10 @@
 rows of Y, and none where that is negative. rows_i = log sum_k exp(S_ik).
 
 Algorithm. Reading rows takes all the time; a matrix product would be one for each row. One kernel takes dot products,
-of a row with some of those that it chooses. The other adds up rows of a matrix, from lists of weighted rows, one list
-for each row of its result: the gradient of x_i is such a sum, of the rows that it chooses, and the gradient of y_j one
-of the rows that choose it, which a stable sort lists. There are no atomics: the bits are the same in every run.
+of a row with some of those that it chooses; the next takes their exponentials. The third adds up rows of a matrix, from
+lists of weighted rows, one list for each row of its result: the gradient of x_i is such a sum, of the rows that it
+chooses, and the gradient of y_j one of the rows that choose it, which a stable sort lists. There are no atomics: the
+bits are the same in every run.
 
 Cost. 2 M K D multiplications and additions forward, half as many backward, and as many bytes read, from the
 second-level cache where Y fits into it.
@@ -19,8 +20,10 @@ from torch import Tensor
 
 from fastssl._norms import EPS, through_norms
 from fastssl.kernels.common.launch import OPTIONS
+from fastssl.kernels.common.tiles import finite
 
 BK, BD = 32, 64  # rows and features at a time
+BLOCK = 512  # similarities at a time
 WARPS = 4
 
 
@@ -44,11 +47,41 @@ def selected_dots(x, y, ids, divisor, scale, out, K, D, x_row, y_row, BK: tl.con
 
 
 @triton.jit
-def weighted_sums(z, rows, weights, first, out, D, z_row, out_row, BK: tl.constexpr, BD: tl.constexpr):
-    """out[i] = sum of weights[n] z[rows[n]] for n from first[i] to below first[i + 1], but those with rows[n] < 0."""
+def exponentials(S, ids, divisor, total, shift, weights, K, BLOCK: tl.constexpr):
+    """exp(S - shift) in the place of S, shift the largest S of a row, and its sum, where there is none 0. weights, if
+    wanted: the exponentials, divided by `divisor` of the rows that they are of, if there."""
+    row = tl.program_id(0).to(tl.int64)
+    block = tl.arange(0, BLOCK)
+    top = tl.full((BLOCK,), float("-inf"), tl.float32)
+    for start in range(0, K, BLOCK):
+        k = start + block
+        top = tl.maximum(top, tl.load(S + row * K + k, mask=k < K, other=float("-inf")))
+    highest = finite(tl.max(top, 0))
+    acc = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, K, BLOCK):
+        k = start + block
+        e = tl.exp(tl.load(S + row * K + k, mask=k < K, other=float("-inf")) - highest)
+        acc += e
+        tl.store(S + row * K + k, e, mask=k < K)
+        if weights is not None:
+            if divisor is not None:
+                j = tl.load(ids + row * K + k, mask=k < K, other=-1)
+                e /= tl.load(divisor + j, mask=j >= 0, other=1.0)
+            tl.store(weights + row * K + k, e, mask=k < K)
+    of_row = tl.sum(acc, 0)
+    tl.store(total + row, of_row)
+    tl.store(shift + row, tl.where(of_row == of_row, highest, of_row))
+
+
+@triton.jit
+def weighted_sums(z, rows, weights, first, out, count, D, z_row, out_row, BK: tl.constexpr, BD: tl.constexpr):
+    """out[i] = sum of weights[n] z[rows[n]] for n from first[i] to below first[i + 1], but those with rows[n] < 0.
+    Without `first`, each list has `count` members."""
     i = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BD + tl.arange(0, BD)
-    begin, end = tl.load(first + i), tl.load(first + i + 1)
+    begin, end = i * count, (i + 1) * count
+    if first is not None:
+        begin, end = tl.load(first + i), tl.load(first + i + 1)
     total = tl.zeros((BD,), tl.float32)
     for start in range(begin, end, BK):
         n = start + tl.arange(0, BK)
@@ -76,17 +109,13 @@ def selected_logsumexp(
             x, y, ids, divisor, scale.float(), S, count, dim, x.stride(0), y.stride(0), BK=BK, BD=BD, num_warps=WARPS,
             **OPTIONS,
         )  # fmt: skip
-    shift = S.amax(1) if count else S.new_zeros(rows)
-    shift = shift.where(shift != float("-inf"), 0)
-    exponentials = S.sub_(shift[:, None]).exp_()
-    total = exponentials.sum(1)
-    if not weigh:
+    total, shift = (S.new_empty(rows) for _ in range(2))
+    weights = torch.empty_like(S) if weigh else None
+    if rows:
+        exponentials[(rows,)](S, ids, divisor, total, shift, weights, count, BLOCK=BLOCK, num_warps=WARPS, **OPTIONS)
+    if weights is None:
         return total, shift, S.new_empty((0, dim)), S.new_empty((0, count)), norms
-    weights = exponentials
-    if divisor is not None and len(y):
-        weights = weights / divisor[ids.clamp_min(0)]
-    first = torch.arange(rows + 1, device=x.device) * count
-    return total, shift, _sums(y, ids.flatten(), weights.flatten(), first), exponentials, norms
+    return total, shift, _sums(y, ids, weights, None, rows), S, norms
 
 
 def selected_logsumexp_backward(
@@ -111,7 +140,7 @@ def selected_logsumexp_backward(
     named, order = ids.flatten().sort(stable=True)
     first = torch.searchsorted(named, torch.arange(count + 1, device=y.device))  # what names none comes before
     weights = (factor[:, None] * exponentials).flatten()[order]
-    grad_y = _sums(_dense(x), order // max(ids.shape[1], 1), weights, first)
+    grad_y = _sums(_dense(x), order // max(ids.shape[1], 1), weights, first, count)
     if normalize:
         divisor = norms[:, None].clamp_min(EPS)
         grad_y = through_norms(grad_y, y.float() / divisor, norms[:, None])
@@ -123,12 +152,12 @@ def _dense(z: Tensor) -> Tensor:
     return z if z.stride(1) == 1 else z.contiguous()
 
 
-def _sums(z: Tensor, rows: Tensor, weights: Tensor, first: Tensor) -> Tensor:
-    """(len(first) - 1, D) float32; see `weighted_sums`."""
-    out = z.new_empty((len(first) - 1, z.shape[1]), dtype=torch.float32)
+def _sums(z: Tensor, rows: Tensor, weights: Tensor, first: Tensor | None, lists: int) -> Tensor:
+    """(lists, D) float32; see `weighted_sums`."""
+    out = z.new_empty((lists, z.shape[1]), dtype=torch.float32)
     if out.numel():
         weighted_sums[(len(out), triton.cdiv(z.shape[1], BD))](
-            z, rows, weights, first, out, z.shape[1], z.stride(0), out.stride(0), BK=BK, BD=BD, num_warps=WARPS,
-            **OPTIONS,
+            z, rows, weights, first, out, rows.shape[-1], z.shape[1], z.stride(0), out.stride(0), BK=BK, BD=BD,
+            num_warps=WARPS, **OPTIONS,
         )  # fmt: skip
     return out
