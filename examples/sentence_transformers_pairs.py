@@ -51,4 +51,4 @@ def train(options: argparse.Namespace) -> Iterator[float]:
 
 
 if __name__ == "__main__":
-    compare("sentence_transformers", train, rounding=1e-3, batch_size=4096, steps=3, mini_batch_size=64)
+    compare("sentence_transformers", train, rounding=1e-3, batch_size=4096, steps=2, mini_batch_size=64)
