@@ -42,7 +42,7 @@ def pytest_collection_modifyitems(config, items):
         params = getattr(item, "callspec", None) and item.callspec.params or {}
         name = params["spec"].name if "spec" in params else params.get("name")
         native = torch._C._dispatch_has_kernel_for_dispatch_key
-        if params.get("kernels") in KERNELS[1:] and "sample" in params:
+        if params.get("kernels") in KERNELS[1:] and ("sample" in params or "device" in params):
             on_gpu = item.get_closest_marker("gpu") is not None
             if on_gpu != (params["kernels"] == ON_GPU):
                 return True
