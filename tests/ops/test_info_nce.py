@@ -96,11 +96,13 @@ def test_ids_below_zero_are_no_keys(backend):
 
 
 @pytest.mark.parametrize(
-    "options, key", [({"temperature": -0.004}, 1.0), ({}, 0.0), ({"normalize": False}, float("-inf"))], ids=str
+    "options, key",
+    [({"temperature": -0.004}, 1.0), ({}, 0.0), ({}, 1e-14), ({"normalize": False}, float("-inf"))],
+    ids=str,
 )
 def test_extreme_keys_by_id(options, key, backend):
-    """Exponents of hundreds, of either sign; a key without a direction; and one that cannot be, alone or not. There are
-    as many keys as ids, but no query has keys of its own."""
+    """Exponents of hundreds, of either sign; a key of little or no length; and one that cannot be, alone or not. There
+    are as many keys as ids, but no query has keys of its own."""
     q, k, keys = normal(3, 8).abs(), normal(3, 8, seed=1).abs(), normal(6, 8, seed=2)
     keys[4], ids = key, torch.tensor([[4, 4], [4, 0], [1, 2]])
     leaves = [z.requires_grad_() for z in (q, k, keys)]
