@@ -277,7 +277,9 @@ def test_a_loss_weight(factor, backend):
 
 
 def test_what_was_handed_out_is_not_touched_again(backend):
-    leaves, loss = _loss()
+    bias, temperature = _leaf(50, seed=2), torch.tensor(0.7, requires_grad=True)
+    leaves, loss = _loss(linear_bias=bias, temperature=temperature)
+    leaves += [bias, temperature]
     with Recorder() as ran:
         first = torch.autograd.grad(loss, leaves, 2 * torch.ones(()), retain_graph=True)
         assert not ran & BACKWARD
