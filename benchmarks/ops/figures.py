@@ -11,6 +11,7 @@ import argparse
 import csv
 import dataclasses
 import math
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -189,7 +190,7 @@ def measure(folder: Path) -> None:
     for path in folder.glob("*.csv"):
         path.unlink()
     for run in RUNS:
-        how = ["--dtype", MODE, "--against", AGAINST, "--repeats", "5", "--output", str(folder)]
+        how = ["--dtype", MODE, "--against", AGAINST, "--repeats", "5", "--output", os.path.relpath(folder)]
         if runner.main([*run.split(), *how]):
             sys.exit(f"{run}: a result is wrong")
     for path in folder.glob("*.png"):
