@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import pytest
 
+import fastssl
+
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 pytest.importorskip("sklearn")
@@ -66,7 +68,12 @@ def test_every_block_says_what_it_is():
 def test_python_runs(block, request):
     if "from lightly" in block.text:
         request.getfixturevalue("lightly")
-    exec(compile(block.text, block.place, "exec"), {"__name__": "__main__"})
+    try:
+        exec(compile(block.text, block.place, "exec"), {"__name__": "__main__"})
+    finally:  # a block may leave a library patched, and other tests compare with it
+        for replaced in list(fastssl.patch.__globals__["_in_force"].values()):
+            for patch in list(replaced.patches):
+                patch.undo()
 
 
 @_params(_of("python", quoted=True) + _of("cpp", quoted=True))
