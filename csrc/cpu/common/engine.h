@@ -46,11 +46,12 @@ struct Engine {
     }
   }
 
-  // The same where B lies in strips of kStrip columns, as `Packed` has it: its rows are then not so far apart that they
+  // The same where B lies in strips, as `Packed` has it: its rows are then not so far apart that they
   // fall on each other in the first-level cache.
   void multiply_strips(int64_t M, int64_t N, int64_t K, bool add, const void* A, const void* B, float* C) const {
-    for (int64_t n = 0; n < N; n += kStrip) {
-      const int64_t wide = std::min(kStrip, N - n);
+    const int64_t strip_wide = strip_columns(half());
+    for (int64_t n = 0; n < N; n += strip_wide) {
+      const int64_t wide = std::min(strip_wide, N - n);
       const void* const strip = static_cast<const char*>(B) + n * K * bytes();
       if (half()) {
         at::native::cpublas::brgemm(M, wide, K, K, wide, N, add, static_cast<const at::BFloat16*>(A),

@@ -18,7 +18,8 @@ struct LogitShape {
 
 // Where element (k, r) of such a tile is in pairs, as (classes, rows) in strips of rows (`Packed`).
 static inline int64_t pair_at(const LogitShape& shape, int64_t k, int64_t r) {
-  const int64_t first = r / kStrip * kStrip, wide = shape.rows - first < kStrip ? shape.rows - first : kStrip;
+  constexpr int64_t strip = strip_columns(true);
+  const int64_t first = r / strip * strip, wide = shape.rows - first < strip ? shape.rows - first : strip;
   return first * shape.classes + k / 2 * 2 * wide + 2 * (r - first) + k % 2;
 }
 

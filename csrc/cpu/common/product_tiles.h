@@ -31,7 +31,9 @@ struct Rows {
   }
 };
 
-constexpr int64_t kStrip = 64;  // columns of a right operand that lies in strips
+// Columns of a right operand that lies in strips: in float32 those that stay in the first-level cache, in bfloat16, whose
+// products read the left operand again for each strip, more.
+constexpr int64_t strip_columns(bool half) { return half ? 256 : 64; }
 
 // The (normalised) rows Z of one block as the operands of products, padded with zeros to rows x dim, both
 // multiples of 32. "In pairs": two consecutive rows of the matrix interleaved, [k/2][n][2], the layout in which
