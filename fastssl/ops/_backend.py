@@ -64,9 +64,10 @@ def __getattr__(name: str) -> Any:
 
 def _chosen() -> str:
     choices = _choices.get()
-    # A thread of autograd has no choices of its own. From PyTorch 2.13 on it is told the context that called backward.
-    if not choices and torch._C._is_key_in_tls("context"):
-        choices = torch._C._get_obj_in_tls("context").get(_choices, ())
+    # A thread of autograd has no choices of its own. From PyTorch 2.12 on it is told the context that called backward;
+    # 2.12 puts None in the context's place afterwards.
+    if not choices and torch._C._is_key_in_tls("context") and (context := torch._C._get_obj_in_tls("context")):
+        choices = context.get(_choices, ())
     return choices[-1][0] if choices else "auto"
 
 
