@@ -2,14 +2,17 @@
 # make gpu: all that a new machine with a GPU should be asked, with the PYTHON that is there and no network;
 # STAGES="correctness speed" for some of it, DEVICE=cpu for a rehearsal.
 # make wheels: an sdist, and a wheel for every Python and every supported torch, tried with each; see .ci/wheels.
-# make oldest | newest: what depends most on PyTorch and Triton, under the oldest, or the newest, that are supported.
+# make oldest | between | newest: what depends most on PyTorch and Triton, under such a pair of those that are supported.
 # Gigabytes, the first time, unless PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 NATIVE := setup.py CMakeLists.txt pyproject.toml $(shell find csrc -type f)
+VERSIONS := oldest between newest
+SELECTED := test_backend.py or (test_compile or test_opcheck or test_torch_func) and not inductor \
+	or interpreted and (sigmoid or koleo)
 
-.PHONY: demo test bench docs gpu oldest newest wheels clean
+.PHONY: demo test bench docs gpu oldest between newest wheels clean
 
 demo: .venv/demo
 	$(BIN)/python -m fastssl.train.demo
@@ -25,16 +28,19 @@ bench: .venv/bench
 docs: .venv/docs
 	$(BIN)/python -m mkdocs build
 
-# The library in this tree is for another PyTorch and is not loaded: the portable code runs.
-oldest newest: %: build/%/ready
-	build/$@/bin/python -m pytest -q tests/ops/test_ops.py tests/gpu/test_triton.py \
-		-k "(test_compile or test_opcheck) and not inductor or interpreted and (sigmoid or koleo)"
+# On a copy of the package, with the library for that PyTorch: this tree keeps the one that it has.
+$(VERSIONS): %: build/%/ready
+	cd build/$@ && bin/python -m fastssl check
+	cd build/$@ && PYTEST_ADDOPTS=--import-mode=append OMP_WAIT_POLICY=passive bin/python -m pytest -q -k "$(SELECTED)" \
+		$(addprefix $(CURDIR)/tests/, test_backend.py ops/test_ops.py gpu/test_triton.py)
 
 oldest: PAIR := torch==2.10.0 triton==3.6.0
+between: PAIR := torch==2.12.1 triton==3.7.1
 newest: PAIR := torch==2.14.1 triton==3.8.0
-build/oldest/ready build/newest/ready: build/%/ready:
+$(VERSIONS:%=build/%/ready): build/%/ready: $(NATIVE) $(shell find fastssl kernels -name "*.py")
 	$(PYTHON) -m venv build/$*
 	build/$*/bin/pip install $(PAIR) hypothesis numpy pytest rich
+	FASTSSL_BUILD=require CUDACXX=none build/$*/bin/pip install .
 	touch $@
 
 wheels:

@@ -60,7 +60,6 @@ def test_numerics(interpret, name):
     environment = os.environ | {"TRITON_INTERPRET": interpret, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", FILES[name]],
-        cwd=ROOT,
         env=environment,
         capture_output=True,
         text=True,
