@@ -193,6 +193,20 @@ def test_instruction_sets_are_nested():
 
 
 @needs_library
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+@pytest.mark.parametrize("built", [(), ("AVX2", "AVX512", "AVX512_BF16")], ids=["on Arm", "on x86-64"])
+def test_tables_are_chosen_among_the_instruction_sets_that_are_built(tmp_path, built):
+    source = tmp_path / "tables.cpp"
+    tables = "".join(f"namespace {isa} {{ const double table = 1; }}" for isa in ("baseline", *map(str.lower, built)))
+    function = "double chosen() { return FASTSSL_TABLE_IN_USE(table); }"
+    source.write_text(f'#include "common/isa.h"\nnamespace fastssl {{ {tables} {function} }}\n')
+    definitions = [f"-DFASTSSL_HAVE_{isa}" for isa in built]
+    include = Path(__file__).parents[2] / "csrc" / "cpu"
+    command = ["c++", "-std=c++20", "-fsyntax-only", f"-I{include}", *definitions, str(source)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads Linux's /proc")
 def test_no_second_openmp_runtime():
     code = """

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <string>
+#include <type_traits>
 #include <vector>
 
 namespace fastssl {
@@ -42,7 +43,11 @@ void set_current(Isa isa);
 #endif
 
 template <typename Table>
-const Table& table_in_use(const Table* baseline, const Table* avx2, const Table* avx512, const Table* avx512_bf16) {
+using OrNull = const std::type_identity_t<Table>*;  // `nullptr`, too, from which no Table is deduced
+
+template <typename Table>
+const Table& table_in_use(
+    const Table* baseline, OrNull<Table> avx2, OrNull<Table> avx512, OrNull<Table> avx512_bf16) {
   const Isa isa = current();
   if (isa >= Isa::Avx512Bf16) return *avx512_bf16;
   if (isa == Isa::Avx512) return *avx512;
