@@ -79,41 +79,45 @@ void transpose_in_strips(const int32_t* x, int64_t rows, int64_t columns, int64_
   }
 }
 
-void arrange(const float* z, int64_t rows, int64_t dim, Operand operand, float* spare, const Packed& out) {
-  const int64_t elements = rows * dim;
-  const auto bits = [](const void* x) { return static_cast<const int32_t*>(x); };
-  const int64_t width = out.strip ? out.strip : rows;
-  if (operand != Operand::BFloat16) {
-    float* const left = out.left ? static_cast<float*>(out.left) : spare;
-    if (operand == Operand::RoundedToBFloat16) {
-      for (int64_t i = 0; i < elements; ++i) left[i] = bfloat16_to_float(float_to_bfloat16(z[i]));
-      z = left;
-    } else if (out.left && out.left != z) {
-      for (int64_t i = 0; i < elements; ++i) left[i] = z[i];
-    }
-    if (out.right) transpose_in_strips(bits(z), dim, rows, width, static_cast<int32_t*>(out.right));
-    if (out.right_pairs && out.strip) in_strips(bits(z), rows, dim, out.strip, static_cast<int32_t*>(out.right_pairs));
-    return;
-  }
+// The operands of `left`, which may be out.left. `spare`: rows x dim floats.
+void arrange_halves(const uint16_t* left, int64_t rows, int64_t dim, float* spare, const Packed& out) {
   // A pair of bfloat16 is a 32-bit element: (rows, dim / 2) pairs along d transpose into `right`,
   // (rows / 2, dim) pairs along the rows transpose into `left_columns`.
-  uint16_t* const free = reinterpret_cast<uint16_t*>(spare);
-  uint16_t* const left = out.left ? static_cast<uint16_t*>(out.left) : free;
-  for (int64_t i = 0; i < elements; ++i) left[i] = float_to_bfloat16(z[i]);
-  if (out.right) transpose_in_strips(bits(left), dim / 2, rows, width, static_cast<int32_t*>(out.right));
-  if (out.right_pairs || out.left_columns) {
-    const bool whole = out.right_pairs && !out.strip;
-    uint16_t* const pairs = whole ? static_cast<uint16_t*>(out.right_pairs) : free + elements;
-    for (int64_t r = 0; r < rows; r += 2)
-      for (int64_t d = 0; d < dim; ++d) {
-        pairs[r * dim + 2 * d] = left[r * dim + d];
-        pairs[r * dim + 2 * d + 1] = left[(r + 1) * dim + d];
-      }
-    if (out.right_pairs && !whole)
-      in_strips(bits(pairs), rows / 2, dim, out.strip, static_cast<int32_t*>(out.right_pairs));
-    if (out.left_columns)
-      transpose(bits(pairs), dim, rows / 2, dim, static_cast<int32_t*>(out.left_columns), rows / 2);
+  const auto bits = [](const void* x) { return static_cast<const int32_t*>(x); };
+  if (out.right)
+    transpose_in_strips(bits(left), dim / 2, rows, out.strip ? out.strip : rows, static_cast<int32_t*>(out.right));
+  if (!out.right_pairs && !out.left_columns) return;
+  const bool whole = out.right_pairs && !out.strip;
+  auto* const pairs = static_cast<uint32_t*>(whole ? out.right_pairs : spare);
+  for (int64_t r = 0; r < rows; r += 2) {
+    const uint16_t *const first = left + r * dim, *const second = first + dim;
+    uint32_t* const to = pairs + r / 2 * dim;
+    for (int64_t d = 0; d < dim; ++d) to[d] = first[d] | static_cast<uint32_t>(second[d]) << 16;
   }
+  if (out.right_pairs && !whole)
+    in_strips(bits(pairs), rows / 2, dim, out.strip, static_cast<int32_t*>(out.right_pairs));
+  if (out.left_columns)
+    transpose(bits(pairs), dim, rows / 2, dim, static_cast<int32_t*>(out.left_columns), rows / 2);
+}
+
+void arrange(const float* z, int64_t rows, int64_t dim, Operand operand, float* spare, const Packed& out) {
+  const int64_t elements = rows * dim;
+  if (operand == Operand::BFloat16) {
+    uint16_t* const left = static_cast<uint16_t*>(out.left ? out.left : spare);
+    for (int64_t i = 0; i < elements; ++i) left[i] = float_to_bfloat16(z[i]);
+    return arrange_halves(left, rows, dim, spare + elements / 2, out);
+  }
+  const auto bits = [](const void* x) { return static_cast<const int32_t*>(x); };
+  float* const left = static_cast<float*>(out.left ? out.left : spare);
+  if (operand == Operand::RoundedToBFloat16) {
+    for (int64_t i = 0; i < elements; ++i) left[i] = bfloat16_to_float(float_to_bfloat16(z[i]));
+    z = left;
+  } else if (out.left && out.left != z) {
+    for (int64_t i = 0; i < elements; ++i) left[i] = z[i];
+  }
+  if (out.right)
+    transpose_in_strips(bits(z), dim, rows, out.strip ? out.strip : rows, static_cast<int32_t*>(out.right));
+  if (out.right_pairs && out.strip) in_strips(bits(z), rows, dim, out.strip, static_cast<int32_t*>(out.right_pairs));
 }
 
 float pack(const Rows& rows, int64_t first, int64_t count, int64_t padded_rows, int64_t padded_dim, bool normalize,
@@ -121,7 +125,7 @@ float pack(const Rows& rows, int64_t first, int64_t count, int64_t padded_rows, 
   float* z = operand == Operand::BFloat16 || !out.left ? scratch : static_cast<float*>(out.left);
   const bool wanted = out.left || out.right || out.right_pairs || out.left_columns, copied = wanted && !out.as_they_lie;
   double largest = 0;
-  for (int64_t r = 0; r < count; ++r) {
+  for (int64_t r = 0; r < count && (copied || inverse_norm); ++r) {
     float* const row = copied ? z + r * padded_dim : scratch;
     const float* const x = row_of(rows[first + r], rows.element, rows.dim, 1, row);
     const double square = inverse_norm ? dot(x, x, padded_dim) : 0;
@@ -137,7 +141,10 @@ float pack(const Rows& rows, int64_t first, int64_t count, int64_t padded_rows, 
     if (copied && (x != row || normalize)) scale_row(x, inverse, padded_dim, row);
   }
   if (wanted && out.as_they_lie) {
-    arrange(out.as_they_lie, padded_rows, padded_dim, operand, scratch, out);
+    if (operand == Operand::BFloat16)
+      arrange_halves(static_cast<const uint16_t*>(out.as_they_lie), padded_rows, padded_dim, scratch, out);
+    else
+      arrange(static_cast<const float*>(out.as_they_lie), padded_rows, padded_dim, operand, scratch, out);
   } else if (wanted) {
     const int64_t elements = padded_rows * padded_dim;
     for (int64_t i = count * padded_dim; i < elements; ++i) z[i] = 0;

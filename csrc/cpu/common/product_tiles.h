@@ -43,7 +43,7 @@ struct Packed {
   void* right;        // (dim, rows), in pairs if bfloat16: right operand of X Z^T; in float32 also left of Z^T W
   void* right_pairs;  // bfloat16 only: (rows, dim) in pairs: right operand of W Z
   void* left_columns; // bfloat16 only: (dim, rows): left operand of Z^T W
-  const float* as_they_lie = nullptr;  // unless null, the rows themselves, which are `left` without being packed
+  const void* as_they_lie = nullptr;  // unless null, the rows themselves, which are `left` without being packed
   // Unless 0, right operands lie in strips of that many columns, one strip after the other, each as above; in float32
   // `right_pairs` is then Z itself in strips.
   int64_t strip = 0;

@@ -103,7 +103,7 @@ struct Side {
     const Packed out{lie ? nullptr : operand(left, half || cut_as_given ? kRows : kRows | kWeighed),
                      operand(right, half ? kColumns : kColumns | kWeighing), operand(right_pairs, kWeighed),
                      operand(left_columns, kWeighing),
-                     lie && !half ? static_cast<const float*>(rows[first(b)]) : nullptr, cut_as_given ? strip_columns(half) : 0};
+                     lie ? rows[first(b)] : nullptr, cut_as_given ? strip_columns(half) : 0};
     return engine.tile.pack(rows, first(b), size(b), padded(b), dim, normalize, engine.operand,
                             cut_as_given && !normalize ? nullptr : inverse_norm.data + first(b),
                             scratch.floats(slot(threads)), out);
