@@ -265,6 +265,22 @@ def _loss(dtype: torch.dtype = torch.float32, **named: object) -> tuple[list[Ten
     return leaves, linear_cross_entropy(*leaves, _labels(40, 50, 0.2), **named)
 
 
+@pytest.mark.sanitized
+def test_bfloat16_rows_are_packed_alike_however_they_lie():
+    """Contiguous, one element off any alignment, and with room between rows: the same bits."""
+    rows, words, dim = 70, 4160, 64
+    source = {n: _normal(n, dim, seed=n).bfloat16() for n in (rows, words)}
+    misaligned = {n: x.new_empty(x.numel() + 1)[1:].view(n, dim).copy_(x) for n, x in source.items()}
+    apart = {n: x.new_empty(n, 2 * dim)[:, :dim].copy_(x) for n, x in source.items()}
+    results = []
+    for lying in (source, misaligned, apart):
+        x, w = (lying[n].detach().requires_grad_() for n in (rows, words))
+        loss = linear_cross_entropy(x, w, _labels(rows, words))
+        results.append((loss, *torch.autograd.grad(loss, (x, w))))
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("factor", [1.0, 0.3, 65536.0, 0.0, -2.0])
 def test_a_loss_weight(factor, backend):
     leaves, loss = _loss()
