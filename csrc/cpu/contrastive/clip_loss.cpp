@@ -9,7 +9,7 @@
 // pass takes 1 U, the backward pass 2 U from tiles that were kept, 3 U from tiles that are computed again.
 //
 // The weights of positive pairs do not average out, so they do not go through rounded products: the diagonal is left
-// out of the tiles, and its terms are computed from unrounded rows. In float32 the weights are put into the tiles.
+// out of the tiles, and its terms are computed from unrounded rows. In float32 the tiles have both, as they lie.
 #include <torch/library.h>
 
 #include "common/checks.h"
@@ -33,13 +33,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> clip_loss(con
   Tensor kept = at::empty({keep}, at::kByte);
   const KeptTiles tiles(kept, {x.count, y.count, x.rows.dim, threads, false}, engine, e.shared, x.largest_square,
                         y.largest_square);
-  const auto [rows, columns] = sum_pair({x, y, e.factor, e.excluded, nullptr, true}, e, tiles);
-  const auto [row_total, row_shift] = finish_sums(rows, x.count, e);
-  const auto [column_total, column_shift] = finish_sums(columns, y.count, e);
   const Tensor positive = at::empty({x.count}, at::kFloat), loss = at::empty({x.count}, at::kFloat);
   float* const p = positive.mutable_data_ptr<float>();
-  dot_rows(x, y, p);
-  for (int64_t i = 0; i < x.count; ++i) p[i] *= e.scale;
+  const bool exact = engine.operand == Operand::Float32;
+  const auto [rows, columns] = sum_pair({x, y, e.factor, e.excluded, nullptr, true}, e, tiles, exact ? p : nullptr);
+  const auto [row_total, row_shift] = finish_sums(rows, x.count, e);
+  const auto [column_total, column_shift] = finish_sums(columns, y.count, e);
+  if (!exact) {
+    dot_rows(x, y, p);
+    for (int64_t i = 0; i < x.count; ++i) p[i] *= e.scale;
+  }
   float* const out = loss.mutable_data_ptr<float>();
   const float *const r = row_total.const_data_ptr<float>(), *const c = column_total.const_data_ptr<float>();
   const float *const r_shift = row_shift.const_data_ptr<float>(), *const c_shift = column_shift.const_data_ptr<float>();

@@ -19,8 +19,10 @@
 
 namespace fastssl {
 
-// The sums of rows and of columns over all tiles of S. Exponentials are kept as far as `kept` has room.
-inline std::pair<Sums, Sums> sum_pair(const Similarities& S, const Exponent& e, const KeptTiles& kept) {
+// The sums of rows and of columns over all tiles of S. Exponentials are kept as far as `kept` has room. `diagonal`,
+// unless null, gets scale S_ii of every row, as the tiles have it, whether it is left out of the sums or not.
+inline std::pair<Sums, Sums> sum_pair(const Similarities& S, const Exponent& e, const KeptTiles& kept,
+                                      float* diagonal = nullptr) {
   const Side &x = S.x, &y = S.y;
   Sums rows(x.padded_count(), e), columns(y.padded_count(), e);
   const Blocks tile(x.threads, x.cut.block * y.cut.block * 4);
@@ -28,8 +30,11 @@ inline std::pair<Sums, Sums> sum_pair(const Similarities& S, const Exponent& e, 
   match(x.threads, x.cut, y.cut, [&](int64_t I, int64_t J) {
     float* const place = kept.floats(I, J);
     float* const s = place ? place : tile.floats(slot(x.threads));
-    S(I, J, s);
     const int64_t n = y.padded(J), i = x.first(I), j = y.first(J);
+    S.compute(I, J, s);
+    if (diagonal && I == J)
+      for (int64_t r = 0; r < x.size(I); ++r) diagonal[i + r] = e.rest * s[r * n + r];
+    S.exclude_from(I, J, s);
     if (e.shared) {
       f.sum_exponentials(s, n, x.size(I), n, e.c, e.origin, &rows.total[i], &rows.extreme[i], &columns.total[j],
                          &columns.extreme[j], kept(I, J), kept.narrow);
