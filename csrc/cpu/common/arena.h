@@ -69,7 +69,9 @@ class Scratch {
       std::memset(data, 0xff, bytes);  // NaN, as at::empty fills it in that mode
   }
   Scratch(Scratch&& other) noexcept
-      : data(std::exchange(other.data, nullptr)), arena(std::exchange(other.arena, nullptr)), own(std::move(other.own)) {}
+      : data(std::exchange(other.data, nullptr)),
+        arena(std::exchange(other.arena, nullptr)),
+        own(std::move(other.own)) {}
   Scratch(const Scratch&) = delete;
   ~Scratch() {
     if (arena) arena->give_back();

@@ -59,6 +59,8 @@ inline Tensor checked_exclude(const std::optional<Tensor>& exclude, const Tensor
   return exclude->contiguous();
 }
 
-inline const int64_t* data_of(const Tensor& exclude) { return exclude.defined() ? exclude.const_data_ptr<int64_t>() : nullptr; }
+inline const int64_t* data_of(const Tensor& exclude) {
+  return exclude.defined() ? exclude.const_data_ptr<int64_t>() : nullptr;
+}
 
 }  // namespace fastssl

@@ -46,8 +46,8 @@ struct Engine {
     }
   }
 
-  // The same where B lies in strips, as `Packed` has it: its rows are then not so far apart that they
-  // fall on each other in the first-level cache.
+  // The same where B lies in strips, as `Packed` has it: its rows are then not so far apart that they fall on
+  // each other in the first-level cache.
   void multiply_strips(int64_t M, int64_t N, int64_t K, bool add, const void* A, const void* B, float* C) const {
     const int64_t strip_wide = strip_columns(half());
     for (int64_t n = 0; n < N; n += strip_wide) {

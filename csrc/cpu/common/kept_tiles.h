@@ -119,7 +119,8 @@ class KeptTiles {
   // Sets the rows of tile (I, J) from r on to 0: rows that only pad it have no weight.
   void pad(int64_t I, int64_t J, int64_t r) const {
     const int64_t row = order.width(J) * bytes();
-    if (void* const tile = (*this)(I, J)) std::memset(static_cast<char*>(tile) + r * row, 0, (order.height(I) - r) * row);
+    if (void* const tile = (*this)(I, J))
+      std::memset(static_cast<char*>(tile) + r * row, 0, (order.height(I) - r) * row);
   }
   // Where S_IJ may be computed, to be turned in place into what is kept; or null.
   float* floats(int64_t I, int64_t J) const { return narrow ? nullptr : static_cast<float*>((*this)(I, J)); }

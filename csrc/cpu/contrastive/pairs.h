@@ -73,8 +73,9 @@ struct DerivedPair {
     const Weights weights(S, e, &rows, &columns, exact ? positive_weight : nullptr);
     const Tensor grad_x = at::empty(x_.sizes(), x_.options()), grad_y = at::empty(y_.sizes(), y_.options());
     Gathered of_x(x, true, nullptr, &grad_x), of_y(y, false, &x, &grad_y);
-    match(x.threads, x.cut, y.cut, [&](int64_t I, int64_t J) { weights.compute_and_multiply(I, J, kept, &of_x, &of_y); },
-          [&] { x.engine.release(); });
+    match(x.threads, x.cut, y.cut, [&](int64_t I, int64_t J) {
+      weights.compute_and_multiply(I, J, kept, &of_x, &of_y);
+    }, [&] { x.engine.release(); });
     const Positives columns_of{y, positive_weight}, rows_of{x, positive_weight};
     const double grad_scale = finish(of_x, positive_weight && !exact ? &columns_of : nullptr, y, even, grad_x, true);
     finish(of_y, positive_weight && !exact ? &rows_of : nullptr, x, even, grad_y, false);

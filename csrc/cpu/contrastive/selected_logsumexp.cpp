@@ -1,4 +1,4 @@
-// The log-sum-exps of similarities with chosen rows on the CPU: with S_ik = scale <x_i, y_j>, j = ids[i][k], (normalised)
+// Log-sum-exps of similarities with chosen rows on the CPU: with S_ik = scale <x_i, y_j>, j = ids[i][k], (normalised)
 // rows of Y, and none where that is negative,
 //
 //     rows_i = log sum_k exp(S_ik).
@@ -58,7 +58,8 @@ void check_selected(const Tensor& x, const Tensor& y, const Tensor& ids, const T
   TORCH_CHECK_VALUE(x.size(1) > 0 && x.size(1) == y.size(1), "x and y must have as many features, got ", x.sizes(),
                     " and ", y.sizes());
   TORCH_CHECK_VALUE(ids.scalar_type() == at::kLong && ids.dim() == 2 && ids.size(0) == x.size(0),
-                    "ids must be int64 of shape (", x.size(0), ", K), got ", ids.scalar_type(), " of shape ", ids.sizes());
+                    "ids must be int64 of shape (", x.size(0), ", K), got ", ids.scalar_type(),
+                    " of shape ", ids.sizes());
   TORCH_CHECK_VALUE(scale.numel() == 1, "scale must have one element, got shape ", scale.sizes());
 }
 
@@ -139,7 +140,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> selected_logsumexp(const Tens
   return {total, shift, weighted, exponentials, norms};
 }
 
-// The places of ids that name each row, in ascending order: those of row j are list[start[j]] to list[start[j + 1] - 1].
+// The places of ids that name each row, in ascending order: those of row j are list[start[j]] to
+// list[start[j + 1] - 1].
 struct Named {
   std::vector<int64_t> start, list;
 
@@ -200,7 +202,8 @@ std::tuple<Tensor, Tensor, Tensor> selected_logsumexp_backward(const Tensor& gra
         weights.push_back(scale * g[i] * e[p]);
       }
       std::fill(sum.begin(), sum.end(), 0.f);
-      tile.add(weights.data(), rows.data(), static_cast<int64_t>(rows.size()), x.element, dim, spare.data(), sum.data());
+      tile.add(weights.data(), rows.data(), static_cast<int64_t>(rows.size()), x.element, dim, spare.data(),
+               sum.data());
       float inverse = 1, along_y = 0;
       if (normalize) {
         inverse = 1 / (norm[j] < kEps ? kEps : norm[j]);
@@ -208,7 +211,8 @@ std::tuple<Tensor, Tensor, Tensor> selected_logsumexp_backward(const Tensor& gra
         if (!(norm[j] < kEps)) tile.dots(sum.data(), &row, 1, y.element, dim, spare.data(), &along_y);
         along_y *= inverse;
       }
-      tile.project(sum.data(), normalize ? y[j] : nullptr, y.element, dim, along_y * inverse, inverse, spare.data(), to);
+      tile.project(sum.data(), normalize ? y[j] : nullptr, y.element, dim, along_y * inverse, inverse, spare.data(),
+                   to);
     }
   });
   return {grad_x, grad_y, grad_scale};

@@ -8,15 +8,15 @@
 
 namespace fastssl {
 
-// Rows have `dim` elements, which need not be a multiple of anything. Those of floats that end in `padded` have room for
-// a multiple of 32, where zeros stand behind them. `spare`: room for one padded row.
+// Rows have `dim` elements, which need not be a multiple of anything. Those of floats that end in `padded` have room
+// for a multiple of 32, where zeros stand behind them. `spare`: room for one padded row.
 struct SelectedTiles {
   // padded = x as float32.
   void (*widen)(const void* x, Element element, int64_t dim, float* padded);
 
   // dots[j] = <x_padded, rows[j]>, j < count.
-  void (*dots)(const float* x_padded, const void* const* rows, int64_t count, Element element, int64_t dim, float* spare,
-               float* dots);
+  void (*dots)(const float* x_padded, const void* const* rows, int64_t count, Element element, int64_t dim,
+               float* spare, float* dots);
 
   // sum_padded += sum_j weights[j] rows[j], j < count.
   void (*add)(const float* weights, const void* const* rows, int64_t count, Element element, int64_t dim, float* spare,

@@ -120,7 +120,8 @@ std::tuple<Tensor, Tensor, Tensor> similarity_logsumexp_backward(
   const Engine engine(precision);
   const int threads = threads_for(x_.size(0), y_.size(0), x_.size(1));
   const KeptTiles tiles(kept, {x_.size(0), y_.size(0), x_.size(1), threads, false}, engine);
-  const Side x(x_, false, kWeighing | (tiles.all() ? kNothing : kRows), engine, threads, false, tiles.largest_square(0));
+  const Side x(x_, false, kWeighing | (tiles.all() ? kNothing : kRows), engine, threads, false,
+               tiles.largest_square(0));
   const Side y(y_, false, kColumns, engine, threads, true, tiles.largest_square(1));
   const Exponent e(scale, x, y);
   tiles.check(e.shared);

@@ -119,7 +119,8 @@ std::tuple<Tensor, Tensor> sup_con_backward(const Tensor& grad_loss, const Tenso
     for (int64_t r = 0; r < z.size(b); ++r) {
       const int64_t i = z.first(b) + r, k = classes.key[i];
       for (int64_t d = 0; d < dim; ++d)
-        sums[r * z.dim + d] = -(p[i] * (of_class[k * dim + d] - 2 * rows[i * dim + d]) + gradient_of_class[k * dim + d]);
+        sums[r * z.dim + d] =
+            -(p[i] * (of_class[k * dim + d] - 2 * rows[i * dim + d]) + gradient_of_class[k * dim + d]);
     }
   });
   self.multiply(nullptr, coefficients, gathered);
