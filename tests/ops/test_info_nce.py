@@ -147,3 +147,10 @@ def test_a_single_pair_has_nothing_to_smooth(options, backend):
         loss = info_nce(q, k, label_smoothing=0.3, temperature=0.01, **options)
         for zero in (loss, *torch.autograd.grad(loss, (q, k))):
             torch.testing.assert_close(zero, torch.zeros_like(zero), rtol=0, atol=0)
+
+
+def test_positives_far_above_all_negatives():
+    x, y = (torch.eye(32).mul(20).requires_grad_() for _ in range(2))
+    loss = info_nce(x, y, temperature=0.5, normalize=False)
+    assert loss == 0
+    assert all((gradient == 0).all() for gradient in torch.autograd.grad(loss, (x, y)))

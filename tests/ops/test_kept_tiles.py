@@ -218,3 +218,11 @@ def test_scratch_stays_from_call_to_call(name, most):
         calls[name]()
     allocated = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]" and e.nbytes() > 0]
     assert 0 < len(allocated) <= most
+
+
+def test_rows_that_are_used_as_they_lie():
+    """Packing measures their norms; where nothing is packed, the backward pass has them from the forward pass."""
+    x, y = (F.normalize(torch.randn(64, 64), dim=1).mul(norm).requires_grad_() for norm in (1.5, 0.5))
+    S, own = 10 * x @ y.T, torch.arange(64)
+    expected = torch.autograd.grad((F.cross_entropy(S, own) + F.cross_entropy(S.T, own)) / 2, (x, y))
+    torch.testing.assert_close(torch.autograd.grad(functional.clip_loss(x, y, 10.0), (x, y)), expected)
