@@ -66,7 +66,7 @@ def variance_loss(z: Tensor, *, eps: float = 1e-4, unbiased: bool = True) -> Ten
 def covariance_loss(z: Tensor, *, unbiased: bool = True) -> Tensor:
     """The squares off the diagonal of the features' covariance, by their number."""
     z = z - z.mean(0)
-    covariance = z.T @ z / (len(z) - unbiased)
+    covariance = z.T @ z / (len(z) - int(unbiased))
     return _off_diagonal(covariance).square().sum() / z.shape[1]
 
 
