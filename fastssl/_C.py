@@ -31,6 +31,11 @@ def set_current_isa(name: str) -> None:
     _ops.set_current_isa(name)
 
 
+def release_kept_memory() -> None:
+    """Give the system what is kept of large tensors' memory for the next ones. Linux also takes it when it needs it."""
+    _ops.release_kept_memory()
+
+
 def contrastive_tile_plan(
     rows: int, dim: int, threads: int, symmetric: bool = False, keep: int = 0, narrow: bool = False
 ) -> dict[str, int]:

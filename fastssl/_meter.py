@@ -11,6 +11,8 @@ from types import TracebackType
 
 import torch
 
+from fastssl import _native
+
 _CGROUP = Path("/sys/fs/cgroup")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 
@@ -19,7 +21,7 @@ class Meter:
     """Context manager: wall time of its block and, on Linux if asked, the peak of the process's resident memory.
 
     Resident memory counts everything, whoever allocated it: tensors, a kernel's scratch, a library's buffers.
-    On entry the C allocator hands its free pages back (malloc_trim), so that memory which the block reuses
+    On entry the C allocator and fastssl's kernels hand their free pages back, so that memory which the block reuses
     counts as memory which it needs, and the kernel's high-water mark (VmHWM) is reset. That slows the block:
     do not compare the times of blocks whose memory was measured. Linux counts resident pages per thread and adds
     them up late, so the result is good to about 1 MiB.
@@ -38,6 +40,8 @@ class Meter:
 
     def __enter__(self) -> Meter:
         if self.memory:
+            if _native.status()["_C"] is None:
+                torch.ops.fastssl_cpu.release_kept_memory()
             ctypes.CDLL(None).malloc_trim(0)
             _CLEAR_REFS.write_text("5")
             self.before = own_memory("VmRSS")

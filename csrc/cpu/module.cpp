@@ -10,6 +10,7 @@
 #include "common/isa.h"
 #include "common/kernels.h"
 #include "common/kept_tiles.h"
+#include "common/pages.h"
 
 namespace {
 
@@ -63,6 +64,7 @@ TORCH_LIBRARY(fastssl_cpu, m) {
   m.def("set_current_isa(str name) -> ()", [](const std::string& name) {
     fastssl::set_current(fastssl::isa_from_name(name));
   });
+  m.def("release_kept_memory() -> ()", &fastssl::release_kept_memory);
   m.def("contrastive_tile_plan(int rows, int dim, int threads, bool symmetric=False, int keep=0, bool narrow=False)"
         " -> Dict(str, int)", &contrastive_tile_plan);
 }

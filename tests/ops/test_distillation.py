@@ -47,7 +47,7 @@ def test_ibot_loss_is_lightlys(lightly, kernels):
     torch.testing.assert_close(*(torch.autograd.grad(x, student)[0] for x in (ours, loss)), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("columns", [*range(1, 20), 31, 33, 63, 64, 65, 127, 128, 129, 1000])
+@pytest.mark.parametrize("columns", [*range(1, 20), 31, 33, 63, 64, 65, 127, 128, 129, 511, 513, 1000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_every_length_of_a_row(columns, dtype, kernels):
     """A row that starts at a cache line, and one that does not."""
@@ -130,6 +130,20 @@ def _float64(student: Tensor, teacher: Tensor) -> tuple[Tensor, tuple[Tensor, ..
     x = student.double().requires_grad_()
     loss = -((teacher.double() / 0.04).softmax(-1) * (x / 0.1).log_softmax(-1)).sum(-1)
     return loss.detach(), torch.autograd.grad(loss.sum(), x)
+
+
+@pytest.mark.parametrize("student_slope", [-20, 0, 20])
+@pytest.mark.parametrize("teacher_slope", [-20, 0, 20])
+def test_rows_that_rise_and_fall(student_slope, teacher_slope, kernels):
+    """A row's maximum is found at its end, at its beginning, or by and by; a part of it may be at minus infinity."""
+    slope = torch.linspace(-1, 1, 2100)
+    student = student_slope * slope + _normal(3, 2100)
+    teacher = teacher_slope * slope + _normal(3, 2100, seed=1)
+    teacher[1, :600], teacher[2, 1000:] = -INF, -INF
+    expected, (gradient,) = _float64(student, teacher)
+    loss = ibot_loss(student.requires_grad_(), teacher, reduction="none")
+    torch.testing.assert_close(loss.double(), expected, rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(torch.autograd.grad(loss.sum(), student)[0].double(), gradient, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("scale", [1e3, 1e10, 1e30, 1e37])

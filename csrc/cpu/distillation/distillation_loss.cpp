@@ -119,34 +119,35 @@ struct Distillation {
       return sum + rows * columns * bytes_of(v.element);
     }) > kStreamedBytes;
     at::parallel_for(0, rows, grain, [&](int64_t first, int64_t last) {
-      // The exponentials of the teacher's views, the sum of some of them, and those of the student.
-      const Blocks memory(teachers + 2, padded * sizeof(float));
-      std::vector<Target> targets(teachers), others;
+      // The distributions of the teacher's views, the sum of some of them, and that of the student.
+      const Blocks memory(teachers + 2, (padded + factors_of_row(columns)) * sizeof(float));
+      const auto place = [&](int64_t n) { return Distribution{memory.floats(n), memory.floats(n) + padded}; };
+      const Distribution some = place(teachers), learned = place(teachers + 1);
+      std::vector<Distribution> targets, others;
+      for (int64_t t = 0; t < teachers; ++t) targets.push_back(place(t));
       for (int64_t i = first; i < last; ++i) {
         double sum = 0;
-        const auto teach = [&](size_t view, int64_t place) {
-          const float total = tile.teacher(teacher[view].row(i), teacher[view].element, center, columns,
-                                           exponent_scale_at(teacher_temperature), memory.floats(place));
-          targets[place] = {memory.floats(place), 1 / total};
+        const auto teach = [&](const View& view, const Distribution& out) {
+          tile.teacher(view.row(i), view.element, center, columns, exponent_scale_at(teacher_temperature), out);
         };
-        const auto learn = [&](size_t view, const Target& target, int64_t count) {
-          sum += learn_row(tile, view, i, target, count, factor ? factor[i] : 0, stream, memory.floats(teachers + 1));
+        const auto learn = [&](size_t view, const Distribution& target, int64_t count) {
+          sum += learn_row(tile, view, i, target, count, factor ? factor[i] : 0, stream, learned);
         };
         if (!unlike_views) {
           for (size_t v = 0; v < student.size(); ++v) {
-            teach(v, 0);
+            teach(teacher[v], targets[0]);
             learn(v, targets[0], 1);
           }
         } else {
-          for (int64_t t = 0; t < teachers; ++t) teach(t, t);
+          for (int64_t t = 0; t < teachers; ++t) teach(teacher[t], targets[t]);
           const size_t both = std::min(student.size(), teacher.size());
           for (size_t v = 0; v < both; ++v) {
             others = targets;
             others.erase(others.begin() + v);
-            learn(v, sum_of(tile, others, memory.floats(teachers)), teachers - 1);
+            learn(v, sum_of(tile, others, some), teachers - 1);
           }
           if (student.size() > both) {
-            const Target all = sum_of(tile, targets, memory.floats(0));  // in place: nothing reads them again
+            const Distribution all = sum_of(tile, targets, targets[0]);  // in place: nothing reads them again
             for (size_t v = both; v < student.size(); ++v) learn(v, all, teachers);
           }
         }
@@ -157,29 +158,28 @@ struct Distillation {
   }
 
  private:
-  Target sum_of(const DistillationTiles& tile, const std::vector<Target>& targets, float* out) const {
-    if (targets.empty()) return {nullptr, 0};
-    if (targets.size() == 1) return targets[0];
-    tile.add(targets.data(), targets.size(), columns, out);
-    return {out, 1};
+  // The sum, which is in `out` if there are several.
+  Distribution sum_of(const DistillationTiles& tile, const std::vector<Distribution>& targets,
+                      const Distribution& out) const {
+    if (targets.size() > 1) tile.add(targets.data(), targets.size(), columns, out);
+    return targets.size() == 1 ? targets[0] : out;
   }
 
   // The loss of a row taught by `count` distributions, whose sum is `target`.
-  double learn_row(const DistillationTiles& tile, size_t view, int64_t i, const Target& target, int64_t count,
-                   float factor, bool stream, float* exps) const {
+  double learn_row(const DistillationTiles& tile, size_t view, int64_t i, const Distribution& target, int64_t count,
+                   float factor, bool stream, const Distribution& learned) const {
+    const bool derive = !gradient.empty();
     if (count == 0) {
-      if (!gradient.empty())
-        std::memset(gradient[view].row(i), 0, columns * bytes_of(gradient[view].element));
+      if (derive) std::memset(gradient[view].row(i), 0, columns * bytes_of(gradient[view].element));
       return 0;
     }
     const View& x = student[view];
     const RowSums sums = tile.student(x.row(i), x.element, target, columns, exponent_scale_at(student_temperature),
-                                      gradient.empty() ? nullptr : exps);
-    if (!gradient.empty()) {
+                                      derive ? learned : Distribution{});
+    if (derive) {
       const double scale = factor / student_temperature;
-      tile.gradient(exps, static_cast<float>(scale * count / sums.total), target.data,
-                    static_cast<float>(scale * target.factor), columns, gradient[view].element, stream,
-                    gradient[view].row(i));
+      tile.gradient(learned, static_cast<float>(scale * count), target, static_cast<float>(scale), columns,
+                    gradient[view].element, stream, gradient[view].row(i));
     }
     return count * std::log(static_cast<double>(sums.total)) + 2.0 * sums.distance / student_temperature;
   }

@@ -1,5 +1,9 @@
-// The work on one row of logits, compiled once per instruction set. A row of 65,536 logits stays in the second-level
-// cache from the search for its maximum to its gradient.
+// The work on one row of logits, compiled once per instruction set.
+//
+// A row is read from memory once, chunk by chunk: while the exponentials of a chunk are taken, which is as long as it
+// takes to read it, the next one is on its way. A row's maximum is not known then, and so each lane of a vector takes
+// them relative to its own maximum within the chunk. They stay in the second-level cache until the end of the row gives
+// a factor for each lane of each chunk.
 #include "distillation/distillation_tiles.h"
 
 #if defined(__x86_64__)
@@ -16,7 +20,7 @@ typedef uint32_t Bits __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t Halves __attribute__((vector_size(kLanes * 2)));
 typedef uint16_t UnalignedHalves __attribute__((vector_size(kLanes * 2), aligned(2), may_alias));
 
-constexpr float kNegativeInfinity = -__builtin_inff();
+constexpr float kLowest = -0x1.fffffep127f;  // the maximum of nothing: minus infinity would make differences NaN
 
 // The conversions of common/convert.h, for vectors.
 struct Float32 {
@@ -69,112 +73,167 @@ inline auto with_element(Element element, F f) {
   return f(Float16{});
 }
 
-// The last vector of a row whose length is not a multiple of the lanes, with `filling` after the row's end.
+// A vector of a row, or what a row's end leaves of one.
+struct Whole {};
+struct Part {
+  int64_t lanes;
+};
+
 template <typename T>
-inline Vec last(const typename T::Stored* x, int64_t columns, int64_t k, float filling) {
-  float rest[kLanes];
-  for (int64_t i = 0; i < kLanes; ++i) rest[i] = k + i < columns ? T::widen_one(x[k + i]) : filling;
-  return load(rest);
+inline Vec read(Whole, const typename T::Stored* x) {
+  return T::widen(x);
 }
 
-// v where k + lane < columns, else 0.
-inline Vec within(Vec v, int64_t columns, int64_t k) {
-  float lanes[kLanes];
-  store(lanes, v);
-  for (int64_t i = columns - k; i < kLanes; ++i) lanes[i] = 0;
+template <typename T>
+inline Vec read(Part part, const typename T::Stored* x) {
+  float lanes[kLanes] = {};
+  for (int64_t i = 0; i < part.lanes; ++i) lanes[i] = T::widen_one(x[i]);
   return load(lanes);
 }
 
-// Calls `visit` for all full vectors. `kUnrolled` consecutive ones get different numbers, so that each may add to a sum
-// of its own and need not wait for the others.
+// v in the row, `filling` after its end.
+inline Vec within(Whole, Vec v, float) { return v; }
+
+inline Vec within(Part part, Vec v, float filling) {
+  float lanes[kLanes];
+  store(lanes, v);
+  for (int64_t i = part.lanes; i < kLanes; ++i) lanes[i] = filling;
+  return load(lanes);
+}
+
+// Calls visit(part, k, i) for the vectors in columns [first, end). `kUnrolled` consecutive ones get different numbers
+// i, so that each may add to a sum of its own and need not wait for the others.
 constexpr int kUnrolled = 4;
 
 template <typename Visit>
-inline int64_t full_vectors(int64_t columns, Visit visit) {
-  int64_t k = 0;
-  for (; k + kUnrolled * kLanes <= columns; k += kUnrolled * kLanes)
-    for (int i = 0; i < kUnrolled; ++i) visit(k + i * kLanes, i);
-  for (; k + kLanes <= columns; k += kLanes) visit(k, 0);
-  return k;
+inline void vectors(int64_t first, int64_t end, Visit visit) {
+  int64_t k = first;
+  for (; k + kUnrolled * kLanes <= end; k += kUnrolled * kLanes)
+    for (int i = 0; i < kUnrolled; ++i) visit(Whole{}, k + i * kLanes, i);
+  for (; k + kLanes <= end; k += kLanes) visit(Whole{}, k, 0);
+  if (k < end) visit(Part{end - k}, k, 0);
 }
 
 inline Vec total_of(const Vec (&sums)[kUnrolled]) { return (sums[0] + sums[1]) + (sums[2] + sums[3]); }
 
-template <typename T, bool kCentered>
-float teacher_row(const typename T::Stored* x, const float* center, int64_t columns, float scale, float* exps) {
-  const auto at = [&](int64_t k) { return kCentered ? T::widen(x + k) - load(center + k) : T::widen(x + k); };
-  const auto last_at = [&](int64_t k, float filling) {
-    const Vec v = last<T>(x, columns, k, filling);
-    return kCentered ? v - last<Float32>(center, columns, k, 0) : v;
-  };
-  Vec peaks[kUnrolled];
-  for (Vec& peak : peaks) peak = broadcast(kNegativeInfinity);
-  int64_t k = full_vectors(columns, [&](int64_t k, int i) { peaks[i] = max(peaks[i], at(k)); });
-  if (k < columns) peaks[0] = max(peaks[0], last_at(k, kNegativeInfinity));
-  const float peak = max(max(max(peaks[0], peaks[1]), max(peaks[2], peaks[3])));
-
-  Vec sums[kUnrolled] = {};
-  k = full_vectors(columns, [&](int64_t k, int i) {
-    const Vec e = exp2((at(k) - peak) * scale);
-    store(exps + k, e);
-    sums[i] += e;
-  });
-  if (k < columns) {
-    const Vec e = within(exp2((last_at(k, 0) - peak) * scale), columns, k);
-    store(exps + k, e);
-    sums[0] += e;
-  }
-  return sum(total_of(sums));
+// Calls visit(first, end, n) for the chunks of columns, n being where their factors are.
+template <typename Visit>
+inline void chunks(int64_t columns, Visit visit) {
+  for (int64_t k = 0, n = 0; k < columns; k += kColumnChunk, n += kMostLanes)
+    visit(k, columns - k < kColumnChunk ? columns : k + kColumnChunk, n);
 }
 
-float teacher(const void* x, Element element, const float* center, int64_t columns, float scale, float* exps) {
-  return with_element(element, [&](auto type) {
+// Each lane's largest x in a chunk.
+template <typename At>
+inline Vec top_of(int64_t first, int64_t end, At at) {
+  Vec tops[kUnrolled];
+  for (Vec& top : tops) top = broadcast(kLowest);
+  vectors(first, end, [&](auto part, int64_t k, int i) { tops[i] = max(within(part, at(part, k), kLowest), tops[i]); });
+  return max(max(tops[0], tops[1]), max(tops[2], tops[3]));
+}
+
+// Each lane's largest x so far, and total = sum_k exp2(scale (x_k - top)).
+struct Running {
+  Vec top = broadcast(kLowest), total = {};
+
+  void add(Vec chunk_top, Vec chunk_total, float scale) {
+    const Vec before = top;
+    top = max(chunk_top, top);
+    total = total * exp2((before - top) * scale) + chunk_total * exp2((chunk_top - top) * scale);
+  }
+
+  // The sum about `largest`, the largest x of all lanes.
+  float total_about(float largest, float scale) const { return sum(total * exp2((top - largest) * scale)); }
+};
+
+// Turns each chunk's largest x into factors of its exponentials.
+inline void finish_factors(int64_t columns, float largest, float total, float scale, float* factors) {
+  for (int64_t n = 0; n < factors_of_row(columns); n += kMostLanes)
+    store(factors + n, exp2((load(factors + n) - largest) * scale) * (1 / total));
+}
+
+template <typename T, bool kCentered>
+void teacher_row(const typename T::Stored* x, const float* center, int64_t columns, float scale,
+                 const Distribution& out) {
+  const auto at = [&](auto part, int64_t k) {
+    const Vec v = read<T>(part, x + k);
+    return kCentered ? v - read<Float32>(part, center + k) : v;
+  };
+  Running row;
+  chunks(columns, [&](int64_t first, int64_t end, int64_t n) {
+    const Vec top = top_of(first, end, at);
+    Vec sums[kUnrolled] = {};
+    vectors(first, end, [&](auto part, int64_t k, int i) {
+      __builtin_prefetch(x + k + kColumnChunk);
+      const Vec e = within(part, exp2((at(part, k) - top) * scale), 0);
+      store(out.data + k, e);
+      sums[i] += e;
+    });
+    row.add(top, total_of(sums), scale);
+    store(out.factors + n, top);
+  });
+  const float largest = max(row.top);
+  finish_factors(columns, largest, row.total_about(largest, scale), scale, out.factors);
+}
+
+void teacher(const void* x, Element element, const float* center, int64_t columns, float scale,
+             const Distribution& out) {
+  with_element(element, [&](auto type) {
     typedef decltype(type) T;
     const auto* row = static_cast<const typename T::Stored*>(x);
-    return center ? teacher_row<T, true>(row, center, columns, scale, exps)
-                  : teacher_row<T, false>(row, center, columns, scale, exps);
+    center ? teacher_row<T, true>(row, center, columns, scale, out)
+           : teacher_row<T, false>(row, center, columns, scale, out);
   });
 }
 
-void add(const Target* targets, int64_t count, int64_t columns, float* out) {
-  for (int64_t k = 0; k < columns; k += kLanes) {
-    Vec v = load(targets[0].data + k) * targets[0].factor;
-    for (int64_t t = 1; t < count; ++t) v += load(targets[t].data + k) * targets[t].factor;
-    store(out + k, v);
-  }
+void add(const Distribution* targets, int64_t count, int64_t columns, const Distribution& out) {
+  chunks(columns, [&](int64_t first, int64_t end, int64_t n) {
+    for (int64_t k = first; k < end; k += kLanes) {
+      Vec v = load(targets[0].data + k) * load(targets[0].factors + n);
+      for (int64_t t = 1; t < count; ++t) v += load(targets[t].data + k) * load(targets[t].factors + n);
+      store(out.data + k, v);
+    }
+    store(out.factors + n, broadcast(1));
+  });
 }
 
 template <typename T, bool kKeep>
-RowSums student_row(const typename T::Stored* x, const Target& target, int64_t columns, float scale, float* exps) {
-  Vec peaks[kUnrolled];
-  for (Vec& peak : peaks) peak = broadcast(kNegativeInfinity);
-  int64_t k = full_vectors(columns, [&](int64_t k, int i) { peaks[i] = max(peaks[i], T::widen(x + k)); });
-  if (k < columns) peaks[0] = max(peaks[0], last<T>(x, columns, k, kNegativeInfinity));
-  const float peak = max(max(max(peaks[0], peaks[1]), max(peaks[2], peaks[3])));
-
-  Vec sums[kUnrolled] = {}, distances[kUnrolled] = {};
-  const auto visit = [&](int64_t k, int i, Vec below, Vec e) {
-    if constexpr (kKeep) store(exps + k, e);
-    sums[i] += e;
-    distances[i] += load(target.data + k) * below;
-  };
-  k = full_vectors(columns, [&](int64_t k, int i) {
-    const Vec below = 0.5f * peak - 0.5f * T::widen(x + k), exponent = below * -scale;
-    visit(k, i, below, exp2(exponent + exponent));
+RowSums student_row(const typename T::Stored* x, const Distribution& target, int64_t columns, float scale,
+                    const Distribution& out) {
+  const auto at = [&](auto part, int64_t k) { return read<T>(part, x + k); };
+  Running row;
+  Vec distance = {}, mass = {};  // sum_k P_k (top / 2 - x_k / 2), and sum_k P_k, of each lane
+  chunks(columns, [&](int64_t first, int64_t end, int64_t n) {
+    const Vec top = top_of(first, end, at), half = 0.5f * top, factor = load(target.factors + n);
+    Vec sums[kUnrolled] = {}, distances[kUnrolled] = {}, masses[kUnrolled] = {};
+    vectors(first, end, [&](auto part, int64_t k, int i) {
+      __builtin_prefetch(x + k + kColumnChunk);
+      const Vec below = within(part, half - 0.5f * at(part, k), 0), exponent = below * -scale;
+      const Vec e = within(part, exp2(exponent + exponent), 0), p = load(target.data + k) * factor;
+      if constexpr (kKeep) store(out.data + k, e);
+      sums[i] += e;
+      distances[i] += p * below;
+      masses[i] += p;
+    });
+    const Vec half_before = 0.5f * row.top, chunk_mass = total_of(masses);
+    row.add(top, total_of(sums), scale);
+    const Vec half_now = 0.5f * row.top;
+    distance += mass * (half_now - half_before) + total_of(distances) + chunk_mass * (half_now - half);
+    mass += chunk_mass;
+    if constexpr (kKeep) store(out.factors + n, top);
   });
-  if (k < columns) {
-    const Vec below = 0.5f * peak - 0.5f * last<T>(x, columns, k, 0), exponent = below * -scale;
-    visit(k, 0, within(below, columns, k), within(exp2(exponent + exponent), columns, k));
-  }
-  return {sum(total_of(sums)), sum(total_of(distances)) * target.factor};
+  const float largest = max(row.top), total = row.total_about(largest, scale);
+  if constexpr (kKeep) finish_factors(columns, largest, total, scale, out.factors);
+  return {total, sum(distance + mass * (0.5f * largest - 0.5f * row.top))};
 }
 
-RowSums student(const void* x, Element element, const Target& target, int64_t columns, float scale, float* exps) {
+RowSums student(const void* x, Element element, const Distribution& target, int64_t columns, float scale,
+                const Distribution& out) {
   return with_element(element, [&](auto type) {
     typedef decltype(type) T;
     const auto* row = static_cast<const typename T::Stored*>(x);
-    return exps ? student_row<T, true>(row, target, columns, scale, exps)
-                : student_row<T, false>(row, target, columns, scale, exps);
+    return out.data ? student_row<T, true>(row, target, columns, scale, out)
+                    : student_row<T, false>(row, target, columns, scale, out);
   });
 }
 
@@ -203,9 +262,26 @@ inline void stream(uint16_t* p, Halves h) {
 #endif
 }
 
-inline void write(float* p, Vec v) { store(p, v); }
+template <typename T>
+inline void stream(Whole, typename T::Stored* p, Vec v) {
+  stream(p, T::narrow(v));
+}
 
-inline void write(uint16_t* p, Halves h) { *reinterpret_cast<UnalignedHalves*>(p) = h; }
+template <typename T>
+inline void write(Whole, typename T::Stored* p, Vec v) {
+  const auto narrow = T::narrow(v);
+  __builtin_memcpy(p, &narrow, sizeof(narrow));
+}
+
+template <typename T>
+inline void write(Part part, typename T::Stored* p, Vec v) {
+  for (int64_t i = 0; i < part.lanes; ++i) p[i] = T::narrow_one(v[i]);
+}
+
+template <typename T>
+inline void stream(Part part, typename T::Stored* p, Vec v) {
+  write<T>(part, p, v);
+}
 
 void finish_streams() {
 #if defined(__SSE2__)
@@ -213,18 +289,22 @@ void finish_streams() {
 #endif
 }
 
-void gradient(const float* exps, float exps_factor, const float* target, float target_factor, int64_t columns,
+void gradient(const Distribution& q, float q_factor, const Distribution& p, float p_factor, int64_t columns,
               Element element, bool streamed, void* out_) {
   with_element(element, [&](auto type) {
     typedef decltype(type) T;
     auto* const out = static_cast<typename T::Stored*>(out_);
-    const auto at = [&](int64_t k) { return load(exps + k) * exps_factor - load(target + k) * target_factor; };
     const bool aligned = reinterpret_cast<uintptr_t>(out) % (kLanes * sizeof(*out)) == 0;
-    const int64_t k = streamed && aligned
-        ? full_vectors(columns, [&](int64_t k, int) { stream(out + k, T::narrow(at(k))); })
-        : full_vectors(columns, [&](int64_t k, int) { write(out + k, T::narrow(at(k))); });
-    for (int64_t i = k; i < columns; ++i)
-      out[i] = T::narrow_one(exps[i] * exps_factor - target[i] * target_factor);
+    chunks(columns, [&](int64_t first, int64_t end, int64_t n) {
+      const Vec of_q = load(q.factors + n) * q_factor, of_p = load(p.factors + n) * p_factor;
+      const auto write_by = [&](auto write) {
+        vectors(first, end, [&](auto part, int64_t k, int) {
+          write(part, out + k, load(q.data + k) * of_q - load(p.data + k) * of_p);
+        });
+      };
+      streamed && aligned ? write_by([](auto part, auto* to, Vec v) { stream<T>(part, to, v); })
+                          : write_by([](auto part, auto* to, Vec v) { write<T>(part, to, v); });
+    });
   });
 }
 

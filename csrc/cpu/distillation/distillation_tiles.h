@@ -7,32 +7,36 @@
 
 namespace fastssl {
 
+// Columns come in chunks, few enough for the first-level cache, of which one in kMostLanes columns share a factor.
+constexpr int64_t kColumnChunk = 512, kMostLanes = 16;
+
+// A distribution over a row's columns, in floats: P_k = factors[k / kColumnChunk * kMostLanes + k % lanes] data[k],
+// where lanes <= kMostLanes is what the instruction set has. Both are aligned.
+struct Distribution {
+  float* data;     // padded_row(columns), padding is 0
+  float* factors;  // factors_of_row(columns)
+};
+
 // Sums over a student's row x, with M its largest logit: total = sum_k exp2(scale (x_k - M)), and for a target P
 // distance = sum_k P_k (M / 2 - x_k / 2), in halves lest it overflow.
 struct RowSums {
   float total, distance;
 };
 
-// A teacher's distribution: P_k = factor data[k].
-struct Target {
-  const float* data;
-  float factor;
-};
-
-// Rows of float are aligned, and of length padded_row(columns); padding is 0.
 struct DistillationTiles {
-  // exps_k = exp2(scale (x_k - center_k - M)), where M is the largest x_k - center_k; returns their sum. `center` may
-  // be null.
-  float (*teacher)(const void* x, Element element, const float* center, int64_t columns, float scale, float* exps);
+  // out_k is proportional to exp2(scale (x_k - center_k)). `center` may be null.
+  void (*teacher)(const void* x, Element element, const float* center, int64_t columns, float scale,
+                  const Distribution& out);
 
-  // out = the sum of `count` targets, at least one. `out` may be the data of the first.
-  void (*add)(const Target* targets, int64_t count, int64_t columns, float* out);
+  // out = the sum of `count` distributions, at least one. `out` may be the first.
+  void (*add)(const Distribution* targets, int64_t count, int64_t columns, const Distribution& out);
 
-  // The sums of a student's row x against `target`; exps_k = exp2(scale (x_k - M)), unless null.
-  RowSums (*student)(const void* x, Element element, const Target& target, int64_t columns, float scale, float* exps);
+  // The sums of a student's row x against `target`; out_k is proportional to exp2(scale x_k), unless its data is null.
+  RowSums (*student)(const void* x, Element element, const Distribution& target, int64_t columns, float scale,
+                     const Distribution& out);
 
-  // out_k = exps_factor exps_k - target_factor target_k, bypassing the cache if `stream`.
-  void (*gradient)(const float* exps, float exps_factor, const float* target, float target_factor, int64_t columns,
+  // out_k = q_factor q_k - p_factor p_k, bypassing the cache if `stream`.
+  void (*gradient)(const Distribution& q, float q_factor, const Distribution& p, float p_factor, int64_t columns,
                    Element element, bool stream, void* out);
 
   // Waits until everything that bypassed the cache is written.
@@ -40,6 +44,7 @@ struct DistillationTiles {
 };
 
 constexpr int64_t padded_row(int64_t columns) { return (columns + 63) / 64 * 64; }
+constexpr int64_t factors_of_row(int64_t columns) { return (columns + kColumnChunk - 1) / kColumnChunk * kMostLanes; }
 
 FASTSSL_TABLE(DistillationTiles, distillation_tiles)
 
