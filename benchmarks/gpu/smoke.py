@@ -1,7 +1,8 @@
 """One call of every operation against float64, in every precision, with NaN in all memory that is not yet written.
 
 What a kernel does to the GPU must not hide what the next one does: the calls run in a worker, and where that dies,
-hangs or loses the GPU, another one goes on after the call that it ended with.
+hangs or loses the GPU, another one goes on after the call that it ended with. Most of the time goes to compiling, which
+several of them do at once.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import multiprocessing
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -160,9 +162,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), required=True)
     parser.add_argument("--tiny", action="store_true", help="the smallest inputs, for tools that slow everything down")
     parser.add_argument("--results", type=Path, required=True)
+    parser.add_argument("--workers", type=int, default=1, help="that share out the calls")
     arguments = parser.parse_args(argv)
     todo = cases(arguments.op)
-    failed = run(todo, arguments.device, arguments.tiny, arguments.results)
+    with ThreadPoolExecutor(arguments.workers) as pool:
+        shares = [todo[n :: arguments.workers] for n in range(arguments.workers)]
+        failed = sum(pool.map(lambda share: run(share, arguments.device, arguments.tiny, arguments.results), shares))
     print(f"{len(todo) - failed} of {len(todo)} calls are right")
     return int(failed > 0)
 

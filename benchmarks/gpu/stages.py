@@ -34,18 +34,18 @@ def environment(device: str, scratch: Path) -> list[Command]:
 def correctness(device: str, scratch: Path) -> list[Command]:
     """One call of every operation against float64, each survivor of those before it; then the tests, which say by the
     line how they end: many of them will not, in time."""
-    smoke = python("benchmarks.gpu.smoke", "--device", device, "--results", scratch / "smoke")
+    workers = str(min(6, os.cpu_count() or 1))  # which share the GPU
+    smoke = python("benchmarks.gpu.smoke", "--device", device, "--results", scratch / "smoke", "--workers", workers)
     commands = [Command("smoke", smoke, 180, _DETERMINISTIC)]
     if device == "cpu":
         few = python("pytest", *_PYTEST, "tests/ops/test_uniformity.py", "--collect-only")
         return [*commands, Command("tests", few, 60)]
-    workers = ("-n", str(min(6, os.cpu_count() or 1)))  # which share the GPU
     tests = [
         ("tests of the kernels", ("tests/gpu", "-k", "on_the_gpu")),
         ("tests of the operations", ("tests/ops", "tests/nn", "tests/test_optim.py", "-m", "gpu")),
     ]
     return commands + [
-        Command(name, python("pytest", *_PYTEST, *workers, *arguments), 170, _DETERMINISTIC)
+        Command(name, python("pytest", *_PYTEST, "-n", workers, *arguments), 170, _DETERMINISTIC)
         for name, arguments in tests
     ]
 
@@ -53,7 +53,7 @@ def correctness(device: str, scratch: Path) -> list[Command]:
 def sanitizer(device: str, scratch: Path) -> list[Command]:
     """Accesses outside of arrays, and races in shared memory, of one tiny call of every operation."""
     smoke = python("benchmarks.gpu.smoke", "--device", device, "--tiny", "--results")
-    tool = ("compute-sanitizer", "--error-exitcode", "9", "--print-limit", "20", "--tool")
+    tool = ("compute-sanitizer", "--target-processes", "all", "--error-exitcode", "9", "--print-limit", "20", "--tool")
     return [
         Command(name, (*tool, name, *smoke, str(scratch / name)), 250, _DETERMINISTIC)
         for name in ("memcheck", "racecheck")
@@ -97,7 +97,8 @@ def diagnosis(device: str, scratch: Path) -> list[Command]:
         commands.append(Command(f"profile {op}", (*profile, "--results", str(scratch / f"profile-{op}")), 60))
         sections = [x for name in ("SpeedOfLight", "ComputeWorkloadAnalysis", "MemoryWorkloadAnalysis", "LaunchStats")
                     for x in ("--section", name)]  # fmt: skip
-        ncu = ("ncu", "--csv", "--page", "details", "--clock-control", "none", "--profile-from-start", "off")
+        ncu = ("ncu", "--csv", "--page", "details", "--print-details", "all", "--clock-control", "none",
+               "--profile-from-start", "off")  # fmt: skip
         commands.append(Command(f"ncu {op}", (*ncu, *sections, *profile, "--bare"), 120))
     return commands
 
