@@ -11,8 +11,6 @@ from types import TracebackType
 
 import torch
 
-from fastssl import _native
-
 _CGROUP = Path("/sys/fs/cgroup")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 
@@ -40,7 +38,7 @@ class Meter:
 
     def __enter__(self) -> Meter:
         if self.memory:
-            if _native.status()["_C"] is None:
+            if hasattr(torch.ops.fastssl_cpu, "release_kept_memory"):  # the C++ library is loaded
                 torch.ops.fastssl_cpu.release_kept_memory()
             ctypes.CDLL(None).malloc_trim(0)
             _CLEAR_REFS.write_text("5")
