@@ -94,6 +94,9 @@ def test_a_small_tensor_does_not_keep_a_large_ones_memory():
 
 
 def test_deterministic_mode_fills_new_tensors():
+    address = _rows(40).data_ptr()
     torch.use_deterministic_algorithms(True)
-    x = _rows(40).resize_(1, 512 * 40, 1024)
+    x = _rows(40)
+    assert x.data_ptr() != address
+    x.resize_(1, 512 * 40, 1024)
     assert x[:, 256 * 40 :].isnan().all() and (x[:, : 256 * 40] == 1).all()
