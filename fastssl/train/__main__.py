@@ -30,9 +30,10 @@ from fastssl.train.run import AMP
 def _parser() -> Parser:
     """A command for each method, which takes the arguments of its constructor as options."""
     parser = Parser("python -m fastssl.train", description="Train a self-supervised method.")
-    methods = parser.add_subparsers(dest="method", required=True, parser_class=RunParser)
+    methods = parser.add_subparsers(dest="method", metavar="METHOD", required=True, parser_class=RunParser)
     for name, method in METHODS.items():
-        command = methods.add_parser(name, description=inspect.getmodule(method).__doc__)
+        paper = inspect.getmodule(method).__doc__
+        command = methods.add_parser(name, help=paper, description=paper)
         command.add_argument(
             "--impl",
             choices=IMPLEMENTATIONS,

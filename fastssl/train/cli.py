@@ -29,7 +29,7 @@ class RunParser(Parser):
             "--batch-size",
             type=positive_int,
             default=1024,
-            help="examples per step, before they are made two views each (default: %(default)s)",
+            help="examples per step, however many views each is made (default: %(default)s)",
         )
         self.add_argument(
             "--seed",

@@ -3,7 +3,8 @@
 
 Of every Transformer layer, the teacher's too, a process keeps its share of the weights, of their gradients, and of what
 the optimiser keeps of them; the whole is gathered for the time that the layer takes. All other weights, those of heads,
-embeddings and normalisation, are whole in every process.
+embeddings and normalisation, are whole in every process: they are also read outside of `forward`, by losses and by
+`after_step`, where `fully_shard` leaves a process its share of them alone.
 """
 
 from __future__ import annotations

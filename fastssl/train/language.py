@@ -32,6 +32,7 @@ class LanguageModel(Method):
         depth: layers of the Transformer.
     """
 
+    batch_size = 64
     learning_rate = 2e-3
     weight_decay = 0.05
     causal = False

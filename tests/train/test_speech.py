@@ -360,9 +360,9 @@ def test_options_that_fit_nothing(name, options, message):
         create(name, 4, **options)
 
 
-def test_batches_of_speech_are_small_by_default():
+def test_batches_of_speech_and_text_are_small_by_default():
     parser = command_line._parser()
-    assert [parser.parse_args([name]).batch_size for name in ("cpc", "hubert", "simclr")] == [16, 16, 1024]
+    assert [parser.parse_args([name]).batch_size for name in ("cpc", "hubert", "gpt", "simclr")] == [16, 16, 64, 1024]
 
 
 def prompts(words_of, speakers=("a", "b"), count: int = 80) -> list[Prompt]:
