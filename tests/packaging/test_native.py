@@ -192,7 +192,6 @@ def test_instruction_sets_are_nested():
             _C.set_current_isa(isa)
 
 
-@needs_library
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
 @pytest.mark.parametrize("built", [(), ("AVX2", "AVX512", "AVX512_BF16")], ids=["on Arm", "on x86-64"])
 def test_tables_are_chosen_among_the_instruction_sets_that_are_built(tmp_path, built):
@@ -207,6 +206,7 @@ def test_tables_are_chosen_among_the_instruction_sets_that_are_built(tmp_path, b
     assert done.returncode == 0, done.stderr
 
 
+@needs_library
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads Linux's /proc")
 def test_no_second_openmp_runtime():
     code = """
