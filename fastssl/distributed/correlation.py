@@ -33,7 +33,7 @@ def mean_square(x: Tensor, group: ProcessGroup | None) -> Tensor:
 def correction(z: Tensor, unbiased: bool, group: ProcessGroup | None) -> float:
     """The factor by which a mean over the rows of all processes is to be multiplied."""
     rows = z.shape[0] * (1 if group is None else group.size())
-    return rows / (rows - int(unbiased))
+    return rows / correlation.divisor(rows, unbiased)
 
 
 def correlate(a: Tensor, b: Tensor, group: ProcessGroup | None) -> Tensor:

@@ -49,8 +49,13 @@ def center(z: Tensor) -> Tensor:
     return shifted - shifted.mean(0)
 
 
+def divisor(rows: int, unbiased: bool) -> int:
+    """What sums over rows are divided by. PyTorch 2.10 subtracts no bool from the symbol of a length."""
+    return rows - int(unbiased)
+
+
 def column_variance(centered: Tensor, unbiased: bool) -> Tensor:
-    return centered.square().sum(0) / (centered.shape[0] - int(unbiased))
+    return centered.square().sum(0) / divisor(centered.shape[0], unbiased)
 
 
 def off_diagonal_squares(product: Tensor) -> Tensor:
@@ -71,7 +76,7 @@ def _standardize(z: Tensor, eps: float, unbiased: bool) -> tuple[Tensor, Tensor]
 
 
 def _standardize_backward(grad_a: Tensor, a: Tensor, rstd: Tensor, unbiased: bool) -> Tensor:
-    projection = (grad_a * a).sum(0) / (a.shape[0] - int(unbiased))
+    projection = (grad_a * a).sum(0) / divisor(a.shape[0], unbiased)
     return (grad_a - grad_a.mean(0) - a * projection) * rstd
 
 
@@ -241,16 +246,16 @@ def _variance_covariance_portable(
     kept = _kept(z, dual, derive, Tensor.new_zeros)
     if dual and nu_param:
         gram = rounded @ rounded.T
-        covariance = _gram_sums(rounded, rounded, gram, gram) / (dim * (rows - int(unbiased)) ** 2)
+        covariance = _gram_sums(rounded, rounded, gram, gram) / (dim * divisor(rows, unbiased) ** 2)
         if derive:
             kept = gram
     elif nu_param:
         for block in row_blocks(dim, dim):
-            C = rounded[:, block].T @ rounded / (rows - int(unbiased))
+            C = rounded[:, block].T @ rounded / divisor(rows, unbiased)
             C[:, block].fill_diagonal_(0)
             covariance += C.square().sum(dtype=torch.float64) / dim
             if derive:
-                weight = round_weights(C * (4 * nu_param / (dim * (rows - int(unbiased)))), precision)
+                weight = round_weights(C * (4 * nu_param / (dim * divisor(rows, unbiased))), precision)
                 kept[:, block] = rounded @ weight.T
     if derive and not dual:
         kept = _add_hinge(kept - kept.mean(0), a, std, mu_param, unbiased)
@@ -261,7 +266,7 @@ def _variance_covariance_portable(
 def _add_hinge(grad_z: Tensor, centered: Tensor, std: Tensor, mu_param: float, unbiased: bool) -> Tensor:
     """grad_z and the derivative of mu_param mean_i relu(1 - std_i)."""
     rows, dim = centered.shape
-    slope = torch.where(std >= 1, 0, -mu_param / (dim * (rows - int(unbiased))) / std)
+    slope = torch.where(std >= 1, 0, -mu_param / (dim * divisor(rows, unbiased)) / std)
     return grad_z + slope * centered
 
 
@@ -282,7 +287,7 @@ def _variance_covariance_portable_backward(
         rows, dim = a.shape
         grad_z = torch.zeros_like(a)
         if nu_param:
-            grad_z = _gram_gradient(a, a, kept, precision).mul_(4 * nu_param / (dim * (rows - int(unbiased)) ** 2))
+            grad_z = _gram_gradient(a, a, kept, precision).mul_(4 * nu_param / (dim * divisor(rows, unbiased) ** 2))
         std = (column_variance(a, unbiased) + eps).sqrt()
         grad_z = _add_hinge(grad_z - grad_z.mean(0), a, std, mu_param, unbiased)
     return (grad_loss * grad_z).to(z.dtype)
@@ -295,7 +300,7 @@ def _variance_covariance_formula(
     rows, dim = a.shape
     variance = F.relu(1 - (column_variance(a, unbiased) + eps).sqrt()).mean()
     squares = gram_squares(a, a) if dual else off_diagonal_squares(a.T @ a)
-    covariance = squares / (dim * (rows - int(unbiased)) ** 2)
+    covariance = squares / (dim * divisor(rows, unbiased) ** 2)
     return mu_param * variance + nu_param * covariance
 
 
