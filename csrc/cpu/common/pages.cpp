@@ -2,7 +2,8 @@
 // system has found and cleared one, which takes several times as long as to write it: twice as long again where pages
 // have 4 KiB, so that Linux is asked for pages of 2 MiB (transparent huge pages under "madvise"). And a training step
 // wants tensors of the same sizes as the step before. So what is freed is kept for the next, under MADV_FREE: Linux may
-// take its pages whenever memory is scarce, and until then they cost nobody anything, though they count as the process's.
+// take its pages whenever memory is scarce, and until then they cost nobody anything, though they count as the
+// process's.
 #include "common/pages.h"
 
 #if !defined(__linux__)
