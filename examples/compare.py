@@ -47,6 +47,8 @@ def compare(
         print(json.dumps(_measured(train(options))))
         return
     results = {name: _run(name) for name in ("theirs", "ours")}
+    if None in results.values():
+        sys.exit(1)
     theirs, ours = (result["losses"] for result in results.values())
     print(f"{peer}, batches of {options.batch_size}, {torch.get_num_threads()} threads\n\nstep    theirs      ours")
     for step in sorted({*range(0, len(theirs), max(1, len(theirs) // 10)), len(theirs) - 1}):
@@ -78,17 +80,15 @@ def _measured(train: Iterator[float]) -> dict[str, float | list[float]]:
     }
 
 
-def _run(name: str, *options: str) -> dict:
-    """What a process of its own prints last; that of an earlier option counts less."""
+def _run(name: str, *options: str) -> dict | None:
+    """What a process of its own prints last, None if it fails; that of an earlier option counts less."""
     done = subprocess.run([sys.executable, *sys.argv, "--only", name, *options], stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        sys.exit(done.returncode)
-    return json.loads(done.stdout.splitlines()[-1])
+    return None if done.returncode else json.loads(done.stdout.splitlines()[-1])
 
 
 def _largest(name: str, batch_size: int) -> int | None:
-    """By doubling."""
+    """By doubling, until a batch takes more, or fails: the data may have no more, and the system may stop it."""
     fits = None
-    while _run(name, "--steps", "2", "--batch-size", str(batch_size))["gibibytes"] <= LIMIT:
+    while (result := _run(name, "--steps", "2", "--batch-size", str(batch_size))) and result["gibibytes"] <= LIMIT:
         fits, batch_size = batch_size, 2 * batch_size
     return fits

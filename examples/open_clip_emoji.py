@@ -34,7 +34,7 @@ def train(options: argparse.Namespace) -> Iterator[float]:
         rank=0, siglip=False, skip_scheduler=True, wandb=False, world_size=1,
     )  # fmt: skip
     loss, log = open_clip.create_loss(args), {}
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, weight_decay=0.1, betas=(0.9, 0.98))
     scaler = torch.amp.GradScaler("cpu")
     for step in range(options.steps):
         rows = torch.randint(len(images), (options.batch_size,))

@@ -34,6 +34,8 @@ def train(options: argparse.Namespace) -> Iterator[float]:
 
     torch.manual_seed(options.seed)
     _, sentences = text.read(options.data)
+    if options.batch_size >= len(sentences):
+        sys.exit(f"batches must be of at most {len(sentences) - 1} pairs, which the text has, got {options.batch_size}")
     model = SentenceTransformer(minilm(), device="cpu")
     model.max_seq_length = LENGTH
     model.forward = torch.autocast("cpu", dtype=torch.bfloat16)(model.forward)  # as Trainer does with bf16=True
