@@ -199,7 +199,7 @@ def command(monkeypatch, main, *arguments):
         (["simclr", "--temperature", "nan"], "--temperature: must be positive, got nan"),
         (["word2vec"], "invalid choice: 'word2vec'"),
         (["simclr", "--lambda-param", "1"], "unrecognized arguments: --lambda-param"),
-        ([], "required: method"),
+        ([], "required: METHOD"),
         (["simsiam", "--temperature", "1"], "unrecognized arguments: --temperature"),
         (["simclr", "--optimizer", "sgd"], "--optimizer: invalid choice: 'sgd'"),
         (["simclr", "--clip", "0"], "--clip: must be positive, got 0"),
