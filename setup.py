@@ -71,6 +71,16 @@ def requirement(pattern: str = TORCH) -> str:
     return f"torch>=2.{minors[0]},<2.{minors[-1] + 1}"
 
 
+def description(project: str) -> str:
+    """README.md as an index shows it: its links lead to the Source that pyproject.toml names, where it names one."""
+    text = (ROOT / "README.md").read_text()
+    source = re.search(r'^Source = "(.+?)/?"$', project, re.MULTILINE)
+    if source is None:
+        return text
+    relative = r"(!?)(\[[^]]*\]\()(?!https?:|#)"
+    return re.sub(relative, lambda m: f"{m[0]}{source[1]}/{'raw' if m[1] else 'blob'}/HEAD/", text)
+
+
 def run(*command: str) -> None:
     done = subprocess.run(
         command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "LC_ALL": "C"}
@@ -172,6 +182,8 @@ class TagWheel(bdist_wheel):
 
 setup(
     install_requires=[requirement()],
+    long_description=description((ROOT / "pyproject.toml").read_text()),
+    long_description_content_type="text/markdown",
     packages=[
         *find_packages(include=["fastssl", "fastssl.*"], exclude=["fastssl.kernels*"]),
         "fastssl.kernels",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -179,6 +180,18 @@ def test_a_wheel_requires_the_versions_of_torch_that_it_was_built_for(setup, tmp
         required("2.9.1", "2.11.0")
     with pytest.raises(setup["BuildError"], match=r"FASTSSL_TORCH must match torch packages, got .*/\*/torch"):
         required()
+
+
+def test_the_readme_of_an_index_links_to_the_source(setup):
+    url = "https://forge.example/fastssl"
+    text = setup["description"](f'[project.urls]\nSource = "{url}/"\n')
+    links = re.findall(r"(!?)\[[^]]*\]\((.*?)\)", text)
+    assert {image for image, _ in links} == {"", "!"}
+    for image, link in links:
+        folder, path = link.rsplit("/HEAD/", 1)
+        assert folder == f"{url}/{'raw' if image else 'blob'}"
+        assert (ROOT / path).is_file()
+    assert setup["description"]("") == (ROOT / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
