@@ -4,7 +4,8 @@
 //     grad_x = scale W Y,   grad_y = scale W^T X,   grad_scale = <X, W Y>,   grad_bias = sum_ij W_ij
 //
 // In siglip_loss the diagonal holds the positive pairs, with loss softplus(-S_ij) and weight -sigmoid(-S_ij), which are
-// computed from unrounded rows. similarity_softplus leaves out the entries of `exclude`; they are up to its caller.
+// computed from unrounded rows: in float32 those of the tiles. similarity_softplus leaves out the entries of `exclude`;
+// they are up to its caller.
 //
 // Algorithm. There is no normaliser, so the weights of a tile are known as soon as the tile is. Each tile of S is
 // computed once, turned into weights, and multiplied twice, W Y_J for its rows of grad_x and W^T X_I for those
@@ -30,13 +31,14 @@ using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 Results run_softplus(const Tensor& x_, const Tensor& y_, const Tensor& scale_, const Tensor& bias_,
                      const int64_t* exclude, bool diagonal, bool derive, c10::string_view precision) {
   TORCH_CHECK_VALUE(bias_.numel() == 1, "bias must have one element, got shape ", bias_.sizes());
-  const float scale = scale_.item<float>(), bias = bias_.item<float>();
+  const float scale = number<float>(scale_), bias = number<float>(bias_);
   const float factor = scale ? scale : std::numeric_limits<float>::min();  // 0 times an excluded -inf would be NaN
   const Engine engine(precision);
   const int threads = threads_for(x_.size(0), y_.size(0), x_.size(1));
   const float any = 1;  // the rows' largest square, which nothing here depends on
-  const Side x(x_, false, kRows | (derive ? kWeighing : 0), engine, threads, false, &any);
-  const Side y(y_, false, kColumns | (derive ? kWeighed : 0), engine, threads, false, &any);
+  const Sides sides(x_, y_, false, kRows | (derive ? kWeighing : 0), kColumns | (derive ? kWeighed : 0), engine, threads,
+                    &any, &any);
+  const Side &x = sides.x, &y = sides.y;
   const Similarities S{x, y, 1, -std::copysign(std::numeric_limits<float>::infinity(), factor), exclude, diagonal};
   const SigmoidTiles& f = FASTSSL_TABLE_IN_USE(sigmoid_tiles);
   const Numbers<double> total(x.cut.blocks, 0), weight(x.cut.blocks, 0);  // of each block of rows
@@ -44,19 +46,29 @@ Results run_softplus(const Tensor& x_, const Tensor& y_, const Tensor& scale_, c
   const Blocks narrow(threads, derive && engine.half() ? 2 * x.cut.block * y.cut.block * 2 : 0);
   double all = 0, grad_scale = 0, grad_bias = 0;
   const bool exact = engine.operand == Operand::Float32;
-  const Numbers<float> positive_weight(diagonal ? x.count : 0);
-  if (diagonal) dot_rows(x, y, positive_weight.data);
-  for (int64_t i = 0; diagonal && i < x.count; ++i) {
-    const Softplus positive(-(double(scale) * positive_weight[i] + bias));
-    all += positive.value;
-    positive_weight[i] = static_cast<float>(-positive.slope);
-    grad_bias -= positive.slope;
+  const Numbers<float> positive_weight(diagonal ? x.count : 0);  // first <x_i, y_i>
+  const auto take_positives = [&](int64_t I) {
+    for (int64_t i = x.first(I); i < x.first(I) + x.size(I); ++i) {
+      const Softplus positive(-(double(scale) * positive_weight[i] + bias));
+      positive_weight[i] = static_cast<float>(-positive.slope);
+      total[I] += positive.value;
+      weight[I] -= positive.slope;
+    }
+  };
+  if (diagonal && !exact) {
+    dot_rows(x, y, positive_weight.data);
+    for (int64_t I = 0; I < x.cut.blocks; ++I) take_positives(I);
   }
-  const auto sum_up = [&](Gathered* of_x, Gathered* of_y) {
+  const auto sum_up = [&](Gathered* of_x, Gathered* of_y, const auto& finish_x, const auto& finish_y) {
     match(threads, x.cut, y.cut, [&](int64_t I, int64_t J) {
       float* const s = tile.floats(slot(threads));
       const int64_t m = x.padded(I), n = y.padded(J);
-      S(I, J, s);
+      S.compute(I, J, s);
+      if (diagonal && exact && I == J) {
+        for (int64_t r = 0; r < x.size(I); ++r) positive_weight[x.first(I) + r] = s[r * n + r];
+        take_positives(I);
+      }
+      S.exclude_from(I, J, s);
       if (!derive) {
         total[I] += f.softplus(s, n, m, n, factor, bias);
         return;
@@ -68,7 +80,7 @@ Results run_softplus(const Tensor& x_, const Tensor& y_, const Tensor& scale_, c
         for (int64_t r = 0; r < x.size(I); ++r) s[r * n + r] = positive_weight[x.first(I) + r];
       of_x->add(I, half ? static_cast<void*>(half) : s, y, J);
       of_y->add_columns(J, half ? static_cast<void*>(pairs) : s, x, I);
-    }, [&] { engine.release(); });
+    }, finish_x, finish_y, [&] { engine.release(); });
   };
 
   const int64_t dim = x.rows.dim;
@@ -76,17 +88,18 @@ Results run_softplus(const Tensor& x_, const Tensor& y_, const Tensor& scale_, c
   const Tensor grad_y = at::empty({derive ? y.count : 0, dim}, at::kFloat);
   if (derive) {
     Gathered of_x(x, true, nullptr, &grad_x), of_y(y, false, &x, &grad_y);
-    sum_up(&of_x, &of_y);
     const Positives texts{y, positive_weight.data}, images{x, positive_weight.data};
-    grad_scale = finish_side(of_x, diagonal && !exact ? &texts : nullptr, scale, grad_x);
-    finish_side(of_y, diagonal && !exact ? &images : nullptr, scale, grad_y, nullptr, nullptr, false);
+    const Finish finish_x(of_x, diagonal && !exact ? &texts : nullptr, scale, grad_x);
+    const Finish finish_y(of_y, diagonal && !exact ? &images : nullptr, scale, grad_y, nullptr, nullptr, false);
+    sum_up(&of_x, &of_y, finish_x, finish_y);
+    grad_scale = finish_x.total();
   } else {
-    sum_up(nullptr, nullptr);
-    grad_bias = 0;
+    const auto nothing = [](int64_t) {};
+    sum_up(nullptr, nullptr, nothing, nothing);
   }
   for (int64_t b = 0; b < x.cut.blocks; ++b) {
     all += total[b];
-    grad_bias += weight[b];
+    if (derive) grad_bias += weight[b];
   }
   return {scalar(all), grad_x, grad_y, scalar(grad_scale, scale_.options()), scalar(grad_bias, bias_.options())};
 }
@@ -111,7 +124,7 @@ Tensor scaled(const Tensor& kept_, const Tensor& factor, const Tensor& like) {
   const Tensor kept = kept_.contiguous(), out = at::empty(kept.sizes(), like.options());
   const float* const from = kept.const_data_ptr<float>();
   char* const to = static_cast<char*>(out.mutable_data_ptr());
-  const float by = factor.item<float>();
+  const float by = number<float>(factor);
   at::parallel_for(0, kept.numel(), at::internal::GRAIN_SIZE, [&](int64_t begin, int64_t end) {
     FASTSSL_TABLE_IN_USE(sigmoid_tiles).scaled(from + begin, end - begin, by, element_of(like),
                                                to + begin * out.element_size());

@@ -50,7 +50,7 @@ struct Exponent {
   bool shared;     // whether all rows and columns share one origin
   float origin;    // the shared origin
 
-  Exponent(const Tensor& scale_tensor, const Side& x, const Side& y) : scale(scale_tensor.item<float>()) {
+  Exponent(const Tensor& scale_tensor, const Side& x, const Side& y) : scale(number<float>(scale_tensor)) {
     if (!std::isfinite(scale)) scale = std::numeric_limits<float>::quiet_NaN();
     const double largest = std::abs(scale) * std::sqrt(double(x.largest_square)) * std::sqrt(double(y.largest_square));
     const bool scaled = largest > kUnscaled || std::isinf(exponent_factor(scale));

@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "common/kernels.h"
+#include "common/number.h"
 
 namespace fastssl {
 
@@ -35,7 +36,7 @@ using Taken = std::conditional_t<std::is_same_v<T, double>, const at::Tensor&, T
 template <typename T>
 T given(Taken<T> x) {
   if constexpr (std::is_same_v<T, double>)
-    return x.template item<double>();
+    return number<double>(x);
   else
     return x;
 }

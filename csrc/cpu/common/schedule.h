@@ -60,7 +60,10 @@ struct Cut {
     block = std::min(block, round_up(std::max<int64_t>(rows, 1), kPadding));
     blocks = pieces(rows, block);
     group = 1;
-    while (group < 4 && blocks >= 8 * threads * group) group *= 2;
+    // Where as many groups as threads, or a multiple, have all blocks, no thread waits for another's larger share; a
+    // tournament needs more of them.
+    const auto even = [&](int64_t size) { return !symmetric && blocks % (size * threads) == 0; };
+    while (group < 4 && (blocks >= 8 * threads * group || even(2 * group))) group *= 2;
   }
 
   int64_t groups() const { return pieces(blocks, group); }
@@ -100,16 +103,30 @@ void tournament(int threads, const Cut& cut, const Visit& visit, const Done& don
 }
 
 // The same for every pair of a block of rows I and a block of columns J. In round k, group p of the side with fewer
-// groups meets group p + k of the other, modulo the larger number of groups.
-template <typename Visit, typename Done>
-void match(int threads, const Cut& rows, const Cut& columns, const Visit& visit, const Done& done) {
-  const int64_t P = rows.groups(), Q = columns.groups(), rounds = std::max(P, Q);
+// groups meets group p + k of the other, modulo the larger number of groups. A block that has met all others is
+// finished by the thread that has it in its cache: row_finished(I), column_finished(J).
+template <typename Visit, typename RowFinished, typename ColumnFinished, typename Done>
+void match(int threads, const Cut& rows, const Cut& columns, const Visit& visit, const RowFinished& row_finished,
+           const ColumnFinished& column_finished, const Done& done) {
+  const int64_t P = rows.groups(), Q = columns.groups(), tables = std::min(P, Q), rounds = std::max(P, Q);
   for (int64_t round = 0; round < rounds; ++round) {
-    run(threads, std::min(P, Q), [&](int64_t table) {
-      const int64_t p = P <= Q ? table : (table + round) % rounds, q = P <= Q ? (table + round) % rounds : table;
+    run(threads, tables, [&](int64_t table) {
+      const int64_t guest = (table + round) % rounds, p = P <= Q ? table : guest, q = P <= Q ? guest : table;
       rows.each(p, [&](int64_t i) { columns.each(q, [&](int64_t j) { visit(i, j); }); });
+      // The last table of a guest is the first, or if it sat there before the last round, the one after its own number.
+      const bool last = round == rounds - 1, guest_leaves = guest < tables - 1 ? last : table == 0;
+      if (P <= Q ? last : guest_leaves) rows.each(p, row_finished);
+      if (P <= Q ? guest_leaves : last) columns.each(q, column_finished);
     }, done);
   }
+  // Nobody met: one side has no blocks.
+  for (int64_t p = 0; tables == 0 && p < P; ++p) rows.each(p, row_finished);
+  for (int64_t q = 0; tables == 0 && q < Q; ++q) columns.each(q, column_finished);
+}
+
+template <typename Visit, typename Done>
+void match(int threads, const Cut& rows, const Cut& columns, const Visit& visit, const Done& done) {
+  match(threads, rows, columns, visit, [](int64_t) {}, [](int64_t) {}, done);
 }
 
 }  // namespace fastssl

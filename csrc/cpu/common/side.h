@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <initializer_list>
 #include <utility>
 #include <vector>
 
@@ -24,7 +25,8 @@ enum Role : int {
 // One side of S: the rows of one tensor, or of two, the second below the first, which are (normalised and) packed in
 // blocks. A lazy side is not packed as a whole: a thread calls prepare(b) before it uses block b, and keeps one block
 // at a time. What is cut as given has no largest square.
-struct Side {
+class Side {
+ public:
   Tensor first_part, second_part;
   Rows rows;
   int64_t count;
@@ -42,19 +44,28 @@ struct Side {
   // One side of a pair. `known`, unless null, is the largest square, which then need not be computed.
   Side(const Tensor& x, bool normalize, int wanted, const Engine& engine, int threads, bool lazy = false,
        const float* known = nullptr)
-      : Side(x, nullptr, normalize, false, wanted, engine, threads, lazy, known) {}
+      : Side(x, nullptr, normalize, false, wanted, engine, threads, lazy, known) {
+    prepare_all({this});
+  }
 
   // Both sides of a symmetric S: the rows of x1 and, unless null, x2.
   Side(const Tensor& x1, const Tensor* x2, bool normalize, int wanted, const Engine& engine, int threads,
        const float* known = nullptr)
-      : Side(x1, x2, normalize, true, wanted, engine, threads, false, known) {}
+      : Side(x1, x2, normalize, true, wanted, engine, threads, false, known) {
+    prepare_all({this});
+  }
 
   // One side of a product that is cut as given, whose tiles are not turned, and whose right operands lie in strips.
   Side(const Tensor& x, bool normalize, int wanted, const Engine& engine, int threads, const Cut& cut,
        bool lazy = false)
-      : Side(x, nullptr, normalize, false, wanted, engine, threads, lazy, nullptr, &cut) {}
+      : Side(x, nullptr, normalize, false, wanted, engine, threads, lazy, nullptr, &cut) {
+    prepare_all({this});
+  }
 
  private:
+  friend struct Sides;
+
+  // Not prepared yet.
   Side(const Tensor& x1, const Tensor* x2, bool normalize, bool symmetric, int wanted, const Engine& engine,
        int threads, bool lazy, const float* known, const Cut* given = nullptr)
       : first_part(x1.stride(1) == 1 ? x1 : x1.contiguous()),
@@ -80,19 +91,36 @@ struct Side {
         left_columns(places(), engine.half() && (roles & kWeighing) ? block_bytes() : 0),
         scratch(threads, 2 * cut.block * dim * 4),
         inverse_norm(count) {
-    if (cut_as_given || (known && (lazy || as_they_lie()))) std::fill_n(inverse_norm.data, count, 1.f);
-    if ((known && (lazy || as_they_lie())) || (lazy && cut_as_given)) {
-      if (known) largest_square = *known;
-      return;
-    }
-    const Numbers<float> square(cut.blocks);
-    run(threads, cut.blocks, [&](int64_t b) {
-      square[b] =
-          lazy ? engine.tile.largest_square(rows, first(b), size(b), scratch.floats(slot(threads))) : prepare(b);
-    });
-    for (int64_t b = 0; b < cut.blocks; ++b)
-      largest_square = square[b] <= largest_square ? largest_square : square[b];
+    const bool all_known = known && (lazy || as_they_lie());
+    if (cut_as_given || all_known) std::fill_n(inverse_norm.data, count, 1.f);
+    if (all_known) largest_square = *known;
+    unprepared = all_known || (lazy && cut_as_given) ? 0 : cut.blocks;
   }
+
+  // Packs, or where a side is lazy measures, all blocks of all sides.
+  static void prepare_all(std::initializer_list<Side*> sides) {
+    int64_t most = 0;
+    for (const Side* side : sides) most = std::max(most, side->unprepared);
+    const int threads = (*sides.begin())->threads;
+    const Numbers<float> squares(most * sides.size());
+    run(threads, most, [&](int64_t b) {
+      float* square = &squares[b * sides.size()];
+      for (const Side* side : sides) *square++ = b < side->unprepared ? side->measured(b) : 0;
+    });
+    for (int64_t b = 0; b < most; ++b) {
+      const float* square = &squares[b * sides.size()];
+      for (Side* side : sides) {
+        if (b < side->unprepared)
+          side->largest_square = *square <= side->largest_square ? side->largest_square : *square;
+        ++square;
+      }
+    }
+  }
+  float measured(int64_t b) const {
+    return lazy ? engine.tile.largest_square(rows, first(b), size(b), scratch.floats(slot(threads))) : prepare(b);
+  }
+
+  int64_t unprepared;  // blocks
 
  public:
   // Packs block b, as the operands of `only` these roles, and returns its largest |z|^2.
@@ -146,6 +174,18 @@ struct Side {
   const void* weighing(int64_t b) const { return engine.half() ? left_columns[place(b)] : right[place(b)]; }
 };
 
+// The two sides of a pair, prepared together: a small batch notices how often threads start.
+struct Sides {
+  Side x, y;
+
+  Sides(const Tensor& x, const Tensor& y, bool normalize, int wanted_of_x, int wanted_of_y, const Engine& engine,
+        int threads, const float* known_of_x = nullptr, const float* known_of_y = nullptr)
+      : x(x, nullptr, normalize, false, wanted_of_x, engine, threads, false, known_of_x),
+        y(y, nullptr, normalize, false, wanted_of_y, engine, threads, false, known_of_y) {
+    Side::prepare_all({&this->x, &this->y});
+  }
+};
+
 // The sums that become a side's gradient, one for each block of its rows: of W Y if the side is X, the rows of S, and
 // of W^T X if it is Y, the columns. W are the weights of a tile of S.
 //
@@ -189,6 +229,9 @@ struct Gathered {
     side.engine.tile.transposed(static_cast<const float*>(W), n, side.engine.half() ? m / 2 : m, turn);
     side.engine.multiply(n, side.dim, m, std::exchange(has_sums[J], 1), turn, x.weighed(I), sum_of(J));
   }
+
+  // Whether the gradient's rows of block b are the sum.
+  bool is_whole(int64_t b) const { return in_place && has_sums[b] && !has_transposed[b]; }
 
   // The sum of block b, (rows, dim). `spare` has room for it.
   float* operator()(int64_t b, float* spare) const {
@@ -255,19 +298,27 @@ struct EvenWeights {
   const float* weighted;  // sum_j v_j z_j
 };
 
-// Writes the gradient of a side's tensor, or tensors: scale G, where G is the blocks' sums plus, unless they are null,
-// weighted positives and even weights' terms; for normalised rows, the gradient of the rows before they were normalised.
-// Returns sum_i <G_i, z_i>, z being the rows as they were multiplied, if `along_wanted`.
-inline double finish_side(const Gathered& gathered, const Positives* positives, float scale, const Tensor& grad,
-                          const Tensor* grad_of_second = nullptr, const EvenWeights* even = nullptr,
-                          bool along_wanted = true) {
-  const Side& side = gathered.side;
-  const Numbers<double> along(side.cut.blocks, 0);
-  const Blocks scratch(side.threads, (side.dim + side.cut.block * side.dim) * 4);
-  const Rows out{{grad.mutable_data_ptr(), (grad_of_second ? *grad_of_second : grad).mutable_data_ptr()},
-                 {side.rows.dim, side.rows.dim}, side.rows.batch, side.rows.dim, element_of(grad)};
-  const float* const inverse_norm = side.inverse_norm.data;
-  run(side.threads, side.cut.blocks, [&](int64_t b) {
+// Writes the gradient of a side's tensor, or tensors, block by block: scale G, where G is a block's sums plus, unless
+// they are null, weighted positives and even weights' terms; for normalised rows, the gradient of the rows before they
+// were normalised. Where `along_wanted`, it adds up sum_i <G_i, z_i>, z being the rows as they were multiplied.
+class Finish {
+ public:
+  Finish(const Gathered& gathered, const Positives* positives, float scale, const Tensor& grad,
+         const Tensor* grad_of_second = nullptr, const EvenWeights* even = nullptr, bool along_wanted = true)
+      : gathered(gathered),
+        side(gathered.side),
+        positives(positives),
+        scale(scale),
+        even(even),
+        along_wanted(along_wanted),
+        out{{grad.mutable_data_ptr(), (grad_of_second ? *grad_of_second : grad).mutable_data_ptr()},
+            {side.rows.dim, side.rows.dim}, side.rows.batch, side.rows.dim, element_of(grad)},
+        scratch(side.threads, (side.dim + side.cut.block * side.dim) * 4),
+        along(side.cut.blocks, 0) {}
+
+  void operator()(int64_t b) const {
+    if (gathered.is_whole(b) && scale == 1 && !positives && !even && !along_wanted && !side.normalize) return;
+    const float* const inverse_norm = side.inverse_norm.data;
     float* const row = scratch.floats(slot(side.threads));
     float* const sums = gathered(b, row + side.dim);
     const auto add = [&](const float* x, float weight, float* sum) {
@@ -284,10 +335,33 @@ inline double finish_side(const Gathered& gathered, const Positives* positives, 
                                           side.rows.element, side.rows.dim, sums + r * side.dim, row,
                                           out.element, const_cast<void*>(out[i]), along_wanted);
     }
-  });
-  double total = 0;
-  for (int64_t b = 0; b < side.cut.blocks; ++b) total += along[b];  // in this order: deterministic
-  return total;
+  }
+
+  // Once all blocks are finished: sum_i <G_i, z_i>.
+  double total() const {
+    double sum = 0;
+    for (int64_t b = 0; b < side.cut.blocks; ++b) sum += along[b];  // in this order: deterministic
+    return sum;
+  }
+
+ private:
+  const Gathered& gathered;
+  const Side& side;
+  const Positives* positives;
+  float scale;
+  const EvenWeights* even;
+  bool along_wanted;
+  Rows out;
+  Blocks scratch;
+  Numbers<double> along;
+};
+
+// All blocks of a side, finished once they are gathered.
+inline double finish_side(const Gathered& gathered, const Positives* positives, float scale, const Tensor& grad,
+                          const Tensor* grad_of_second = nullptr) {
+  const Finish finish(gathered, positives, scale, grad, grad_of_second);
+  run(gathered.side.threads, gathered.side.cut.blocks, finish);
+  return finish.total();
 }
 
 }  // namespace fastssl

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "common/arena.h"
+#include "common/number.h"
 #include "common/product_tiles.h"
 #include "common/schedule.h"
 

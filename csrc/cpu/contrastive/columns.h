@@ -6,14 +6,15 @@
 
 namespace fastssl {
 
-// Each thread owns some columns; the bits do not depend on which.
+// Each thread owns some columns, and finishes them; the bits do not depend on which.
 inline void gather_columns(const Similarities& S, const Exponent& e, const Coefficients& rows, const KeptTiles& kept,
-                           Gathered& gathered, const float* diagonal = nullptr) {
+                           Gathered& gathered, const Finish& finish, const float* diagonal = nullptr) {
   const Weights weights(S, e, &rows, nullptr, diagonal);
   run(S.y.threads, S.y.cut.blocks, [&](int64_t J) {
     // If the last tile of a column of tiles was kept, all of that column's were.
     if (S.y.lazy && S.x.cut.blocks && !kept(S.x.cut.blocks - 1, J)) S.y.prepare(J);
     for (int64_t I = 0; I < S.x.cut.blocks; ++I) weights.compute_and_multiply(I, J, kept, nullptr, &gathered);
+    finish(J);
   }, [&] { S.y.engine.release(); });
 }
 

@@ -37,8 +37,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> info_nce(cons
   check_pairs(kNames, query, key, scale);
   const Engine engine(precision);
   const int threads = threads_for(query.size(0), key.size(0), query.size(1));
-  const Side x(query, normalize, kRows, engine, threads);
-  const Side y(key, normalize, kColumns | (weigh ? kWeighed : 0), engine, threads);
+  const Sides sides(query, key, normalize, kRows, kColumns | (weigh ? kWeighed : 0), engine, threads);
+  const Side &x = sides.x, &y = sides.y;
   const Exponent e(scale, x, y);
   const Similarities S{x, y, e.factor, e.excluded, nullptr, true};
   const SoftmaxTiles& f = FASTSSL_TABLE_IN_USE(softmax_tiles);
@@ -67,15 +67,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> info_nce(cons
     out_positive[i] = static_cast<float>(dot_row(x, y, i, spare)) * e.scale;
     out_shift[i] = shift_of(sums.extreme[i], e);
     out_total[i] = static_cast<float>(sums.about(i, e, origin_of(out_shift[i], e)));
-    const Softplus found = cross_entropy(out_total[i], out_shift[i], out_positive[i]);
-    out_loss[i] = static_cast<float>(found.value);
+    const CrossEntropy found(out_total[i], out_shift[i], out_positive[i]);
+    out_loss[i] = static_cast<float>(found.value());
     if (!weigh) return;
-    const float mean = sums.total[i] == 0 ? 0 : static_cast<float>(found.slope / sums.total[i]);
+    const float mean = sums.total[i] == 0 ? 0 : static_cast<float>(found.slope() / sums.total[i]);
     if (mean) engine.tile.store(sum, mean, Element::Float32, x.dim, sum);
     else std::fill_n(sum, x.dim, 0.f);
     if (share) engine.tile.add_row(mean_key.data, 1, -share, Element::Float32, x.dim, sum, nullptr);
     const double along = engine.tile.finish(x.rows[i], x.inverse_norm[i], y.rows[i], y.inverse_norm[i],
-                                            static_cast<float>(share - found.slope), 1, normalize, x.rows.element, dim,
+                                            static_cast<float>(share - found.slope()), 1, normalize, x.rows.element, dim,
                                             sum, spare, Element::Float32, out_query_slope + i * dim, true);
     out_scale_slope[i] = static_cast<float>(along);
   };
@@ -136,15 +136,16 @@ std::tuple<Tensor, Tensor, Tensor> info_nce_backward(const Tensor& grad_loss, co
   double grad_scale = 0;
   for (int64_t i = 0; i < count; ++i) grad_scale += double(g[i]) * by_scale[i];
   const Engine engine(precision);
-  const Tensor grad_query = scaled_rows(query_slope, g, scale.item<float>(), query.options(), engine);
+  const Tensor grad_query = scaled_rows(query_slope, g, number<float>(scale), query.options(), engine);
   const Tensor grad_key = at::empty({needs_key ? count : 0, key.size(1)}, key.options());
   if (!needs_key || count == 0) return {grad_query, grad_key, scalar(grad_scale, scale.options())};
 
   const int threads = threads_for(count, count, query.size(1));
   const KeptTiles tiles(kept, {count, count, query.size(1), threads, false}, engine);
   const bool all = tiles.all();
-  const Side x(query, normalize, kWeighing | (all ? kNothing : kRows), engine, threads, false, tiles.largest_square(0));
-  const Side y(key, normalize, all ? kNothing : kColumns, engine, threads, false, tiles.largest_square(1));
+  const Sides sides(query, key, normalize, kWeighing | (all ? kNothing : kRows), all ? kNothing : kColumns, engine,
+                    threads, tiles.largest_square(0), tiles.largest_square(1));
+  const Side &x = sides.x, &y = sides.y;
   const Exponent e(scale, x, y);
   tiles.check(e.shared);
   const Tensor positive = positive_.contiguous(), total = total_.contiguous(), shift = shift_.contiguous();
@@ -153,19 +154,19 @@ std::tuple<Tensor, Tensor, Tensor> info_nce_backward(const Tensor& grad_loss, co
   const float share = share_of(label_smoothing, count);
   const Numbers<float> positive_weight(count);
   const Coefficients rows([&](int64_t i) {
-    const double slope = cross_entropy(t[i], s[i], p[i]).slope * g[i];
-    positive_weight[i] = static_cast<float>((share ? share * g[i] : 0) - slope);
-    return t[i] == 0 ? 0 : static_cast<float>(slope / t[i]);
+    const CrossEntropy found(t[i], s[i], p[i]);
+    positive_weight[i] = static_cast<float>((share ? share * g[i] : 0) - found.slope() * g[i]);
+    return static_cast<float>(found.slope_of_total() * g[i]);
   }, shift, x, e);
   Gathered gathered(y, false, &x, &grad_key);
   const bool exact = engine.operand == Operand::Float32;
-  gather_columns({x, y, e.factor, e.excluded, nullptr, true}, e, rows, tiles, gathered,
-                 exact ? positive_weight.data : nullptr);
   const Positives queries{x, positive_weight.data};
   const Numbers<float> weighted =
       share ? sum_rows(x, [&](int64_t i) { return -share * g[i] / static_cast<float>(count); }) : Numbers<float>(0);
   const EvenWeights even{nullptr, nullptr, weighted.data};
-  finish_side(gathered, exact ? nullptr : &queries, e.scale, grad_key, nullptr, share ? &even : nullptr);
+  const Finish finish(gathered, exact ? nullptr : &queries, e.scale, grad_key, nullptr, share ? &even : nullptr, false);
+  gather_columns({x, y, e.factor, e.excluded, nullptr, true}, e, rows, tiles, gathered, finish,
+                 exact ? positive_weight.data : nullptr);
   return {grad_query, grad_key, scalar(grad_scale, scale.options())};
 }
 

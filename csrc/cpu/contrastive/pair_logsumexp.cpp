@@ -20,15 +20,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pair_logsumexp(const Tensor& 
                                                                   c10::string_view precision) {
   check_sides("x and y", x_, y_, scale);
   const Tensor exclude = checked_exclude(exclude_, x_);
-  const Engine engine(precision);
-  const int threads = threads_for(x_.size(0), y_.size(0), x_.size(1));
-  const Side x(x_, false, kRows, engine, threads), y(y_, false, kColumns, engine, threads);
-  const Exponent e(scale, x, y);
-  Tensor kept = at::empty({keep}, at::kByte);
-  const KeptTiles tiles(kept, {x.count, y.count, x.rows.dim, threads, false}, engine, e.shared, x.largest_square,
-                        y.largest_square);
-  const auto [rows, columns] = sum_pair({x, y, e.factor, e.excluded, data_of(exclude), false}, e, tiles);
-  return std::tuple_cat(finish_sums(rows, x.count, e), finish_sums(columns, y.count, e), std::tuple(kept));
+  const SummedPair pair(x_, y_, scale, false, keep, precision);
+  const auto [rows, columns] = pair.sum(data_of(exclude), false);
+  return std::tuple_cat(finish_sums(rows, pair.x.count, pair.e), finish_sums(columns, pair.y.count, pair.e),
+                        std::tuple(pair.kept));
 }
 
 std::tuple<Tensor, Tensor, Tensor> pair_logsumexp_backward(const Tensor& grad_row_total,
@@ -42,13 +37,10 @@ std::tuple<Tensor, Tensor, Tensor> pair_logsumexp_backward(const Tensor& grad_ro
   check_vectors("grad_column_total and column_shift", y_.size(0), {grad_column_total, column_shift});
   check_kept(kept);
   const Tensor exclude = checked_exclude(exclude_, x_);
-  const Engine engine(precision);
-  const int threads = threads_for(x_.size(0), y_.size(0), x_.size(1));
-  const KeptTiles tiles(kept, {x_.size(0), y_.size(0), x_.size(1), threads, false}, engine);
-  const DerivedPair pair(x_, y_, scale, false, engine, threads, tiles);
-  const Coefficients rows(grad_row_total, row_shift, pair.x, pair.e);
-  const Coefficients columns(grad_column_total, column_shift, pair.y, pair.e);
-  return pair.differentiate(data_of(exclude), false, rows, columns, nullptr, nullptr, x_, y_, scale);
+  const DerivedPair pair(x_, y_, scale, false, kept, precision);
+  Coefficients rows(grad_row_total, row_shift, pair.x, pair.e);
+  Coefficients columns(grad_column_total, column_shift, pair.y, pair.e);
+  return pair.differentiate(data_of(exclude), false, rows, columns, nullptr, nullptr, scale);
 }
 
 FASTSSL_KERNELS(CPU, m) {

@@ -127,8 +127,8 @@ std::tuple<Tensor, Tensor, Tensor> similarity_logsumexp_backward(
   tiles.check(e.shared);
   const Coefficients rows(gradient, shift, x, e);
   Gathered gathered(y, false, &x, &grad_y);
-  gather_columns({x, y, e.factor, e.excluded, data_of(exclude), false}, e, rows, tiles, gathered);
-  finish_side(gathered, nullptr, e.scale, grad_y, nullptr, nullptr, false);
+  const Finish finish(gathered, nullptr, e.scale, grad_y, nullptr, nullptr, false);
+  gather_columns({x, y, e.factor, e.excluded, data_of(exclude), false}, e, rows, tiles, gathered, finish);
   return {grad_x, grad_y, grad_scale};
 }
 
