@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastssl import reference
+from fastssl._reductions import reduce
 from fastssl.ops._numbers import as_tensor
 from fastssl.ops._precision import accumulate_dtype, autocast_enabled, widen
 
@@ -59,7 +59,7 @@ def cross_entropy(negatives: Tensor, positive: Tensor) -> Tensor:
 
 
 def finish(loss: Tensor, reduction: str, x: Tensor) -> Tensor:
-    loss = reference.contrastive.reduce(loss, reduction)
+    loss = reduce(loss, reduction)
     return loss if loss.dtype == x.dtype or autocast_enabled(x) else loss.to(x.dtype)
 
 

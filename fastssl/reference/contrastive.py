@@ -21,12 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-def reduce(loss: Tensor, reduction: str) -> Tensor:
-    """`loss` reduced as PyTorch's loss functions do."""
-    if reduction == "none":
-        return loss
-    return loss.mean() if reduction == "mean" else loss.sum()
+from fastssl._reductions import reduce
 
 
 def nt_xent(

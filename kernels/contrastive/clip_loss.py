@@ -24,6 +24,7 @@ from torch import Tensor
 
 from fastssl._label_smoothing import gradient_of_leads, lead
 from fastssl._norms import normalized_rows
+from fastssl._reductions import gradient_of_rows, reduce
 from fastssl.kernels.common.accumulate import accumulate_both
 from fastssl.kernels.common.kept import kept_products, nothing_kept, room_for_products
 from fastssl.kernels.common.launch import OPTIONS, row_block
@@ -90,13 +91,14 @@ def _factors(
 
 
 def clip_loss(
-    x: Tensor, y: Tensor, scale: Tensor, label_smoothing: float, normalize: bool, keep: int, precision: str
+    x: Tensor, y: Tensor, scale: Tensor, label_smoothing: float, reduction: str, normalize: bool, keep: int,
+    precision: str,
 ) -> tuple[Tensor, ...]:
     """`fastssl::clip_loss` for CUDA tensors; see fastssl/ops/contrastive/."""
     rows, dim = x.shape
     loss, positive = (x.new_empty(rows, dtype=torch.float32) for _ in range(2))
     if rows == 0:
-        return *(loss.clone() for _ in range(6)), nothing_kept(x, keep)
+        return reduce(loss, reduction), *(loss.clone() for _ in range(5)), nothing_kept(x, keep)
     with torch.cuda.device_of(x):
         (left, inverse_x), (right, inverse_y) = (rows_of_products(z, normalize, precision) for z in (x, y))
         kept, products = room_for_products(x, keep, rows, rows, precision)
@@ -111,7 +113,7 @@ def clip_loss(
         if label_smoothing:
             wide_x, wide_y = (normalized_rows(z, normalize)[0] for z in (x, y))
             loss += label_smoothing / 2 * scale * (lead(wide_x, wide_y) + lead(wide_y, wide_x))
-    return loss, positive, *of_rows, *of_columns, kept
+    return reduce(loss, reduction), positive, *of_rows, *of_columns, kept
 
 
 def clip_loss_backward(
@@ -126,6 +128,7 @@ def clip_loss_backward(
     column_shift: Tensor,
     kept: Tensor,
     label_smoothing: float,
+    reduction: str,
     normalize: bool,
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -133,6 +136,7 @@ def clip_loss_backward(
     rows = x.shape[0]
     if rows == 0:
         return x.new_empty(x.shape), y.new_empty(y.shape), scale.new_zeros(())
+    grad_loss = gradient_of_rows(grad_loss, reduction, rows)
     with torch.cuda.device_of(x):
         (left, inverse_x), (right, inverse_y) = (rows_of_products(z, normalize, precision) for z in (x, y))
         shifts = row_shift.contiguous(), column_shift.contiguous()

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from fastssl._label_smoothing import centered, gradient_of_leads, lead
 from fastssl._norms import normalized_rows, through_norms
+from fastssl._reductions import gradient_of_rows, reduce
 from fastssl.kernels.common.accumulate import accumulate
 from fastssl.kernels.common.kept import kept_products, nothing_kept, room_for_products
 from fastssl.kernels.common.launch import OPTIONS, PEAK, row_block
@@ -133,6 +134,7 @@ def info_nce(
     positive_key: Tensor,
     scale: Tensor,
     label_smoothing: float,
+    reduction: str,
     normalize: bool,
     weigh: bool,
     keep: int,
@@ -145,7 +147,7 @@ def info_nce(
     scale_slope = query.new_empty(rows if weigh else 0, dtype=torch.float32)
     results = loss, positive, total, shift, query_slope, scale_slope
     if rows == 0:
-        return *results, nothing_kept(query, keep)
+        return reduce(loss, reduction), *results[1:], nothing_kept(query, keep)
     with torch.cuda.device_of(query):
         (q, inverse_q), (k, inverse_k) = (rows_of_products(z, normalize, precision) for z in (query, positive_key))
         kept, products = room_for_products(query, keep, rows, rows, precision)
@@ -170,7 +172,7 @@ def info_nce(
             if weigh:
                 query_slope += through_norms(label_smoothing * centered(wide_k), wide_q, norms)
                 scale_slope += label_smoothing * leads
-    return *results, kept
+    return reduce(loss, reduction), *results[1:], kept
 
 
 def info_nce_backward(
@@ -185,11 +187,13 @@ def info_nce_backward(
     scale_slope: Tensor,
     kept: Tensor,
     label_smoothing: float,
+    reduction: str,
     needs_positive_key: bool,
     normalize: bool,
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`fastssl::info_nce_backward` for CUDA tensors; see fastssl/ops/contrastive/."""
+    grad_loss = gradient_of_rows(grad_loss, reduction, query.shape[0])
     grad_query = ((grad_loss * scale)[:, None] * query_slope).to(query.dtype)
     grad_scale = (grad_loss * scale_slope).sum(dtype=torch.float64).to(scale.dtype)
     rows = query.shape[0]

@@ -61,8 +61,8 @@ class Pass:
         self.call = {
             "nt_xent": lambda keep: forward(x, y, s, True, keep, precision),
             "dcl": lambda keep: forward(x, y, w, s, True, keep, precision),
-            "clip_loss": lambda keep: forward(x, y, s, e, True, keep, precision),
-            "info_nce": lambda keep: forward(x, y, s, e, True, True, keep, precision),
+            "clip_loss": lambda keep: forward(x, y, s, e, "none", True, keep, precision),
+            "info_nce": lambda keep: forward(x, y, s, e, "none", True, True, keep, precision),
             "sup_con": lambda keep: forward(x, own % 7, s, True, keep, precision),
             "pair_logsumexp": lambda keep: forward(x, y, s, own, keep, precision),
             "self_logsumexp": lambda keep: forward(x, s, keep, precision),
@@ -72,8 +72,8 @@ class Pass:
         self.arguments = {
             "nt_xent": lambda o, kept: (g, x, y, s, *o, kept, True, precision),
             "dcl": lambda o, kept: (g, x, y, w, s, *o, kept, True, precision),
-            "clip_loss": lambda o, kept: (g1, x, y, s, *o, kept, e, True, precision),
-            "info_nce": lambda o, kept: (g1, x, y, s, *o, kept, e, True, True, precision),
+            "clip_loss": lambda o, kept: (g1, x, y, s, *o, kept, e, "none", True, precision),
+            "info_nce": lambda o, kept: (g1, x, y, s, *o, kept, e, "none", True, True, precision),
             "sup_con": lambda o, kept: (g1, x, own % 7, s, *o, kept, True, precision),
             "pair_logsumexp": lambda o, kept: (g1, g2, x, y, s, own, o[1], o[3], kept, precision),
             "self_logsumexp": lambda o, kept: (g1, x, s, o[1], kept, precision),
@@ -208,7 +208,7 @@ def test_scratch_stays_from_call_to_call(name, most):
     e = torch.tensor(0.1, dtype=torch.float64)
     op = getattr(torch.ops.fastssl, name).default
     calls = {
-        "clip_loss": lambda: op(x, y, s, e, False, 0, "float32"),
+        "clip_loss": lambda: op(x, y, s, e, "none", False, 0, "float32"),
         "nt_xent": lambda: op(x, y, s, True, 0, "float32"),
         "siglip_loss": lambda: op(x, y, s, s, True, "float32"),
     }

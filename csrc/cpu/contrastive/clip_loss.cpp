@@ -16,6 +16,7 @@
 #include "common/portable.h"
 #include "contrastive/cross_entropy.h"
 #include "contrastive/pairs.h"
+#include "contrastive/reduction.h"
 #include "contrastive/smoothing.h"
 
 namespace fastssl {
@@ -23,9 +24,12 @@ namespace {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> clip_loss(const Tensor& x_, const Tensor& y_,
                                                                              const Tensor& scale,
-                                                                             double label_smoothing, bool normalize,
-                                                                             int64_t keep, c10::string_view precision) {
+                                                                             double label_smoothing,
+                                                                             c10::string_view reduction_name,
+                                                                             bool normalize, int64_t keep,
+                                                                             c10::string_view precision) {
   check_pairs("image_features and text_features", x_, y_, scale);
+  const Reduction reduction = reduction_of(reduction_name);
   const SummedPair pair(x_, y_, scale, normalize, keep, precision);
   const Side &x = pair.x, &y = pair.y;
   const Exponent& e = pair.e;
@@ -50,23 +54,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> clip_loss(con
     smooth(x, mean_row(y).data, share / 2, e.scale, p, out);
     smooth(y, mean_row(x).data, share / 2, e.scale, p, out);
   }
-  return {loss, positive, row_total, row_shift, column_total, column_shift, pair.kept};
+  return {reduce(loss, reduction), positive, row_total, row_shift, column_total, column_shift, pair.kept};
 }
 
 std::tuple<Tensor, Tensor, Tensor> clip_loss_backward(const Tensor& grad_loss, const Tensor& x_, const Tensor& y_,
                                                       const Tensor& scale, const Tensor& positive,
                                                       const Tensor& row_total, const Tensor& row_shift,
                                                       const Tensor& column_total, const Tensor& column_shift,
-                                                      const Tensor& kept, double label_smoothing, bool normalize,
+                                                      const Tensor& kept, double label_smoothing,
+                                                      c10::string_view reduction, bool normalize,
                                                       c10::string_view precision) {
   check_pairs("image_features and text_features", x_, y_, scale);
-  check_vectors("grad_loss, positive, totals and shifts", x_.size(0),
-                {grad_loss, positive, row_total, row_shift, column_total, column_shift});
+  check_vectors("positive, totals and shifts", x_.size(0), {positive, row_total, row_shift, column_total, column_shift});
   check_kept(kept);
   const int64_t count = x_.size(0);
   const DerivedPair pair(x_, y_, scale, normalize, kept, precision);
-  const Tensor g = grad_loss.contiguous(), p = positive.contiguous();
-  const float *const gradients = g.const_data_ptr<float>(), *const positives = p.const_data_ptr<float>();
+  const Numbers<float> gradients = gradient_of_rows(grad_loss, reduction_of(reduction), count);
+  const Tensor p = positive.contiguous();
+  const float* const positives = p.const_data_ptr<float>();
   const float share = share_of(label_smoothing, count);
   Numbers<float> weights(count), even(share ? count : 0);
   for (int64_t i = 0; i < count; ++i) weights[i] = share ? share * gradients[i] : 0;

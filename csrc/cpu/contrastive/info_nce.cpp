@@ -21,6 +21,7 @@
 #include "common/portable.h"
 #include "contrastive/columns.h"
 #include "contrastive/cross_entropy.h"
+#include "contrastive/reduction.h"
 #include "contrastive/smoothing.h"
 
 namespace fastssl {
@@ -31,10 +32,12 @@ constexpr int64_t kGrain = 1 << 15;  // fewer numbers are not worth another thre
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> info_nce(const Tensor& query, const Tensor& key,
                                                                             const Tensor& scale,
-                                                                            double label_smoothing, bool normalize,
-                                                                            bool weigh, int64_t keep,
+                                                                            double label_smoothing,
+                                                                            c10::string_view reduction_name,
+                                                                            bool normalize, bool weigh, int64_t keep,
                                                                             c10::string_view precision) {
   check_pairs(kNames, query, key, scale);
+  const Reduction reduction = reduction_of(reduction_name);
   const Engine engine(precision);
   const int threads = threads_for(query.size(0), key.size(0), query.size(1));
   const Sides sides(query, key, normalize, kRows, kColumns | (weigh ? kWeighed : 0), engine, threads);
@@ -100,7 +103,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> info_nce(cons
     });
   }, [&] { engine.release(); });
   if (share) smooth(x, mean_key.data, share, e.scale, out_positive, out_loss);
-  return {loss, positive, total, shift, query_slope, scale_slope, kept};
+  return {reduce(loss, reduction), positive, total, shift, query_slope, scale_slope, kept};
 }
 
 // factor_i scale row_i, with other options.
@@ -121,22 +124,23 @@ std::tuple<Tensor, Tensor, Tensor> info_nce_backward(const Tensor& grad_loss, co
                                                      const Tensor& scale, const Tensor& positive_,
                                                      const Tensor& total_, const Tensor& shift_,
                                                      const Tensor& query_slope, const Tensor& scale_slope_,
-                                                     const Tensor& kept, double label_smoothing, bool needs_key,
-                                                     bool normalize, c10::string_view precision) {
+                                                     const Tensor& kept, double label_smoothing,
+                                                     c10::string_view reduction, bool needs_key, bool normalize,
+                                                     c10::string_view precision) {
   check_pairs(kNames, query, key, scale);
   const int64_t count = query.size(0);
-  check_vectors("grad_loss, positive, total, shift and scale_slope", count,
-                {grad_loss, positive_, total_, shift_, scale_slope_});
+  check_vectors("positive, total, shift and scale_slope", count, {positive_, total_, shift_, scale_slope_});
   check_kept(kept);
   TORCH_CHECK_VALUE(query_slope.scalar_type() == at::kFloat && query_slope.sizes() == query.sizes(),
                     "query_slope must be float32 of shape ", query.sizes(), ", got ", query_slope.scalar_type(),
                     " of shape ", query_slope.sizes());
-  const Tensor gradient = grad_loss.contiguous(), scale_slope = scale_slope_.contiguous();
-  const float *const g = gradient.const_data_ptr<float>(), *const by_scale = scale_slope.const_data_ptr<float>();
+  const Numbers<float> g = gradient_of_rows(grad_loss, reduction_of(reduction), count);
+  const Tensor scale_slope = scale_slope_.contiguous();
+  const float* const by_scale = scale_slope.const_data_ptr<float>();
   double grad_scale = 0;
   for (int64_t i = 0; i < count; ++i) grad_scale += double(g[i]) * by_scale[i];
   const Engine engine(precision);
-  const Tensor grad_query = scaled_rows(query_slope, g, number<float>(scale), query.options(), engine);
+  const Tensor grad_query = scaled_rows(query_slope, g.data, number<float>(scale), query.options(), engine);
   const Tensor grad_key = at::empty({needs_key ? count : 0, key.size(1)}, key.options());
   if (!needs_key || count == 0) return {grad_query, grad_key, scalar(grad_scale, scale.options())};
 

@@ -112,8 +112,8 @@ def clip_loss(
     if group is not None:
         some = scale.new_empty(0, dtype=torch.int64) if labels is None else labels  # that all processes have, or none
         ring = Ring(group, image_features=image_features, text_features=text_features, logit_scale=scale, labels=some)
-    loss, sums = pair_loss(image_features, text_features, scale, labels, label_smoothing, precision, ring)
-    loss = finish(loss, reduction, image_features)
+    loss, sums = pair_loss(image_features, text_features, scale, labels, label_smoothing, reduction, precision, ring)
+    loss = finish(loss, "none", image_features)
     if not return_metrics:
         return loss
     negatives = [] if labels is not None else [[pair] for pair in sums]

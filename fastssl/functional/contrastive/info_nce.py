@@ -20,6 +20,7 @@ from fastssl._checks import (
     check_temperature,
 )
 from fastssl._exponential_sums import Sums, bytes_to_keep_for, joined, row_sums
+from fastssl._reductions import reduce
 from fastssl.distributed import ProcessGroup, Ring
 from fastssl.functional.contrastive.pairs import mean_row, pair_loss, pair_metrics
 from fastssl.ops import contrastive, current_backend
@@ -146,13 +147,15 @@ def info_nce(
     elif not whole:
         k = kept(k)
     if symmetric:
-        loss, sums = pair_loss(q, k, scale, None, label_smoothing, precision, ring, normalize)
+        loss, sums = pair_loss(q, k, scale, None, label_smoothing, reduction, precision, ring, normalize)
         directions = [[pair] for pair in sums]
     else:
         if whole:
             weigh = needs_gradient(q, k, scale)
             keep = bytes_to_keep_for(k, precision, (q, k, scale))
-            loss, _, *sums = contrastive.info_nce(q, k, scale, label_smoothing, normalize, weigh, keep, precision)[:4]
+            loss, _, *sums = contrastive.info_nce(
+                q, k, scale, label_smoothing, reduction, normalize, weigh, keep, precision
+            )[:4]
             directions = [[sums]]
         else:
             keys = k if in_batch_negatives else None
@@ -163,7 +166,8 @@ def info_nce(
             directions = [sums]
             if label_smoothing:
                 loss = loss + label_smoothing * scale * (dot(q, k) - dot(q, mean_row(k, ring)))
-    loss = finish(loss, reduction, query)
+            loss = reduce(loss, reduction)
+    loss = finish(loss, "none", query)
     if not return_metrics:
         return loss
     if whole and normalize:

@@ -8,6 +8,7 @@ from torch import Tensor
 from fastssl import distributed
 from fastssl._arithmetic import cross_entropy, dot, logsumexp
 from fastssl._exponential_sums import Sums, largest_similarity, pair_sums
+from fastssl._reductions import reduce
 from fastssl.distributed import Ring, mean_over_processes
 from fastssl.ops import contrastive
 from fastssl.ops._precision import accumulate_dtype
@@ -19,17 +20,18 @@ def pair_loss(
     scale: Tensor,
     labels: Tensor | None,
     label_smoothing: float,
+    reduction: str,
     precision: str,
     ring: Ring | None = None,
     normalize: bool = False,
 ) -> tuple[Tensor, tuple[Sums, Sums]]:
-    """The mean of the cross-entropies of row i and of column i of scale x y^T, and the sums over the negatives of both.
-    The positive is the diagonal, or with labels all rows and columns of the same label alike; the sums are then over
-    all. Rows are normalised here only where this process is alone, without labels.
+    """The mean of the cross-entropies of row i and of column i of scale x y^T, of all i as `reduction` says, and the
+    sums over the negatives of both. The positive is the diagonal, or with labels all rows and columns of the same label
+    alike; the sums are then over all. Rows are normalised here only where this process is alone, without labels.
     """
     if labels is None and ring is None:
         keep = contrastive.bytes_to_keep(precision, (x, y, scale), x.shape[0], y.shape[0])
-        loss, _, *sums, _ = contrastive.clip_loss(x, y, scale, label_smoothing, normalize, keep, precision)
+        loss, _, *sums, _ = contrastive.clip_loss(x, y, scale, label_smoothing, reduction, normalize, keep, precision)
         return loss, (sums[:2], sums[2:])
     own = torch.arange(x.shape[0], device=x.device) if labels is None else None
     sums = pair_sums(x, y, scale, own, precision, ring)
@@ -48,7 +50,7 @@ def pair_loss(
         loss = (rows + columns) / 2 - aligned * scale
     if label_smoothing:
         loss = loss + label_smoothing * scale * (aligned - (dot(x, mean_row(y, ring)) + dot(y, mean_row(x, ring))) / 2)
-    return loss, sums
+    return reduce(loss, reduction), sums
 
 
 def mean_row(x: Tensor, ring: Ring | None = None) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastssl._label_smoothing import gradient_of_leads, lead
 from fastssl._norms import EPS, normalized_rows, through_norms
+from fastssl._reductions import gradient_of_rows, reduce
 from fastssl.ops._op import Op
 from fastssl.ops._portable import pair_blocks, similarity
 from fastssl.ops._precision import accumulate_dtype
@@ -16,14 +17,17 @@ from fastssl.ops.contrastive.pair_logsumexp import pair_logsumexp_portable, pair
 
 
 def _fake(
-    x: Tensor, y: Tensor, scale: Tensor, label_smoothing: float, normalize: bool, keep: int, precision: str
+    x: Tensor, y: Tensor, scale: Tensor, label_smoothing: float, reduction: str, normalize: bool, keep: int,
+    precision: str,
 ) -> tuple[Tensor, ...]:
-    sums = (x.new_empty(x.shape[0], dtype=accumulate_dtype(x.dtype)) for _ in range(6))
-    return *sums, x.new_empty(keep, dtype=torch.uint8)
+    shapes = x.shape[:1] if reduction == "none" else (), *([x.shape[:1]] * 5)
+    results = (x.new_empty(shape, dtype=accumulate_dtype(x.dtype)) for shape in shapes)
+    return *results, x.new_empty(keep, dtype=torch.uint8)
 
 
 def _portable(
-    x: Tensor, y: Tensor, scale: Tensor, label_smoothing: float, normalize: bool, keep: int, precision: str
+    x: Tensor, y: Tensor, scale: Tensor, label_smoothing: float, reduction: str, normalize: bool, keep: int,
+    precision: str,
 ) -> tuple[Tensor, ...]:
     wide_x, wide_y = (normalized_rows(z, normalize)[0] for z in (x, y))
     own = torch.arange(x.shape[0], device=x.device)
@@ -33,7 +37,7 @@ def _portable(
     loss = -(F.logsigmoid(-margins[0]) + F.logsigmoid(-margins[1])) / 2
     if label_smoothing:
         loss = loss + label_smoothing / 2 * scale * (lead(wide_x, wide_y) + lead(wide_y, wide_x))
-    return loss, positive, *sums, kept
+    return reduce(loss, reduction), positive, *sums, kept
 
 
 def _portable_backward(
@@ -48,9 +52,11 @@ def _portable_backward(
     column_shift: Tensor,
     kept: Tensor,
     label_smoothing: float,
+    reduction: str,
     normalize: bool,
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    grad_loss = gradient_of_rows(grad_loss, reduction, x.shape[0])
     slopes, grad_totals = [], []
     for total, shift in ((row_total, row_shift), (column_total, column_shift)):
         slopes.append(margin(total, shift, positive).sigmoid() * grad_loss / 2)
@@ -75,8 +81,10 @@ def _portable_backward(
 
 
 def _share(
-    rows: slice, grad_loss: Tensor, x: Tensor, y: Tensor, scale: Tensor, label_smoothing: float, normalize: bool
+    rows: slice, grad_loss: Tensor, x: Tensor, y: Tensor, scale: Tensor, label_smoothing: float, reduction: str,
+    normalize: bool,
 ) -> Tensor:
+    grad_loss = gradient_of_rows(grad_loss, reduction, x.shape[0])
     x, y = (F.normalize(z, dim=1, eps=EPS) if normalize else z for z in (x, y))
     own = torch.arange(x.shape[0], device=x.device)[rows]
     sides = [similarity(rows, a, b, scale, None) for a, b in ((x, y), (y, x))]
@@ -85,12 +93,12 @@ def _share(
 
 
 clip_loss = Op(
-    "clip_loss(Tensor x, Tensor y, Tensor scale, float label_smoothing, bool normalize, SymInt keep, str precision)"
-    " -> (Tensor loss, Tensor positive, Tensor row_total, Tensor row_shift, Tensor column_total, Tensor column_shift,"
-    " Tensor kept)",
+    "clip_loss(Tensor x, Tensor y, Tensor scale, float label_smoothing, str reduction, bool normalize, SymInt keep,"
+    " str precision) -> (Tensor loss, Tensor positive, Tensor row_total, Tensor row_shift, Tensor column_total,"
+    " Tensor column_shift, Tensor kept)",
     backward="(Tensor grad_loss, Tensor x, Tensor y, Tensor scale, Tensor positive, Tensor row_total, Tensor row_shift,"
-    " Tensor column_total, Tensor column_shift, Tensor kept, float label_smoothing, bool normalize, str precision)"
-    " -> (Tensor grad_x, Tensor grad_y, Tensor grad_scale)",
+    " Tensor column_total, Tensor column_shift, Tensor kept, float label_smoothing, str reduction, bool normalize,"
+    " str precision) -> (Tensor grad_x, Tensor grad_y, Tensor grad_scale)",
     fake=_fake,
     portable=(_portable, _portable_backward),
     share=_share,

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastssl._label_smoothing import centered, gradient_of_leads, lead
 from fastssl._norms import EPS, normalized_rows, through_norms
+from fastssl._reductions import gradient_of_rows, reduce
 from fastssl.ops._op import Op
 from fastssl.ops._portable import row_blocks, similarity
 from fastssl.ops._precision import accumulate_dtype
@@ -20,13 +21,15 @@ def _fake(
     positive_key: Tensor,
     scale: Tensor,
     label_smoothing: float,
+    reduction: str,
     normalize: bool,
     weigh: bool,
     keep: int,
     precision: str,
 ) -> tuple[Tensor, ...]:
     rows, dim = query.shape
-    shapes = *([(rows,)] * 4), (rows if weigh else 0, dim), (rows if weigh else 0,)
+    of_loss, of_slopes = (rows,) if reduction == "none" else (), rows if weigh else 0
+    shapes = of_loss, *([(rows,)] * 3), (of_slopes, dim), (of_slopes,)
     results = (query.new_empty(shape, dtype=accumulate_dtype(query.dtype)) for shape in shapes)
     return *results, query.new_empty(keep, dtype=torch.uint8)
 
@@ -36,6 +39,7 @@ def _portable(
     positive_key: Tensor,
     scale: Tensor,
     label_smoothing: float,
+    reduction: str,
     normalize: bool,
     weigh: bool,
     keep: int,
@@ -50,12 +54,13 @@ def _portable(
     if label_smoothing:
         loss = loss + label_smoothing * scale * lead(q, k)
     if not weigh:
-        return loss, positive, total, shift, weighted, weighted.new_empty(0), kept
+        return reduce(loss, reduction), positive, total, shift, weighted, weighted.new_empty(0), kept
     # The mean of the negatives, as the softmax weighs them, less the positive.
     pull = n.sigmoid()[:, None] * ((weighted / total[:, None]).where(total[:, None] != 0, 0) - k)
     if label_smoothing:
         pull = pull + label_smoothing * centered(k)
-    return loss, positive, total, shift, through_norms(pull, q, norms), torch.linalg.vecdot(q, pull), kept
+    slopes = through_norms(pull, q, norms), torch.linalg.vecdot(q, pull)
+    return reduce(loss, reduction), positive, total, shift, *slopes, kept
 
 
 def _portable_backward(
@@ -70,10 +75,12 @@ def _portable_backward(
     scale_slope: Tensor,
     kept: Tensor,
     label_smoothing: float,
+    reduction: str,
     needs_positive_key: bool,
     normalize: bool,
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    grad_loss = gradient_of_rows(grad_loss, reduction, query.shape[0])
     grad_query = ((grad_loss * scale)[:, None] * query_slope).to(query.dtype)
     grad_scale = (grad_loss * scale_slope).sum(dtype=torch.float64).to(scale.dtype)
     if not needs_positive_key:
@@ -96,8 +103,10 @@ def _share(
     positive_key: Tensor,
     scale: Tensor,
     label_smoothing: float,
+    reduction: str,
     normalize: bool,
 ) -> Tensor:
+    grad_loss = gradient_of_rows(grad_loss, reduction, query.shape[0])
     q, k = (F.normalize(z, dim=1, eps=EPS) if normalize else z for z in (query, positive_key))
     own = torch.arange(q.shape[0], device=q.device)[rows]
     S = similarity(rows, q, k, scale, None)
@@ -106,11 +115,11 @@ def _share(
 
 
 info_nce = Op(
-    "info_nce(Tensor query, Tensor positive_key, Tensor scale, float label_smoothing, bool normalize, bool weigh,"
-    " SymInt keep, str precision) -> (Tensor loss, Tensor positive, Tensor total, Tensor shift, Tensor query_slope,"
-    " Tensor scale_slope, Tensor kept)",
+    "info_nce(Tensor query, Tensor positive_key, Tensor scale, float label_smoothing, str reduction, bool normalize,"
+    " bool weigh, SymInt keep, str precision) -> (Tensor loss, Tensor positive, Tensor total, Tensor shift,"
+    " Tensor query_slope, Tensor scale_slope, Tensor kept)",
     backward="(Tensor grad_loss, Tensor query, Tensor positive_key, Tensor scale, Tensor positive, Tensor total,"
-    " Tensor shift, Tensor query_slope, Tensor scale_slope, Tensor kept, float label_smoothing,"
+    " Tensor shift, Tensor query_slope, Tensor scale_slope, Tensor kept, float label_smoothing, str reduction,"
     " bool needs_positive_key, bool normalize, str precision)"
     " -> (Tensor grad_query, Tensor grad_positive_key, Tensor grad_scale)",
     fake=_fake,
