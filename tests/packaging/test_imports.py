@@ -13,6 +13,7 @@ import fastssl
 ROOT = Path(fastssl.__file__).parent
 KERNELS = Path(find_spec("fastssl.kernels").submodule_search_locations[0])  # a folder elsewhere in a working tree
 ROOMS = [  # each uses those before it
+    {"_reductions"},
     {"reference", "_norms", "_label_smoothing"},
     {"ops", "kernels"},
     {"_C", "_native", "_arithmetic", "_meter"},
