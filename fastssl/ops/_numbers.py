@@ -19,6 +19,8 @@ from fastssl.ops._fake import mode_of
 def as_tensor(number: float | Tensor, dtype: torch.dtype, device: torch.device | str | None = None) -> Tensor:
     """0-d; device None: where the tensor is, or the CPU."""
     if isinstance(number, Tensor):
+        if number.dtype == dtype and (device is None or number.device == device):
+            return number  # a small batch notices a call of `to` that does nothing
         return number.to(device=device, dtype=dtype)
     if torch.compiler.is_compiling():
         # A number that varies is compiled once where it multiplies a tensor, and elsewhere anew for each value.
