@@ -45,14 +45,26 @@ class TestInfoNCE(PairTests):
     launches = 4 + 12, 7 + 12
 
     def launch(self, x, y, g, scale, normalize, precision):
-        *outputs, kept = kernels.info_nce(x, y, scale, self.label_smoothing, normalize, True, 0, precision)
+        *outputs, kept = kernels.info_nce(x, y, scale, self.label_smoothing, "none", normalize, True, 0, precision)
         assert all(t.dtype == torch.float32 for t in outputs)
-        inputs = g, x, y, scale, *outputs[1:], kept, self.label_smoothing, True, normalize, precision
+        inputs = g, x, y, scale, *outputs[1:], kept, self.label_smoothing, "none", True, normalize, precision
         return outputs[0], *kernels.info_nce_backward(*inputs)
 
     def losses(self, x, y, scale, normalize):
         named = {"normalize": normalize, "label_smoothing": self.label_smoothing, "reduction": "none"}
         return reference.contrastive.info_nce(x, y, temperature=1 / scale, **named)
+
+    @pytest.mark.parametrize("reduction,share", [("sum", 1.0), ("mean", 1 / 9)])
+    def test_reductions(self, reduction, share):
+        x, y = rows(9, 24)
+        s, g = torch.tensor(2.0, device=DEVICE), torch.tensor(3.0, device=DEVICE)
+        results = []
+        for how, gradient in ((reduction, g), ("none", g.mul(share).expand(9))):
+            loss, *outputs = kernels.info_nce(x, y, s, 0.1, how, True, True, 0, "float32")
+            gradients = kernels.info_nce_backward(gradient, x, y, s, *outputs, 0.1, how, True, True, "float32")
+            results.append((loss.sum(), *gradients))
+        (loss, *gradients), (total, *expected) = results
+        torch.testing.assert_close((loss, *gradients), (total * share, *expected))
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf")])
     @pytest.mark.parametrize("dim", [24, 140])
@@ -71,12 +83,12 @@ class TestInfoNCE(PairTests):
     def test_what_is_not_wanted_changes_nothing(self, dim):
         (x, y), g, s = rows(70, dim), random_gradient(70), torch.tensor(5.0, device=DEVICE)
         with poisoned():
-            *outputs, kept = kernels.info_nce(x, y, s, 0.1, True, True, 0, "float32")
-            *same, none, nothing, _ = kernels.info_nce(x, y, s, 0.1, True, False, 0, "float32")
+            *outputs, kept = kernels.info_nce(x, y, s, 0.1, "none", True, True, 0, "float32")
+            *same, none, nothing, _ = kernels.info_nce(x, y, s, 0.1, "none", True, False, 0, "float32")
             assert none.shape == (0, dim) and nothing.shape == (0,)
             for mine, other in zip(same, outputs[:4], strict=True):
                 torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
-            arguments = g, x, y, s, *outputs[1:], kept, 0.1
+            arguments = g, x, y, s, *outputs[1:], kept, 0.1, "none"
             grad_query, grad_key, grad_scale = kernels.info_nce_backward(*arguments, True, True, "float32")
             of_query, none, of_scale = kernels.info_nce_backward(*arguments, False, True, "float32")
         assert grad_key.shape == y.shape and none.shape == (0, dim)

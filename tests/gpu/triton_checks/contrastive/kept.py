@@ -59,10 +59,12 @@ def both_passes(name: str, x: Tensor, y: Tensor, keep: int, precision: str, betw
         *outputs, kept = kernels.nt_xent(z1, z2, s, True, keep, precision)
         return [*outputs, *kernels.nt_xent_backward(g, z1, z2, s, *outputs[1:], between(kept), True, precision)]
     if name == "clip_loss":
-        *outputs, kept = kernels.clip_loss(x, y, s, 0.1, True, keep, precision)
-        return [*outputs, *kernels.clip_loss_backward(g, x, y, s, *outputs[1:], between(kept), 0.1, True, precision)]
-    *outputs, kept = kernels.info_nce(x, y, s, 0.1, True, True, keep, precision)
-    return [*outputs, *kernels.info_nce_backward(g, x, y, s, *outputs[1:], between(kept), 0.1, True, True, precision)]
+        *outputs, kept = kernels.clip_loss(x, y, s, 0.1, "none", True, keep, precision)
+        inputs = g, x, y, s, *outputs[1:], between(kept), 0.1, "none", True, precision
+        return [*outputs, *kernels.clip_loss_backward(*inputs)]
+    *outputs, kept = kernels.info_nce(x, y, s, 0.1, "none", True, True, keep, precision)
+    inputs = g, x, y, s, *outputs[1:], between(kept), 0.1, "none", True, True, precision
+    return [*outputs, *kernels.info_nce_backward(*inputs)]
 
 
 @pytest.mark.parametrize("dim,precision", [(24, "float32"), (140, "tf32")])
