@@ -13,8 +13,9 @@
 // tiles that were kept (common/kept_tiles.h), 2 U of tiles that are computed again.
 //
 // The positive's weight does not average out, so it does not go through rounded products: the positive is left out of
-// the tiles, and its terms are computed from unrounded rows; in float32 the keys' gradient has it in its tiles. Each
-// thread owns some rows (some columns in the backward pass); the bits do not depend on which.
+// the tiles, and its terms are computed from unrounded rows. In float32 the tiles have its entry of S, as they have its
+// weight in the keys' gradient. Each thread owns some rows (some columns in the backward pass); the bits do not depend
+// on which.
 #include <torch/library.h>
 
 #include "common/checks.h"
@@ -62,12 +63,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> info_nce(cons
   float* const out_query_slope = query_slope.mutable_data_ptr<float>();
   float* const out_scale_slope = scale_slope.mutable_data_ptr<float>();
 
+  const bool exact = engine.operand == Operand::Float32;
   const float share = share_of(label_smoothing, count);
   const Numbers<float> mean_key = share ? mean_row(y) : Numbers<float>(0);
 
   // Finishes row i. `sum` is sum_j E_ij k_j, about the same origin as the row's total.
   const auto finish = [&](int64_t i, float* sum, float* spare) {
-    out_positive[i] = static_cast<float>(dot_row(x, y, i, spare)) * e.scale;
+    if (!exact) out_positive[i] = static_cast<float>(dot_row(x, y, i, spare)) * e.scale;
     out_shift[i] = shift_of(sums.extreme[i], e);
     out_total[i] = static_cast<float>(sums.about(i, e, origin_of(out_shift[i], e)));
     const CrossEntropy found(out_total[i], out_shift[i], out_positive[i]);
@@ -92,7 +94,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> info_nce(cons
         void* const exponentials = keeping(I, J);
         void* const half = engine.half() && exponentials ? exponentials : narrow[at];
         float* const s = exponentials && !half ? static_cast<float*>(exponentials) : tiles.floats(at);
-        S(I, J, s);
+        S.compute(I, J, s);
+        if (exact && I == J)
+          for (int64_t r = 0; r < x.size(I); ++r) out_positive[x.first(I) + r] = e.rest * s[r * n + r];
+        S.exclude_from(I, J, s);
         f.exponentials(s, n, m, n, e.c, e.shared ? &e.origin : nullptr, &sums.total[x.first(I)],
                        &sums.extreme[x.first(I)], weighted_of(I), weigh && J ? x.dim : 0, half);
         if (weigh) engine.multiply(m, x.dim, n, J > 0, half ? half : s, y.weighed(J), weighted_of(I));
