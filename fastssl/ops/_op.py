@@ -31,8 +31,8 @@ What is not regular, and why:
 - What a signature calls `float` is a 0-d tensor to PyTorch, see `_numbers.py`.
 - `distillation_loss` and `prototype_distillation_loss` take lists of tensors, and take gradients in the forward pass;
   see `_derivative.py`.
-- `clip_loss` and `info_nce` reduce the losses of rows themselves, as their `reduction` says: in a small batch, PyTorch's
-  mean and its derivative would take a tenth of the time of the products.
+- `clip_loss` and `info_nce` reduce the losses of rows themselves, as their `reduction` says: in a small batch,
+  PyTorch's mean and its derivative would take a tenth of the time of the products.
 - An operation in place, whose name ends in "_", and one that has no floating-point inputs, has no `backward`.
 - `gather_tokens` and `scatter_tokens`, `gather_patches` and `scatter_patches` are each other's derivatives, and need no
   backward operations: their `derivative` is written by hand.
