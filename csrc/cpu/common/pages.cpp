@@ -3,7 +3,8 @@
 // have 4 KiB, so that Linux is asked for pages of 2 MiB (transparent huge pages under "madvise"). And a training step
 // wants tensors of the same sizes as the step before. So what is freed is kept for the next, under MADV_FREE: Linux may
 // take its pages whenever memory is scarce, and until then they cost nobody anything, though they count as the
-// process's.
+// process's. Blocks are whole large pages: the advice costs a few microseconds for each, but a hundred times as much for
+// pages of 4 KiB, or where it splits a large one.
 #include "common/pages.h"
 
 #if !defined(__linux__)
@@ -23,7 +24,6 @@ void release_kept_memory() {}
 #include <ATen/EmptyTensor.h>
 #include <c10/core/CPUAllocator.h>
 #include <sys/mman.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -36,23 +36,41 @@ namespace fastssl {
 namespace {
 
 constexpr size_t kLargePage = 1 << 21;
-constexpr size_t kLarge = 1 << 25;             // bytes; what is smaller malloc keeps by itself
+constexpr size_t kLarge = 1 << 23;             // bytes; of what is smaller, whole large pages would waste too much
 constexpr size_t kMostKept = size_t(1) << 32;  // bytes: what several operations of a step may want in turn
 
-// Whether the system takes the advice, for all whole pages of the memory.
-bool advise(const void* memory, size_t bytes, size_t page, int advice) {
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(memory), end = begin + bytes;
-  const uintptr_t first = (begin + page - 1) & ~(page - 1), last = end & ~(page - 1);
-  return last > first && madvise(reinterpret_cast<void*>(first), last - first, advice) == 0;
+constexpr size_t whole_pages(size_t bytes) { return (bytes + kLargePage - 1) & ~(kLargePage - 1); }
+
+// Asks for large pages within the memory.
+void advise_large_pages(const void* memory, size_t bytes) {
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(memory), first = whole_pages(begin);
+  const uintptr_t last = (begin + bytes) & ~(kLargePage - 1);
+  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 }
 
-struct Block {
-  at::DataPtr memory;
-  size_t bytes;
+// Whole large pages of the system's.
+class Block {
+ public:
+  char* data;
+  const size_t bytes;
 
-  explicit Block(size_t bytes) : memory(c10::GetCPUAllocator()->allocate(bytes)), bytes(bytes) {
-    advise(memory.get(), bytes, kLargePage, MADV_HUGEPAGE);
+  explicit Block(size_t wanted) : bytes(whole_pages(wanted)) {
+    void* const mapped =
+        mmap(nullptr, bytes + kLargePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    TORCH_CHECK_WITH(OutOfMemoryError, mapped != MAP_FAILED, "no memory for a tensor of ", wanted, " bytes");
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(mapped);
+    before = whole_pages(begin) - begin;
+    data = static_cast<char*>(mapped) + before;
+    madvise(data, bytes, MADV_HUGEPAGE);
   }
+
+  ~Block() { munmap(data - before, bytes + kLargePage); }
+
+  // Lets Linux take the pages. Whether it can.
+  bool lend() { return madvise(data, bytes, MADV_FREE) == 0; }
+
+ private:
+  size_t before;
 };
 
 // Blocks that were freed, the oldest first. Nobody waits for the lock: a process that was forked while another thread
@@ -71,8 +89,7 @@ class KeptBlocks {
   }
 
   void keep(std::unique_ptr<Block> block) {
-    static const size_t page = sysconf(_SC_PAGESIZE);
-    if (block->bytes > kMostKept || !advise(block->memory.get(), block->bytes, page, MADV_FREE)) return;
+    if (block->bytes > kMostKept || !block->lend()) return;
     const std::unique_lock lock(mutex, std::try_to_lock);
     if (!lock) return;
     bytes += block->bytes;
@@ -108,14 +125,19 @@ class LargeTensors final : public at::Allocator {
   at::DataPtr allocate(size_t bytes) override {
     std::unique_ptr<Block> block = kept().take(bytes);
     if (!block) block = std::make_unique<Block>(bytes);
-    void* const data = block->memory.get();
+    void* const data = block->data;
+    c10::profiledCPUMemoryReporter().New(data, bytes);
     return {data, block.release(), &free, at::Device(at::kCPU)};
   }
 
   void copy_data(void* to, const void* from, size_t bytes) const override { default_copy_data(to, from, bytes); }
 
  private:
-  static void free(void* block) { kept().keep(std::unique_ptr<Block>(static_cast<Block*>(block))); }
+  static void free(void* block_) {
+    std::unique_ptr<Block> block(static_cast<Block*>(block_));
+    c10::profiledCPUMemoryReporter().Delete(block->data);
+    kept().keep(std::move(block));
+  }
 };
 
 }  // namespace
@@ -126,7 +148,7 @@ at::Tensor empty_in_large_pages(at::IntArrayRef sizes, const at::TensorOptions& 
   const at::ScalarType dtype = c10::typeMetaToScalarType(options.dtype());
   if (filled || at::detail::computeStorageNbytesContiguous(sizes, options.dtype().itemsize()) < kLarge) {
     const at::Tensor out = at::empty(sizes, options);
-    advise(out.const_data_ptr(), out.nbytes(), kLargePage, MADV_HUGEPAGE);
+    advise_large_pages(out.const_data_ptr(), out.nbytes());
     return out;
   }
   static auto* const allocator = new LargeTensors;  // never destroyed, as above

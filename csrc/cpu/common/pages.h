@@ -5,7 +5,7 @@
 
 namespace fastssl {
 
-// at::empty on the CPU. The memory of 32 MiB and more is kept when it is freed, for the next.
+// at::empty on the CPU. The memory of 8 MiB and more is kept when it is freed, for the next.
 at::Tensor empty_in_large_pages(at::IntArrayRef sizes, const at::TensorOptions& options);
 
 // Gives the system all that is kept.
