@@ -1,7 +1,7 @@
 // The work on one row of logits, compiled once per instruction set.
 //
-// A row is read from memory once, chunk by chunk: while the exponentials of a chunk are taken, which is as long as it
-// takes to read it, the next one is on its way. A row's maximum is not known then, and so each lane of a vector takes
+// A row is read from memory once, chunk by chunk: while the exponentials of a chunk are taken, a later one is on its way
+// to the second-level cache. (The next one would be late: its own maximum is all that lies between.) A row's maximum is not known then, and so each lane of a vector takes
 // them relative to its own maximum within the chunk. They stay in the second-level cache until the end of the row gives
 // a factor for each lane of each chunk.
 #include "distillation/distillation_tiles.h"
@@ -123,6 +123,8 @@ inline void chunks(int64_t columns, Visit visit) {
     visit(k, columns - k < kColumnChunk ? columns : k + kColumnChunk, n);
 }
 
+inline void prefetch(const void* p) { __builtin_prefetch(p, /*write=*/0, /*locality=*/2); }
+
 // Each lane's largest x in a chunk.
 template <typename At>
 inline Vec top_of(int64_t first, int64_t end, At at) {
@@ -164,7 +166,7 @@ void teacher_row(const typename T::Stored* x, const float* center, int64_t colum
     const Vec top = top_of(first, end, at);
     Vec sums[kUnrolled] = {};
     vectors(first, end, [&](auto part, int64_t k, int i) {
-      __builtin_prefetch(x + k + kColumnChunk);
+      prefetch(x + k + 4 * kColumnChunk);
       const Vec e = within(part, exp2((at(part, k) - top) * scale), 0);
       store(out.data + k, e);
       sums[i] += e;
@@ -207,7 +209,7 @@ RowSums student_row(const typename T::Stored* x, const Distribution& target, int
     const Vec top = top_of(first, end, at), half = 0.5f * top, factor = load(target.factors + n);
     Vec sums[kUnrolled] = {}, distances[kUnrolled] = {}, masses[kUnrolled] = {};
     vectors(first, end, [&](auto part, int64_t k, int i) {
-      __builtin_prefetch(x + k + kColumnChunk);
+      prefetch(x + k + 4 * kColumnChunk);
       const Vec below = within(part, half - 0.5f * at(part, k), 0), exponent = below * -scale;
       const Vec e = within(part, exp2(exponent + exponent), 0), p = load(target.data + k) * factor;
       if constexpr (kKeep) store(out.data + k, e);
