@@ -150,8 +150,9 @@ Benchmark(
     sizes=IN_BATCH_SIZES,
     memory_sizes=((65536, 512),),
     inputs=_queries_and_keys,
-    # S and its product with the keys forward, S again backward, and its product with the queries.
-    flops=square_products(4),
+    # S and its product with the keys forward; backward S again where it could not be kept, and its product with the
+    # queries.
+    flops=square_products(3, again=1),
     # Both sides are read by both passes and their gradients written, that of the queries in float32 in between; four
     # numbers a row are written and read.
     traffic=lambda size, itemsize: size[0] * size[1] * (6 * itemsize + 2 * 4) + 8 * size[0] * 4,
@@ -166,8 +167,7 @@ Benchmark(
     sizes=IN_BATCH_SIZES,
     memory_sizes=(),
     inputs=_queries_and_keys,
-    # As CLIP.
-    flops=square_products(4),
+    flops=square_products(3, again=1),  # as CLIP
     traffic=lambda size, itemsize: 6 * size[0] * size[1] * itemsize + 8 * size[0] * 4,
     needs=square_matrices(naive=5, compile=3),
     arguments={"temperature": IN_BATCH_TEMPERATURE, "symmetric": True},

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import fastssl
 from fastssl import functional
-from fastssl.ops import contrastive
+from fastssl.ops import contrastive, sigmoid
 
 if not torch._C._dispatch_has_kernel_for_dispatch_key("fastssl::pair_logsumexp", "CPU"):
     pytest.skip("the C++ library is not built", allow_module_level=True)
@@ -226,3 +226,20 @@ def test_rows_that_are_used_as_they_lie():
     S, own = 10 * x @ y.T, torch.arange(64)
     expected = torch.autograd.grad((F.cross_entropy(S, own) + F.cross_entropy(S.T, own)) / 2, (x, y))
     torch.testing.assert_close(torch.autograd.grad(functional.clip_loss(x, y, 10.0), (x, y)), expected)
+
+
+@pytest.mark.parametrize("shape", [(300, 1300), (1300, 300), (70, 0), (0, 70)])
+def test_sides_of_unlike_numbers_of_blocks(shape):
+    """Each block is finished once it has met all blocks of the other side, of which there may be none."""
+    x, y = (rows(count, 8, seed).requires_grad_() for seed, count in enumerate(shape))
+    s, g, h = torch.tensor(3.0), *(torch.rand(count) for count in shape)
+    torch.use_deterministic_algorithms(True)  # memory that is not written holds NaN
+    with threads(2):
+        row_total, row_shift, column_total, column_shift, _ = contrastive.pair_logsumexp(x, y, s, None, 0, "float32")
+        sums = (g * row_total * row_shift.exp()).sum() + (h * column_total * column_shift.exp()).sum()
+        softplus, *_ = sigmoid.similarity_softplus(x, y, s, s.new_zeros(()), None, True, "float32")
+        gradients = torch.autograd.grad(sums, (x, y)), torch.autograd.grad(softplus, (x, y))
+    S = 3 * x.double() @ y.double().T
+    of_sums = ((g[:, None] + h) * S.exp()).sum()
+    for mine, loss in zip(gradients, (of_sums, F.softplus(S).sum()), strict=True):
+        torch.testing.assert_close(mine, torch.autograd.grad(loss, (x, y), retain_graph=True), rtol=1e-4, atol=1e-3)
