@@ -243,3 +243,14 @@ def test_sides_of_unlike_numbers_of_blocks(shape):
     of_sums = ((g[:, None] + h) * S.exp()).sum()
     for mine, loss in zip(gradients, (of_sums, F.softplus(S).sum()), strict=True):
         torch.testing.assert_close(mine, torch.autograd.grad(loss, (x, y), retain_graph=True), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e-4, -2.0, 2e3])
+def test_gradients_of_extreme_scales(scale):
+    x, y, s = rows(40, 24), rows(40, 24, 1), torch.tensor(scale)
+    leaves = [z.requires_grad_() for z in (x, y, s)]
+    found = torch.autograd.grad(functional.clip_loss(*leaves), leaves)
+    wide = [z.detach().double().requires_grad_() for z in leaves]
+    expected = torch.autograd.grad(functional.clip_loss(*wide), wide)
+    for mine, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine.double(), other, rtol=1e-4, atol=1e-6 * abs(scale))
