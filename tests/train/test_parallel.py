@@ -426,6 +426,7 @@ def test_torchrun(command, tmp_path):
 def test_signals_to_the_command_save_and_another_run_is_kept_out(launch, number, to_all, command, tmp_path):
     """A scheduler sends them to the first process or to all, a terminal to all."""
     arguments = [*launch, "-m", "fastssl.train", "siglip", "--steps", "100000", "--checkpoint", "run.pt"]
+    arguments += ["--save-every", "100000"]  # so that only the signal saves, however long the other run takes to start
     run = command(*arguments)
     for line in run.stdout:
         if "siglip step 0: loss" in line:
