@@ -49,7 +49,11 @@ def narrow_needs(c: dict[str, int], named: dict[str, Any], size: int, capability
     if operands_in_registers and c["BN"] * named["D"] > 64 * 64:
         return None
     running, tf32 = named["WEIGHT"] in ("softmax", "sigmoid"), named["PRECISION"] == "tf32" and size == 4
-    if capability // 10 in (10, 12) and tf32 and running and c["BM"] != 64:
+    if tf32 and capability // 10 in (10, 12):  # the one that takes neither stack nor spills under any Triton
+        of_100 = (64, 8) if named["D"] == 64 else (16 if named["WEIGHT"] == "sigmoid" else 32, 4)
+        if (c["BM"], c["BN"], c["warps"]) != (64, *(of_100 if capability // 10 == 10 else (32, 8))):
+            return None
+    elif c["BM"] == 64 and (c["BN"], c["warps"]) != (32, 4):
         return None
     if capability // 10 == 9 and tf32 and running and (c["BN"], named["D"]) == (64, 128):
         return None
@@ -116,6 +120,9 @@ def end(tops, totals, losses, split, i, M, top, total, loss, WEIGHT: tl.constexp
         ({"BM": 128, "BN": 64}, 8, 2),
         ({"BM": 128, "BN": 32}, 8, 2),
         ({"BM": 64, "BN": 32}, 4, 3),
+        ({"BM": 64, "BN": 64}, 8, 2),
+        ({"BM": 64, "BN": 32}, 8, 3),
+        ({"BM": 64, "BN": 16}, 4, 3),
     ),
 )
 @triton.jit(do_not_specialize=COUNTS)

@@ -31,7 +31,7 @@ DTYPES = [
     ("float16", "fp32"),
 ]
 # Precisions of products that are compiled where no sweep is wanted; Hopper's bfloat16 in every variant.
-_SELECTED = {80: ("float32", "bfloat16"), 90: ("bfloat16", "tf32"), 100: ("float16",), 120: ("tf32",)}
+_SELECTED = {80: ("float32", "bfloat16"), 90: ("bfloat16", "tf32"), 100: ("float16", "tf32"), 120: ("tf32",)}
 _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 _SHOWN = ("T", "TILES", "D", "BM", "BN", "BK", "BR", "BD", "NORMALIZE")
 
