@@ -2,10 +2,10 @@
 rows of Y, and none where that is negative. rows_i = log sum_k exp(S_ik).
 
 Algorithm. Reading rows takes all the time; a matrix product would be one for each row. One kernel takes dot products,
-of a row with some of those that it chooses; the next takes their exponentials. The third adds up rows of a matrix, from
-lists of weighted rows, one list for each row of its result: the gradient of x_i is such a sum, of the rows that it
-chooses, and the gradient of y_j one of the rows that choose it, which a stable sort lists. There are no atomics: the
-bits are the same in every run.
+of a row with some of those that it chooses; the next takes their exponentials. The third adds up weighted rows of a
+matrix, a list of them for each row of its result: the gradient of x_i is such a sum, of the rows that it chooses, and
+the gradient of y_j one of the rows that choose it, which a stable sort lists. What is left is done row by row: factors
+that a list shares, and the way back through the norms. There are no atomics: the bits are the same in every run.
 
 Cost. 2 M K D multiplications and additions forward, half as many backward, and as many bytes read, from the
 second-level cache where Y fits into it.
@@ -18,13 +18,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastssl._norms import EPS, through_norms
+from fastssl._norms import EPS
 from fastssl.kernels.common.launch import OPTIONS
 from fastssl.kernels.common.tiles import finite
 
 BK, BD = 32, 64  # rows and features at a time
-BLOCK = 512  # similarities at a time
+BLOCK = 512  # similarities, or features of one row, at a time
 WARPS = 4
+_EPS = tl.constexpr(EPS)
 
 
 @triton.jit
@@ -74,23 +75,71 @@ def exponentials(S, ids, divisor, total, shift, weights, K, BLOCK: tl.constexpr)
 
 
 @triton.jit
-def weighted_sums(z, rows, weights, first, out, count, D, z_row, out_row, BK: tl.constexpr, BD: tl.constexpr):
-    """out[i] = sum of weights[n] z[rows[n]] for n from first[i] to below first[i + 1], but those with rows[n] < 0.
-    Without `first`, each list has `count` members."""
+def weighted_sums(
+    z, ids, weights, factor, order, first, out, K, D, z_row,
+    BK: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """out[i] = sum of weights[n] z[ids[n]] over the K places n of row i, those without a row left out. Or, with
+    `order`, over the places from order[first[i]] to before order[first[i + 1]], of factor[n // K] weights[n] z[n // K].
+    """
     i = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BD + tl.arange(0, BD)
-    begin, end = i * count, (i + 1) * count
-    if first is not None:
+    begin, end = i * K, (i + 1) * K
+    if order is not None:
         begin, end = tl.load(first + i), tl.load(first + i + 1)
     total = tl.zeros((BD,), tl.float32)
     for start in range(begin, end, BK):
         n = start + tl.arange(0, BK)
-        row = tl.load(rows + n, mask=n < end, other=-1)
-        weight = tl.load(weights + n, mask=n < end, other=0.0)
-        some = (row >= 0)[:, None] & (d < D)[None, :]
-        of_rows = tl.load(z + row[:, None] * z_row + d[None, :], mask=some, other=0.0).to(tl.float32)
-        total += tl.sum(tl.where(row >= 0, weight, 0.0)[:, None] * of_rows, 0)
-    tl.store(out + i * out_row + d, total, mask=d < D)
+        inside = n < end
+        if order is not None:
+            n = tl.load(order + n, mask=inside, other=0)
+            row = n // K
+        else:
+            row = tl.load(ids + n, mask=inside, other=-1)
+            inside = row >= 0
+        weight = tl.load(weights + n, mask=inside, other=0.0)
+        if order is not None:
+            weight *= tl.load(factor + row, mask=inside, other=0.0)
+        mask = inside[:, None] & (d < D)[None, :]
+        of_rows = tl.load(z + row[:, None] * z_row + d[None, :], mask=mask, other=0.0).to(tl.float32)
+        total += tl.sum(weight[:, None] * of_rows, 0)
+    tl.store(out + i * D + d, total.to(out.dtype.element_ty), mask=d < D)
+
+
+@triton.jit
+def scale_rows(x, weighted, gradient, scale, out, factor, share, D, x_row, BLOCK: tl.constexpr):
+    """The gradient of x_i, factor_i weighted_i with factor_i = scale gradient_i; and of scale, the share of row i."""
+    row = tl.program_id(0).to(tl.int64)
+    g = tl.load(gradient + row)
+    of_row = g * tl.load(scale)
+    along = tl.zeros((BLOCK,), tl.float64)
+    for start in range(0, D, BLOCK):
+        d = start + tl.arange(0, BLOCK)
+        w = tl.load(weighted + row * D + d, mask=d < D, other=0.0)
+        tl.store(out + row * D + d, (of_row * w).to(out.dtype.element_ty), mask=d < D)
+        along += tl.load(x + row * x_row + d, mask=d < D, other=0.0).to(tl.float64) * (g * w)
+    tl.store(factor + row, of_row)
+    tl.store(share + row, tl.sum(along, 0))
+
+
+@triton.jit
+def through_norms(y, gradient, norms, first, out, D, y_row, BLOCK: tl.constexpr):
+    """The gradient of y_j from that of y_j / |y_j|; 0, whatever y_j is, where nothing names row j."""
+    row = tl.program_id(0).to(tl.int64)
+    named = tl.load(first + row + 1) > tl.load(first + row)
+    norm = tl.load(norms + row)
+    divisor = tl.where(norm < _EPS, _EPS, norm)  # NaN remains
+    along = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, D, BLOCK):
+        d = start + tl.arange(0, BLOCK)
+        z = tl.load(y + row * y_row + d, mask=d < D, other=0.0).to(tl.float32) / divisor
+        along += z * tl.load(gradient + row * D + d, mask=d < D, other=0.0)
+    total = tl.where(norm > _EPS, tl.sum(along, 0), 0.0)
+    for start in range(0, D, BLOCK):
+        d = start + tl.arange(0, BLOCK)
+        z = tl.load(y + row * y_row + d, mask=d < D, other=0.0).to(tl.float32) / divisor
+        g = (tl.load(gradient + row * D + d, mask=d < D, other=0.0) - total * z) / divisor
+        tl.store(out + row * D + d, tl.where(named, g, 0.0).to(out.dtype.element_ty), mask=d < D)
 
 
 def selected_logsumexp(
@@ -115,7 +164,9 @@ def selected_logsumexp(
         exponentials[(rows,)](S, ids, divisor, total, shift, weights, count, BLOCK=BLOCK, num_warps=WARPS, **OPTIONS)
     if weights is None:
         return total, shift, S.new_empty((0, dim)), S.new_empty((0, count)), norms
-    return total, shift, _sums(y, ids, weights, None, rows), S, norms
+    weighted = S.new_empty((rows, dim))
+    _sum(y, ids, weights, (None, None, None), weighted, count)
+    return total, shift, weighted, S, norms
 
 
 def selected_logsumexp_backward(
@@ -131,33 +182,37 @@ def selected_logsumexp_backward(
     needs_y: bool,
     normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    factor = grad_total * scale
-    grad_x = (factor[:, None] * weighted).to(x.dtype)
-    grad_scale = (grad_total[:, None] * weighted * x).sum(dtype=torch.float64).to(scale.dtype)
+    (rows, dim), count, choices = x.shape, len(y), ids.shape[1]
+    x, grad_total = _dense(x), grad_total.contiguous()
+    grad_x, factor = x.new_empty((rows, dim)), torch.empty_like(grad_total)
+    share = grad_total.new_empty(rows, dtype=torch.float64)
+    if rows:
+        scale_rows[(rows,)](
+            x, weighted, grad_total, scale.float(), grad_x, factor, share, dim, x.stride(0), BLOCK=BLOCK,
+            num_warps=WARPS, **OPTIONS,
+        )  # fmt: skip
+    grad_scale = share.sum().to(scale.dtype)
     if not needs_y:
-        return grad_x, y.new_empty((0, y.shape[1])), grad_scale
-    count = len(y)
+        return grad_x, y.new_empty((0, dim)), grad_scale
     named, order = ids.flatten().sort(stable=True)
     first = torch.searchsorted(named, torch.arange(count + 1, device=y.device))  # what names none comes before
-    weights = (factor[:, None] * exponentials).flatten()[order]
-    grad_y = _sums(_dense(x), order // max(ids.shape[1], 1), weights, first, count)
-    if normalize:
-        divisor = norms[:, None].clamp_min(EPS)
-        grad_y = through_norms(grad_y, y.float() / divisor, norms[:, None])
-        grad_y = grad_y.where((first.diff() > 0)[:, None], 0)  # not NaN, whatever a row is that nothing names
-    return grad_x, grad_y.to(y.dtype), grad_scale
+    grad_y = y.new_empty((count, dim), dtype=torch.float32 if normalize else y.dtype)
+    _sum(x, None, exponentials, (factor, order, first), grad_y, choices)
+    if not normalize or not count:
+        return grad_x, grad_y.to(y.dtype), grad_scale
+    y, of_unit, grad_y = _dense(y), grad_y, y.new_empty((count, dim))
+    through_norms[(count,)](y, of_unit, norms, first, grad_y, dim, y.stride(0), BLOCK=BLOCK, num_warps=WARPS, **OPTIONS)
+    return grad_x, grad_y, grad_scale
 
 
 def _dense(z: Tensor) -> Tensor:
     return z if z.stride(1) == 1 else z.contiguous()
 
 
-def _sums(z: Tensor, rows: Tensor, weights: Tensor, first: Tensor | None, lists: int) -> Tensor:
-    """(lists, D) float32; see `weighted_sums`."""
-    out = z.new_empty((lists, z.shape[1]), dtype=torch.float32)
+def _sum(z: Tensor, ids: Tensor | None, weights: Tensor, listed: tuple, out: Tensor, choices: int) -> None:
+    """`weighted_sums`; `listed`: its factor, order and first."""
+    lists, dim = out.shape
     if out.numel():
-        weighted_sums[(len(out), triton.cdiv(z.shape[1], BD))](
-            z, rows, weights, first, out, rows.shape[-1], z.shape[1], z.stride(0), out.stride(0), BK=BK, BD=BD,
-            num_warps=WARPS, **OPTIONS,
-        )  # fmt: skip
-    return out
+        weighted_sums[(lists, triton.cdiv(dim, BD))](
+            z, ids, weights, *listed, out, choices, dim, z.stride(0), BK=BK, BD=BD, num_warps=WARPS, **OPTIONS
+        )

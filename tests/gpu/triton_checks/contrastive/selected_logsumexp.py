@@ -9,27 +9,42 @@ import torch
 from torch import Tensor
 
 from fastssl.kernels.contrastive import selected_logsumexp, selected_logsumexp_backward
-from fastssl.kernels.contrastive.selected_logsumexp import BD, BK, BLOCK, exponentials, selected_dots, weighted_sums
+from fastssl.kernels.contrastive.selected_logsumexp import (
+    BD,
+    BK,
+    BLOCK,
+    exponentials,
+    scale_rows,
+    selected_dots,
+    through_norms,
+    weighted_sums,
+)
 from fastssl.ops.contrastive.selected_logsumexp import _backward, _forward
 from tests.gpu.triton_checks.common.compile_gate import Case, Kernel
 from tests.gpu.triton_checks.common.launches import count_launches
 from tests.gpu.triton_checks.common.numerics import DEVICE, INTERPRETED, assert_as_accurate, poisoned, random_gradient
 
-_FLOATS = dict.fromkeys(("divisor", "scale", "weights", "out", "S", "total", "shift"), "fp32")
-_POINTERS = {"x": "rows", "y": "rows", "z": "rows", **_FLOATS, "ids": "i64", "rows": "i64", "first": "i64"}
+_FLOATS = ("divisor", "scale", "weights", "weighted", "S", "total", "shift", "gradient", "factor", "norms", "out")
+_POINTERS = {"x": "rows", "y": "rows", "z": "rows", **dict.fromkeys(_FLOATS, "fp32"), "share": "fp64"}
+_POINTERS |= dict.fromkeys(("ids", "order", "first"), "i64")
 _KERNELS = [
     Kernel(f, {name: kind for name, kind in _POINTERS.items() if name in f.arg_names}, (), ("x_row", "y_row", "z_row"))
-    for f in (selected_dots, exponentials, weighted_sums)
+    for f in (selected_dots, exponentials, weighted_sums, scale_rows, through_norms)
 ]
+_OF_LISTS = {"factor": None, "order": None, "first": None}
 EPS = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
 
 def cases(capability: int, sweep: bool) -> Iterator[Case]:
     for rows in ("fp32", "bf16", "fp16") if sweep else ("fp32", "bf16"):
         for kernel in _KERNELS:
-            optional = next(name for name in ("divisor", "first") if name in kernel.pointers)
-            for absent in ({}, {optional: None}):
-                sizes = {"BLOCK": BLOCK} if kernel.function is exponentials else {"BK": BK, "BD": BD}
+            sizes = {"BLOCK": BLOCK} if "BLOCK" in kernel.jit.arg_names else {"BK": BK, "BD": BD}
+            variants = [{}]
+            if kernel.function is weighted_sums:
+                variants = [{"ids": None}, _OF_LISTS]
+            elif "divisor" in kernel.pointers:
+                variants.append({"divisor": None})
+            for absent in variants:
                 constants = tuple({**sizes, **absent}.items())
                 yield Case(kernel, "plain" if absent else "all", capability, "float32", rows, constants)
 
@@ -97,4 +112,4 @@ def test_strides():
 def test_launches():
     inputs, gradient, kept = _inputs(70, 50, 24, 3, torch.bfloat16), random_gradient(70), []
     assert count_launches(lambda: kept.extend(selected_logsumexp(*inputs, True, True))) == 8
-    assert count_launches(lambda: selected_logsumexp_backward(gradient, *inputs, *kept[1:], True, True)) == 31
+    assert count_launches(lambda: selected_logsumexp_backward(gradient, *inputs, *kept[1:], True, True)) == 8
