@@ -86,14 +86,13 @@ def nearest_rows(z: Tensor, first: int, rows: int, topk: int, group_size: int) -
     nearest = z.new_empty((rows, topk), dtype=torch.int64)
     if rows == 0:
         return nearest
-    with torch.cuda.device_of(z):
-        padded = pad(z, "float32")
-        blocks = triton.cdiv(count, TILE["T"])
-        for found in range(topk):
-            best = z.new_full((rows,), torch.iinfo(torch.int64).min, dtype=torch.int64)
-            nearest_tile[(blocks * (blocks // 2 + 1),)](
-                padded, nearest, best, count, first, rows, group_size, found, blocks, padded.shape[1], TOPK=topk,
-                **TILE, **OPTIONS,
-            )  # fmt: skip
-            nearest[:, found] = _LAST.value - (best & 0xFFFFFFFF)
+    padded = pad(z, "float32")
+    blocks = triton.cdiv(count, TILE["T"])
+    for found in range(topk):
+        best = z.new_full((rows,), torch.iinfo(torch.int64).min, dtype=torch.int64)
+        nearest_tile[(blocks * (blocks // 2 + 1),)](
+            padded, nearest, best, count, first, rows, group_size, found, blocks, padded.shape[1], TOPK=topk,
+            **TILE, **OPTIONS,
+        )  # fmt: skip
+        nearest[:, found] = _LAST.value - (best & 0xFFFFFFFF)
     return nearest

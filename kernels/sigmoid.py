@@ -37,21 +37,20 @@ def similarity_softplus(
     if rows == 0 or columns == 0:
         gradients = (x.new_zeros((count if derive else 0, dim), dtype=torch.float32) for count in (rows, columns))
         return x.new_zeros((), dtype=torch.float32), *gradients, scale.new_zeros(()), bias.new_zeros(())
-    with torch.cuda.device_of(x):
-        exclude = exclude if exclude is None else exclude.contiguous()
-        by = None if exclude is None else "row"
-        sizes = rows, columns
-        pairs = Weights(pad(x, precision), pad(y, precision), sizes, scale, precision, "sigmoid", by, bias, exclude)
-        if derive:
-            sums, of_columns = accumulate_both(pairs, loss=True)
-        else:
-            sums = accumulate(pairs, derive=False, loss=True)
-        total = sums.loss.sum(dtype=torch.float64).to(torch.float32)
-        if not derive:
-            gradients = (x.new_empty((0, dim), dtype=torch.float32) for _ in range(2))
-            return total, *gradients, scale.new_zeros(()), bias.new_zeros(())
-        collected_x = collect_sums(sums, x, scale, torch.float32, share=True)
-        collected_y = collect_sums(of_columns, y, scale, torch.float32)
-        grad_scale = collected_x.share.sum().to(scale.dtype)
-        grad_bias = sums.total.sum(dtype=torch.float64).to(bias.dtype)
-        return total, collected_x.gradient, collected_y.gradient, grad_scale, grad_bias
+    exclude = exclude if exclude is None else exclude.contiguous()
+    by = None if exclude is None else "row"
+    sizes = rows, columns
+    pairs = Weights(pad(x, precision), pad(y, precision), sizes, scale, precision, "sigmoid", by, bias, exclude)
+    if derive:
+        sums, of_columns = accumulate_both(pairs, loss=True)
+    else:
+        sums = accumulate(pairs, derive=False, loss=True)
+    total = sums.loss.sum(dtype=torch.float64).to(torch.float32)
+    if not derive:
+        gradients = (x.new_empty((0, dim), dtype=torch.float32) for _ in range(2))
+        return total, *gradients, scale.new_zeros(()), bias.new_zeros(())
+    collected_x = collect_sums(sums, x, scale, torch.float32, share=True)
+    collected_y = collect_sums(of_columns, y, scale, torch.float32)
+    grad_scale = collected_x.share.sum().to(scale.dtype)
+    grad_bias = sums.total.sum(dtype=torch.float64).to(bias.dtype)
+    return total, collected_x.gradient, collected_y.gradient, grad_scale, grad_bias

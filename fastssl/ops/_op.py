@@ -183,7 +183,9 @@ def triton_launcher(family: str, name: str, numbers: Sequence[int] = ()) -> Func
         first = args[0][0] if isinstance(args[0], list) else args[0]
         if (args[-1] == "float64") if isinstance(args[-1], str) else (first.dtype == torch.float64):
             return getattr(torch.ops.fastssl, portable_name(name))(*args)
-        return taking_tensors(getattr(import_module(f"fastssl.kernels.{family}"), name), numbers)(*args)
+        run = taking_tensors(getattr(import_module(f"fastssl.kernels.{family}"), name), numbers)
+        with torch.cuda.device_of(first):  # where Triton launches: not always the current device
+            return run(*args)
 
     return launch
 

@@ -91,7 +91,13 @@ def _factors(
 
 
 def clip_loss(
-    x: Tensor, y: Tensor, scale: Tensor, label_smoothing: float, reduction: str, normalize: bool, keep: int,
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    label_smoothing: float,
+    reduction: str,
+    normalize: bool,
+    keep: int,
     precision: str,
 ) -> tuple[Tensor, ...]:
     """`fastssl::clip_loss` for CUDA tensors; see fastssl/ops/contrastive/."""
@@ -99,20 +105,19 @@ def clip_loss(
     loss, positive = (x.new_empty(rows, dtype=torch.float32) for _ in range(2))
     if rows == 0:
         return reduce(loss, reduction), *(loss.clone() for _ in range(5)), nothing_kept(x, keep)
-    with torch.cuda.device_of(x):
-        (left, inverse_x), (right, inverse_y) = (rows_of_products(z, normalize, precision) for z in (x, y))
-        kept, products = room_for_products(x, keep, rows, rows, precision)
-        of_rows, of_columns = totals_and_shifts(
-            left, right, (rows, rows), scale, precision, "diagonal", columns=True, kept=products
-        )
-        block = row_block(left.shape[1])
-        _losses[(triton.cdiv(rows, block["BR"]),)](
-            x, y, inverse_x, inverse_y, scale, *of_rows, *of_columns, loss, positive, rows, dim, *x.stride(),
-            *y.stride(), **block, num_warps=WARPS, **OPTIONS,
-        )  # fmt: skip
-        if label_smoothing:
-            wide_x, wide_y = (normalized_rows(z, normalize)[0] for z in (x, y))
-            loss += label_smoothing / 2 * scale * (lead(wide_x, wide_y) + lead(wide_y, wide_x))
+    (left, inverse_x), (right, inverse_y) = (rows_of_products(z, normalize, precision) for z in (x, y))
+    kept, products = room_for_products(x, keep, rows, rows, precision)
+    of_rows, of_columns = totals_and_shifts(
+        left, right, (rows, rows), scale, precision, "diagonal", columns=True, kept=products
+    )
+    block = row_block(left.shape[1])
+    _losses[(triton.cdiv(rows, block["BR"]),)](
+        x, y, inverse_x, inverse_y, scale, *of_rows, *of_columns, loss, positive, rows, dim, *x.stride(),
+        *y.stride(), **block, num_warps=WARPS, **OPTIONS,
+    )  # fmt: skip
+    if label_smoothing:
+        wide_x, wide_y = (normalized_rows(z, normalize)[0] for z in (x, y))
+        loss += label_smoothing / 2 * scale * (lead(wide_x, wide_y) + lead(wide_y, wide_x))
     return reduce(loss, reduction), positive, *of_rows, *of_columns, kept
 
 
@@ -137,27 +142,24 @@ def clip_loss_backward(
     if rows == 0:
         return x.new_empty(x.shape), y.new_empty(y.shape), scale.new_zeros(())
     grad_loss = gradient_of_rows(grad_loss, reduction, rows)
-    with torch.cuda.device_of(x):
-        (left, inverse_x), (right, inverse_y) = (rows_of_products(z, normalize, precision) for z in (x, y))
-        shifts = row_shift.contiguous(), column_shift.contiguous()
-        factors = x.new_empty((2, triton.cdiv(rows, ROWS_OF_FACTORS) * ROWS_OF_FACTORS), dtype=torch.float32)
-        of_rows, of_columns = (Factors(*pair) for pair in zip(shifts, factors, strict=True))
-        weight = torch.empty_like(of_rows.shift)
-        _factors[(triton.cdiv(rows, ROWS_OF_FACTORS),)](
-            grad_loss.contiguous(), positive.contiguous(), row_total.contiguous(), of_rows.shift,
-            column_total.contiguous(), of_columns.shift, of_rows.factor, of_columns.factor, weight, rows,
-            BR=ROWS_OF_FACTORS, **OPTIONS,
-        )  # fmt: skip
-        pairs = Weights(
-            left, right, (rows, rows), scale, precision, "both", "diagonal", rows=of_rows, columns=of_columns
-        )
-        sums_x, sums_y = accumulate_both(pairs, kept=kept_products(kept, rows, rows, x.shape[1], precision))
-        share = x.new_empty(rows, dtype=torch.float64)
-        of_x = of_y = None  # what label smoothing adds
-        if label_smoothing:
-            wide_x, wide_y = (normalized_rows(z, normalize)[0] for z in (x, y))
-            pull = grad_loss * (label_smoothing / 2)
-            of_x, of_y = (gradient_of_leads(z, pull, pull) for z in (wide_y, wide_x))
-        grad_x = projected(x, y, (inverse_x, inverse_y), scale, sums_x, weight, share, of_x)
-        grad_y = projected(y, x, (inverse_y, inverse_x), scale, sums_y, weight, None, of_y)
-        return grad_x, grad_y, share.sum().to(scale.dtype)
+    (left, inverse_x), (right, inverse_y) = (rows_of_products(z, normalize, precision) for z in (x, y))
+    shifts = row_shift.contiguous(), column_shift.contiguous()
+    factors = x.new_empty((2, triton.cdiv(rows, ROWS_OF_FACTORS) * ROWS_OF_FACTORS), dtype=torch.float32)
+    of_rows, of_columns = (Factors(*pair) for pair in zip(shifts, factors, strict=True))
+    weight = torch.empty_like(of_rows.shift)
+    _factors[(triton.cdiv(rows, ROWS_OF_FACTORS),)](
+        grad_loss.contiguous(), positive.contiguous(), row_total.contiguous(), of_rows.shift,
+        column_total.contiguous(), of_columns.shift, of_rows.factor, of_columns.factor, weight, rows,
+        BR=ROWS_OF_FACTORS, **OPTIONS,
+    )  # fmt: skip
+    pairs = Weights(left, right, (rows, rows), scale, precision, "both", "diagonal", rows=of_rows, columns=of_columns)
+    sums_x, sums_y = accumulate_both(pairs, kept=kept_products(kept, rows, rows, x.shape[1], precision))
+    share = x.new_empty(rows, dtype=torch.float64)
+    of_x = of_y = None  # what label smoothing adds
+    if label_smoothing:
+        wide_x, wide_y = (normalized_rows(z, normalize)[0] for z in (x, y))
+        pull = grad_loss * (label_smoothing / 2)
+        of_x, of_y = (gradient_of_leads(z, pull, pull) for z in (wide_y, wide_x))
+    grad_x = projected(x, y, (inverse_x, inverse_y), scale, sums_x, weight, share, of_x)
+    grad_y = projected(y, x, (inverse_y, inverse_x), scale, sums_y, weight, None, of_y)
+    return grad_x, grad_y, share.sum().to(scale.dtype)

@@ -70,13 +70,12 @@ def dcl_backward(
     """`fastssl::dcl_backward` for CUDA tensors; see fastssl/ops/contrastive/."""
     if z1.shape[0] == 0:
         return z1.new_empty(z1.shape), z2.new_empty(z2.shape), torch.empty_like(weight), scale.new_zeros(())
-    with torch.cuda.device_of(z1):
-        total = total.contiguous()
-        factor, pull, grad_weight = (torch.empty_like(total) for _ in range(3))
-        _factors[(triton.cdiv(len(total), ROWS_OF_FACTORS),)](
-            grad_loss.contiguous(), weight.contiguous(), positive.contiguous(), total, factor, pull, grad_weight,
-            len(total), BR=ROWS_OF_FACTORS, **OPTIONS,
-        )  # fmt: skip
+    total = total.contiguous()
+    factor, pull, grad_weight = (torch.empty_like(total) for _ in range(3))
+    _factors[(triton.cdiv(len(total), ROWS_OF_FACTORS),)](
+        grad_loss.contiguous(), weight.contiguous(), positive.contiguous(), total, factor, pull, grad_weight,
+        len(total), BR=ROWS_OF_FACTORS, **OPTIONS,
+    )  # fmt: skip
     factors = Factors(shift.contiguous(), factor)
     grad_z1, grad_z2, grad_scale = through_tiles(z1, z2, scale, factors, total, pull, kept, normalize, precision)
     return grad_z1, grad_z2, grad_weight, grad_scale

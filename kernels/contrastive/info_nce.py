@@ -148,30 +148,29 @@ def info_nce(
     results = loss, positive, total, shift, query_slope, scale_slope
     if rows == 0:
         return reduce(loss, reduction), *results[1:], nothing_kept(query, keep)
-    with torch.cuda.device_of(query):
-        (q, inverse_q), (k, inverse_k) = (rows_of_products(z, normalize, precision) for z in (query, positive_key))
-        kept, products = room_for_products(query, keep, rows, rows, precision)
-        inputs = q, k, (rows, rows), scale, precision
+    (q, inverse_q), (k, inverse_k) = (rows_of_products(z, normalize, precision) for z in (query, positive_key))
+    kept, products = room_for_products(query, keep, rows, rows, precision)
+    inputs = q, k, (rows, rows), scale, precision
+    if weigh:
+        sums = softmax_sums(*inputs, "diagonal", kept=products)
+        gradient, tops, totals = sums.gradient, sums.top, sums.total
+        splits, padded_rows, padded = gradient.shape
+    else:
+        [(totals, tops)] = totals_and_shifts(*inputs, "diagonal", kept=products)
+        gradient, splits, (padded_rows, padded) = None, 1, q.shape
+    block = row_block(padded)
+    _finish[(triton.cdiv(rows, block["BR"]),)](
+        query, positive_key, inverse_q, inverse_k, scale, gradient, tops, totals, *results, rows, dim,
+        *query.stride(), *positive_key.stride(), padded, padded_rows, splits, **block,
+        num_warps=WARPS, **OPTIONS,
+    )  # fmt: skip
+    if label_smoothing:
+        (wide_q, norms), (wide_k, _) = (normalized_rows(z, normalize) for z in (query, positive_key))
+        leads = lead(wide_q, wide_k)
+        loss += label_smoothing * scale * leads
         if weigh:
-            sums = softmax_sums(*inputs, "diagonal", kept=products)
-            gradient, tops, totals = sums.gradient, sums.top, sums.total
-            splits, padded_rows, padded = gradient.shape
-        else:
-            [(totals, tops)] = totals_and_shifts(*inputs, "diagonal", kept=products)
-            gradient, splits, (padded_rows, padded) = None, 1, q.shape
-        block = row_block(padded)
-        _finish[(triton.cdiv(rows, block["BR"]),)](
-            query, positive_key, inverse_q, inverse_k, scale, gradient, tops, totals, *results, rows, dim,
-            *query.stride(), *positive_key.stride(), padded, padded_rows, splits, **block,
-            num_warps=WARPS, **OPTIONS,
-        )  # fmt: skip
-        if label_smoothing:
-            (wide_q, norms), (wide_k, _) = (normalized_rows(z, normalize) for z in (query, positive_key))
-            leads = lead(wide_q, wide_k)
-            loss += label_smoothing * scale * leads
-            if weigh:
-                query_slope += through_norms(label_smoothing * centered(wide_k), wide_q, norms)
-                scale_slope += label_smoothing * leads
+            query_slope += through_norms(label_smoothing * centered(wide_k), wide_q, norms)
+            scale_slope += label_smoothing * leads
     return reduce(loss, reduction), *results[1:], kept
 
 
@@ -199,19 +198,18 @@ def info_nce_backward(
     rows = query.shape[0]
     if rows == 0 or not needs_positive_key:
         return grad_query, positive_key.new_empty((0, positive_key.shape[1])), grad_scale
-    with torch.cuda.device_of(query):
-        (q, inverse_q), (k, inverse_k) = (rows_of_products(z, normalize, precision) for z in (query, positive_key))
-        shift = shift.contiguous()
-        factors, weight = Factors(shift, torch.empty_like(shift)), torch.empty_like(shift)
-        _factors[(triton.cdiv(rows, ROWS_OF_FACTORS),)](
-            grad_loss.contiguous(), positive.contiguous(), total.contiguous(), shift, factors.factor, weight, rows,
-            BR=ROWS_OF_FACTORS, **OPTIONS,
-        )  # fmt: skip
-        products = kept_products(kept, rows, rows, query.shape[1], precision)
-        pairs = Weights(k, q, (rows, rows), scale, precision, "column", "diagonal", columns=factors)
-        sums = accumulate(pairs, kept=None if products is None else products.T)
-        of_key = None  # what label smoothing adds
-        if label_smoothing:
-            of_key = gradient_of_leads(normalized_rows(query, normalize)[0], None, grad_loss * label_smoothing)
-        grad_key = projected(positive_key, query, (inverse_k, inverse_q), scale, sums, weight, None, of_key)
+    (q, inverse_q), (k, inverse_k) = (rows_of_products(z, normalize, precision) for z in (query, positive_key))
+    shift = shift.contiguous()
+    factors, weight = Factors(shift, torch.empty_like(shift)), torch.empty_like(shift)
+    _factors[(triton.cdiv(rows, ROWS_OF_FACTORS),)](
+        grad_loss.contiguous(), positive.contiguous(), total.contiguous(), shift, factors.factor, weight, rows,
+        BR=ROWS_OF_FACTORS, **OPTIONS,
+    )  # fmt: skip
+    products = kept_products(kept, rows, rows, query.shape[1], precision)
+    pairs = Weights(k, q, (rows, rows), scale, precision, "column", "diagonal", columns=factors)
+    sums = accumulate(pairs, kept=None if products is None else products.T)
+    of_key = None  # what label smoothing adds
+    if label_smoothing:
+        of_key = gradient_of_leads(normalized_rows(query, normalize)[0], None, grad_loss * label_smoothing)
+    grad_key = projected(positive_key, query, (inverse_k, inverse_q), scale, sums, weight, None, of_key)
     return grad_query, grad_key, grad_scale

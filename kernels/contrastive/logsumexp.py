@@ -37,17 +37,16 @@ def similarity_logsumexp(
     if rows == 0 or columns == 0:
         total, shift = (x.new_zeros(rows, dtype=torch.float32) for _ in range(2))
         return total, shift, x.new_zeros((rows if weigh else 0, dim), dtype=torch.float32), nothing_kept(x, keep)
-    with torch.cuda.device_of(x):
-        exclude, by = excluding(exclude, "row")
-        inputs = pad(x, precision), pad(y, precision), (rows, columns), scale, precision
-        kept, products = room_for_products(x, keep, rows, columns, precision)
-        if weigh:
-            weighted, shift, total, _ = collect_sums(
-                softmax_sums(*inputs, by, exclude=exclude, kept=products), x, scale, torch.float32
-            )
-            return total, shift, weighted, kept
-        [(total, shift)] = totals_and_shifts(*inputs, by, exclude=exclude, kept=products)
-        return total, shift, x.new_empty((0, dim), dtype=torch.float32), kept
+    exclude, by = excluding(exclude, "row")
+    inputs = pad(x, precision), pad(y, precision), (rows, columns), scale, precision
+    kept, products = room_for_products(x, keep, rows, columns, precision)
+    if weigh:
+        weighted, shift, total, _ = collect_sums(
+            softmax_sums(*inputs, by, exclude=exclude, kept=products), x, scale, torch.float32
+        )
+        return total, shift, weighted, kept
+    [(total, shift)] = totals_and_shifts(*inputs, by, exclude=exclude, kept=products)
+    return total, shift, x.new_empty((0, dim), dtype=torch.float32), kept
 
 
 def similarity_logsumexp_backward(
@@ -69,16 +68,15 @@ def similarity_logsumexp_backward(
     rows, columns = x.shape[0], y.shape[0]
     if not needs_y or rows == 0 or columns == 0:
         return grad_x, y.new_zeros((columns if needs_y else 0, y.shape[1])), grad_scale
-    with torch.cuda.device_of(x):
-        exclude, by = excluding(exclude, "column")
-        factors = Factors(shift.contiguous(), grad_total.contiguous())
-        products = kept_products(kept, rows, columns, x.shape[1], precision)
-        pairs = Weights(
-            pad(y, precision), pad(x, precision), (columns, rows), scale, precision, "column", by, exclude=exclude,
-            columns=factors,
-        )  # fmt: skip
-        G = accumulate(pairs, kept=None if products is None else products.T)
-        return grad_x, collect_sums(G, y, scale, y.dtype).gradient, grad_scale
+    exclude, by = excluding(exclude, "column")
+    factors = Factors(shift.contiguous(), grad_total.contiguous())
+    products = kept_products(kept, rows, columns, x.shape[1], precision)
+    pairs = Weights(
+        pad(y, precision), pad(x, precision), (columns, rows), scale, precision, "column", by, exclude=exclude,
+        columns=factors,
+    )  # fmt: skip
+    G = accumulate(pairs, kept=None if products is None else products.T)
+    return grad_x, collect_sums(G, y, scale, y.dtype).gradient, grad_scale
 
 
 def pair_logsumexp(
@@ -89,28 +87,27 @@ def pair_logsumexp(
     if rows == 0 or columns == 0:
         sums = (x.new_zeros(count, dtype=torch.float32) for count in (rows, rows, columns, columns))
         return *sums, nothing_kept(x, keep)
-    with torch.cuda.device_of(x):
-        left, right = pad(x, precision), pad(y, precision)
-        kept, products = room_for_products(x, keep, rows, columns, precision)
-        if rows <= columns:
-            exclude, by = excluding(exclude, "row")
-            of_x, of_y = totals_and_shifts(
-                left, right, (rows, columns), scale, precision, by, exclude=exclude, columns=True, kept=products
-            )
-        else:
-            exclude, by = excluding(exclude, "column")
-            of_y, of_x = totals_and_shifts(
-                right,
-                left,
-                (columns, rows),
-                scale,
-                precision,
-                by,
-                exclude=exclude,
-                columns=True,
-                kept=None if products is None else products.T,
-            )
-        return *of_x, *of_y, kept
+    left, right = pad(x, precision), pad(y, precision)
+    kept, products = room_for_products(x, keep, rows, columns, precision)
+    if rows <= columns:
+        exclude, by = excluding(exclude, "row")
+        of_x, of_y = totals_and_shifts(
+            left, right, (rows, columns), scale, precision, by, exclude=exclude, columns=True, kept=products
+        )
+    else:
+        exclude, by = excluding(exclude, "column")
+        of_y, of_x = totals_and_shifts(
+            right,
+            left,
+            (columns, rows),
+            scale,
+            precision,
+            by,
+            exclude=exclude,
+            columns=True,
+            kept=None if products is None else products.T,
+        )
+    return *of_x, *of_y, kept
 
 
 def pair_logsumexp_backward(
@@ -129,22 +126,21 @@ def pair_logsumexp_backward(
     rows, columns = x.shape[0], y.shape[0]
     if rows == 0 or columns == 0:
         return x.new_zeros(x.shape), y.new_zeros(y.shape), scale.new_zeros(())
-    with torch.cuda.device_of(x):
-        left, right = pad(x, precision), pad(y, precision)
-        of_x = Factors(row_shift.contiguous(), grad_row_total.contiguous())
-        of_y = Factors(column_shift.contiguous(), grad_column_total.contiguous())
-        exclude, by = excluding(exclude, "row")
-        pairs = Weights(
-            left, right, (rows, columns), scale, precision, "both", by, exclude=exclude,
-            rows=of_x, columns=of_y,
-        )  # fmt: skip
-        sums_x, sums_y = accumulate_both(pairs, kept=kept_products(kept, rows, columns, x.shape[1], precision))
-        collected = collect_sums(sums_x, x, scale, x.dtype, share=True)
-        return (
-            collected.gradient,
-            collect_sums(sums_y, y, scale, y.dtype).gradient,
-            collected.share.sum().to(scale.dtype),
-        )
+    left, right = pad(x, precision), pad(y, precision)
+    of_x = Factors(row_shift.contiguous(), grad_row_total.contiguous())
+    of_y = Factors(column_shift.contiguous(), grad_column_total.contiguous())
+    exclude, by = excluding(exclude, "row")
+    pairs = Weights(
+        left, right, (rows, columns), scale, precision, "both", by, exclude=exclude,
+        rows=of_x, columns=of_y,
+    )  # fmt: skip
+    sums_x, sums_y = accumulate_both(pairs, kept=kept_products(kept, rows, columns, x.shape[1], precision))
+    collected = collect_sums(sums_x, x, scale, x.dtype, share=True)
+    return (
+        collected.gradient,
+        collect_sums(sums_y, y, scale, y.dtype).gradient,
+        collected.share.sum().to(scale.dtype),
+    )
 
 
 def self_logsumexp(z: Tensor, scale: Tensor, keep: int, precision: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -152,13 +148,12 @@ def self_logsumexp(z: Tensor, scale: Tensor, keep: int, precision: str) -> tuple
     rows = z.shape[0]
     if rows == 0:
         return *(z.new_zeros(0, dtype=torch.float32) for _ in range(2)), nothing_kept(z, keep)
-    with torch.cuda.device_of(z):
-        padded = pad(z, precision)
-        kept, products = room_for_products(z, keep, rows, rows, precision)
-        [sums] = totals_and_shifts(
-            padded, padded, (rows, rows), scale, precision, "diagonal", symmetric=True, kept=products
-        )
-        return *sums, kept
+    padded = pad(z, precision)
+    kept, products = room_for_products(z, keep, rows, rows, precision)
+    [sums] = totals_and_shifts(
+        padded, padded, (rows, rows), scale, precision, "diagonal", symmetric=True, kept=products
+    )
+    return *sums, kept
 
 
 def self_logsumexp_backward(
@@ -168,15 +163,12 @@ def self_logsumexp_backward(
     rows = z.shape[0]
     if rows == 0:
         return z.new_zeros(z.shape), scale.new_zeros(())
-    with torch.cuda.device_of(z):
-        padded = pad(z, precision)
-        factors = Factors(shift.contiguous(), grad_total.contiguous())
-        pairs = Weights(
-            padded, padded, (rows, rows), scale, precision, "both", "diagonal", rows=factors, columns=factors
-        )
-        G = accumulate(pairs, kept=kept_products(kept, rows, rows, z.shape[1], precision))
-        collected = collect_sums(G, z, scale, z.dtype, share=True)
-        return collected.gradient, collected.share.sum().mul(0.5).to(scale.dtype)
+    padded = pad(z, precision)
+    factors = Factors(shift.contiguous(), grad_total.contiguous())
+    pairs = Weights(padded, padded, (rows, rows), scale, precision, "both", "diagonal", rows=factors, columns=factors)
+    G = accumulate(pairs, kept=kept_products(kept, rows, rows, z.shape[1], precision))
+    collected = collect_sums(G, z, scale, z.dtype, share=True)
+    return collected.gradient, collected.share.sum().mul(0.5).to(scale.dtype)
 
 
 def excluding(exclude: Tensor | None, by: str) -> tuple[Tensor | None, str | None]:

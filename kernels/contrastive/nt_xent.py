@@ -122,12 +122,11 @@ def sums_and_kept(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(shift, total, kept), and the losses, in `positives`, of at least one pair of rows."""
     rows = 2 * z1.shape[0]
-    with torch.cuda.device_of(z1):
-        z, _ = pad_views(z1, z2, normalize, precision)
-        kept, products = room_for_products(z1, keep, rows, rows, precision)
-        [(total, shift)] = totals_and_shifts(
-            z, z, (rows, rows), scale, precision, exclude_by, symmetric=True, positives=positives, kept=products
-        )
+    z, _ = pad_views(z1, z2, normalize, precision)
+    kept, products = room_for_products(z1, keep, rows, rows, precision)
+    [(total, shift)] = totals_and_shifts(
+        z, z, (rows, rows), scale, precision, exclude_by, symmetric=True, positives=positives, kept=products
+    )
     return shift, total, kept
 
 
@@ -145,24 +144,21 @@ def through_tiles(
     """The gradients of z1, z2 and scale, from the factors of the rows' exponentials; `pull`: see `_project`."""
     batch, dim = z1.shape
     grad_z1, grad_z2 = z1.new_empty(z1.shape), z2.new_empty(z2.shape)
-    with torch.cuda.device_of(z1):
-        z, inverse = pad_views(z1, z2, normalize, precision)
-        aligned, grad_scale = torch.empty_like(total), torch.empty_like(inverse)
-        pairs = Weights(
-            z, z, (2 * batch, 2 * batch), scale, precision, "both", "partner", rows=factors, columns=factors
-        )
-        products = kept_products(kept, 2 * batch, 2 * batch, dim, precision)
-        sums = accumulate(pairs, aligned=aligned, kept=products)
-        splits, padded_rows, padded = sums.gradient.shape
-        block = row_block(padded)
-        of_positives = (*factors, total, None, sums.peak, aligned)
-        if pull is not None:
-            of_positives = (None, None, None, pull, sums.peak, None)
-        _project[(triton.cdiv(2 * batch, block["BR"]),)](
-            z1, z2, inverse, scale, *of_positives, sums.gradient, grad_z1, grad_z2, grad_scale, batch, dim,
-            *z1.stride(), *z2.stride(), padded, padded_rows, splits, normalize, **block, **OPTIONS,
-        )  # fmt: skip
-        return grad_z1, grad_z2, grad_scale.sum().to(scale.dtype)
+    z, inverse = pad_views(z1, z2, normalize, precision)
+    aligned, grad_scale = torch.empty_like(total), torch.empty_like(inverse)
+    pairs = Weights(z, z, (2 * batch, 2 * batch), scale, precision, "both", "partner", rows=factors, columns=factors)
+    products = kept_products(kept, 2 * batch, 2 * batch, dim, precision)
+    sums = accumulate(pairs, aligned=aligned, kept=products)
+    splits, padded_rows, padded = sums.gradient.shape
+    block = row_block(padded)
+    of_positives = (*factors, total, None, sums.peak, aligned)
+    if pull is not None:
+        of_positives = (None, None, None, pull, sums.peak, None)
+    _project[(triton.cdiv(2 * batch, block["BR"]),)](
+        z1, z2, inverse, scale, *of_positives, sums.gradient, grad_z1, grad_z2, grad_scale, batch, dim,
+        *z1.stride(), *z2.stride(), padded, padded_rows, splits, normalize, **block, **OPTIONS,
+    )  # fmt: skip
+    return grad_z1, grad_z2, grad_scale.sum().to(scale.dtype)
 
 
 def nt_xent(

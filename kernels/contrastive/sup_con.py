@@ -179,19 +179,18 @@ def sup_con(
     loss = z.new_empty(rows, dtype=torch.float32)
     if rows == 0:
         return loss, loss.clone(), loss.clone(), nothing_kept(z, keep)
-    with torch.cuda.device_of(z):
-        padded, inverse = rows_of_products(z, normalize, precision)
-        kept, products = room_for_products(z, keep, rows, rows, precision)
-        [(total, shift)] = totals_and_shifts(
-            padded, padded, (rows, rows), scale, precision, "diagonal", symmetric=True, kept=products
-        )
-        of_labels = places(labels)
-        sums, _ = sums_of_labels(z, inverse, of_labels, None)
-        block = row_block(padded.shape[1])
-        _losses[(triton.cdiv(rows, block["BR"]),)](
-            z, inverse, *of_labels[1:], sums, scale, total, shift, loss, rows, dim, *z.stride(), **block,
-            num_warps=WARPS, **OPTIONS,
-        )  # fmt: skip
+    padded, inverse = rows_of_products(z, normalize, precision)
+    kept, products = room_for_products(z, keep, rows, rows, precision)
+    [(total, shift)] = totals_and_shifts(
+        padded, padded, (rows, rows), scale, precision, "diagonal", symmetric=True, kept=products
+    )
+    of_labels = places(labels)
+    sums, _ = sums_of_labels(z, inverse, of_labels, None)
+    block = row_block(padded.shape[1])
+    _losses[(triton.cdiv(rows, block["BR"]),)](
+        z, inverse, *of_labels[1:], sums, scale, total, shift, loss, rows, dim, *z.stride(), **block,
+        num_warps=WARPS, **OPTIONS,
+    )  # fmt: skip
     return loss, shift, total, kept
 
 
@@ -210,25 +209,22 @@ def sup_con_backward(
     rows, dim = z.shape
     if rows == 0:
         return z.new_empty(z.shape), scale.new_zeros(())
-    with torch.cuda.device_of(z):
-        padded, inverse = rows_of_products(z, normalize, precision)
-        order, first, last = of_labels = places(labels)
-        shift = shift.contiguous()
-        factor, per_positive, weight = (torch.empty_like(shift) for _ in range(3))
-        _factors[(triton.cdiv(rows, ROWS_OF_FACTORS),)](
-            grad_loss.contiguous(), total.contiguous(), first, last, factor, per_positive, weight, rows,
-            BR=ROWS_OF_FACTORS, **OPTIONS,
-        )  # fmt: skip
-        sums, weighted = sums_of_labels(z, inverse, of_labels, per_positive)
-        positives, block = torch.empty_like(sums), row_block(padded.shape[1])
-        _positives[(triton.cdiv(rows, block["BR"]),)](
-            first, per_positive, sums, weighted, positives, rows, dim, **block, **OPTIONS
-        )
-        factors = Factors(shift, factor)
-        pairs = Weights(
-            padded, padded, (rows, rows), scale, precision, "both", "diagonal", rows=factors, columns=factors
-        )
-        products = accumulate(pairs, kept=kept_products(kept, rows, rows, dim, precision))
-        share = z.new_empty(rows, dtype=torch.float64)
-        grad_z = projected(z, z, (inverse, inverse), scale, products, weight, share, positives)
-        return grad_z, share.sum().mul(0.5).to(scale.dtype)
+    padded, inverse = rows_of_products(z, normalize, precision)
+    order, first, last = of_labels = places(labels)
+    shift = shift.contiguous()
+    factor, per_positive, weight = (torch.empty_like(shift) for _ in range(3))
+    _factors[(triton.cdiv(rows, ROWS_OF_FACTORS),)](
+        grad_loss.contiguous(), total.contiguous(), first, last, factor, per_positive, weight, rows,
+        BR=ROWS_OF_FACTORS, **OPTIONS,
+    )  # fmt: skip
+    sums, weighted = sums_of_labels(z, inverse, of_labels, per_positive)
+    positives, block = torch.empty_like(sums), row_block(padded.shape[1])
+    _positives[(triton.cdiv(rows, block["BR"]),)](
+        first, per_positive, sums, weighted, positives, rows, dim, **block, **OPTIONS
+    )
+    factors = Factors(shift, factor)
+    pairs = Weights(padded, padded, (rows, rows), scale, precision, "both", "diagonal", rows=factors, columns=factors)
+    products = accumulate(pairs, kept=kept_products(kept, rows, rows, dim, precision))
+    share = z.new_empty(rows, dtype=torch.float64)
+    grad_z = projected(z, z, (inverse, inverse), scale, products, weight, share, positives)
+    return grad_z, share.sum().mul(0.5).to(scale.dtype)

@@ -72,25 +72,24 @@ def barlow_twins(
     fastssl/ops/correlation.py."""
     views, rows = (z_a, z_b), z_a.shape[0]
     M = rows - unbiased
-    with torch.cuda.device_of(z_a):
-        columns = _barlow_twins_statistics(views, M, eps, 2 * invariance_param / rows)
-        invariance, kept, products = columns.terms, None, None
-        redundancy = torch.zeros_like(invariance)
-        if lambda_param:
-            operands = operands_of(views, columns, precision)
-            if dual:
-                squares, kept = dual_forward(operands, None, rows, True, derive, precision)
-                redundancy = squares[0] / rows**2
-            else:
-                squares, gradients = primal_forward(*operands.split(1), None, rows, derive, precision)
-                redundancy = squares[0]
-                if derive:
-                    weight = redundancy.new_full((2,), 2 * lambda_param / rows / PEAK.value)
-                    products = Products([gradient[0] for gradient in gradients], weight)
-        if derive and not dual:
-            kept = derivatives(views, columns, products, M, 0.0, None, torch.float32)
-        loss = invariance_param * invariance + lambda_param * redundancy
-        return *(x.to(torch.float32) for x in (loss, invariance, redundancy)), *(kept or no_sums(views, dual, derive))
+    columns = _barlow_twins_statistics(views, M, eps, 2 * invariance_param / rows)
+    invariance, kept, products = columns.terms, None, None
+    redundancy = torch.zeros_like(invariance)
+    if lambda_param:
+        operands = operands_of(views, columns, precision)
+        if dual:
+            squares, kept = dual_forward(operands, None, rows, True, derive, precision)
+            redundancy = squares[0] / rows**2
+        else:
+            squares, gradients = primal_forward(*operands.split(1), None, rows, derive, precision)
+            redundancy = squares[0]
+            if derive:
+                weight = redundancy.new_full((2,), 2 * lambda_param / rows / PEAK.value)
+                products = Products([gradient[0] for gradient in gradients], weight)
+    if derive and not dual:
+        kept = derivatives(views, columns, products, M, 0.0, None, torch.float32)
+    loss = invariance_param * invariance + lambda_param * redundancy
+    return *(x.to(torch.float32) for x in (loss, invariance, redundancy)), *(kept or no_sums(views, dual, derive))
 
 
 def barlow_twins_backward(
@@ -111,10 +110,9 @@ def barlow_twins_backward(
         return (grad_loss * kept_a).to(z_a.dtype), (grad_loss * kept_b).to(z_b.dtype)
     views, rows = (z_a, z_b), z_a.shape[0]
     M = rows - unbiased
-    with torch.cuda.device_of(z_a):
-        columns = _barlow_twins_statistics(views, M, eps, 2 * invariance_param / rows)
-        products = None
-        if lambda_param:
-            operands = operands_of(views, columns, precision)
-            products = dual_products(operands, None, (kept_b, kept_a), True, 2 * lambda_param / rows**2, precision)
-        return tuple(derivatives(views, columns, products, M, 0.0, grad_loss, z_a.dtype))
+    columns = _barlow_twins_statistics(views, M, eps, 2 * invariance_param / rows)
+    products = None
+    if lambda_param:
+        operands = operands_of(views, columns, precision)
+        products = dual_products(operands, None, (kept_b, kept_a), True, 2 * lambda_param / rows**2, precision)
+    return tuple(derivatives(views, columns, products, M, 0.0, grad_loss, z_a.dtype))

@@ -75,27 +75,26 @@ def _vicreg(
     """(loss, mean squared difference of two views, variance, covariance, *kept). `mu_param`: see `_vicreg_backward`."""
     rows, dim = views[0].shape
     M = rows - unbiased
-    with torch.cuda.device_of(views[0]):
-        columns = _vicreg_statistics(views, M, eps, mu_param / (dim * M), precision)
-        variance, invariance = columns.terms[:, 0].mean() / dim, columns.terms[0, 2] / (rows * dim)
-        covariance, kept, products = torch.zeros_like(variance), None, None
-        if nu_param:
-            operands = operands_of(views, columns, precision)
-            if dual:
-                squares, kept = dual_forward(operands, columns.scale, rows, False, derive, precision)
-                squares = squares / M**2
-            else:
-                squares, gradients = primal_forward(operands, operands, columns.scale, M, derive, precision)
-                if derive:
-                    weight = squares.new_full((len(views),), 4 * nu_param / (dim * M) / PEAK.value)
-                    weight = weight if columns.scale is None else weight / columns.scale**3
-                    products = Products(gradients[0], weight)
-            covariance = squares.sum() / dim
-        if derive and not dual:
-            kept = derivatives(views, columns, products, M, 2 * lambda_param / (rows * dim), None, torch.float32)
-        loss = lambda_param * invariance + mu_param * len(views) * variance + nu_param * covariance
-        parts = (x.to(torch.float32) for x in (loss, invariance, variance, covariance))
-        return *parts, *(kept or no_sums(views, dual, derive))
+    columns = _vicreg_statistics(views, M, eps, mu_param / (dim * M), precision)
+    variance, invariance = columns.terms[:, 0].mean() / dim, columns.terms[0, 2] / (rows * dim)
+    covariance, kept, products = torch.zeros_like(variance), None, None
+    if nu_param:
+        operands = operands_of(views, columns, precision)
+        if dual:
+            squares, kept = dual_forward(operands, columns.scale, rows, False, derive, precision)
+            squares = squares / M**2
+        else:
+            squares, gradients = primal_forward(operands, operands, columns.scale, M, derive, precision)
+            if derive:
+                weight = squares.new_full((len(views),), 4 * nu_param / (dim * M) / PEAK.value)
+                weight = weight if columns.scale is None else weight / columns.scale**3
+                products = Products(gradients[0], weight)
+        covariance = squares.sum() / dim
+    if derive and not dual:
+        kept = derivatives(views, columns, products, M, 2 * lambda_param / (rows * dim), None, torch.float32)
+    loss = lambda_param * invariance + mu_param * len(views) * variance + nu_param * covariance
+    parts = (x.to(torch.float32) for x in (loss, invariance, variance, covariance))
+    return *parts, *(kept or no_sums(views, dual, derive))
 
 
 def _vicreg_backward(
@@ -115,14 +114,13 @@ def _vicreg_backward(
         return [(grad_loss * gradient).to(z.dtype) for gradient, z in zip(kept, views, strict=True)]
     rows, dim = views[0].shape
     M = rows - unbiased
-    with torch.cuda.device_of(views[0]):
-        columns = _vicreg_statistics(views, M, eps, mu_param / (dim * M), precision)
-        products = None
-        if nu_param:
-            operands, weight = operands_of(views, columns, precision), 4 * nu_param / (dim * M**2)
-            products = dual_products(operands, columns.scale, kept, False, weight, precision)
-        apart = 2 * lambda_param / (rows * dim)
-        return derivatives(views, columns, products, M, apart, grad_loss, views[0].dtype)
+    columns = _vicreg_statistics(views, M, eps, mu_param / (dim * M), precision)
+    products = None
+    if nu_param:
+        operands, weight = operands_of(views, columns, precision), 4 * nu_param / (dim * M**2)
+        products = dual_products(operands, columns.scale, kept, False, weight, precision)
+    apart = 2 * lambda_param / (rows * dim)
+    return derivatives(views, columns, products, M, apart, grad_loss, views[0].dtype)
 
 
 def vicreg(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from importlib import import_module
 from importlib.util import find_spec
@@ -87,6 +88,17 @@ def test_triton_launchers_leave_float64_to_the_portable_code(name, args):
     with Recorder() as ran:
         triton_launcher("distillation", name, numbers)(*args)
     assert ran == {f"{name}_portable"}
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+def test_triton_launches_on_the_device_of_the_first_argument(monkeypatch):
+    entered, x = [], torch.ones(3, 4)
+    guard = contextlib.contextmanager(lambda tensor: (yield entered.append(tensor)))
+    monkeypatch.setattr(torch.cuda, "device_of", guard)
+    module = import_module("fastssl.kernels.distillation")
+    monkeypatch.setattr(module, "column_sums", lambda logits: len(entered))
+    assert triton_launcher("distillation", "column_sums")([x]) == 1
+    assert entered[0] is x
 
 
 def _double(x: Any) -> Any:
