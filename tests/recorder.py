@@ -1,4 +1,4 @@
-"""Which operations of `torch.ops.fastssl` run, and with what they are called."""
+"""Which operations of `torch.ops.fastssl` run, and with what they are called; which of PyTorch's add atomically."""
 
 from __future__ import annotations
 
@@ -25,6 +25,26 @@ class Recorder(TorchDispatchMode):
         if op.namespace == "fastssl":
             self.names.add(op._opname)
         return op(*args, **(kwargs or {}))
+
+
+# By torch.use_deterministic_algorithms' documentation; of `index_put` and of indexing only what CUDA does not sort.
+_ATOMIC = {"index_add", "index_reduce", "scatter_add", "scatter_reduce", "put", "embedding_dense_backward", "cumsum"}
+
+
+class AtomicSums(TorchDispatchMode):
+    """The names of PyTorch's operations on floating-point numbers whose sums CUDA adds up in an order that changes from
+    run to run."""
+
+    def __enter__(self) -> set[str]:
+        self.names: set[str] = set()
+        super().__enter__()
+        return self.names
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        result = op(*args, **(kwargs or {}))
+        if op._opname.rstrip("_") in _ATOMIC and result.is_floating_point():
+            self.names.add(op._opname)
+        return result
 
 
 class _Calls(TorchFunctionMode):

@@ -21,6 +21,7 @@ from torch.autograd import Function
 
 from fastssl.distributed.processes import ProcessGroup, gather_rows, shared, sum_of_parts, uncompiled
 from fastssl.distributed.ring import Ring, Tensors, add, check_first_derivative
+from fastssl.ops._portable import add_rows_, take_rows
 from fastssl.ops._precision import accumulate_dtype, widen
 from fastssl.ops.contrastive import nothing_kept
 
@@ -53,9 +54,9 @@ def class_sums(x: Tensor, labels: Tensor, group: ProcessGroup) -> tuple[Tensor, 
     names, places = gather_rows(labels, group).unique(return_inverse=True)
     own = places.view(group.size(), -1)[group.rank()]
     rows = widen(x)
-    sums = rows.new_zeros(len(names), rows.shape[1]).index_add(0, own, rows)
+    sums = add_rows_(rows.new_zeros(len(names), rows.shape[1]), own, rows)
     sums = shared(sum_of_parts(sums, group), group)
-    return sums.index_select(0, own), places.bincount(minlength=len(names))[own]
+    return take_rows(sums, own), places.bincount(minlength=len(names))[own]
 
 
 class _SimilarityLogsumexp(Function):

@@ -1,4 +1,4 @@
-"""Shared by the portable code of several families: blocks of rows, similarities, second derivatives."""
+"""Shared by the portable code of several families: blocks of rows, their sums, similarities, second derivatives."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from functools import partial
 
 import torch
 from torch import Tensor
+
+from fastssl.ops._precision import device_type_of
 
 _BLOCK_ELEMENTS = 1 << 22  # of a matrix at a time: 16 MiB in float32
 
@@ -20,6 +22,23 @@ def row_blocks(rows: int, columns: int) -> list[slice]:
 def pair_blocks(x: Tensor, y: Tensor) -> list[slice]:
     """The rows of x y^T in blocks of bounded size."""
     return row_blocks(x.shape[0], y.shape[0])
+
+
+# Where `index_add` adds one row after the other. On CUDA it adds atomically, in an order that changes from run to run,
+# while `index_put` sorts the ids first; on a CPU, it is `index_put` whose threads add atomically.
+_ADDS_IN_ORDER = {"cpu"}
+
+
+def add_rows_(sums: Tensor, ids: Tensor, rows: Tensor) -> Tensor:
+    """Adds rows[n] to sums[ids[n]], in the same order in every run. Returns sums."""
+    if device_type_of(sums) in _ADDS_IN_ORDER:
+        return sums.index_add_(0, ids, rows)
+    return sums.index_put_((ids,), rows, accumulate=True)
+
+
+def take_rows(x: Tensor, ids: Tensor) -> Tensor:
+    """x[ids], whose gradient is summed in the same order in every run."""
+    return x.index_select(0, ids) if device_type_of(x) in _ADDS_IN_ORDER else x[ids]
 
 
 def similarity(rows: slice, x: Tensor, y: Tensor, scale: Tensor, exclude: Tensor | None) -> Tensor:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fastssl.ops._op import Op, triton_launcher
-from fastssl.ops._portable import row_blocks
+from fastssl.ops._portable import add_rows_, row_blocks
 from fastssl.ops._precision import accumulate_dtype, product_precision
 
 
@@ -67,7 +67,7 @@ def _backward(grad_loss: Tensor, features: Tensor, nearest: Tensor, first: int, 
         u *= (-grad_loss / nearest.numel() / (d + eps)).where(d != 0, 0)  # a norm's gradient at 0 is 0
         u /= d.where(d != 0, 1)
         grad[first + rows.start : first + rows.stop] += u.sum(1)
-        grad.index_add_(0, nearest[rows].flatten(), u.flatten(0, 1), alpha=-1)
+        add_rows_(grad, nearest[rows].flatten(), u.flatten(0, 1).neg_())
     along = (grad * z).sum(1, keepdim=True).where(norm >= eps, 0)
     return ((grad - along * z) / norm.clamp_min(eps)).to(features.dtype)
 

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from fastssl.ops._op import Op
+from fastssl.ops._portable import add_rows_
 from fastssl.ops._random import numbers, seeds
 
 ATTEMPTS = 10  # as in BEiT: after so many blocks in a row that do not fit, a sample gets no more
@@ -144,12 +145,24 @@ def _places(ids_restore: Tensor, keep: int) -> Tensor:
     return ids_restore.clamp_max(keep)
 
 
-def _rows_of(ids: Tensor, x: Tensor, length: int) -> Tensor:
-    """ids (B, K), below length, as an index of (B, length, D) rows like x's."""
+def _check_range(ids: Tensor, length: int) -> None:
     if ids.device.type == "cpu" and ids.numel() and not 0 <= ids.min() <= ids.max() < length:
         worst = ids.min() if ids.min() < 0 else ids.max()
         raise IndexError(f"ids must be from 0 to below {length}, got {worst}")
-    return ids.long()[:, :, None].expand(-1, -1, x.shape[2])
+
+
+def _take_tokens(x: Tensor, ids: Tensor) -> Tensor:
+    """Those of x (B, L, D) that ids (B, K) name."""
+    _check_range(ids, x.shape[1])
+    return x.gather(1, ids.long()[:, :, None].expand(-1, -1, x.shape[2]))
+
+
+def _add_tokens_(sums: Tensor, ids: Tensor, tokens: Tensor) -> None:
+    """Adds tokens (B, K, D) to those of sums (B, L, D) that ids (B, K) name."""
+    batch, length, _ = sums.shape
+    _check_range(ids, length)
+    first = length * torch.arange(batch, device=ids.device)[:, None]
+    add_rows_(sums.flatten(0, 1), (ids + first).flatten(), tokens.flatten(0, 1))
 
 
 def _gather_tokens_fake(x: Tensor, ids: Tensor) -> Tensor:
@@ -157,7 +170,7 @@ def _gather_tokens_fake(x: Tensor, ids: Tensor) -> Tensor:
 
 
 def _gather_tokens_portable(x: Tensor, ids: Tensor) -> Tensor:
-    return x.gather(1, _rows_of(ids, x, x.shape[1]))
+    return _take_tokens(x, ids)
 
 
 def _scatter_tokens_fake(tokens: Tensor, ids: Tensor, length: int, fill: Tensor) -> Tensor:
@@ -168,7 +181,7 @@ def _scatter_tokens_portable(tokens: Tensor, ids: Tensor, length: int, fill: Ten
     batch, _, dim = tokens.shape
     wide = torch.promote_types(tokens.dtype, torch.float32)
     sums = tokens.new_zeros((batch, length, dim), dtype=wide)
-    sums.scatter_add_(1, _rows_of(ids, tokens, length), tokens.to(wide))
+    _add_tokens_(sums, ids, tokens.to(wide))
     return torch.where(_is_filled(ids, length), fill.to(wide), sums).to(tokens.dtype)
 
 
@@ -230,7 +243,7 @@ def _restore_tokens_portable(
 ) -> Tensor:
     batch, keep, dim = x_visible.shape
     masked = mask_token.to(x_visible.dtype).expand(batch, 1, dim)
-    restored = torch.cat([x_visible, masked], 1).gather(1, _rows_of(_places(ids_restore, keep), x_visible, keep + 1))
+    restored = _take_tokens(torch.cat([x_visible, masked], 1), _places(ids_restore, keep))
     return restored if pos_embed is None else restored + pos_embed.to(restored.dtype)
 
 
@@ -253,7 +266,7 @@ def _restore_tokens_backward(
     wide = torch.promote_types(grad_tokens.dtype, torch.float32)
     grads = grad_tokens.to(wide)
     sums = grads.new_zeros((batch, keep + 1, dim))
-    sums.scatter_add_(1, _rows_of(_places(ids_restore, keep), grads, keep + 1), grads)
+    _add_tokens_(sums, _places(ids_restore, keep), grads)
     grad_pos_embed = grads.sum(0) if needs_pos_embed else grads.new_empty((0, dim))
     return sums[:, :keep].to(grad_tokens.dtype).contiguous(), sums[:, keep].sum(0), grad_pos_embed
 

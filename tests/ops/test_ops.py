@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import re
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -39,7 +41,7 @@ from tests.accuracy import (
 )
 from tests.devices import DEVICES, device_param, on_every_device
 from tests.inputs import FLOATS
-from tests.recorder import recorded_calls
+from tests.recorder import AtomicSums, recorded_calls
 
 
 @functools.cache
@@ -386,6 +388,23 @@ def test_same_bits_in_every_run(spec, sample):
     yardstick = _truth_and_eager(spec, sample)
     sample = unreduced(spec, sample)
     assert_as_accurate_as_eager(spec, sample, evaluate(public(spec), sample), yardstick)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_portable_code_adds_nothing_atomically_on_a_gpu(name, monkeypatch):
+    spec = OPS[name]
+    monkeypatch.setattr(_portable, "_ADDS_IN_ORDER", set())  # not even a CPU
+    for sample in filter(leaves_of, _samples(name, torch.float32).values()):
+        with fastssl.use_backend("portable"), AtomicSums() as atomic:
+            evaluate(public(spec), sample)
+        assert not atomic, sample.label
+
+
+def test_no_kernel_adds_atomically():
+    """Maxima and minima, which are the same in every order, may be atomic."""
+    root = Path(__file__).parents[2]
+    for path in (*root.glob("kernels/**/*.py"), *root.glob("csrc/cuda/**/*.cu"), *root.glob("csrc/cuda/**/*.h")):
+        assert not re.search("atomic_?(add|cas|xchg|exch)", path.read_text(), re.IGNORECASE), path
 
 
 @_cases(*FLOATS, where=_tagged(RAGGED))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastssl._norms import EPS, normalized_rows, through_norms
 from fastssl.ops._op import Op
-from fastssl.ops._portable import row_blocks
+from fastssl.ops._portable import add_rows_, row_blocks
 from fastssl.ops._precision import accumulate_dtype, widen
 from fastssl.ops.contrastive._shared import sums_of_exponentials
 
@@ -85,7 +85,7 @@ def _backward(
     weights, rows_of = exponentials * (grad_total * scale)[:, None], ids.where(ids >= 0, count)
     for rows in _blocks(x, ids):
         terms = weights[rows, :, None] * x[rows, None].to(weights.dtype)
-        grad_y.index_add_(0, rows_of[rows].flatten(), terms.flatten(0, 1))
+        add_rows_(grad_y, rows_of[rows].flatten(), terms.flatten(0, 1))
     grad_y = grad_y[:count]
     if normalize:
         grad_y = through_norms(grad_y, widen(y) / norms[:, None].clamp_min(EPS), norms[:, None])

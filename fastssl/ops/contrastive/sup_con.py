@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastssl._norms import EPS, normalized_rows, through_norms
 from fastssl.ops._op import Op
-from fastssl.ops._portable import row_blocks, similarity
+from fastssl.ops._portable import add_rows_, row_blocks, similarity, take_rows
 from fastssl.ops._precision import accumulate_dtype, widen
 from fastssl.ops.contrastive.self_logsumexp import self_logsumexp_portable, self_logsumexp_portable_backward
 
@@ -25,7 +25,7 @@ def class_sums(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     count = torch.searchsorted(order, labels, right=True) - first
     x = widen(x)
     # As many sums as rows, most of them empty, so that nothing waits for the number of labels.
-    return torch.zeros_like(x).index_add(0, first, x).index_select(0, first), count
+    return take_rows(add_rows_(torch.zeros_like(x), first, x), first), count
 
 
 def _fake(z: Tensor, labels: Tensor, scale: Tensor, normalize: bool, keep: int, precision: str) -> tuple[Tensor, ...]:
