@@ -6,10 +6,11 @@ import csv
 import json
 import os
 from collections.abc import Callable, Iterable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.commands import Command, python
+from benchmarks.gpu.commands import ROOT, Command, python
 
 SECONDS = 530.0  # of a stage: a command on a lent machine may have ten minutes
 _PYTEST = "-v", "-p", "no:cacheprovider", "--no-header"
@@ -33,21 +34,27 @@ def environment(device: str, scratch: Path) -> list[Command]:
 
 def correctness(device: str, scratch: Path) -> list[Command]:
     """One call of every operation against float64, each survivor of those before it; then the tests, which say by the
-    line how they end: many of them will not, in time."""
+    line how they end: many of them will not, in time. Those of the Triton kernels run here, and not in processes of
+    tests/gpu/test_triton.py, whose output would be lost at the limit; after 20 failures they stop, and say why."""
     workers = str(min(6, os.cpu_count() or 1))  # which share the GPU
     smoke = python("benchmarks.gpu.smoke", "--device", device, "--results", scratch / "smoke", "--workers", workers)
     commands = [Command("smoke", smoke, 180, _DETERMINISTIC)]
     if device == "cpu":
         few = python("pytest", *_PYTEST, "tests/ops/test_uniformity.py", "--collect-only")
         return [*commands, Command("tests", few, 60)]
-    tests = [
-        ("tests of the kernels", ("tests/gpu", "-k", "on_the_gpu")),
-        ("tests of the operations", ("tests/ops", "tests/nn", "tests/test_optim.py", "-m", "gpu")),
-    ]
-    return commands + [
-        Command(name, python("pytest", *_PYTEST, "-n", workers, *arguments), 170, _DETERMINISTIC)
-        for name, arguments in tests
-    ]
+    parallel = ("-n", workers) if find_spec("xdist") else ()
+    checks = ROOT / "tests/gpu/triton_checks"
+    families = [file.relative_to(ROOT) for file in sorted(checks.rglob("[!_]*.py")) if file.parent.name != "common"]
+    kernels = "tests/gpu/test_cuda.py", "-k", "on_the_gpu"
+    operations = "tests/ops", "tests/nn", "tests/test_optim.py", "-m", "gpu"
+    return [
+        *commands,
+        Command("tests of the Triton kernels", python("pytest", *_PYTEST, *parallel, "--maxfail", 20, *families), 170,
+                _DETERMINISTIC | {"TRITON_INTERPRET": "0"}),
+        Command("tests of the CUDA kernels", python("pytest", *_PYTEST, *kernels), 40),
+        Command("tests of the operations", python("pytest", *_PYTEST, *parallel, "--maxfail", 20, *operations), 140,
+                _DETERMINISTIC),
+    ]  # fmt: skip
 
 
 def sanitizer(device: str, scratch: Path) -> list[Command]:

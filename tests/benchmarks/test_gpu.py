@@ -173,6 +173,16 @@ def test_commands_fit_into_their_stages(device, tmp_path):
                 assert _arguments(list(map(str, arguments)))
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_tests_need_no_xdist(there, tmp_path, monkeypatch):
+    monkeypatch.setattr(stages, "find_spec", lambda name: there or None)
+    of_triton = next(c for c in stages.correctness("cuda", tmp_path) if "Triton" in c.name)
+    assert ("-n" in of_triton.argv) is there
+    files = [name for name in of_triton.argv if name.endswith(".py")]
+    assert "tests/gpu/triton_checks/sigmoid.py" in files and not any("common" in name for name in files)
+    assert all((commands.ROOT / name).exists() for name in files)
+
+
 def test_a_call_that_is_wrong_is_found(monkeypatch):
     assert smoke.check(("nt_xent", "bfloat16"), "cpu")["note"] == ""
     tf32 = smoke.check(("nt_xent", "tf32"), "cpu", tiny=True)
