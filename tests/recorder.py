@@ -28,7 +28,7 @@ class Recorder(TorchDispatchMode):
 
 
 # By torch.use_deterministic_algorithms' documentation; of `index_put` and of indexing only what CUDA does not sort.
-_ATOMIC = {"index_add", "index_reduce", "scatter_add", "scatter_reduce", "put", "embedding_dense_backward", "cumsum"}
+ATOMIC = {"index_add", "index_reduce", "scatter_add", "scatter_reduce", "put", "embedding_dense_backward", "cumsum"}
 
 
 class AtomicSums(TorchDispatchMode):
@@ -42,7 +42,7 @@ class AtomicSums(TorchDispatchMode):
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         result = op(*args, **(kwargs or {}))
-        if op._opname.rstrip("_") in _ATOMIC and result.is_floating_point():
+        if op._opname.rstrip("_") in ATOMIC and result.is_floating_point():
             self.names.add(op._opname)
         return result
 

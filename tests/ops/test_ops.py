@@ -41,7 +41,7 @@ from tests.accuracy import (
 )
 from tests.devices import DEVICES, device_param, on_every_device
 from tests.inputs import FLOATS
-from tests.recorder import AtomicSums, recorded_calls
+from tests.recorder import ATOMIC, AtomicSums, recorded_calls
 
 
 @functools.cache
@@ -394,6 +394,14 @@ def test_same_bits_in_every_run(spec, sample):
 def test_portable_code_adds_nothing_atomically_on_a_gpu(name, monkeypatch):
     spec = OPS[name]
     monkeypatch.setattr(_portable, "_ADDS_IN_ORDER", set())  # not even a CPU
+
+    def refuse(x: Tensor, *_: Any, original: Any, **options: Any) -> Any:
+        assert not x.is_floating_point(), original
+        return original(x, *_, **options)
+
+    for method in filter(lambda method: hasattr(Tensor, method), (m + end for m in ATOMIC for end in ("", "_"))):
+        refusing = functools.partialmethod(refuse, original=getattr(Tensor, method))  # in operations, which hide theirs
+        monkeypatch.setattr(Tensor, method, refusing)
     for sample in filter(leaves_of, _samples(name, torch.float32).values()):
         with fastssl.use_backend("portable"), AtomicSums() as atomic:
             evaluate(public(spec), sample)
