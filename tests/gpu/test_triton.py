@@ -26,7 +26,7 @@ from tests.gpu.triton_checks.common.compile_gate import (  # noqa: E402
     TENSOR_CORES,
     compile_case,
 )
-from tests.gpu.triton_checks.common.kernels import WEIGH  # noqa: E402
+from tests.gpu.triton_checks.common.kernels import NARROW, WEIGH  # noqa: E402
 from tests.gpu.triton_checks.contrastive.logsumexp import FORWARD  # noqa: E402
 
 SWEEP = os.environ.get("FASTSSL_TRITON_SWEEP") == "1"
@@ -94,6 +94,19 @@ def test_every_card_keeps_a_configuration(capability):
 def test_shared_memory_prunes():
     wide = [len(FORWARD.suited(c, "tf32", T=128, PRECISION="tf32")) for c in (90, 120)]
     assert wide == [2, 1]
+
+
+def test_tf32_on_blackwell_keeps_the_tile_without_stack():
+    """Of which the sweep knows, and the assembler of one Triton alone does not."""
+    for capability, dim, weight, tile in (
+        (100, 64, "both", (64, 8)),
+        (100, 128, "softmax", (32, 4)),
+        (100, 128, "sigmoid", (16, 4)),
+        (120, 64, "both", (32, 8)),
+        (120, 128, "column", (32, 8)),
+    ):
+        [config] = NARROW.suited(capability, "tf32", D=dim, WEIGHT=weight, PRECISION="tf32")
+        assert (config.kwargs["BM"], config.kwargs["BN"], config.num_warps) == (64, *tile)
 
 
 def test_timing_only_where_there_is_a_choice(monkeypatch):
