@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 
 import pytest
@@ -254,3 +255,27 @@ def test_gradients_of_extreme_scales(scale):
     expected = torch.autograd.grad(functional.clip_loss(*wide), wide)
     for mine, other in zip(found, expected, strict=True):
         torch.testing.assert_close(mine.double(), other, rtol=1e-4, atol=1e-6 * abs(scale))
+
+
+@pytest.mark.parametrize("name", ["clip_loss", "info_nce"])
+def test_positives_are_not_rounded(name):
+    x, y, s = rows(40, 24), rows(40, 24, 1), torch.tensor(10.0)
+    flags = (False, True) if name == "info_nce" else (False,)
+    positive = getattr(contrastive, name)(x, y, s, 0.0, "none", *flags, 0, "bfloat16")[1]
+    torch.testing.assert_close(positive, 10 * (x * y).sum(1), rtol=1e-5, atol=1e-5)
+
+
+def test_tiny_losses_keep_their_digits():
+    x = 6 * torch.eye(8)
+    expected = torch.tensor(7 * math.exp(-36))
+    torch.testing.assert_close(functional.clip_loss(x, x, 1.0), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(functional.info_nce(x, x, temperature=1.0, normalize=False), expected, rtol=1e-5, atol=0)
+
+
+def test_origins_that_move_from_one_block_of_keys_to_the_next():
+    q, k = (rows(200, 300, seed).requires_grad_() for seed in (0, 1))
+    with torch.no_grad():
+        k[128:] *= 3  # the largest entries of all rows are in the second block
+    found = torch.autograd.grad(functional.info_nce(q, k, temperature=0.02, normalize=False), (q, k))
+    expected = torch.autograd.grad(F.cross_entropy(50 * q @ k.T, torch.arange(200)), (q, k))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
