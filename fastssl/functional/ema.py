@@ -132,8 +132,12 @@ def _update_(lists: dict[str, list[Tensor]], momentum: float | Tensor) -> None:
     devices = {x.device for x in (*targets, *sources)}
     if len(devices) > 1:
         ema.check_pairs(targets, sources)
-    for part in _by_device(devices, [targets, sources]):
-        ema.ema_update_(*part, momentum)
+    try:
+        for part in _by_device(devices, [targets, sources]):
+            ema.ema_update_(*part, momentum)
+    except ValueError:
+        ema.check_pairs(targets, sources)  # a kernel calls torch.int64 "long int"
+        raise
     torch.autograd.graph.increment_version(lists["targets"])
 
 
@@ -158,8 +162,12 @@ def _step_(
     devices = {x.device for some in tensors for x in some}
     if len(devices) > 1 or not all(step.is_cpu for step in steps):
         ema.check_parameters(**lists)
-    for part in _by_device(devices, list(lists.values())):
-        ema.adamw_ema_step_(*part, lr, *betas, eps, weight_decay, momentum)
+    try:
+        for part in _by_device(devices, list(lists.values())):
+            ema.adamw_ema_step_(*part, lr, *betas, eps, weight_decay, momentum)
+    except ValueError:
+        ema.check_parameters(**lists)  # likewise
+        raise
     torch.autograd.graph.increment_version(written)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 
 import pytest
+import torch
 
 from fastssl import functional, nn
 from tests.fuzz.__main__ import main
@@ -35,6 +36,24 @@ def test_sample():
     verdicts = {str(case): judge(case) for case in SAMPLE}
     assert len(verdicts) > 1000
     assert not {case: verdict for case, verdict in verdicts.items() if isinstance(verdict, Finding)}
+
+
+@pytest.mark.parametrize("call", [c for c in CALLS if c.name in functional.__all__], ids=lambda call: call.name)
+def test_dtypes_that_do_not_fit(call):
+    """Complex, integer and other tensors in place of floating-point ones: the error names the argument and the dtype.
+    A scalar may be an integer, and restore_tokens converts its embeddings."""
+    for argument, value in call.arguments().items():
+        tensors = [value] if isinstance(value, torch.Tensor) else value if isinstance(value, list) else []
+        for i, x in enumerate(tensors):
+            if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+                continue
+            converted = (x.dim() == 0 and argument != "steps") or argument in ("mask_token", "pos_embed", "fill")
+            others = () if converted else (torch.int64, torch.bool, torch.uint8, torch.float8_e4m3fn)
+            for dtype in (torch.complex64, *others):
+                wrong = x.detach().to(dtype)
+                wrong = [*tensors[:i], wrong, *tensors[i + 1 :]] if isinstance(value, list) else wrong
+                with pytest.raises((TypeError, ValueError), match=rf"\b{argument}\b.* got .*{dtype}(\W|$)"):
+                    call.run(**{**call.arguments(), argument: wrong})
 
 
 def test_findings_are_told_by_the_exit_status(monkeypatch, capsys):
