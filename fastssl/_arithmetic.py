@@ -25,7 +25,14 @@ def as_scalar(scalar: float | Tensor, x: Tensor) -> Tensor:
 def inverse(temperature: float | Tensor, x: Tensor) -> Tensor:
     if isinstance(temperature, Tensor):
         return as_scalar(temperature, x).reciprocal()
+    if torch.compiler.is_compiling():  # PyTorch 2.10 would compile Python's arithmetic anew for each value
+        return as_scalar(as_tensor(temperature, torch.float64).reciprocal(), x)
     return as_scalar(1 / temperature, x)
+
+
+def multiple(number: float, factor: int) -> float | Tensor:
+    """factor number; where torch.compile runs, a tensor, as in `inverse`."""
+    return factor * (as_tensor(number, torch.float64) if torch.compiler.is_compiling() else number)
 
 
 def unit(x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastssl import reference
-from fastssl._arithmetic import finish, needs_gradient, of_reference
+from fastssl._arithmetic import finish, multiple, needs_gradient, of_reference
 from fastssl._checks import (
     check_batch,
     check_choice,
@@ -191,7 +191,7 @@ def vicreg(
             invariance_reduction=invariance_reduction, variance_reduction=variance_reduction,
             return_metrics=return_metrics,
         )  # fmt: skip
-    weights = lambda_param * features, mu_param * views, nu_param
+    weights = multiple(lambda_param, features), multiple(mu_param, views), nu_param
     vicreg_of = _vicreg if _exchanges_rows(z_a, group) else _vicreg_of_processes
     loss, invariance, variance, covariance = vicreg_of(group, z_a, z_b, *weights, eps, unbiased)
     metrics = {"invariance": invariance * features, "variance": variance * views, "covariance": covariance}

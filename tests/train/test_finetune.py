@@ -253,4 +253,4 @@ def test_the_data_decide_what_a_constructor_has_to_know():
     assert create("supervised", 1, colour).head.out_features == 7
     assert create("mae", 1, colour).encoder.patch_embed.proj.weight.shape == (128, 3, 4, 4)
     assert create("simclr", 1, colour).options == {"temperature": 0.2}
-    assert create("simcse", 1, TensorDataset()).options == {"temperature": 0.05, "dropout": 0.5}
+    assert create("simcse", 1, TensorDataset(labels)).options == {"temperature": 0.05, "dropout": 0.5}
