@@ -91,19 +91,20 @@ def ratios(results: Results, axes_of: AxesOf) -> None:
     axis = _bars(axes_of, largest, [f": {format_seconds(ours.median)}" for ours, _, _ in largest])
     for y, (ours, naive, others) in enumerate(largest):
         ratio = naive.median / ours.median
-        share = "" if math.isnan(ours.floor_fraction) else f", at {ours.floor_fraction:.0%} of the floor"
+        share = "" if math.isnan(ours.floor_fraction) else f"; fastssl at {ours.floor_fraction:.0%} of the floor"
         axis.barh(y, ratio, height=0.62, color=COLORS["naive"], alpha=0.85, label=NAMES["naive"] if y == 0 else None)
-        axis.text(1.06 * ratio, y, f"{ratio:.1f}x{share}", va="center", fontsize=8)
         for one in others:
             axis.plot(one.median / ours.median, y, "D", markersize=5, color=PEER, markeredgecolor="white")
+        right = max(one.median / ours.median for one in (naive, *others))
+        axis.text(1.12 * right, y, f"eager {ratio:.1f}x{share}", va="center", fontsize=7)
     _say_if_nothing(axis, largest)
     axis.plot([], [], "D", markersize=5, color=PEER, label="another library")
     axis.axvline(1, color=COLORS["fastssl"], linewidth=2, label="fastssl")
     slower = [one.median / ours.median for ours, naive, others in largest for one in (naive, *others)]
-    axis.set(xscale="log", xlabel="time over fastssl's", xlim=(0.5, 5 * max(slower, default=10.0)))
+    axis.set(xscale="log", xlabel="time over fastssl's", xlim=(0.5, 22 * max(slower, default=10.0)))
     axis.set_xticks([1, 3, 10, 30, 100], ["1x", "3x", "10x", "30x", "100x"])
     axis.minorticks_off()
-    axis.legend(fontsize=8, frameon=False, loc="lower right")
+    _legend_above(axis)
 
 
 def memory(results: Results, axes_of: AxesOf) -> None:
@@ -114,7 +115,9 @@ def memory(results: Results, axes_of: AxesOf) -> None:
         for one, name, up in ((ours, "fastssl", 0.17), (naive, "naive", -0.17)):
             label = NAMES.get(name, name) if y == 0 else None
             axis.barh(y + up, one.extra_memory, height=0.34, color=COLORS[name], alpha=0.85, label=label)
-            axis.text(1.06 * one.extra_memory, y + up, format_bytes(one.extra_memory), va="center", fontsize=7)
+        right = max(one.extra_memory for one in (naive, *others))
+        for one, of_whom, x, up in ((ours, "", ours.extra_memory, 0.17), (naive, "eager ", right, -0.17)):
+            axis.text(1.12 * x, y + up, of_whom + format_bytes(one.extra_memory), va="center", fontsize=7)
         for one in others:
             axis.plot(one.extra_memory, y, "D", markersize=5, color=PEER, markeredgecolor="white")
     axis.plot([], [], "D", markersize=5, color=PEER, label="another library")
@@ -122,7 +125,7 @@ def memory(results: Results, axes_of: AxesOf) -> None:
     axis.set(xscale="log", xlabel="peak extra memory, results included", xlim=(2.0**20, 8 * most))
     axis.set_xticks([2.0**i for i in (20, 25, 30)], ["1 MiB", "32 MiB", "1 GiB"])
     axis.minorticks_off()
-    axis.legend(fontsize=8, frameon=False, loc="lower right")
+    _legend_above(axis)
 
 
 Case = tuple[Measurement, Measurement, list[Measurement]]  # of fastssl, eager code, others
@@ -149,6 +152,10 @@ def _bars(axes_of: AxesOf, cases: list[Case], notes: list[str]) -> Axes:
     labels = [f"{case[0].op}\n{size}{note}" for case, size, note in zip(cases, sizes, notes, strict=True)]
     axis.set_yticks(range(len(cases)), labels, fontsize=7)
     return axis
+
+
+def _legend_above(axis: Axes) -> None:
+    axis.legend(fontsize=8, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)
 
 
 def _say_if_nothing(axis: Axes, drawn: Sequence) -> None:
