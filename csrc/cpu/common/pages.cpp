@@ -3,8 +3,8 @@
 // have 4 KiB, so that Linux is asked for pages of 2 MiB (transparent huge pages under "madvise"). And a training step
 // wants tensors of the same sizes as the step before. So what is freed is kept for the next, under MADV_FREE: Linux may
 // take its pages whenever memory is scarce, and until then they cost nobody anything, though they count as the
-// process's. Blocks are whole large pages: the advice costs a few microseconds for each, but a hundred times as much for
-// pages of 4 KiB, or where it splits a large one.
+// process's. Blocks are whole large pages: the advice costs a few microseconds for each, but a hundred times as much
+// for pages of 4 KiB, or where it splits a large one.
 #include "common/pages.h"
 
 #if !defined(__linux__)

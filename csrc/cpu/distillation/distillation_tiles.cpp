@@ -1,9 +1,9 @@
 // The work on one row of logits, compiled once per instruction set.
 //
 // A row is read from memory once, chunk by chunk: while the exponentials of a chunk are taken, a later one is on its way
-// to the second-level cache. (The next one would be late: its own maximum is all that lies between.) A row's maximum is not known then, and so each lane of a vector takes
-// them relative to its own maximum within the chunk. They stay in the second-level cache until the end of the row gives
-// a factor for each lane of each chunk.
+// to the second-level cache. (The next one would be late: its own maximum is all that lies between.) As a row's maximum
+// is not known then, each lane of a vector takes them relative to its own maximum within the chunk. They stay in the
+// second-level cache until the end of the row gives a factor for each lane of each chunk.
 #include "distillation/distillation_tiles.h"
 
 #if defined(__x86_64__)

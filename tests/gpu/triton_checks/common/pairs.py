@@ -38,9 +38,9 @@ class PairTests(ABC):
 
     @abstractmethod
     def launch(
-        self, x: Tensor, y: Tensor, g: Tensor, scale: Tensor, normalize: bool, precision: str
+        self, x: Tensor, y: Tensor, g: Tensor, scale: Tensor, normalize: bool, precision: str, reduction: str = "none"
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(loss, dx, dy, dscale), a loss for each pair, whose gradients are g."""
+        """(loss, dx, dy, dscale), a loss for each pair, or what `reduction` makes of them, whose gradients are g."""
 
     @abstractmethod
     def losses(self, x: Tensor, y: Tensor, scale: Tensor, normalize: bool) -> Tensor:
@@ -94,6 +94,14 @@ class PairTests(ABC):
             floor["dy"] += unit * oracle[2].norm().item()
             floor["dscale"] += unit * lengths[0] * lengths[1] * size / 4
         assert_as_accurate(*(dict(zip(floor, results, strict=True)) for results in (ours, oracle, theirs)), floor)
+
+    @pytest.mark.parametrize("reduction,share", [("sum", 1.0), ("mean", 1 / 9)])
+    def test_reductions(self, reduction, share):
+        (x, y), self.label_smoothing = rows(9, 24), 0.1
+        s, g = torch.tensor(2.0, device=DEVICE), torch.tensor(3.0, device=DEVICE)
+        loss, *gradients = self.launch(x, y, g, s, True, "float32", reduction)
+        losses, *expected = self.launch(x, y, g.mul(share).expand(9), s, True, "float32")
+        torch.testing.assert_close((loss, *gradients), (losses.sum() * share, *expected))
 
     @pytest.mark.parametrize("precision", PRECISIONS)
     @pytest.mark.parametrize("batch,dim", SIZES)
