@@ -55,10 +55,11 @@ clean:
 .venv/torch:
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install "$(TORCH)"
-	touch $@
+	$(BIN)/pip freeze >$@
 
-# Editable, so that what runs is the working tree. torch again, lest an extra bring another one.
+# Editable, so that what runs is the working tree. What torch brought stays: pip would look for another one that suits
+# the newest torchvision.
 .venv/demo .venv/test .venv/bench .venv/docs: .venv/torch $(NATIVE)
 	@echo "Compiling the kernels: minutes for C++, and as many again for CUDA where nvcc is. CUDACXX=none leaves CUDA out."
-	$(BIN)/pip install "$(TORCH)" --editable ".[$(@F)]"
+	$(BIN)/pip install --constraint .venv/torch --editable ".[$(@F)]"
 	touch $@
