@@ -91,7 +91,8 @@ def _operations_on_cuda(library: str, *before: str) -> str:
             "print(*(name for name, dump in zip(names, dumps) if '\\nCUDA: registered at csrc/cuda/' in dump))",
         ]
     )
-    return run(sys.executable, "-W", "ignore", "-c", code, cwd=ROOT).split()
+    printed = run(sys.executable, "-W", "ignore", "-c", code, cwd=ROOT)  # with a warning where a library is installed
+    return printed.splitlines()[-1].split()
 
 
 @needs_nvcc

@@ -418,7 +418,9 @@ def test_no_kernel_adds_atomically():
 @_cases(*FLOATS, where=_tagged(RAGGED))
 @pytest.mark.sanitized
 def test_misaligned_data(spec, sample, backend):
-    """One element off any alignment: the same bits."""
+    """One element off any alignment: the same bits, but for the portable code, whose products are the BLAS library's:
+    on some CPUs its sums depend on the alignment."""
+    exact = {} if backend == "portable" else {"rtol": 0, "atol": 0}
 
     def misaligned(x: Tensor) -> Tensor:
         storage = x.new_empty(x.numel() + 1)
@@ -427,7 +429,7 @@ def test_misaligned_data(spec, sample, backend):
     for result, right in zip(
         evaluate(public(spec), map_tensors(sample, misaligned)), evaluate(public(spec), sample), strict=True
     ):
-        torch.testing.assert_close(result, right, rtol=0, atol=0)
+        torch.testing.assert_close(result, right, **exact)
 
 
 @_cases(torch.float32, where=_differentiable)
