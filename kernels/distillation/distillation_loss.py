@@ -56,6 +56,7 @@ def distill(
     row = (tl.program_id(0) % rows).to(tl.int64)
     view = (tl.program_id(0) // rows).to(tl.int64)
     student += view * student_view + row * student_row
+    teacher_view = tl.cast(teacher_view, tl.int64)
     teacher += row * teacher_row
     number = view + first_view
     block = tl.arange(0, BLOCK)

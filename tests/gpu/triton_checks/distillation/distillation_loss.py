@@ -93,6 +93,9 @@ def test_strides_and_far_rows():
     student, teacher = (_views(1, 4, 40, seed)[0] for seed in (0, 1))
     center, weight = (torch.linspace(0.5, 2, n, device=DEVICE).repeat_interleave(2)[::2] for n in (40, 4))
     _check([student.T.contiguous().T[None]], [far_apart(teacher)[None]], center, weight, 0.1, 0.04, False)
+    # No stride needs more than 32 bits, but the offset of the last view.
+    teacher = far_apart(_views(3, 1, 40, 2).squeeze(1))[:, None]
+    _check([student[None, :1]], [teacher], center, weight[:1], 0.1, 0.04, True)
 
 
 def test_rising_rows_rescale():
