@@ -22,7 +22,14 @@ from fastssl.kernels.contrastive.selected_logsumexp import (
 from fastssl.ops.contrastive.selected_logsumexp import _backward, _forward
 from tests.gpu.triton_checks.common.compile_gate import Case, Kernel
 from tests.gpu.triton_checks.common.launches import count_launches
-from tests.gpu.triton_checks.common.numerics import DEVICE, INTERPRETED, assert_as_accurate, poisoned, random_gradient
+from tests.gpu.triton_checks.common.numerics import (
+    DEVICE,
+    INTERPRETED,
+    assert_as_accurate,
+    far_apart,
+    poisoned,
+    random_gradient,
+)
 
 _FLOATS = ("divisor", "scale", "weights", "weighted", "S", "total", "shift", "gradient", "factor", "norms", "out")
 _POINTERS = {"x": "rows", "y": "rows", "z": "rows", **dict.fromkeys(_FLOATS, "fp32"), "share": "fp64"}
@@ -105,6 +112,14 @@ def test_strides():
     spread = [x.T.contiguous().T, torch.stack([y, y], 1).flatten(0, 1)[::2], torch.cat([ids, ids], 1)[:, :5], scale]
     functions, gradient = (selected_logsumexp, selected_logsumexp_backward), random_gradient(6)
     found, expected = (_found(functions, inputs, gradient, True) for inputs in (spread, [x, y, ids, scale]))
+    assert all(torch.equal(found[name], z) for name, z in expected.items())
+
+
+def test_offsets_beyond_32_bits():
+    x, y, ids, scale = _inputs(4, 3, 8, 2, torch.bfloat16)
+    functions, gradient = (selected_logsumexp, selected_logsumexp_backward), random_gradient(4)
+    far = [far_apart(x), far_apart(y), ids, scale]
+    found, expected = (_found(functions, inputs, gradient, True) for inputs in (far, [x, y, ids, scale]))
     assert all(torch.equal(found[name], z) for name, z in expected.items())
 
 
