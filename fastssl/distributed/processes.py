@@ -79,7 +79,7 @@ def mean_over_processes(x: Tensor, group: ProcessGroup | None = None) -> Tensor:
 @uncompiled
 def sum_over_processes(x: Tensor, group: ProcessGroup | None = None) -> Tensor:
     """The sum of x over the processes, a constant."""
-    x = x.detach().clone()
+    x = x.detach().clone(memory_format=torch.contiguous_format)  # NCCL wants it, and elements to meet
     dist.all_reduce(x, group=group)
     return x
 
@@ -117,9 +117,7 @@ def check_group(group: Any) -> None:
 @uncompiled
 def check_alike(group: ProcessGroup | None, tensors: dict[str, Tensor]) -> None:
     """Raises ValueError on every process if the tensors differ. One exchange of a few bytes is waited for."""
-    device = next(iter(tensors.values())).device
-    if "cpu:" in dist.get_backend_config(group):
-        device = torch.device("cpu")  # where it meets that of a process whose tensors are elsewhere
+    device = _meeting_place(next(iter(tensors.values())).device, group)
     mine = b"".join(_describe(t).encode().ljust(_DESCRIPTION) for t in tensors.values())
     table = torch.empty(dist.get_world_size(group) * len(mine), dtype=torch.uint8, device=device)
     all_gather(table, torch.frombuffer(bytearray(mine), dtype=torch.uint8).to(device), group)
@@ -140,6 +138,12 @@ def check_alike(group: ProcessGroup | None, tensors: dict[str, Tensor]) -> None:
     )
 
 
+def _meeting_place(device: torch.device, group: ProcessGroup | None) -> torch.device:
+    """Where the host's numbers are exchanged: on the CPU if the group can, which waits for no GPU, and where they meet
+    those of a process whose tensors are elsewhere."""
+    return torch.device("cpu") if "cpu:" in dist.get_backend_config(group) else device
+
+
 def _describe(x: Tensor) -> str:
     requires_grad = torch.is_grad_enabled() and x.requires_grad
     return f"({tuple(x.shape)}, {x.dtype}, {x.device.type}, requires_grad={requires_grad})"[:_DESCRIPTION]
@@ -154,7 +158,8 @@ def all_gather(output: Tensor, x: Tensor, group: ProcessGroup | None) -> None:
 
 
 def gather_numbers(numbers: list[int], device: torch.device, group: ProcessGroup) -> list[list[int]]:
-    """Those of every process, which has as many. They are waited for."""
+    """Those of every process, which has as many and tensors on that device. They are waited for."""
+    device = _meeting_place(device, group)
     table = torch.empty(group.size() * len(numbers), dtype=torch.int64, device=device)
     all_gather(table, torch.tensor(numbers, dtype=torch.int64, device=device), group)
     return table.view(group.size(), -1).tolist()

@@ -51,7 +51,8 @@ class _SimilaritySoftplus(Function):
         dx, dy, dscale, dbias = (grad_total * g for g in gradients)
         everyone = grad_total.new_empty(ctx.ring.size)
         all_gather(everyone, grad_total.reshape(1), ctx.ring.group)
-        if any(g != grad_total.item() for g in everyone.tolist()):
+        first, *others = everyone.tolist()  # the host waits for them: whether to go round again is for it to say
+        if any(g != first for g in others):
             dy = _softplus_ring(ctx.ring, *inputs, exclude, True, ctx.precision, grad_total)[2]
         gradients = (g.to(t.dtype) for g, t in zip((dx, dy, dscale, dbias), inputs, strict=True))
         return None, *gradients, None, None, None

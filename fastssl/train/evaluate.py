@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,11 +22,13 @@ def pooled(features: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def features(encoder: nn.Module, images: Tensor, batch_size: int = 2048) -> Tensor:
+def features(encoder: nn.Module, images: Tensor, pixels: int = 1 << 21) -> Tensor:
     """uint8 images (see `to_float`), not augmented -> (N, features) of the encoder in evaluation mode.
 
-    They are computed on the encoder's device, and remain there.
+    They are computed on the encoder's device, and remain there; from images of that many pixels at a time, whatever the
+    images' size.
     """
+    batch_size = max(1, pixels // math.prod(images.shape[-2:]))
     training, device = encoder.training, next(encoder.parameters(), images).device
     encoder.eval()
     outputs = [pooled(encoder(to_float(move(batch, device)))) for batch in images.split(batch_size)]
@@ -55,7 +58,8 @@ def accuracies(
 def knn_accuracy(train: Tensor, test: Tensor, train_labels: Tensor, test_labels: Tensor, k: int = 20) -> float:
     """Share of test rows whose label is the most frequent among their `k` nearest training rows (cosine)."""
     _, nearest = topk_similarity(test, train, min(k, len(train)))
-    votes = F.one_hot(train_labels)[nearest.cpu()].sum(1)
+    labels = train_labels[nearest.cpu()]
+    votes = labels.new_zeros(len(labels), int(train_labels.max()) + 1).scatter_add_(1, labels, torch.ones_like(labels))
     return (votes.argmax(1) == test_labels).float().mean().item()
 
 

@@ -21,6 +21,7 @@ batch's are gathered for a queue, and ten times in a run for their health.
 from __future__ import annotations
 
 import contextlib
+import datetime
 import inspect
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -35,6 +36,7 @@ from fastssl.train.fsdp import is_sharded
 from fastssl.train.networks.batch_norm import synchronize
 
 T = TypeVar("T")
+_PATIENCE = datetime.timedelta(days=1)
 
 
 @contextlib.contextmanager
@@ -42,14 +44,15 @@ def process_group(device: torch.device = torch.device("cpu")) -> Iterator[None]:
     """The default group of the processes that torchrun has started; without torchrun, nothing.
 
     Tensors of GPUs go by NCCL. What the processes have to agree about lies on the host and goes by Gloo, for which no
-    GPU is waited for.
+    GPU is waited for. They are patient: the first one may have millions of images to read before the others go on, and
+    where one dies torchrun ends them all.
     """
     if not dist.is_available() or not dist.is_torchelastic_launched():
         yield
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
     try:
         yield
     finally:
@@ -57,8 +60,14 @@ def process_group(device: torch.device = torch.device("cpu")) -> Iterator[None]:
 
 
 def check_shares(batch_size: int, chunk_size: int | None) -> None:
-    """Raises ValueError if the processes cannot have equal shares of a batch, and of each of its chunks."""
+    """Raises ValueError if the processes cannot have equal shares of a batch, and of each of its chunks, or their group
+    cannot exchange what lies on their hosts."""
     processes = world_size()
+    if processes > 1 and "cpu:" not in (backends := dist.get_backend_config()):
+        raise ValueError(
+            "torch.distributed's default group must take tensors of CPUs too, as after"
+            f" init_process_group('cpu:gloo,cuda:nccl'), got one of {backends}"
+        )
     if batch_size % processes:
         raise ValueError(f"batch_size must be a multiple of the number of processes ({processes}), got {batch_size}")
     if chunk_size is not None and processes > 1 and (chunk_size % processes or batch_size % chunk_size):

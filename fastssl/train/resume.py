@@ -8,6 +8,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
+import torch
 from torch import Tensor
 
 from fastssl.train import checkpoint, fsdp, parallel
@@ -116,7 +117,7 @@ def restore(path: Path, about: dict[str, Any], learners: Sequence[Learner]) -> N
         names = {p: key for key, p in learner.method.named_parameters()}
         order = [p for group in learner.optimizer.param_groups for p in group["params"]]
         placed = {
-            place: {what: fsdp.as_share_of(x, p) for what, x in states[names[p]].items()}
+            place: {what: _kept_of(p, x) for what, x in states[names[p]].items()}
             for place, p in enumerate(order)
             if names[p] in states
         }
@@ -125,6 +126,13 @@ def restore(path: Path, about: dict[str, Any], learners: Sequence[Learner]) -> N
         if learner.scaler.is_enabled():
             learner.scaler.load_state_dict(state["scalers"][learner.name])
         learner.history[:] = histories[learner.name]
+
+
+def _kept_of(parameter: Tensor, x: Tensor) -> Tensor:
+    """What an optimiser keeps of a parameter, shared out and laid out in memory as this is: PyTorch's fused optimisers
+    go through both in the order of memory, and checkpoints move between runs with channels last and without."""
+    x = fsdp.as_share_of(x, parameter)
+    return torch.empty_like(parameter).copy_(x) if x.dim() > 0 and x.shape == parameter.shape else x
 
 
 def _check_dict(value: Any, names: Any, what: str) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from benchmarks.ops import peers
 from fastssl.distributed import rank, world_size
+from tests.distributed import nccl
 
 BATCH, DIM, SECONDS = 6, 8, 240
 
@@ -22,6 +23,7 @@ needs_gloo = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_avai
 
 def _process(index: int, processes: int, file: str, check: Callable[[], None]) -> None:
     torch.set_num_threads(1)
+    nccl.imitate()
     dist.init_process_group(
         "gloo",
         init_method=f"file://{file}",
@@ -36,7 +38,8 @@ def _process(index: int, processes: int, file: str, check: Callable[[], None]) -
 
 
 def run_processes(check, processes: int, tmp_path) -> None:
-    """`check` in each of several processes; the first failure ends them all, and so does silence."""
+    """`check` in each of several processes, which take what NCCL would; the first failure ends them all, and so does
+    silence."""
     # They are forked from a process that has imported what they need, and done nothing else.
     torch.multiprocessing.get_context("forkserver").set_forkserver_preload(["fastssl", __name__])
     context = torch.multiprocessing.start_processes(

@@ -68,9 +68,14 @@ def test_features_are_those_of_evaluation_mode_and_means_of_tokens():
         def forward(self, x):
             return torch.stack([x.flatten(1), 3 * x.flatten(1)], 1)
 
-    encoder = nn.Sequential(nn.Dropout(0.5), Tokens())
-    torch.testing.assert_close(features(encoder, IMAGES, batch_size=17), IMAGES.flatten(1) / 127.5)
-    assert encoder.training
+    encoder, seen = nn.Sequential(nn.Dropout(0.5), Tokens()), []
+    encoder.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[0]))
+    pixels = IMAGES[0].numel()
+    for at_a_time, images in ((17 * pixels, 17), (pixels // 2, 1)):
+        found = features(encoder, IMAGES, at_a_time)
+        torch.testing.assert_close(found, IMAGES.flatten(1) / 127.5)
+        assert encoder.training and max(seen) == images
+        seen.clear()
 
 
 def test_effective_rank_uniformity_and_alignment_of_known_embeddings():

@@ -1,7 +1,10 @@
 """Folders of images: their layouts, what is read out of files, the cache, and methods that train on them."""
 
+import errno
 import io
 import os
+import subprocess
+import sys
 import threading
 import time
 
@@ -19,9 +22,9 @@ from torch.utils.data import TensorDataset
 
 import fastssl.train.__main__ as command_line
 from fastssl.train import METHODS, DataError, Method, Run, cli, create, fit
-from fastssl.train.data import augment, image_folder
+from fastssl.train.data import augment, cache, image_folder
 from fastssl.train.data import images as data
-from fastssl.train.data.cache import cached, is_mapped
+from fastssl.train.data.cache import cached, is_mapped, mapped
 from fastssl.train.data.image_folder import SIZE, picture
 from fastssl.train.data.loader import Loader
 
@@ -189,15 +192,59 @@ def test_images_of_another_size_are_read_from_a_file(animals):
     torch.testing.assert_close(middle, small.train[:, :, 12:20, 12:20].float().mean((2, 3)), atol=3, rtol=0)
 
 
-def test_a_file_that_cannot_be_written_to_leaves_images_in_memory(animals, monkeypatch):
-    in_file = data.load(animals, 40).train.clone()
+def test_a_file_that_may_only_be_read_is_read(animals, monkeypatch):
+    written, from_file = data.load(animals, 40).train.clone(), torch.from_file
 
-    def refuse(*args, **kwargs):
-        raise RuntimeError("unable to open file in read-write mode: Permission denied")
+    def refuse(*args, shared=False, **kwargs):
+        if shared:
+            raise RuntimeError("unable to open file in read-write mode: Permission denied")
+        return from_file(*args, **kwargs)
 
     monkeypatch.setattr(torch, "from_file", refuse)
+    monkeypatch.setattr(image_folder, "decode", None)
+    assert torch.equal(data.load(animals, 40).train, written)
+
+
+def test_images_without_a_file_are_in_memory_if_it_has_room(animals, monkeypatch, tmp_path):
+    in_file = data.load(animals, 40).train.clone()
+    folder = tmp_path / "home" / "fastssl" / "folders"
+    next(folder.iterdir()).unlink()
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
     in_memory = data.load(animals, 40).train
-    assert torch.equal(in_memory, in_file) and not is_mapped(in_memory)
+    assert torch.equal(in_memory, in_file) and not is_mapped(in_memory) and list(folder.iterdir()) == []
+    monkeypatch.setattr(cache, "available_memory", lambda: 1 << 16)
+    with pytest.raises(OSError, match="-40 needs 0 MiB, which must fit .* or into memory, got .*No space left"):
+        data.load(animals, 40)
+
+
+def test_what_killed_processes_left_is_cleared_away_and_no_more(tmp_path):
+    """A file of another size, of a living process, and one that only looks like it, stay."""
+    path = tmp_path / "images-32"
+    killed = (
+        "import os, pathlib, sys; from fastssl.train.data.cache import mapped;"
+        "mapped(pathlib.Path(sys.argv[1]), 'key', (8,), lambda numbers: os.kill(os.getpid(), 9))"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    assert subprocess.run([sys.executable, "-c", killed, str(path)], env=environment).returncode == -9
+    assert len(list(tmp_path.iterdir())) == 1 and not path.exists()
+    others = [tmp_path / "images-32.others", tmp_path / "images-322.0.partial"]
+    for other in others:
+        other.touch()
+    living = []
+
+    def fill(numbers):
+        living.extend(set(tmp_path.iterdir()) - {*others})
+        if len(living) == 1:  # another process, at the same time
+            assert mapped(path, "key", (8,), fill)[1] == 3 and living[0].exists()
+        numbers.fill_(len(living))
+        return len(living)
+
+    numbers, value = mapped(path, "key", (8,), fill)
+    assert numbers.tolist() == [value] * 8 and len(living) == 3 and {*tmp_path.iterdir()} == {path, *others}
 
 
 @pytest.mark.parametrize("labelled", [False, True])

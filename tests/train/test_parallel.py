@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.data import TensorDataset
 
 from tests.distributed.processes import run_processes
@@ -29,7 +30,7 @@ from rich.console import Console
 
 import fastssl.train.__main__ as command_line
 from fastssl.distributed import gather_rows, rank, world_size
-from fastssl.train import METHODS, Method, Run, Step, checkpoint, create, fit, fsdp, parallel
+from fastssl.train import METHODS, Method, Run, Step, checkpoint, create, fit, fsdp, learner, parallel
 from fastssl.train.data.images import Images
 from fastssl.train.networks.batch_norm import BatchNorm, synchronize
 from fastssl.train.networks.models import BagOfWords
@@ -224,6 +225,23 @@ def _check_nan_in_one_process_stops_all(folder: Path) -> None:
         run(method)
 
 
+def _check_nan_that_is_found_late_leaves_shares_as_they_were(folder: Path) -> None:
+    """As on a GPU, where the optimiser leaves out such a step."""
+    learner.Learner._late = property(lambda self: 1, lambda self, late: None)
+    for optimizer in ("adamw", "lars"):
+        method, kept = new("jepa"), []
+
+        def loss(*embeddings: Tensor, group: dist.ProcessGroup, method=method, kept=kept) -> Tensor:
+            kept.append([fsdp.local(p).clone() for p in method.encoder.parameters()])
+            return type(method).loss(method, *embeddings, group=group) * (math.nan if len(kept) == 2 else 1)
+
+        method.loss = loss
+        with pytest.raises(FloatingPointError, match="m: in step 1 the loss is nan"):
+            run(method, fsdp=True, optimizer=optimizer)
+        assert len(kept) == 3 and all(map(torch.equal, kept[1], kept[2])) and not all(map(torch.equal, *kept[:2]))
+    del learner.Learner._late
+
+
 def _check_what_cannot_be_shared_is_refused(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"batch_size must be a multiple of the number of processes \(2\), got 13"):
         run(new("simclr"), batch_size=13)
@@ -359,6 +377,28 @@ def test_two_processes_train_as_one(name, kind, folder):
     torch.testing.assert_close(first["losses"], one["losses"], rtol=1e-9, atol=0)
     torch.testing.assert_close(first["health"], one["health"], rtol=1e-5, atol=1e-5)  # measured in single precision
     torch.testing.assert_close(first["state"], one["state"], rtol=1e-6, atol=1e-6)  # Adam divides by small gradients
+
+
+def test_a_process_has_its_gpu_before_its_group_which_is_patient(monkeypatch):
+    calls = []
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setattr(torch.cuda, "set_device", calls.append)
+    monkeypatch.setattr(dist, "init_process_group", lambda *args, timeout: calls.append((*args, timeout.days)))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: calls.append("end"))
+    for device in (torch.device("cpu"), torch.device("cuda", 1)):
+        with parallel.process_group(device):
+            calls.append("run")
+    assert calls == [("gloo", 1), "run", "end", device, ("cpu:gloo,cuda:nccl", 1), "run", "end"]
+
+
+def test_a_group_of_gpus_alone_is_refused():
+    """Its processes could not agree without waiting for GPUs; here it is one of the backend "fake"."""
+    dist.init_process_group("cuda:fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        with pytest.raises(ValueError, match="default group must take tensors of CPUs too, .* got one of cuda:fake"):
+            run(new("simclr"))
+    finally:
+        dist.destroy_process_group()
 
 
 def test_one_process_has_nobody_to_share_with():

@@ -40,6 +40,30 @@ def test_so_it_is_with_dropout_and_other_options_across_epochs(options, tmp_path
     assert len(set(losses)) == 8
 
 
+@pytest.mark.parametrize("last", [False, True])
+def test_channels_may_be_last_before_or_after(last, tmp_path):
+    """What AdamW keeps of a convolution lies in memory as its weights do."""
+
+    def method():
+        method = tiny()
+        method.encoder = nn.Sequential(nn.Conv2d(1, 4, 3, stride=3), nn.Conv2d(4, 8, 3), nn.Flatten())
+        return method
+
+    torch.manual_seed(1)
+    weights = method().state_dict()
+
+    def run_it(**options):
+        some = method()
+        some.load_state_dict(weights)
+        return run(some, 8, learning_rate=0.1, **options)
+
+    path = tmp_path / "run.pt"
+    with pytest.raises(KeyboardInterrupt):
+        run_it(checkpoint=path, channels_last=last, writer=InterruptAfter(3))
+    resumed = run_it(checkpoint=path, channels_last=not last, resume=True)
+    assert resumed == pytest.approx(run_it(), rel=1e-4)
+
+
 def test_twins_resume_together(tmp_path):
     def both():
         return {"a": tiny(), "b": tiny(loss=lambda z: z.abs().mean())}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import glob
 import hashlib
 import io
 import json
@@ -10,13 +12,15 @@ import math
 import os
 import pickle
 import tempfile
-from collections.abc import Callable, Sequence
+import uuid
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastssl._meter import available_memory, format_bytes
 from fastssl.train.files import open_regular, read_bytes
 
 _NOTE = 256  # bytes
@@ -58,26 +62,48 @@ def mapped(path: Path, key: str, shape: Sequence[int], fill: Callable[[Tensor], 
     At the file's end is the SHA-256 of all that, which is looked at; of the numbers only where they are few, since a
     large file is not to be read before it is used. Nobody is to write to them. Where there can be no file, they are in
     memory.
+
+    Raises:
+        OSError: if there can be no file, and memory has no room for them either.
     """
     size = math.prod(shape)
     try:
         if (found := _note(path, key, shape)) is None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-                whole = Path(folder) / path.name
-                with open(whole, "xb") as file:  # now, rather than a crash when the disk is full
-                    os.posix_fallocate(file.fileno(), 0, size + _NOTE)
-                numbers = _map(whole, size)
+            with _partial(path, size + _NOTE) as partial:
+                numbers = _map(partial, size, to_fill=True)
                 found = {"value": fill(numbers.view(*shape))}
                 found["sha256"] = _sum(key, shape, found["value"], numbers)
-                with open(whole, "r+b") as file:
+                with open(partial, "r+b") as file:
                     file.seek(size)
                     file.write(json.dumps(found).encode().ljust(_NOTE))
-                os.replace(whole, path)
+                os.replace(partial, path)
         return _map(path, size).view(*shape), found["value"]
-    except OSError:
+    except OSError as error:
+        if size > (free := available_memory()):
+            needed = f"{path} needs {format_bytes(size)}, which must fit on the disk or into memory"
+            raise OSError(f"{needed}, got {format_bytes(free)} of memory, and of the disk: {error}") from None
         numbers = torch.empty(*shape, dtype=torch.uint8)
         return numbers, fill(numbers)
+
+
+@contextlib.contextmanager
+def _partial(path: Path, size: int) -> Iterator[Path]:
+    """A file beside `path`, of that size, which is gone after the block. What processes have left there that were
+    killed is cleared away: it may be as large as a disk. A lock says that a process lives; it ends with it."""
+    for left in path.parent.glob(f"{glob.escape(path.name)}.*.partial"):
+        with contextlib.suppress(OSError), open(left, "r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            left.unlink()
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
+    with open(partial, "xb") as file:
+        try:
+            with contextlib.suppress(OSError):  # of a file system without locks, where nobody clears away anything
+                fcntl.flock(file, fcntl.LOCK_EX)
+            os.posix_fallocate(file.fileno(), 0, size)  # now, rather than a crash when the disk is full
+            yield partial
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def _note(path: Path, key: str, shape: Sequence[int]) -> dict[str, Any] | None:
@@ -102,11 +128,13 @@ def _sum(key: str, shape: Sequence[int], value: Any, numbers: Tensor) -> str:
     return digest.hexdigest()
 
 
-def _map(path: Path, size: int) -> Tensor:
+def _map(path: Path, size: int, to_fill: bool = False) -> Tensor:
     try:
         return torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8)  # else it has no name any more
-    except RuntimeError as error:  # it may be read, but not written to
-        raise OSError(str(error)) from error
+    except RuntimeError as error:
+        if to_fill or not os.access(path, os.R_OK):
+            raise OSError(str(error)) from error
+    return torch.from_file(str(path), size=size, dtype=torch.uint8)  # it may be read, but not written to
 
 
 def is_mapped(x: Tensor) -> bool:
