@@ -463,6 +463,7 @@ def check_device(device: torch.device | str | int | None) -> torch.device | None
     try:
         device = torch.device(device)
         torch.empty(0, device=device)
-    except (AssertionError, NotImplementedError, OverflowError, RuntimeError, ValueError) as error:
-        raise ValueError(f"device must be one that is there, got {device!r}: {error}") from error
+    except (AssertionError, ImportError, OverflowError, RuntimeError, ValueError) as error:
+        reason = str(error).partition(". ")[0].partition("\n")[0]  # PyTorch may go on for pages
+        raise ValueError(f"device must be one that is there, got {device!r}: {reason}") from error
     return device

@@ -46,7 +46,7 @@ def correctness(device: str, scratch: Path) -> list[Command]:
     checks = ROOT / "tests/gpu/triton_checks"
     families = [file.relative_to(ROOT) for file in sorted(checks.rglob("[!_]*.py")) if file.parent.name != "common"]
     kernels = "tests/gpu/test_cuda.py", "-k", "on_the_gpu"
-    operations = "tests/ops", "tests/nn", "tests/test_optim.py", "-m", "gpu"
+    operations = "tests/ops", "tests/nn", "tests/test_optim.py", "tests/train/test_device.py", "-m", "gpu"
     return [
         *commands,
         Command("tests of the Triton kernels", python("pytest", *_PYTEST, *parallel, "--maxfail", 20, *families), 170,

@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastssl._checks import check_device
+
 
 def choose(device: str | torch.device) -> torch.device:
     """The device of that name; "auto" is CUDA where there is a GPU, otherwise the CPU. Under torchrun, "cuda" is each
@@ -33,7 +35,7 @@ def choose(device: str | torch.device) -> torch.device:
     except RuntimeError:
         raise ValueError(f"device must be 'auto', or the name of a device such as 'cuda:0', got {device!r}") from None
     if chosen.type != "cuda":
-        return chosen
+        return check_device(chosen)
     alone = not dist.is_torchelastic_launched() or os.environ.get("LOCAL_WORLD_SIZE") == "1"
     if not alone and chosen.index is not None:
         raise ValueError(f"device must be 'cuda' in several processes, each of which has its own, got {device!r}")

@@ -16,8 +16,10 @@ from tests.accuracy import same_bits, worst_error
 from tests.inputs import DTYPES, ragged
 
 MOMENTA = (0.3, 0.996)  # on either side of where lerp changes its starting point
+on_every_device = pytest.mark.usefixtures("device")
 
 
+@on_every_device
 @pytest.mark.parametrize("momentum", MOMENTA)
 @pytest.mark.parametrize("source", DTYPES, ids=str)
 @pytest.mark.parametrize("target", DTYPES, ids=str)
@@ -35,6 +37,7 @@ def test_as_accurate_as_eager_float32(target, source, momentum, kernels):
     assert worst_error(targets, truth) <= allowed
 
 
+@on_every_device
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_ends_are_exact(dtype, kernels):
     targets, sources = ragged(dtype, 0), ragged(dtype, 1)
@@ -45,6 +48,7 @@ def test_ends_are_exact(dtype, kernels):
     assert all(map(torch.equal, targets, sources))
 
 
+@on_every_device
 @pytest.mark.sanitized
 def test_more_elements_than_one_thread_takes(kernels):
     """Runs of threads that begin and end within tensors, and a source that is laid out otherwise."""
@@ -57,6 +61,7 @@ def test_more_elements_than_one_thread_takes(kernels):
     torch.testing.assert_close(targets, expected, rtol=0, atol=1e-6)
 
 
+@on_every_device
 @pytest.mark.sanitized
 def test_only_targets_are_written(kernels):
     """What lies between and behind them keeps its NaN."""
@@ -69,6 +74,7 @@ def test_only_targets_are_written(kernels):
     assert memory.isnan().sum() == memory.numel() - target.numel()
 
 
+@on_every_device
 def test_nan_and_infinity_come_through(kernels):
     target, source = torch.tensor([math.nan, 1, 1, math.inf, 1]), torch.tensor([1, math.nan, math.inf, 1, 1])
     ema_update_([target], [source], 0.9)
@@ -81,6 +87,7 @@ def _extremes(dtype: torch.dtype) -> Tensor:
     return torch.cat([positive, -positive]).to(dtype)
 
 
+@on_every_device
 @pytest.mark.parametrize("momentum", [0.0, 1e-9, *MOMENTA, 1 - 1e-9, 1.0])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_what_is_equal_stays(dtype, momentum, kernels):
@@ -95,6 +102,7 @@ def test_what_is_equal_stays(dtype, momentum, kernels):
         assert wide not in (dtype, other) or same_bits(teacher, before)
 
 
+@on_every_device
 @pytest.mark.parametrize("source", DTYPES, ids=str)
 @pytest.mark.parametrize("target", DTYPES, ids=str)
 def test_whatever_the_values(target, source, kernels):
@@ -112,6 +120,7 @@ def test_whatever_the_values(target, source, kernels):
             torch.testing.assert_close(result, expected.to(target), rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
+@on_every_device
 def test_a_tensor_momentum_has_exact_ends(backend):
     for number in (0.0, 1.0):
         target, source = torch.tensor([math.inf, 1.0, -0.0]), torch.tensor([math.nan, -math.inf, 0.0])
@@ -120,6 +129,7 @@ def test_a_tensor_momentum_has_exact_ends(backend):
         assert same_bits(target, expected)
 
 
+@on_every_device
 def test_momentum_may_be_a_tensor(backend):
     target, source = torch.ones(5), torch.zeros(5)
     ema_update_([target], [source], torch.tensor(0.25))
@@ -127,6 +137,7 @@ def test_momentum_may_be_a_tensor(backend):
     ema_update_([], [], 0.5)
 
 
+@on_every_device
 def test_leaves_that_require_gradients_and_what_autograd_saved(backend):
     weight, other = torch.ones(3, requires_grad=True), torch.zeros(3, requires_grad=True)
     kept = (weight * weight).sum()
@@ -142,6 +153,7 @@ def test_pairs_on_several_devices(backend):
     assert targets[0].tolist() == [0.5] * 3
 
 
+@on_every_device
 def test_compiles(backend):
     def step(target: Tensor, source: Tensor) -> Tensor:
         ema_update_([target], [source], 0.9)

@@ -252,6 +252,10 @@ def test_devices_are_chosen_and_refused():
             choose("cuda:3")
     with pytest.raises(ValueError, match="device must be 'auto', or the name of a device such as 'cuda:0', got 'gpu'"):
         choose("gpu")
+    for absent in ("fpga", "hpu"):
+        with pytest.raises(ValueError, match=f"device must be one that is there, got device.*{absent}'") as caught:
+            choose(absent)
+        assert len(str(caught.value).splitlines()) == 1
     with pytest.raises(TypeError, match="device must be a name or a torch.device, got int"):
         choose(0)
 
