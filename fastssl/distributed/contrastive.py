@@ -21,9 +21,9 @@ from torch.autograd import Function
 
 from fastssl.distributed.processes import ProcessGroup, gather_rows, shared, sum_of_parts, uncompiled
 from fastssl.distributed.ring import Ring, Tensors, add, check_first_derivative
-from fastssl.ops._portable import add_rows_, take_rows
-from fastssl.ops._precision import accumulate_dtype, widen
+from fastssl.ops._precision import accumulate_dtype
 from fastssl.ops.contrastive import nothing_kept
+from fastssl.ops.row_sums import sum_rows, take_rows
 
 _KEEP = 0  # bytes of exponentials from one pass for the other: a process would keep those of every step
 
@@ -51,12 +51,10 @@ def others_logsumexp(ring: Ring, z: Tensor, scale: Tensor, precision: str) -> tu
 
 def class_sums(x: Tensor, labels: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor]:
     """For each row of x the sum of the rows of its label, of all processes, in the dtype of sums, and their number."""
-    names, places = gather_rows(labels, group).unique(return_inverse=True)
+    names, places, counts = gather_rows(labels, group).unique(return_inverse=True, return_counts=True)
     own = places.view(group.size(), -1)[group.rank()]
-    rows = widen(x)
-    sums = add_rows_(rows.new_zeros(len(names), rows.shape[1]), own, rows)
-    sums = shared(sum_of_parts(sums, group), group)
-    return take_rows(sums, own), places.bincount(minlength=len(names))[own]
+    sums = shared(sum_of_parts(sum_rows(x, own, len(names)), group), group)
+    return take_rows(sums, own), counts[own]
 
 
 class _SimilarityLogsumexp(Function):

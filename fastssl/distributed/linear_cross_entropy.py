@@ -20,8 +20,8 @@ from torch import Tensor
 from fastssl._arithmetic import dot
 from fastssl.distributed.processes import ProcessGroup, gather_numbers, shared, sum_of_parts, uncompiled
 from fastssl.ops import linear_cross_entropy as ops
-from fastssl.ops._portable import take_rows
 from fastssl.ops._precision import widen
+from fastssl.ops.row_sums import take_rows
 
 
 @uncompiled
@@ -59,7 +59,7 @@ def linear_cross_entropy(
         of_rows, of_labels = (F.normalize(widen(z), dim=1) for z in (rows, of_labels))
     label_logit = dot(of_rows, of_labels) * scale
     if len(bias):
-        label_logit = label_logit + take_rows(bias, mine).to(lse.dtype)
+        label_logit = label_logit + take_rows(bias[:, None], mine)[:, 0].to(lse.dtype)
     label_weight, uniform = torch.where(owned, weights[mine], 0), lse.new_zeros(())
     part = (1 - label_smoothing) * torch.where(owned, label_weight * label_logit, 0)
     if label_smoothing:

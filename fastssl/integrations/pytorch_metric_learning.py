@@ -16,7 +16,7 @@ from pytorch_metric_learning.distances import DotProductSimilarity
 from torch import Tensor
 
 from fastssl.functional import info_nce, nt_xent, similarity_logsumexp, sup_con
-from fastssl.ops._portable import add_rows_, take_rows
+from fastssl.ops.row_sums import sum_rows, take_rows
 
 __all__ = ["NTXentLoss", "SupConLoss"]
 
@@ -83,10 +83,8 @@ class SupConLoss(losses.SupConLoss):
             row_losses = sup_con(embeddings, ids, temperature=self.temperature, normalize=normalize, reduction="none")
         else:
             x, y = ((F.normalize(z) if normalize else z) for z in (embeddings, ref_emb))
-            wide = y.to(torch.promote_types(y.dtype, torch.float32))
-            sums = add_rows_(wide.new_zeros(len(values), y.shape[1]), ref_ids, wide)
             counts = ref_ids.bincount(minlength=len(values))
-            means = sums / counts.clamp_min(1).unsqueeze(1)
+            means = sum_rows(y, ref_ids, len(values)) / counts.clamp_min(1).unsqueeze(1)
             positives = (x * take_rows(means, ids)).sum(1) / self.temperature
             row_losses = similarity_logsumexp(x, y, scale=1 / self.temperature, offset=positives)
             row_losses = row_losses.where(counts[ids] > 0, 0)

@@ -34,8 +34,8 @@ What is not regular, and why:
 - `clip_loss` and `info_nce` reduce the losses of rows themselves, as their `reduction` says: in a small batch,
   PyTorch's mean and its derivative would take a tenth of the time of the products.
 - An operation in place, whose name ends in "_", and one that has no floating-point inputs, has no `backward`.
-- `gather_tokens` and `scatter_tokens`, `gather_patches` and `scatter_patches` are each other's derivatives, and need no
-  backward operations: their `derivative` is written by hand.
+- `gather_tokens` and `scatter_tokens`, `gather_patches` and `scatter_patches`, `take_rows` and `sum_rows` are each
+  other's derivatives, and need no backward operations: their `derivative` is written by hand.
 - `restore_tokens` is linear: the derivative of its backward pass is the operation itself (`linear`). Its backward pass
   takes only the sizes of inputs, so that these need not be kept, and so has a fake of its own.
 - `siglip_loss` has no Triton kernels of its own, but code that calls those of another operation (`cuda`). The backward

@@ -30,15 +30,10 @@ _ADDS_IN_ORDER = {"cpu"}
 
 
 def add_rows_(sums: Tensor, ids: Tensor, rows: Tensor) -> Tensor:
-    """Adds rows[n] to sums[ids[n]], in the same order in every run. Returns sums."""
+    """Adds rows[n] to sums[ids[n]], in the same order in every run. Returns sums. `row_sums` has a kernel for it."""
     if device_type_of(sums) in _ADDS_IN_ORDER:
         return sums.index_add_(0, ids, rows)
     return sums.index_put_((ids,), rows, accumulate=True)
-
-
-def take_rows(x: Tensor, ids: Tensor) -> Tensor:
-    """x[ids], whose gradient is summed in the same order in every run."""
-    return x.index_select(0, ids) if device_type_of(x) in _ADDS_IN_ORDER else x[ids]
 
 
 def similarity(rows: slice, x: Tensor, y: Tensor, scale: Tensor, exclude: Tensor | None) -> Tensor:

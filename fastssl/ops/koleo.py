@@ -22,6 +22,7 @@ from torch import Tensor
 from fastssl.ops._op import Op, triton_launcher
 from fastssl.ops._portable import add_rows_, row_blocks
 from fastssl.ops._precision import accumulate_dtype, product_precision
+from fastssl.ops.row_sums import sum_rows
 
 
 def _fake(features: Tensor, first: int, rows: int, topk: int, group_size: int, eps: float) -> tuple[Tensor, Tensor]:
@@ -59,7 +60,9 @@ def _distances(z: Tensor, nearest: Tensor, first: int, rows: slice, eps: float) 
     return u, torch.linalg.vector_norm(u, dim=2, keepdim=True)
 
 
-def _backward(grad_loss: Tensor, features: Tensor, nearest: Tensor, first: int, eps: float) -> Tensor:
+def _backward(
+    add_rows_: Callable[..., Tensor], grad_loss: Tensor, features: Tensor, nearest: Tensor, first: int, eps: float
+) -> Tensor:
     z, norm = _unit(features, eps)
     grad = torch.zeros_like(z)
     for rows in _blocks(z, nearest):
@@ -98,6 +101,10 @@ def _find_on_gpu(z: Tensor, *options: int) -> Tensor:
     return (_find if _find_by_kernel is None or z.dtype == torch.float64 else _find_by_kernel)(z, *options)
 
 
+def _add_on_gpu_(sums: Tensor, ids: Tensor, rows: Tensor) -> Tensor:
+    return sums.add_(sum_rows.auto(rows, ids, sums.shape[0]))
+
+
 def _operands(z: Tensor) -> tuple[Tensor, Tensor]:
     """(x, y), whose product x y^T is z z^T in float32, whatever precision is set.
 
@@ -122,8 +129,8 @@ koleo_loss = Op(
     " -> (Tensor loss, Tensor nearest)",
     backward="(Tensor grad_loss, Tensor features, Tensor nearest, SymInt first, float eps) -> Tensor grad_features",
     fake=_fake,
-    portable=(partial(_forward, _find), _backward),
+    portable=(partial(_forward, _find), partial(_backward, add_rows_)),
     share=_share,
     blocks=_blocks,
-    cuda=(partial(_forward, _find_on_gpu), None),
+    cuda=(partial(_forward, _find_on_gpu), partial(_backward, _add_on_gpu_)),
 )

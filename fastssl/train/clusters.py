@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastssl.functional import topk_similarity
-from fastssl.ops._portable import add_rows_
+from fastssl.ops.row_sums import sum_rows
 
 _SAMPLE = 20_000  # rows that centroids are computed from
 
@@ -25,7 +25,7 @@ def kmeans(rows: Tensor, clusters: int, generator: torch.Generator, iterations: 
     for _ in range(iterations):
         nearest = assign(rows, centroids)
         counts = nearest.bincount(minlength=clusters)[:, None]
-        sums = add_rows_(torch.zeros_like(centroids), nearest, rows)
+        sums = sum_rows(rows, nearest, clusters)
         centroids = (sums / counts.clamp_min(1)).where(counts > 0, centroids)
     return centroids
 

@@ -12,9 +12,8 @@ of b_j z_j over the rows of row i's label:
     dL/dx_i  = (dL/dz_i - <dL/dz_i, z_i> z_i) / |x_i|    where rows were normalised, z = x / |x|
 
 Algorithm. The log-sum-exps and W z are NT-Xent's (sums.py, common/accumulate.py), positives.py goes back through the
-norms. Sums of labels are taken in the order of a stable sort: `_pieces` adds the rows of each label among `PIECE`
-that follow each other, and `_join` the pieces of a label. The sum of a label lies where its first row is in that order.
-There are no atomics: the bits are the same in every run.
+norms. The sums of labels are those of row_sums.py, where a label is named by the place of its first row in the order of
+a stable sort. There are no atomics: the bits are the same in every run.
 
 Cost. Forward 1/2 U, backward 2 U, or 1.5 U for wide rows, in units U = 2 N N D floating-point operations; O(N D) and a
 sort of the labels for the rest.
@@ -32,69 +31,13 @@ from torch import Tensor
 from fastssl.kernels.common.accumulate import accumulate
 from fastssl.kernels.common.kept import kept_products, nothing_kept, room_for_products
 from fastssl.kernels.common.launch import OPTIONS, row_block
-from fastssl.kernels.common.rows import unit
 from fastssl.kernels.common.tiles import COUNTS
 from fastssl.kernels.common.weights import Factors, Weights
 from fastssl.kernels.contrastive.positives import WARPS, load_inverse, projected, rows_of_products, unit_rows
 from fastssl.kernels.contrastive.sums import totals_and_shifts
+from fastssl.kernels.row_sums import room_for_sums, sum_into
 
-PIECE, WIDTH = 32, 64  # rows and features of a program that adds up rows
 ROWS_OF_FACTORS = 256  # of a program that computes them
-
-
-@triton.jit(do_not_specialize=COUNTS)
-def _pieces(
-    z, inverse, weight, order, first, sums, weighted, N, D, row_stride, column_stride,
-    PIECE: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    """The sums of rows, and of weighted ones where they are wanted, for each label in a piece of the order."""
-    start = tl.program_id(0).to(tl.int64) * PIECE
-    place = start + tl.arange(0, PIECE)
-    inside = place < N
-    label = tl.load(first + tl.load(order + place, mask=inside, other=0), mask=inside, other=-1)
-    d = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)[None, :].to(tl.int64)
-    total = tl.zeros((PIECE, WIDTH), tl.float32)
-    of_weighted = tl.zeros((PIECE, WIDTH), tl.float32)
-    for other in tl.range(start, tl.minimum(start + PIECE, N), loop_unroll_factor=4):
-        row = tl.load(order + other)
-        factor = 1.0
-        if inverse is not None:
-            factor = tl.load(inverse + row)
-        x = unit(tl.load(z + row * row_stride + d * column_stride, mask=d < D, other=0.0).to(tl.float32), factor)
-        same = (label == tl.load(first + row))[:, None]
-        total += tl.where(same, x, 0.0)
-        if weight is not None:
-            of_weighted += tl.where(same, x * tl.load(weight + row), 0.0)
-    to = place[:, None] * D + d
-    mask = (inside & ((place == label) | (place == start)))[:, None] & (d < D)
-    tl.store(sums + to, total, mask=mask)
-    if weight is not None:
-        tl.store(weighted + to, of_weighted, mask=mask)
-
-
-@triton.jit
-def _join_sums(sums, begin, next, end, d, D, PIECE: tl.constexpr):
-    """sums[begin] += sums[next] + sums[next + PIECE] + ..., below `end`."""
-    total = tl.load(sums + begin * D + d, mask=d < D, other=0.0)
-    for place in range(next, end, PIECE * PIECE):
-        places = place + PIECE * tl.arange(0, PIECE)[:, None]
-        parts = tl.load(sums + places * D + d[None, :], mask=(places < end) & (d[None, :] < D), other=0.0)
-        total += tl.sum(parts, 0)
-    tl.store(sums + begin * D + d, total, mask=d < D)
-
-
-@triton.jit(do_not_specialize=COUNTS)
-def _join(order, first, last, sums, weighted, N, D, PIECE: tl.constexpr, WIDTH: tl.constexpr):
-    """The sums of a label that begins in this piece and goes on after it. Nobody else reads or writes those."""
-    start = tl.program_id(0).to(tl.int64) * PIECE
-    next = start + PIECE
-    row = tl.load(order + tl.minimum(next, N) - 1)
-    begin, end = tl.load(first + row), tl.load(last + row)
-    d = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH).to(tl.int64)
-    if (begin >= start) & (end > next):
-        _join_sums(sums, begin, next, end, d, D, PIECE)
-        if weighted is not None:
-            _join_sums(weighted, begin, next, end, d, D, PIECE)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -156,21 +99,6 @@ def places(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return order, torch.searchsorted(named, labels), torch.searchsorted(named, labels, right=True)
 
 
-def sums_of_labels(
-    z: Tensor, inverse: Tensor | None, of_labels: tuple[Tensor, Tensor, Tensor], weight: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """The sums of the (normalised) rows of each label, float32 (N, D), where the label begins; and of these rows times
-    their weights, where there are any."""
-    order, first, last = of_labels
-    rows, dim = z.shape
-    sums = z.new_empty((rows, dim), dtype=torch.float32)
-    weighted = None if weight is None else torch.empty_like(sums)
-    grid, tile = (triton.cdiv(rows, PIECE), triton.cdiv(dim, WIDTH)), {"PIECE": PIECE, "WIDTH": WIDTH}
-    _pieces[grid](z, inverse, weight, order, first, sums, weighted, rows, dim, *z.stride(), **tile, **OPTIONS)
-    _join[grid](order, first, last, sums, weighted, rows, dim, **tile, **OPTIONS)
-    return sums, weighted
-
-
 def sup_con(
     z: Tensor, labels: Tensor, scale: Tensor, normalize: bool, keep: int, precision: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -185,7 +113,8 @@ def sup_con(
         padded, padded, (rows, rows), scale, precision, "diagonal", symmetric=True, kept=products
     )
     of_labels = places(labels)
-    sums, _ = sums_of_labels(z, inverse, of_labels, None)
+    sums = room_for_sums(z, rows)
+    sum_into(sums, rows, z, of_labels[1], of_labels[0], inverse)
     block = row_block(padded.shape[1])
     _losses[(triton.cdiv(rows, block["BR"]),)](
         z, inverse, *of_labels[1:], sums, scale, total, shift, loss, rows, dim, *z.stride(), **block,
@@ -210,15 +139,16 @@ def sup_con_backward(
     if rows == 0:
         return z.new_empty(z.shape), scale.new_zeros(())
     padded, inverse = rows_of_products(z, normalize, precision)
-    order, first, last = of_labels = places(labels)
+    order, first, last = places(labels)
     shift = shift.contiguous()
     factor, per_positive, weight = (torch.empty_like(shift) for _ in range(3))
     _factors[(triton.cdiv(rows, ROWS_OF_FACTORS),)](
         grad_loss.contiguous(), total.contiguous(), first, last, factor, per_positive, weight, rows,
         BR=ROWS_OF_FACTORS, **OPTIONS,
     )  # fmt: skip
-    sums, weighted = sums_of_labels(z, inverse, of_labels, per_positive)
-    positives, block = torch.empty_like(sums), row_block(padded.shape[1])
+    sums, weighted = room_for_sums(z, rows), room_for_sums(z, rows)
+    sum_into(sums, rows, z, first, order, inverse, per_positive, weighted)
+    positives, block = sums.new_empty(z.shape), row_block(padded.shape[1])
     _positives[(triton.cdiv(rows, block["BR"]),)](
         first, per_positive, sums, weighted, positives, rows, dim, **block, **OPTIONS
     )

@@ -159,3 +159,13 @@ def test_koleo_of_a_hub_has_the_same_gradient_in_every_run():
     x = torch.cat([hub, hub + 3 * normal(2000, 64, seed=1)])
     first, *others = (with_gradients(koleo_loss, x)[1] for _ in range(4))
     assert all(torch.equal(first, other) for other in others)
+
+
+def test_the_rows_of_a_neighbour_are_the_same_sum_on_a_gpu(monkeypatch):
+    """In several blocks, to each of which it adds what others have added."""
+    monkeypatch.setattr(_portable, "_BLOCK_ELEMENTS", 200)
+    x = normal(40, 8)
+    _, nearest = koleo.koleo_loss(x, 0, 40, 3, 40, 1e-8)
+    adding = _portable.add_rows_, koleo._add_on_gpu_
+    expected, mine = (koleo._backward(add, torch.tensor(1.0), x, nearest, 0, 1e-8) for add in adding)
+    torch.testing.assert_close(mine, expected)

@@ -12,20 +12,29 @@ from torch import Tensor
 
 from fastssl._norms import EPS, normalized_rows, through_norms
 from fastssl.ops._op import Op
-from fastssl.ops._portable import add_rows_, row_blocks, similarity, take_rows
-from fastssl.ops._precision import accumulate_dtype, widen
+from fastssl.ops._portable import add_rows_, row_blocks, similarity
+from fastssl.ops._precision import accumulate_dtype
 from fastssl.ops.contrastive.self_logsumexp import self_logsumexp_portable, self_logsumexp_portable_backward
+from fastssl.ops.row_sums import sum_rows, take_rows
+
+
+def _places(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """For each label the place of its first row, in the order of labels, and the number of its rows. These places are
+    ids of labels, of which there are at most as many as rows: nothing waits for their number."""
+    labels = labels.contiguous()
+    order = labels.sort().values
+    first = torch.searchsorted(order, labels)
+    return first, torch.searchsorted(order, labels, right=True) - first
 
 
 def class_sums(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """For each row of x the sum of the rows of its label, in the dtype of sums, and their number."""
-    labels = labels.contiguous()
-    order = labels.sort().values
-    first = torch.searchsorted(order, labels)
-    count = torch.searchsorted(order, labels, right=True) - first
-    x = widen(x)
-    # As many sums as rows, most of them empty, so that nothing waits for the number of labels.
-    return take_rows(add_rows_(torch.zeros_like(x), first, x), first), count
+    first, count = _places(labels)
+    return take_rows(sum_rows(x, first, x.shape[0]), first), count
+
+
+def _sums(x: Tensor, first: Tensor) -> Tensor:
+    return add_rows_(torch.zeros_like(x), first, x).index_select(0, first)
 
 
 def _fake(z: Tensor, labels: Tensor, scale: Tensor, normalize: bool, keep: int, precision: str) -> tuple[Tensor, ...]:
@@ -44,8 +53,8 @@ def _forward(
 ) -> tuple[Tensor, ...]:
     z, _ = normalized_rows(z, normalize)
     total, shift, kept = logsumexp(z, scale, keep, precision)
-    sums, count = class_sums(z, labels)
-    aligned = torch.linalg.vecdot(z, sums - z) / (count - 1)
+    first, count = _places(labels)
+    aligned = torch.linalg.vecdot(z, _sums(z, first) - z) / (count - 1)
     return (total.log() + (shift - aligned * scale)).where(count > 1, 0), shift, total, kept
 
 
@@ -62,11 +71,11 @@ def _backward(
     precision: str,
 ) -> tuple[Tensor, Tensor]:
     rows, norms = normalized_rows(z, normalize)
-    sums, count = class_sums(rows, labels)
+    first, count = _places(labels)
     grad_total, per_positive = ((grad_loss / x).where(count > 1, 0) for x in (total, count - 1))
     gradient, grad_scale = logsumexp_backward(grad_total, rows, scale, shift, kept, precision)
     per_positive = per_positive[:, None]
-    positives = per_positive * (sums - 2 * rows) + class_sums(per_positive * rows, labels)[0]
+    positives = per_positive * (_sums(rows, first) - 2 * rows) + _sums(per_positive * rows, first)
     grad_scale = grad_scale - (rows * positives).sum(dtype=torch.float64).mul(0.5).to(scale.dtype)
     return through_norms(gradient - scale * positives, rows, norms).to(z.dtype), grad_scale
 

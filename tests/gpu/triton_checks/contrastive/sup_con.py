@@ -29,10 +29,8 @@ from tests.gpu.triton_checks.common.tiles import rows
 
 module = import_module("fastssl.kernels.contrastive.sup_con")  # which a function of that name has replaced
 OWN = POINTERS | {"z": "rows", "out": "fp32", "weighted": "fp32", "per_positive": "fp32"}
-OWN |= dict.fromkeys(("order", "first", "last"), "i64")
-PIECES, JOIN, LOSSES, FACTORS, POSITIVES = (
-    Kernel(getattr(module, name), OWN) for name in ("_pieces", "_join", "_losses", "_factors", "_positives")
-)
+OWN |= dict.fromkeys(("first", "last"), "i64")
+LOSSES, FACTORS, POSITIVES = (Kernel(getattr(module, name), OWN) for name in ("_losses", "_factors", "_positives"))
 NAMES = "loss", "dz", "dscale"
 
 if INTERPRETED:
@@ -43,18 +41,11 @@ if INTERPRETED:
 
 
 def cases(capability: int, sweep: bool) -> Iterator[Case]:
-    """The kernels over tiles are those of self_logsumexp, the last one is info_nce's."""
-    tile = ("PIECE", module.PIECE), ("WIDTH", module.WIDTH)
+    """The kernels over tiles are those of self_logsumexp, the last one is info_nce's, sums of labels are row_sums'."""
     for absent in ({}, {"inverse": None}) if sweep else ({},):
         yield from row_cases(LOSSES, "", absent, capability, sweep, positives.WARPS)
-        if sweep or capability == 80:
-            for dtype in ("fp32", "bf16"):
-                for variant, more in (("both", {}), ("alone", {"weight": None, "weighted": None})):
-                    constants = *tile, *absent.items(), *more.items()
-                    yield Case(PIECES, variant, capability, "float32", dtype, constants)
     yield from row_cases(POSITIVES, "", {}, capability, sweep)
     if sweep or capability == 80:
-        yield Case(JOIN, "", capability, "float32", "fp32", tile)
         yield Case(FACTORS, "sup_con", capability, "float32", "fp32", (("BR", module.ROWS_OF_FACTORS),))
 
 
@@ -117,22 +108,6 @@ def test_sizes(count, dim, classes, precision):
 @pytest.mark.parametrize("scale,length", [(2.0, 4.0), (-0.5, 2.0)])
 def test_rows_as_they_are(scale, length):
     compare(rows(70, 24, length=length), labels_of(70, 5), scale, normalize=False)
-
-
-@pytest.mark.parametrize("count,classes", [(1, 1), (97, 3), (70, 70), (1300, 1)])
-def test_sums_of_labels(count, classes):
-    """Labels of one piece, of several, and of more than are added at once."""
-    z, labels, weight = rows(count, 70 if count < 100 else 10), labels_of(count, classes), random_gradient(count)
-    places = module.places(labels)
-    with poisoned():
-        sums, weighted = module.sums_of_labels(z, None, places, weight)
-        alone, none = module.sums_of_labels(z, None, places, None)
-    assert none is None and torch.equal(alone.nan_to_num(), sums.nan_to_num())
-    same = (labels[:, None] == labels).double()
-    first = places[1]
-    torch.testing.assert_close(sums[first].double(), same @ z.double(), rtol=1e-5, atol=1e-5)
-    expected = same @ (z.double() * weight[:, None])
-    torch.testing.assert_close(weighted[first].double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_rows_of_no_label_are_apart():
