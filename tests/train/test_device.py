@@ -13,16 +13,18 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 pytest.importorskip("rich")
 pytest.importorskip("sklearn")
 
+from fastssl._meter import meter
 from fastssl.distributed import processes
 from fastssl.nn import EMA
 from fastssl.train import METHODS, Images, Run, checkpoint, evaluate, fit, learner, parallel
-from fastssl.train.device import choose
+from fastssl.train.device import Reading, choose
 from tests.devices import DEVICES, device_param
 from tests.train.runs import IMAGES, QUIET, InterruptAfter, data_of, new, run, tiny
 
@@ -242,6 +244,42 @@ def test_float16_resumes_with_its_scale(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(method(), writer=InterruptAfter(1), amp="float16", checkpoint=path)
     assert run(method(), amp="float16", checkpoint=path, resume=True) == run(method(), amp="float16")
+
+
+def test_a_gpu_is_waited_for_when_its_numbers_are_read(monkeypatch):
+    """Its events are recorded on its own stream, behind its work; here the GPU is the second of two that are not there,
+    and a fake tensor is on it."""
+    log = []
+
+    class Event:
+        def __init__(self, enable_timing: bool = False) -> None:
+            self.timed = enable_timing
+
+        def record(self, stream: str) -> None:
+            log.append(stream)
+
+        def synchronize(self) -> None:
+            log.append("wait")
+
+        def elapsed_time(self, end: Event) -> float:
+            assert self.timed and end.timed
+            return 250.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    for name, value in {"reset_peak_memory_stats": None, "memory_allocated": 100, "max_memory_allocated": 170}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value if device.index == 1 else -1)
+    with meter(True, torch.device("cuda", 1)) as measured:
+        log.append("work")
+    assert log == ["stream of cuda:1", "work", "stream of cuda:1"]
+    assert (measured.before, measured.peak, measured.extra) == (100, 170, 70)
+    assert measured.seconds == 0.25 and log.pop() == "wait"
+    log.clear()
+    with FakeTensorMode():
+        reading = Reading(torch.empty(2, device="cuda:1"))
+    assert log == ["stream of cuda:1"] and reading._host.device.type == "cpu"
+    reading._host = torch.ones(2)
+    assert reading.numbers() == [1.0, 1.0] and log == ["stream of cuda:1", "wait"]
 
 
 def test_devices_are_chosen_and_refused():
