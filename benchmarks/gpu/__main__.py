@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import signal
 import sys
 import tempfile
 import time
@@ -21,20 +22,35 @@ from benchmarks.gpu import commands, report
 from benchmarks.gpu.stages import SECONDS, STAGES, build, results_in
 
 
-def run_stage(name: str, device: str, out: Path, seconds: float = SECONDS) -> None:
-    """Runs its commands one after the other, and writes what became of them after each."""
+def run_stage(name: str, device: str, out: Path, stages: report.Stages, seconds: float = SECONDS) -> None:
+    """Runs its commands one after the other. What became of them is in `stages`, and written, after each; what is
+    running when this process ends counts as cut off."""
     started = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-    stage = {"device": device, "started": started, "commands": [], "results": []}
+    stages[name] = stage = {"device": device, "started": started, "commands": [], "results": []}
     end = time.monotonic() + seconds
-    with tempfile.TemporaryDirectory() as scratch, (out / "log.txt").open("a") as log:
-        log.write(f"\n===== {name}, --device {device}, {started} =====\n")
+    commands.note(out / "log.txt", f"\n===== {name}, --device {device}, {started} =====\n")
+    with tempfile.TemporaryDirectory() as scratch:
         for command in [*build(device), *STAGES[name](device, Path(scratch))]:
             print(f"{name}: {command.name} ...", end=" ", flush=True)
-            done = commands.run(command, log, end - time.monotonic())
+            stage["commands"].append(commands.unfinished(command))
+            _write(out / f"{name}.json", json.dumps(stage, indent=1))
+            try:
+                stage["commands"][-1] = done = commands.run(command, out / "log.txt", end - time.monotonic())
+            finally:
+                stage["results"] = results_in(Path(scratch))
+                _write(out / f"{name}.json", json.dumps(stage, indent=1))
             print(done["note"] or f"ended with {done['returncode']}", f"({done['seconds']:.0f} s)", flush=True)
-            stage["commands"].append(done)
-            stage["results"] = results_in(Path(scratch))
-            (out / f"{name}.json").write_text(json.dumps(stage, indent=1))
+
+
+def _write(path: Path, text: str) -> None:
+    """The whole of it or, on a full disk, nothing: what was there remains."""
+    new = path.with_name("unfinished")
+    try:
+        new.write_text(text)
+        new.replace(path)
+    except OSError as error:
+        print(f"not written: {error}", flush=True)
+        new.unlink(missing_ok=True)
 
 
 def main(argv: list[str]) -> int:
@@ -49,15 +65,18 @@ def main(argv: list[str]) -> int:
     if unknown := set(arguments.stage) - {*STAGES, "report"}:
         parser.error(f"stage {', '.join(sorted(unknown))} is none of {', '.join(STAGES)}, report")
     arguments.out.mkdir(parents=True, exist_ok=True)
-    for name in arguments.stage or STAGES:
-        if name != "report":
-            run_stage(name, arguments.device, arguments.out, arguments.seconds)
     stages = report.read(arguments.out)
-    text = report.render(stages)
-    (arguments.out / "report.md").write_text(text)
-    print(text)
+    try:
+        for name in arguments.stage or STAGES:
+            if name != "report":
+                run_stage(name, arguments.device, arguments.out, stages, arguments.seconds)
+    finally:  # cut off, too
+        text = report.render(stages)
+        _write(arguments.out / "report.md", text)
+        print(text)
     return int(bool(report.failures(stages)))
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends what runs, and leaves a report
     sys.exit(main(sys.argv[1:]))

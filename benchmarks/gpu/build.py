@@ -7,7 +7,10 @@ import os
 import subprocess
 import sys
 
+import torch
+
 from benchmarks.gpu.commands import ROOT
+from benchmarks.ops import machine
 
 _CHECK = """
 import importlib, sys, torch, fastssl
@@ -17,26 +20,25 @@ importlib.import_module("fastssl.kernels")
 print(missing or "built")
 sys.exit(bool(missing))
 """
-_CAPABILITY = "import torch; print('{}.{}'.format(*torch.cuda.get_device_capability()))"
 
 
-def _run(code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+def _check() -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", _CHECK], cwd=ROOT, capture_output=True, text=True)
 
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), required=True)
     arguments = parser.parse_args(argv)
-    if (check := _run(_CHECK)).returncode == 0:
+    machine.require(arguments.device)
+    if (check := _check()).returncode == 0:
         print(check.stdout, end="")
         return 0
-    environment = dict(os.environ)
-    if arguments.device == "cuda":
-        environment.setdefault("TORCH_CUDA_ARCH_LIST", _run(_CAPABILITY).stdout.strip())
+    capability = torch.cuda.get_device_capability() if arguments.device == "cuda" else (9, 0)  # as good as any
+    environment = {"TORCH_CUDA_ARCH_LIST": "{}.{}".format(*capability), **os.environ}
     pip = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--editable", ".", "-v"]
     built = subprocess.run(pip, cwd=ROOT, env=environment)
-    check = _run(_CHECK)
+    check = _check()
     print(check.stdout, check.stderr)
     return built.returncode or check.returncode
 

@@ -7,14 +7,14 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 _LINES = 40  # of the output's end, and of tests that failed before, that a report keeps
+_COLUMNS = 400  # of a line
 
 
 @dataclass(frozen=True)
@@ -25,36 +25,38 @@ class Command:
         argv: the program and its arguments; a program that is not there is skipped, with a note.
         seconds: the limit.
         environment: variables, beside this process's.
+        copy: a file for what it prints.
     """
 
     name: str
     argv: tuple[str, ...]
     seconds: float
     environment: dict[str, str] = field(default_factory=dict)
+    copy: Path | None = None
 
 
 def python(module: str, *arguments: object) -> tuple[str, ...]:
     return (sys.executable, "-m", module, *map(str, arguments))
 
 
-def run(command: Command, log: IO[str], limit: float) -> dict[str, Any]:
-    """Runs it within both limits, in seconds, and copies what it prints into the log. Returns what became of it:
+def run(command: Command, log: Path, limit: float) -> dict[str, Any]:
+    """Runs it within both limits, in seconds; what it prints goes straight into the log. Returns what became of it:
     `returncode` None where it was not there, or was ended at its limit, with all the processes that it started."""
     limit = min(command.seconds, limit)
-    result: dict[str, Any] = {"name": command.name, "command": " ".join(command.argv), "seconds": 0.0, "tail": []}
-    result |= {"returncode": None, "missing": shutil.which(command.argv[0]) is None}
+    result = unfinished(command) | {"missing": shutil.which(command.argv[0]) is None}
     if result["missing"]:
         return result | {"note": f"no {command.argv[0]} here"}
     if limit <= 0:
         return result | {"note": "not started: no time left"}
-    log.write(f"\n$ {result['command']}\n")
-    log.flush()
     start = time.monotonic()
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", **command.environment}
-    with tempfile.TemporaryFile("w+", errors="replace") as output:
+    note(log, f"\n$ {result['command']}\n")
+    with log.open("a+b") as output:
+        begin = output.seek(0, os.SEEK_END)
+        # A group, to be ended with all that it starts; not a session, which whoever ends this one would not find.
         process = subprocess.Popen(
             command.argv, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL, start_new_session=True,
+            stdin=subprocess.DEVNULL, preexec_fn=os.setpgrp,
         )  # fmt: skip
         try:
             result |= {"returncode": process.wait(limit), "note": ""}
@@ -62,18 +64,36 @@ def run(command: Command, log: IO[str], limit: float) -> dict[str, Any]:
             result["note"] = f"ended after {limit:.0f} s"
         finally:
             _end(process)
-        output.seek(0)
-        printed = output.read()
-    log.write(printed)
-    lines = printed.splitlines()
+        output.seek(begin)
+        printed = output.read().decode(errors="replace")
+    if command.copy:
+        command.copy.write_text(printed)
+    lines = [line[:_COLUMNS] for line in printed.splitlines()]
     failed = [line for line in lines[:-_LINES] if " FAILED " in line]
     return result | {"seconds": time.monotonic() - start, "tail": failed[:_LINES] + lines[-_LINES:]}
 
 
+def unfinished(command: Command) -> dict[str, Any]:
+    """What is known of it before it has ended."""
+    result = {"name": command.name, "command": " ".join(command.argv), "seconds": 0.0, "tail": []}
+    return result | {"returncode": None, "missing": False, "note": "cut off"}
+
+
+def note(log: Path, text: str) -> None:
+    try:
+        with log.open("a") as file:
+            file.write(text)
+    except OSError:
+        pass  # a full disk, of which the next command will speak
+
+
 def _end(process: subprocess.Popen) -> None:
-    """With what it started, which is in its session."""
+    """With what it started, which is in its group."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
         pass
-    process.wait()
+    try:
+        process.wait(10)
+    except subprocess.TimeoutExpired:
+        pass  # which the GPU's driver holds

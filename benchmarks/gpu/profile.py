@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.ops import registry
+from benchmarks.ops import machine, registry
 
 _WARM_UP = 3
 
@@ -24,6 +24,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--results", type=Path)
     parser.add_argument("--bare", action="store_true", help="CUDA's profiler on for the step alone")
     arguments = parser.parse_args(argv)
+    machine.require(arguments.device)
     benchmark, mode = registry.load()[arguments.op], registry.MODES[arguments.mode]
     contestant = benchmark.contestants(arguments.size, arguments.mode, ())["fastssl"]
     torch.set_float32_matmul_precision(contestant.precision)

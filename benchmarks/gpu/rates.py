@@ -16,6 +16,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), required=True)
     parser.add_argument("--results", type=Path, required=True)
     arguments = parser.parse_args(argv)
+    machine.require(arguments.device)
     rates = machine.measure_rates(arguments.device, small=arguments.device == "cpu")
     line = {"kind": "machine", **machine.describe(arguments.device), "rates": asdict(rates)}
     arguments.results.write_text(json.dumps(line) + "\n")

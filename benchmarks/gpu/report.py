@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ def failures(stages: Stages) -> list[str]:
         for r in stage["results"]:
             if r["kind"] == "smoke" and r["note"]:
                 found.append(f"{name}: {r['op']} {r['precision']} ({r['sample']}): {r['note']}")
-            if r["kind"] == "speed" and r["contestant"] == "fastssl" and r["note"] and r["largest"] == "0":
+            if r["kind"] == "speed" and r["contestant"] == "fastssl" and r["note"] and not r["largest"]:
                 found.append(f"{name}: {r['op']} {r['size']} {r['mode']}: {r['note']}")
     return found
 
@@ -44,28 +46,37 @@ def _table(header: list[str], rows: list[list[str]]) -> list[str]:
 
 def _speeds(results: list[dict[str, Any]]) -> list[str]:
     """A row for each case: fastssl's time, the ratio of each baseline's, share of the floor, memory, error."""
-    cases: dict[tuple[str, ...], dict[str, dict[str, str]]] = {}
+    cases: dict[tuple[str, ...], dict[str, dict[str, Any]]] = {}
     for r in results:
-        if r["kind"] == "speed" and r["largest"] == "0":
+        if r["kind"] == "speed" and not r["largest"]:
             cases.setdefault((r["op"], r["size"], r["mode"]), {})[r["contestant"]] = r
     names = list(dict.fromkeys(name for case in cases.values() for name in case if name != "fastssl"))
     rows = []
     for key, case in cases.items():
         ours = case["fastssl"]
-        row = [*key, ours["note"] or format_seconds(float(ours["median"]))]
+        row = [*key, ours["note"] or format_seconds(ours["median"])]
         for name in names:
-            other = case.get(name, {"note": " ", "median": "nan"})
-            ratio = float(other["median"]) / float(ours["median"])
-            row.append(f"{ratio:.2f}x" if ratio == ratio else other["note"])
-        error = max(float(ours["value_error"]), float(ours["gradient_error"]))
-        memory = float(ours["extra_memory"])
-        row += [
-            f"{float(ours['floor_fraction']):.0%}",
-            format_bytes(memory) if memory == memory else "",
-            f"{error:.0e}",
-        ]
-        rows.append(row)
+            other = case.get(name, {"note": " ", "median": math.nan})
+            ratio = other["median"] / ours["median"]
+            row.append(other["note"] if math.isnan(ratio) else f"{ratio:.2f}x")
+        row += [_known(ours["floor_fraction"], "{:.0%}".format), _known(ours["extra_memory"], format_bytes)]
+        rows.append([*row, f"{max(ours['value_error'], ours['gradient_error']):.0e}"])
     return _table(["op", "size", "precision", "time", *names, "of the floor", "memory", "error"], rows)
+
+
+def _counters(results: list[dict[str, Any]]) -> list[str]:
+    """A row for each kernel that Nsight Compute has looked at: how long two units were busy, and what memory moved."""
+    rows = [
+        [r["op"], r["size"], r["kernel"][:60], str(r["launches"]), _known(r["nanoseconds"] / 1e9, format_seconds),
+         *(_known(r[name], "{:.0f}%".format) for name in ("tensor", "XU")),
+         *(_known(r[name], format_bytes) for name in ("L2", "DRAM"))]
+        for r in results if r["kind"] == "counter"
+    ]  # fmt: skip
+    return _table(["op", "size", "kernel", "launches", "time", "tensor cores", "XU", "L2", "DRAM"], rows)
+
+
+def _known(number: float, form: Callable[[float], str]) -> str:
+    return "" if math.isnan(number) else form(number)
 
 
 def render(stages: Stages) -> str:
@@ -83,17 +94,18 @@ def render(stages: Stages) -> str:
         lines += ["", f"**{name}** (--device {stage['device']}, {stage['started']})", ""]
         lines += [f"- {c['name']}: {c['note'] or ('ended with ' + str(c['returncode']))}, {c['seconds']:.0f} s"
                   f"{_last_words(c['tail'])}" for c in stage["commands"]]  # fmt: skip
-    smoke = [r for r in results if r["kind"] == "smoke"]
-    if smoke:
-        lines += ["", f"Calls that were right: {sum(not r['note'] for r in smoke)} of {len(smoke)}."]
+        calls = sum(r["number"] for r in stage["results"] if r["kind"] == "calls")
+        if calls:
+            right = sum(r["kind"] == "smoke" and not r["note"] for r in stage["results"])
+            lines += [f"- calls that were right: {right} of {calls}"]
     lines += ["", *_speeds(results), ""]
-    largest = [r for r in results if r["kind"] == "speed" and r["largest"] != "0"]
+    largest = [r for r in results if r["kind"] == "speed" and r["largest"]]
     lines += [f"Largest batch of {r['op']} {r['mode']}, {r['contestant']}: {r['size']} ({r['note']})." for r in largest]
     kernels = [
         [r["op"], r["size"], r["kernel"][:60], str(r["calls"]), f"{r['milliseconds']:.3f} ms", f"{r['share']:.0%}"]
         for r in results
         if r["kind"] == "kernel"
     ]
-    lines += ["", *_table(["op", "size", "kernel", "calls", "time", "share"], kernels)]
+    lines += ["", *_table(["op", "size", "kernel", "calls", "time", "share"], kernels), "", *_counters(results)]
     found = failures(stages)
     return "\n".join([*lines, "", f"## Failures: {len(found)}", "", *(f"- {line}" for line in found)]) + "\n"

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.ops import machine
 from fastssl.reference import OPS, OpSpec, Sample
 from tests.accuracy import (
     assert_as_accurate_as_eager,
@@ -35,7 +36,7 @@ from tests.accuracy import (
 
 Case = tuple[str, str]  # operation, precision
 PRECISIONS = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_SECONDS = 60.0  # of a call, its compilation included
+_SECONDS = 60.0
 
 
 def cases(names: list[str] | None = None) -> list[Case]:
@@ -141,7 +142,7 @@ def run(
                 flush=True,
             )
         worker.kill()
-        worker.join()
+        worker.join(10)  # or as long as the GPU's driver holds it
     return failed
 
 
@@ -163,11 +164,15 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--tiny", action="store_true", help="the smallest inputs, for tools that slow everything down")
     parser.add_argument("--results", type=Path, required=True)
     parser.add_argument("--workers", type=int, default=1, help="that share out the calls")
+    parser.add_argument("--seconds", type=float, default=_SECONDS, help="of a call, its compilation included")
     arguments = parser.parse_args(argv)
+    machine.require(arguments.device)
     todo = cases(arguments.op)
+    arguments.results.write_text(json.dumps({"kind": "calls", "number": len(todo)}) + "\n")
     with ThreadPoolExecutor(arguments.workers) as pool:
         shares = [todo[n :: arguments.workers] for n in range(arguments.workers)]
-        failed = sum(pool.map(lambda share: run(share, arguments.device, arguments.tiny, arguments.results), shares))
+        settings = {"device": arguments.device, "tiny": arguments.tiny, "seconds": arguments.seconds}
+        failed = sum(pool.map(lambda share: run(share, results=arguments.results, **settings), shares))
     print(f"{len(todo) - failed} of {len(todo)} calls are right")
     return int(failed > 0)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 from collections.abc import Callable, Iterable
@@ -10,11 +9,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu import counters
 from benchmarks.gpu.commands import ROOT, Command, python
 
 SECONDS = 530.0  # of a stage: a command on a lent machine may have ten minutes
 _PYTEST = "-v", "-p", "no:cacheprovider", "--no-header"
 _DETERMINISTIC = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+_SECTIONS = ("SpeedOfLight", "ComputeWorkloadAnalysis", "MemoryWorkloadAnalysis", "MemoryWorkloadAnalysis_Tables",
+             "SchedulerStats", "WarpStateStats", "Occupancy", "LaunchStats")  # fmt: skip
 _KERNELS = ("clip_loss", "32768x512"), ("siglip_loss", "32768x512"), ("nt_xent", "32768x128")
 
 
@@ -27,22 +29,30 @@ def environment(device: str, scratch: Path) -> list[Command]:
     tools = ("nvidia-smi",), ("nvcc", "--version"), ("ncu", "--version"), ("compute-sanitizer", "--version")
     return [
         Command("fastssl", python("fastssl"), 60),
-        Command("rates", python("benchmarks.gpu.rates", "--device", device, "--results", scratch / "rates"), 90),
+        _rates(device, scratch),
         *(Command(tool[0], tool, 20) for tool in tools),
     ]
+
+
+def _rates(device: str, scratch: Path) -> Command:
+    return Command("rates", python("benchmarks.gpu.rates", "--device", device, "--results", scratch / "rates"), 90)
+
+
+def _workers() -> str:
+    """That share the GPU, and compile."""
+    return str(min(6, os.cpu_count() or 1))
 
 
 def correctness(device: str, scratch: Path) -> list[Command]:
     """One call of every operation against float64, each survivor of those before it; then the tests, which say by the
     line how they end: many of them will not, in time. Those of the Triton kernels run here, and not in processes of
     tests/gpu/test_triton.py, whose output would be lost at the limit; after 20 failures they stop, and say why."""
-    workers = str(min(6, os.cpu_count() or 1))  # which share the GPU
-    smoke = python("benchmarks.gpu.smoke", "--device", device, "--results", scratch / "smoke", "--workers", workers)
+    smoke = python("benchmarks.gpu.smoke", "--device", device, "--results", scratch / "smoke", "--workers", _workers())
     commands = [Command("smoke", smoke, 180, _DETERMINISTIC)]
     if device == "cpu":
         few = python("pytest", *_PYTEST, "tests/ops/test_uniformity.py", "--collect-only")
         return [*commands, Command("tests", few, 60)]
-    parallel = ("-n", workers) if find_spec("xdist") else ()
+    parallel = ("-n", _workers()) if find_spec("xdist") else ()
     checks = ROOT / "tests/gpu/triton_checks"
     families = [file.relative_to(ROOT) for file in sorted(checks.rglob("[!_]*.py")) if file.parent.name != "common"]
     kernels = "tests/gpu/test_cuda.py", "-k", "on_the_gpu"
@@ -58,56 +68,60 @@ def correctness(device: str, scratch: Path) -> list[Command]:
 
 
 def sanitizer(device: str, scratch: Path) -> list[Command]:
-    """Accesses outside of arrays, and races in shared memory, of one tiny call of every operation."""
-    smoke = python("benchmarks.gpu.smoke", "--device", device, "--tiny", "--results")
-    tool = ("compute-sanitizer", "--target-processes", "all", "--error-exitcode", "9", "--print-limit", "20", "--tool")
+    """Accesses outside of arrays, and races in shared memory, of one tiny call of every operation. PyTorch keeps no
+    memory, between whose parts nothing would be outside; the tool waits for GPU code as long as its first call takes.
+    """
+    smoke = python("benchmarks.gpu.smoke", "--device", device, "--tiny", "--seconds", 200, "--workers", _workers())
+    tool = ("compute-sanitizer", "--target-processes", "all", "--launch-timeout", "0", "--error-exitcode", "9",
+            "--print-limit", "20", "--tool")  # fmt: skip
     return [
-        Command(name, (*tool, name, *smoke, str(scratch / name)), 250, _DETERMINISTIC)
+        Command(name, (*tool, name, *smoke, "--results", str(scratch / name)), 250,
+                _DETERMINISTIC | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
         for name in ("memcheck", "racecheck")
-    ]
+    ]  # fmt: skip
 
 
 def speed(device: str, scratch: Path) -> list[Command]:
     """The most important first: what no time is left for is listed as not started."""
 
-    def bench(name: str, seconds: float, *arguments: str) -> Command:
-        folder = scratch / f"speed-{name.replace(' ', '-')}"
-        return Command(name, python("benchmarks.ops", "--device", device, "--output", folder, *arguments), seconds)
+    def bench(name: str, seconds: float, *arguments: object) -> Command:
+        files = "--rates", scratch / "rates", "--results", scratch / f"speed-{name.replace(' ', '-')}"
+        return Command(name, python("benchmarks.gpu.speed", "--device", device, *files, *arguments), seconds)
 
     if device == "cpu":
-        toy = ("--sizes", "32x8", "--dtype", "float32", "--against", "naive", "--repeats", "2", "--largest", "64")
-        return [bench("siglip_loss", 60, "siglip_loss", *toy)]
-    commands = [
-        bench(op, 80, op, "--dtype", "bfloat16", "--sizes", f"32768x{dim},4096x{dim},512x{dim}")
-        for op, dim in (("clip_loss", 512), ("siglip_loss", 512), ("nt_xent", 128))
-    ]
-    commands += [
-        bench(f"{op} of {n}", 60, op, "--dtype", "bfloat16", "--sizes", n, "--against", "chunked")
-        for op, n in (("clip_loss", "131072x512"), ("siglip_loss", "131072x512"), ("nt_xent", "131072x128"))
-    ]
+        toy = ("--size", "32x8", "--dtype", "float32", "--against", "naive", "--repeats", 2, "--largest", 64)
+        return [_rates(device, scratch), bench("siglip_loss", 60, "siglip_loss", *toy)]
+    losses, half = {"clip_loss": 512, "siglip_loss": 512, "nt_xent": 128}, ("--dtype", "bfloat16")
+    loop = "--against", "chunked", "--repeats", 20
+    small = {op: ("--size", f"4096x{dim}", "--size", f"512x{dim}") for op, dim in losses.items()}
     return [
-        *commands,
+        _rates(device, scratch),
+        *(bench(op, 110, op, *half, "--size", f"32768x{dim}", "--repeats", 40) for op, dim in losses.items()),
+        *(bench(f"{op} of 131072", 80, op, *half, "--size", f"131072x{dim}", *loop) for op, dim in losses.items()),
+        *(bench(f"small {op}", 70, op, *half, *sizes, "--against", "naive", *loop) for op, sizes in small.items()),
+        bench("TF32", 60, "clip_loss", "siglip_loss", "--dtype", "tf32", "--size", "32768x512", *loop),
         bench("memory", 90, "ema_update_", "adamw_ema_step_", "masked_patch_loss", "restore_tokens", "random_masking"),
+        bench("largest batch", 60, "clip_loss", *half, "--size", "4096x512", *loop, "--largest", 1 << 21),
         bench("other losses", 90, "dino_loss", "prototype_distillation_loss", "linear_cross_entropy"),
-        bench("TF32", 60, "clip_loss", "siglip_loss", "--dtype", "tf32", "--sizes", "32768x512"),
-        bench("largest batch", 60, "clip_loss", "--dtype", "bfloat16", "--sizes", "4096x512", "--against", "naive",
-              "--largest", str(1 << 21)),
     ]  # fmt: skip
 
 
 def diagnosis(device: str, scratch: Path) -> list[Command]:
-    """Each kernel's time; and what the hardware counted, where Nsight Compute is allowed to read it."""
+    """Each kernel's time; and what the hardware counted, where Nsight Compute is allowed to read it: what the report
+    has, then all that tells why, which is in the log alone."""
     kernels = _KERNELS if device == "cuda" else (("siglip_loss", "32x8"),)
-    commands = []
-    for op, size in kernels:
-        profile = python("benchmarks.gpu.profile", op, size, "bfloat16", "--device", device)
-        commands.append(Command(f"profile {op}", (*profile, "--results", str(scratch / f"profile-{op}")), 60))
-        sections = [x for name in ("SpeedOfLight", "ComputeWorkloadAnalysis", "MemoryWorkloadAnalysis", "LaunchStats")
-                    for x in ("--section", name)]  # fmt: skip
-        ncu = ("ncu", "--csv", "--page", "details", "--print-details", "all", "--clock-control", "none",
-               "--profile-from-start", "off")  # fmt: skip
-        commands.append(Command(f"ncu {op}", (*ncu, *sections, *profile, "--bare"), 120))
-    return commands
+    ncu = ("ncu", "--csv", "--print-units", "base", "--clock-control", "none", "--profile-from-start", "off")
+    metrics = "--metrics", ",".join(counters.METRICS)
+    sections = ("--page", "details", "--print-details", "all", "--print-metric-name", "name", "--launch-count", "8",
+                *(x for name in _SECTIONS for x in ("--section", name)))  # fmt: skip
+    steps = {op: python("benchmarks.gpu.profile", op, size, "bfloat16", "--device", device) for op, size in kernels}
+    return [
+        *(Command(f"profile {op}", (*step, "--results", str(scratch / f"profile-{op}")), 60)
+          for op, step in steps.items()),
+        *(Command(f"count {op}", (*ncu, *metrics, *steps[op], "--bare"), 90, copy=scratch / f"{op} {size}.ncu")
+          for op, size in kernels),
+        *(Command(f"explain {op}", (*ncu, *sections, *step, "--bare"), 90) for op, step in steps.items()),
+    ]  # fmt: skip
 
 
 STAGES: dict[str, Callable[[str, Path], list[Command]]] = {
@@ -116,14 +130,15 @@ STAGES: dict[str, Callable[[str, Path], list[Command]]] = {
 
 
 def results_in(scratch: Path) -> list[dict[str, Any]]:
-    """What the commands have written: lines of JSON, the last of them perhaps cut off, and tables."""
+    """What the commands have written: lines of JSON, the last of them perhaps cut off, and Nsight Compute's tables."""
     found = []
-    for path in sorted(scratch.rglob("*")):
-        if path.suffix == ".csv":
-            with path.open(newline="") as file:
-                found += ({"kind": "speed", **row} for row in csv.DictReader(file))
-        elif path.is_file() and not path.suffix:
-            found += _lines(path.read_text().splitlines())
+    for path in sorted(path for path in scratch.rglob("*") if path.is_file()):
+        lines = path.read_text().splitlines()
+        if path.suffix == ".ncu":
+            op, size = path.stem.split()
+            found += ({"kind": "counter", "op": op, "size": size, **kernel} for kernel in counters.read(lines))
+        elif not path.suffix:
+            found += _lines(lines)
     return found
 
 

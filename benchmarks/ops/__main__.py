@@ -60,32 +60,9 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     return arguments
 
 
-def _run(benchmark: registry.Benchmark, arguments: argparse.Namespace, rates: machine.Rates, console: Console):
-    """Yields the measurements of one operation; sizes for memory alone only where the user names no sizes."""
-    device, default = arguments.device, benchmark.sizes[0]
-    timed = [size + default[len(size) :] for size in arguments.sizes or benchmark.sizes_on(device)]
-    untimed = () if arguments.sizes else benchmark.memory_sizes
-    for mode in (m for m in arguments.dtype or benchmark.modes_on(device) if m in benchmark.modes):
-        for size in (*timed, *untimed):
-            contestants = benchmark.contestants(size, mode, arguments.against)
-            with console.status(f"{benchmark.name} {mode} {size}"):
-                if size in timed:
-                    results = measure.measure(benchmark, size, mode, contestants, rates, arguments.repeats, device)
-                else:
-                    results = measure.unmeasured(benchmark, size, mode, contestants, device)
-                for result in results:
-                    if measure.worth_measuring_memory(benchmark, size, mode, device):
-                        measure.add_memory(result, size, device)
-            yield from results
-        if arguments.largest:
-            for name in benchmark.contestants(timed[-1], mode, arguments.against):
-                yield measure.largest_batch(benchmark, timed[-1], mode, name, device, arguments.largest)
-
-
 def main(argv: list[str]) -> int:
     arguments = _arguments(argv)
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        sys.exit("--device must be cpu where PyTorch finds no GPU, got cuda")
+    machine.require(arguments.device)
     console = Console()
     if not console.is_terminal:
         console.width = 180
@@ -101,7 +78,12 @@ def main(argv: list[str]) -> int:
         if arguments.device == "cuda" and not registry.tensors_of(benchmark.inputs(benchmark.sizes[0], torch.float32)):
             continue  # of numbers alone: on the CPU unless the caller asks for another device
         described["kernels"] = measure.kernel_of(op, arguments.device)
-        results = list(_run(benchmark, arguments, rates, console))
+        results = list(
+            measure.cases(
+                benchmark, rates, arguments.device, modes=arguments.dtype, sizes=arguments.sizes,
+                against=arguments.against, repeats=arguments.repeats, largest=arguments.largest, status=console.status,
+            )
+        )  # fmt: skip
         if not results:
             continue
         lines = report.preamble(op, benchmark.timed, described, rates, results, command)

@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,6 +32,12 @@ class Rates:
     product: dict[str, tuple[float, str]]
     copy: float
     other_processes_cores: float = 0.0
+
+
+def require(device: str) -> None:
+    """Ends this process, with a message, where there is no such device."""
+    if device == "cuda" and not torch.cuda.is_available():
+        sys.exit("--device must be cpu where PyTorch finds no GPU, got cuda")
 
 
 def describe(device: str = "cpu") -> dict[str, str | int | float]:

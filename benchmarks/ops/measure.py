@@ -9,7 +9,8 @@ import itertools
 import math
 import multiprocessing
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -57,6 +58,39 @@ class Measurement:
     @property
     def floor_fraction(self) -> float:
         return self.floor / self.median
+
+
+def cases(
+    benchmark: Benchmark,
+    rates: Rates,
+    device: str,
+    *,
+    modes: Sequence[str] | None,
+    sizes: Sequence[Size] | None,
+    against: tuple[str, ...],
+    repeats: int | None,
+    largest: int | None,
+    status: Callable[[str], AbstractContextManager] = lambda case: nullcontext(),
+) -> Iterator[Measurement]:
+    """Yields the measurements of one operation case by case; sizes for memory alone only where no others are named."""
+    default = benchmark.sizes[0]
+    timed = [size + default[len(size) :] for size in sizes or benchmark.sizes_on(device)]
+    untimed = () if sizes else benchmark.memory_sizes
+    for mode in (m for m in modes or benchmark.modes_on(device) if m in benchmark.modes):
+        for size in (*timed, *untimed):
+            contestants = benchmark.contestants(size, mode, against)
+            with status(f"{benchmark.name} {mode} {size}"):
+                if size in timed:
+                    results = measure(benchmark, size, mode, contestants, rates, repeats, device)
+                else:
+                    results = unmeasured(benchmark, size, mode, contestants, device)
+                for result in results:
+                    if worth_measuring_memory(benchmark, size, mode, device):
+                        add_memory(result, size, device)
+            yield from results
+        if largest:
+            for name in benchmark.contestants(timed[-1], mode, against):
+                yield largest_batch(benchmark, timed[-1], mode, name, device, largest)
 
 
 def measure(

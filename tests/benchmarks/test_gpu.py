@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks.gpu import __main__ as gpu
-from benchmarks.gpu import build, commands, profile, report, smoke, stages
+from benchmarks.gpu import build, commands, counters, profile, rates, report, smoke, speed, stages
 from benchmarks.gpu.commands import Command
 from benchmarks.ops import machine
 from fastssl import _native
@@ -22,16 +22,21 @@ from tests.benchmarks.test_benchmarks import RATES
 
 
 def _run(argv: tuple[str, ...], tmp_path, seconds: float = 20.0, limit: float = 20.0) -> tuple[dict, str]:
-    with (tmp_path / "log").open("w+") as log:
-        result = commands.run(Command("it", argv, seconds), log, limit)
-        log.seek(0)
-        return result, log.read()
+    log = tmp_path / "log"
+    result = commands.run(Command("it", argv, seconds), log, limit)
+    return result, log.read_text() if log.exists() else ""
 
 
 def test_a_command_leaves_its_output_and_status(tmp_path):
     result, log = _run(("sh", "-c", "echo out; echo err >&2; exit 3"), tmp_path)
     assert result["returncode"] == 3 and result["tail"] == ["out", "err"] and not result["missing"]
     assert log == "\n$ sh -c echo out; echo err >&2; exit 3\nout\nerr\n"
+
+
+def test_output_without_end_is_cut(tmp_path):
+    result, log = _run(("sh", "-c", "head -c 100000 /dev/zero | tr '\\0' x; kill -9 $$"), tmp_path)
+    assert result["returncode"] == -9 and result["tail"] == ["x" * 400] and len(log) > 100000
+    assert _run(("echo", "next"), tmp_path)[0]["tail"] == ["next"]
 
 
 def test_tests_that_failed_are_kept_wherever_they_stand(tmp_path):
@@ -86,40 +91,56 @@ def test_every_stage_on_a_cpu(here, tmp_path, capsys):
     kinds = {name: {r["kind"] for r in stage["results"]} for name, stage in report.read(tmp_path).items()}
     assert kinds == {
         "environment": {"machine"},
-        "correctness": {"smoke"},
+        "correctness": {"calls", "smoke"},
         "sanitizer": set(),
-        "speed": {"speed"},
+        "speed": {"machine", "speed"},
         "diagnosis": {"kernel"},
     }
     text = (tmp_path / "report.md").read_text()
     assert text in capsys.readouterr().out
-    assert "Calls that were right: 2 of 2." in text and "## Failures: 0" in text
+    assert "- calls that were right: 2 of 2\n" in text and "## Failures: 0" in text
     assert "| siglip_loss | 32x8 | float32 |" in text and "Largest batch of siglip_loss float32, fastssl: 64x8" in text
     tools = {os.path.basename(command.argv[0]) for command in here}
     assert {"nvidia-smi", "nvcc", "ncu", "compute-sanitizer"} <= tools
 
 
 @pytest.mark.parametrize("built", [True, False])
-def test_what_is_not_built_is_built_for_this_gpu(built, monkeypatch):
+@pytest.mark.parametrize("device, wanted", [("cpu", "9.0"), ("cuda", "12.0")])
+def test_what_is_not_built_is_built_for_this_gpu(device, wanted, built, monkeypatch):
     ran = []
 
     def run(argv, env=None, **_):
         ran.append((argv, env))
-        found = "9.0\n" if argv[2] == build._CAPABILITY else ""
-        return subprocess.CompletedProcess(argv, int(not built and len(ran) == 1), found, "")
+        return subprocess.CompletedProcess(argv, int(not built and len(ran) == 1), "", "")
 
     monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (12, 0))
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
-    assert build.main(["--device", "cuda"]) == 0
+    assert build.main(["--device", device]) == 0
     pips = [(argv, env) for argv, env in ran if "pip" in argv]
     assert len(pips) == (not built)
     for argv, env in pips:
         assert argv[1:4] == ["-m", "pip", "install"] and "--no-build-isolation" in argv
-        assert env["TORCH_CUDA_ARCH_LIST"] == "9.0"
+        assert env["TORCH_CUDA_ARCH_LIST"] == wanted
 
 
 def test_whether_it_is_built_is_known():
-    assert build._run(build._CHECK).stdout.strip() in ("built", str({"_C": _native.status()["_C"]}))
+    assert build._check().stdout.strip() in ("built", str({"_C": _native.status()["_C"]}))
+
+
+def test_a_gpu_that_is_not_there_is_said_at_once(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    results = ["--results", str(tmp_path / "it")]
+    for module, arguments in {
+        build: [],
+        profile: ["siglip_loss", "32x8", "bfloat16"],
+        rates: results,
+        smoke: results,
+        speed: ["siglip_loss", *results],
+    }.items():
+        with pytest.raises(SystemExit, match="--device must be cpu where PyTorch finds no GPU, got cuda"):
+            module.main([*arguments, "--device", "cuda"])
 
 
 def test_stages_are_called_alone_and_reported_together(here, tmp_path, capsys):
@@ -127,8 +148,10 @@ def test_stages_are_called_alone_and_reported_together(here, tmp_path, capsys):
     failed = {"name": "x", "returncode": 1, "missing": False, "seconds": 1.0, "tail": ["", "E: why", ""], "note": ""}
     absent = {**failed, "returncode": None, "missing": True, "note": "no ncu here"}
     wrong = {"kind": "smoke", "op": "nt_xent", "precision": "tf32", "sample": "s", "error": 1.0, "note": "wrong"}
-    missing = {"kind": "speed", "op": "dcl", "size": "1x1", "mode": "tf32", "contestant": "fastssl", "largest": "0"}
-    missing |= dict.fromkeys(("median", "value_error", "gradient_error", "extra_memory", "floor_fraction"), "nan")
+    missing = {"kind": "speed", "op": "dcl", "size": "1x1", "mode": "tf32", "contestant": "fastssl", "largest": 0}
+    missing |= dict.fromkeys(
+        ("median", "value_error", "gradient_error", "extra_memory", "floor_fraction"), float("nan")
+    )
     stage = {"device": "cuda", "started": "", "commands": [failed, absent]}
     (tmp_path / "speed.json").write_text(json.dumps(stage | {"results": [wrong, missing | {"note": "failed: y"}]}))
     assert gpu.main(["report", "--out", str(tmp_path)]) == 1
@@ -150,11 +173,63 @@ def test_no_stage_takes_longer_than_it_may(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "STAGES", {"it": stage})
     monkeypatch.setattr(gpu, "build", lambda device: [])
     start = time.monotonic()
-    gpu.run_stage("it", "cpu", tmp_path, seconds=0.5)
+    gpu.run_stage("it", "cpu", tmp_path, {}, seconds=0.5)
     assert time.monotonic() - start < 3
     it = json.loads((tmp_path / "it.json").read_text())
     assert it["results"] == [{"kind": "x"}]
     assert [c["note"] for c in it["commands"]] == ["ended after 0 s", "not started: no time left"]
+
+
+def test_a_stage_that_is_cut_off_leaves_a_report_and_can_be_run_again(tmp_path):
+    """By SIGTERM, in the middle of its second command, which ends with it."""
+    code = """
+from pathlib import Path
+from benchmarks.gpu import __main__ as gpu
+from benchmarks.gpu.commands import Command
+import os, signal, sys
+
+def stage(device, scratch):
+    it = 'echo \\'{"kind": "machine"}\\' > %s; echo begun; echo $$ > %s; sleep 60' % (scratch / "b", out / ".." / "pid")
+    return [Command("a", ("true",), 60), Command("b", ("sh", "-c", it), 60), Command("c", ("true",), 60)]
+
+out = Path(sys.argv[1])
+gpu.STAGES["it"], gpu.build, gpu.report.render = stage, lambda device: [], lambda stages: f"rendered {len(stages)}"
+signal.signal(signal.SIGTERM, signal.default_int_handler)
+gpu.main(["it", "--out", str(out)])
+"""
+    out = tmp_path / "out"
+    process = subprocess.Popen([sys.executable, "-c", code, out], cwd=commands.ROOT, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "pid").exists():
+        time.sleep(0.1)
+    process.terminate()
+    assert process.wait(20) != 0
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+    stage = report.read(out)["it"]
+    assert [(c["name"], c["returncode"], c["note"]) for c in stage["commands"]] == [
+        ("a", 0, ""),
+        ("b", None, "cut off"),
+    ]
+    assert stage["results"] == [{"kind": "machine"}] and (out / "report.md").read_text() == "rendered 1"
+    assert "begun" in (out / "log.txt").read_text() and len(list(out.iterdir())) == 3
+    assert report.failures({"it": stage | {"results": []}}) == ["it: b: cut off"]
+
+
+def test_a_full_disk_takes_nothing_that_was_there(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "STAGES", {"it": lambda device, scratch: [Command("a", ("true",), 60)]})
+    monkeypatch.setattr(gpu, "build", lambda device: [])
+    (tmp_path / "it.json").write_text("before")
+
+    def full(path, *args, **kwargs):
+        path.touch()
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(gpu.Path, "write_text", full)
+    gpu.run_stage("it", "cpu", tmp_path, found := {})
+    monkeypatch.undo()
+    assert found["it"]["commands"][0]["returncode"] == 0 and (tmp_path / "it.json").read_text() == "before"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["it.json", "log.txt"]
+    assert "not written: No space left on device" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -165,12 +240,16 @@ def test_commands_fit_into_their_stages(device, tmp_path):
         for command in stage(device, tmp_path):
             if "-m" in command.argv:
                 assert importlib.util.find_spec(command.argv[command.argv.index("-m") + 1]), command
-            if "benchmarks.ops" in command.argv:
-                from benchmarks.ops.__main__ import _arguments
 
-                arguments = list(command.argv[command.argv.index("benchmarks.ops") + 1 :])
-                arguments[arguments.index("--device") + 1] = "cpu"
-                assert _arguments(list(map(str, arguments)))
+
+def test_arguments_of_commands_are_known(tmp_path, monkeypatch):
+    """Each module's own parser takes them, and ends there."""
+    monkeypatch.setattr(machine, "require", lambda device: sys.exit("parsed"))
+    for command in (c for stage in stages.STAGES.values() for c in stage("cuda", tmp_path)):
+        module, *arguments = command.argv[command.argv.index("-m") + 1 :] if "-m" in command.argv else ("",)
+        if module.startswith("benchmarks."):
+            with pytest.raises(SystemExit, match="parsed"):
+                importlib.import_module(module).main(list(map(str, arguments)))
 
 
 @pytest.mark.parametrize("there", [True, False])
@@ -243,6 +322,28 @@ def test_calls_survive_what_others_do(tmp_path):
         "lost",
         "",
     ]
+
+
+def test_hardware_counters_are_read_and_reported(tmp_path):
+    """Of two launches of a kernel, weighted by their times; what a GPU does not count is left out."""
+    head = "ID,Process ID,Kernel Name,Section Name,Metric Name,Metric Unit,Metric Value".split(",")
+    values = {counters.TIME: ("1,000", "3,000"), "dram__bytes_read.sum": ("1,048,576", "0")}
+    values["sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active"] = "40.00", "80.00"
+    values["dram__bytes_write.sum"] = "0", "2,097,152"
+    values["lts__t_bytes.sum"] = "n/a", "n/a"
+    rows = [[n, "7", "_loss", "Command line profiler metrics", metric, "", pair[n]]
+            for n in (0, 1) for metric, pair in values.items()]  # fmt: skip
+    table = [",".join(f'"{x}"' for x in row) for row in [head, *rows]]
+    (tmp_path / "clip_loss 8x8.ncu").write_text("\n".join(["==PROF== Connected", *table, "==PROF== Disconnected"]))
+    (tmp_path / "nt_xent 8x8.ncu").write_text("==ERROR== ERR_NVGPUCTRPERM\n")
+    stage = {"device": "cuda", "started": "", "commands": [], "results": stages.results_in(tmp_path)}
+    assert "| clip_loss | 8x8 | _loss | 2 | 0.004 ms | 70% |  |  | 3 MiB |" in report.render({"diagnosis": stage})
+
+
+def test_what_is_asked_of_the_hardware(tmp_path):
+    of_cuda = stages.diagnosis("cuda", tmp_path)
+    assert [c.copy.name for c in of_cuda if c.copy] == [f"{op} {size}.ncu" for op, size in stages._KERNELS]
+    assert all(c.argv[c.argv.index("--metrics") + 1].split(",") == list(counters.METRICS) for c in of_cuda if c.copy)
 
 
 def test_a_step_is_profiled_bare(capsys):
