@@ -40,7 +40,7 @@ def _rates(device: str, scratch: Path) -> Command:
 
 def _workers() -> str:
     """That share the GPU, and compile."""
-    return str(min(6, os.cpu_count() or 1))
+    return str(min(12, os.cpu_count() or 1))
 
 
 def correctness(device: str, scratch: Path) -> list[Command]:
@@ -48,7 +48,7 @@ def correctness(device: str, scratch: Path) -> list[Command]:
     line how they end: many of them will not, in time. Those of the Triton kernels run here, and not in processes of
     tests/gpu/test_triton.py, whose output would be lost at the limit; after 20 failures they stop, and say why."""
     smoke = python("benchmarks.gpu.smoke", "--device", device, "--results", scratch / "smoke", "--workers", _workers())
-    commands = [Command("smoke", smoke, 180, _DETERMINISTIC)]
+    commands = [Command("smoke", smoke, 160, _DETERMINISTIC)]
     if device == "cpu":
         few = python("pytest", *_PYTEST, "tests/ops/test_uniformity.py", "--collect-only")
         return [*commands, Command("tests", few, 60)]
@@ -56,15 +56,20 @@ def correctness(device: str, scratch: Path) -> list[Command]:
     checks = ROOT / "tests/gpu/triton_checks"
     families = [file.relative_to(ROOT) for file in sorted(checks.rglob("[!_]*.py")) if file.parent.name != "common"]
     kernels = "tests/gpu/test_cuda.py", "-k", "on_the_gpu"
-    operations = "tests/ops", "tests/nn", "tests/test_optim.py", "tests/train/test_device.py", "-m", "gpu"
+    first, rest = "tests/ops/test_ops.py", ("tests/train/test_device.py", "tests/test_optim.py", "tests/nn", "tests/ops")
+    telling = "test_value_and_gradients or test_same_bits or test_misaligned or test_strided or test_nan_and_inf"
+
+    def tests(name: str, seconds: float, *arguments: object, **environment: str) -> Command:
+        some = python("pytest", *_PYTEST, *parallel, "--maxfail", 20, *arguments)
+        return Command(f"tests of {name}", some, seconds, _DETERMINISTIC | environment)
+
     return [
         *commands,
-        Command("tests of the Triton kernels", python("pytest", *_PYTEST, *parallel, "--maxfail", 20, *families), 170,
-                _DETERMINISTIC | {"TRITON_INTERPRET": "0"}),
-        Command("tests of the CUDA kernels", python("pytest", *_PYTEST, *kernels), 40),
-        Command("tests of the operations", python("pytest", *_PYTEST, *parallel, "--maxfail", 20, *operations), 140,
-                _DETERMINISTIC),
-    ]  # fmt: skip
+        tests("the Triton kernels", 130, *families, TRITON_INTERPRET="0"),
+        tests("the CUDA kernels", 50, *kernels),
+        tests("every operation", 110, first, "-m", "gpu", "-k", telling),
+        tests("the rest", 80, *rest, "-m", "gpu", "-k", f"not ({telling})"),
+    ]
 
 
 def sanitizer(device: str, scratch: Path) -> list[Command]:
