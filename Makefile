@@ -1,6 +1,6 @@
 # make demo | test | bench | docs: each sets up .venv first. `make clean` before another PYTHON or TORCH.
 # make gpu: all that a new machine with a GPU should be asked, with the PYTHON that is there and no network;
-# STAGES="correctness speed" for some of it, DEVICE=cpu for a rehearsal.
+# STAGES="correctness speed" for some of it, OUT=folder for the results, DEVICE=cpu for a rehearsal.
 # make wheels: an sdist, and a wheel for every Python and every supported torch, tried with each; see .ci/wheels.
 # make oldest | between | newest: what depends most on PyTorch and Triton, under such a pair of those that are supported.
 # Gigabytes, the first time, unless PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu.
@@ -47,7 +47,7 @@ wheels:
 	.ci/wheels
 
 gpu:
-	$(PYTHON) -m benchmarks.gpu $(STAGES) --device $(or $(DEVICE),cuda)
+	$(PYTHON) -m benchmarks.gpu $(STAGES) --device $(or $(DEVICE),cuda) --out $(or $(OUT),results/gpu)
 
 clean:
 	rm -rf .venv build dist site *.egg-info fastssl/_build.json fastssl/*.so

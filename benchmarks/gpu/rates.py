@@ -20,7 +20,7 @@ def main(argv: list[str]) -> int:
     rates = machine.measure_rates(arguments.device, small=arguments.device == "cpu")
     line = {"kind": "machine", **machine.describe(arguments.device), "rates": asdict(rates)}
     arguments.results.write_text(json.dumps(line) + "\n")
-    print(json.dumps(line, indent=2))
+    print(json.dumps(line))
     return 0
 
 

@@ -14,7 +14,12 @@ from benchmarks.gpu.commands import ROOT, Command, python
 
 SECONDS = 530.0  # of a stage: a command on a lent machine may have ten minutes
 _PYTEST = "-v", "-p", "no:cacheprovider", "--no-header"
-_DETERMINISTIC = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+_WORKERS = min(12, os.cpu_count() or 1)  # that share the GPU, and the cores, for most of their time goes to compiling
+_CALLS = {
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    "OMP_NUM_THREADS": str((os.cpu_count() or 1) // _WORKERS),
+    "TRITON_CACHE_DIR": str(ROOT / "build" / "triton"),  # no configuration that was timed on a shared GPU for `speed`
+}
 _SECTIONS = ("SpeedOfLight", "ComputeWorkloadAnalysis", "MemoryWorkloadAnalysis", "MemoryWorkloadAnalysis_Tables",
              "SchedulerStats", "WarpStateStats", "Occupancy", "LaunchStats")  # fmt: skip
 _KERNELS = ("clip_loss", "32768x512"), ("siglip_loss", "32768x512"), ("nt_xent", "32768x128")
@@ -38,21 +43,16 @@ def _rates(device: str, scratch: Path) -> Command:
     return Command("rates", python("benchmarks.gpu.rates", "--device", device, "--results", scratch / "rates"), 90)
 
 
-def _workers() -> str:
-    """That share the GPU, and compile."""
-    return str(min(12, os.cpu_count() or 1))
-
-
 def correctness(device: str, scratch: Path) -> list[Command]:
     """One call of every operation against float64, each survivor of those before it; then the tests, which say by the
     line how they end: many of them will not, in time. Those of the Triton kernels run here, and not in processes of
     tests/gpu/test_triton.py, whose output would be lost at the limit; after 20 failures they stop, and say why."""
-    smoke = python("benchmarks.gpu.smoke", "--device", device, "--results", scratch / "smoke", "--workers", _workers())
-    commands = [Command("smoke", smoke, 160, _DETERMINISTIC)]
+    smoke = python("benchmarks.gpu.smoke", "--device", device, "--results", scratch / "smoke", "--workers", _WORKERS)
+    commands = [Command("smoke", smoke, 160, _CALLS)]
     if device == "cpu":
         few = python("pytest", *_PYTEST, "tests/ops/test_uniformity.py", "--collect-only")
         return [*commands, Command("tests", few, 60)]
-    parallel = ("-n", _workers()) if find_spec("xdist") else ()
+    parallel = ("-n", _WORKERS) if find_spec("xdist") else ()
     checks = ROOT / "tests/gpu/triton_checks"
     families = [file.relative_to(ROOT) for file in sorted(checks.rglob("[!_]*.py")) if file.parent.name != "common"]
     kernels = "tests/gpu/test_cuda.py", "-k", "on_the_gpu"
@@ -61,7 +61,7 @@ def correctness(device: str, scratch: Path) -> list[Command]:
 
     def tests(name: str, seconds: float, *arguments: object, **environment: str) -> Command:
         some = python("pytest", *_PYTEST, *parallel, "--maxfail", 20, *arguments)
-        return Command(f"tests of {name}", some, seconds, _DETERMINISTIC | environment)
+        return Command(f"tests of {name}", some, seconds, _CALLS | environment)
 
     return [
         *commands,
@@ -76,12 +76,12 @@ def sanitizer(device: str, scratch: Path) -> list[Command]:
     """Accesses outside of arrays, and races in shared memory, of one tiny call of every operation. PyTorch keeps no
     memory, between whose parts nothing would be outside; the tool waits for GPU code as long as its first call takes.
     """
-    smoke = python("benchmarks.gpu.smoke", "--device", device, "--tiny", "--seconds", 200, "--workers", _workers())
+    smoke = python("benchmarks.gpu.smoke", "--device", device, "--tiny", "--seconds", 200, "--workers", _WORKERS)
     tool = ("compute-sanitizer", "--target-processes", "all", "--launch-timeout", "0", "--error-exitcode", "9",
             "--print-limit", "20", "--tool")  # fmt: skip
     return [
         Command(name, (*tool, name, *smoke, "--results", str(scratch / name)), 250,
-                _DETERMINISTIC | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+                _CALLS | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
         for name in ("memcheck", "racecheck")
     ]  # fmt: skip
 

@@ -256,6 +256,7 @@ def test_arguments_of_commands_are_known(tmp_path, monkeypatch):
 def test_tests_need_no_xdist(there, tmp_path, monkeypatch):
     monkeypatch.setattr(stages, "find_spec", lambda name: there or None)
     of_triton = next(c for c in stages.correctness("cuda", tmp_path) if "Triton" in c.name)
+    assert of_triton.environment["TRITON_INTERPRET"] == "0" and "TRITON_CACHE_DIR" in of_triton.environment
     assert ("-n" in of_triton.argv) is there
     files = [name for name in of_triton.argv if name.endswith(".py")]
     assert "tests/gpu/triton_checks/sigmoid.py" in files and not any("common" in name for name in files)
