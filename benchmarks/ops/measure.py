@@ -114,15 +114,20 @@ def measure(
     expected = benchmark.expected(make())
     products = benchmark.products or MODES[mode].products
     floor = benchmark.floor(size, dtype.itemsize, rates.product[products][0], rates.copy)
-    results, steps = {r.contestant: r for r in unmeasured(benchmark, size, mode, contestants, device)}, {}
-    for name, contestant in contestants.items():
+    results = {r.contestant: r for r in unmeasured(benchmark, size, mode, contestants, device)}
+    functions, steps = {}, {}
+    for name, contestant in contestants.items():  # all of them before one runs: what is compiled is then forgotten
         result = results[name]
         result.floor = floor
-        if result.note:
-            continue
+        if not result.note:
+            try:
+                functions[name] = contestant.make()
+            except Exception as error:
+                result.note = _failure(error)
+    for name, function in functions.items():
+        result, contestant = results[name], contestants[name]
         torch.set_float32_matmul_precision(contestant.precision)
         try:
-            function = contestant.make()
             found = benchmark.run(function, make())  # inputs of its own, which it may change
         except Exception as error:
             result.note = _failure(error)

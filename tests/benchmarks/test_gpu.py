@@ -15,7 +15,7 @@ import torch
 from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu import build, commands, counters, profile, rates, report, smoke, speed, stages
 from benchmarks.gpu.commands import Command
-from benchmarks.ops import machine
+from benchmarks.ops import machine, measure
 from fastssl import _native
 from fastssl.reference import OPS
 from tests.benchmarks.test_benchmarks import RATES
@@ -31,6 +31,13 @@ def test_a_command_leaves_its_output_and_status(tmp_path):
     result, log = _run(("sh", "-c", "echo out; echo err >&2; exit 3"), tmp_path)
     assert result["returncode"] == 3 and result["tail"] == ["out", "err"] and not result["missing"]
     assert log == "\n$ sh -c echo out; echo err >&2; exit 3\nout\nerr\n"
+
+
+def test_a_command_is_a_group_of_this_session_whose_output_is_copied(tmp_path):
+    code = "import os; print(os.getsid(0), os.getpgrp() == os.getpid())"
+    command = Command("it", (sys.executable, "-c", code), 20, copy=tmp_path / "copy")
+    commands.run(command, tmp_path / "log", 20)
+    assert (tmp_path / "copy").read_text() == f"{os.getsid(0)} True\n"
 
 
 def test_output_without_end_is_cut(tmp_path):
@@ -261,6 +268,27 @@ def test_tests_need_no_xdist(there, tmp_path, monkeypatch):
     files = [name for name in of_triton.argv if name.endswith(".py")]
     assert "tests/gpu/triton_checks/sigmoid.py" in files and not any("common" in name for name in files)
     assert all((commands.ROOT / name).exists() for name in files)
+
+
+def test_what_is_measured_is_kept_though_the_next_is_not(tmp_path, monkeypatch):
+    """The machine's rates are read where they have been measured."""
+    line = {"rates": {"product": {name: (1e9, "") for name in ("float32", "tf32", "bfloat16")}, "copy": 1e9}}
+    (tmp_path / "rates").write_text(json.dumps(line))
+    monkeypatch.setattr(machine, "measure_rates", None)
+    right = measure.measure
+
+    def fails(benchmark, size, *args):
+        if size == (16, 8):
+            raise RuntimeError("lost")
+        return right(benchmark, size, *args)
+
+    monkeypatch.setattr(measure, "measure", fails)
+    files = "--rates", str(tmp_path / "rates"), "--results", str(tmp_path / "it")
+    case = "siglip_loss", "--device", "cpu", "--dtype", "float32", "--against", "naive", "--repeats", "2"
+    with pytest.raises(RuntimeError, match="lost"):
+        speed.main([*case, *files, "--size", "32x8", "--size", "16x8"])
+    found = stages.results_in(tmp_path)
+    assert [(r["size"], r["contestant"]) for r in found if r.get("kind")] == [("32x8", "fastssl"), ("32x8", "naive")]
 
 
 def test_a_call_that_is_wrong_is_found(monkeypatch):
