@@ -56,7 +56,7 @@ def correctness(device: str, scratch: Path) -> list[Command]:
     checks = ROOT / "tests/gpu/triton_checks"
     families = [file.relative_to(ROOT) for file in sorted(checks.rglob("[!_]*.py")) if file.parent.name != "common"]
     kernels = "tests/gpu/test_cuda.py", "-k", "on_the_gpu"
-    first, rest = "tests/ops/test_ops.py", ("tests/train/test_device.py", "tests/test_optim.py", "tests/nn", "tests/ops")
+    rest = "tests/train/test_device.py", "tests/test_optim.py", "tests/nn", "tests/ops"
     telling = "test_value_and_gradients or test_same_bits or test_misaligned or test_strided or test_nan_and_inf"
 
     def tests(name: str, seconds: float, *arguments: object, **environment: str) -> Command:
@@ -67,7 +67,7 @@ def correctness(device: str, scratch: Path) -> list[Command]:
         *commands,
         tests("the Triton kernels", 130, *families, TRITON_INTERPRET="0"),
         tests("the CUDA kernels", 50, *kernels),
-        tests("every operation", 110, first, "-m", "gpu", "-k", telling),
+        tests("every operation", 110, "tests/ops/test_ops.py", "-m", "gpu", "-k", telling),
         tests("the rest", 80, *rest, "-m", "gpu", "-k", f"not ({telling})"),
     ]
 
