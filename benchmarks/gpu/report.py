@@ -18,20 +18,26 @@ def read(folder: Path) -> Stages:
 
 
 def failures(stages: Stages) -> list[str]:
-    """Every command that failed, every call that was wrong, and every figure of fastssl's that is missing. A tool that
-    is not installed is none."""
+    """Every command and every test that failed, every call that was wrong, and every figure of fastssl's that is
+    missing. A tool that is not installed is none."""
     found = []
     for name, stage in stages.items():
         for command in stage["commands"]:
             if command["returncode"] != 0 and not command["missing"]:
                 why = command["note"] or f"exit status {command['returncode']}"
                 found.append(f"{name}: {command['name']}: {why}{_last_words(command['tail'])}")
+                found += (f"{name}: {line.strip()[:200]}" for line in _failed_tests(command["tail"]))
         for r in stage["results"]:
             if r["kind"] == "smoke" and r["note"]:
                 found.append(f"{name}: {r['op']} {r['precision']} ({r['sample']}): {r['note']}")
             if r["kind"] == "speed" and r["contestant"] == "fastssl" and r["note"] and not r["largest"]:
                 found.append(f"{name}: {r['op']} {r['size']} {r['mode']}: {r['note']}")
     return found
+
+
+def _failed_tests(tail: list[str]) -> list[str]:
+    """As pytest's summary has them, with the reason; or, where it was cut off, as they were run."""
+    return [x for x in tail if x.startswith(("ERROR ", "FAILED "))] or [x for x in tail if " FAILED " in x]
 
 
 def _last_words(tail: list[str]) -> str:

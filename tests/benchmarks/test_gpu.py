@@ -170,6 +170,21 @@ def test_stages_are_called_alone_and_reported_together(here, tmp_path, capsys):
     )
 
 
+@pytest.mark.parametrize(
+    "tail, named",
+    [
+        (["[gw0] [ 1%] FAILED t.py::a", "[gw1] [ 2%] PASSED t.py::b"], ["[gw0] [ 1%] FAILED t.py::a"]),
+        (["t.py::a FAILED  [ 1%]", "FAILED t.py::a - E: why", "=== 1 failed ==="], ["FAILED t.py::a - E: why"]),
+        (["ERROR t.py - ImportError", "=== 1 error ==="], ["ERROR t.py - ImportError"]),
+    ],
+    ids=["cut off", "with a summary", "not collected"],
+)
+def test_tests_that_failed_are_named(tail, named):
+    command = {"name": "tests", "returncode": None, "missing": False, "seconds": 1.0, "tail": tail, "note": "ended"}
+    first, *others = report.failures({"correctness": {"commands": [command], "results": []}})
+    assert first.startswith("correctness: tests: ended") and others == [f"correctness: {name}" for name in named]
+
+
 def test_no_stage_takes_longer_than_it_may(tmp_path, monkeypatch):
     """Later commands get what is left; what was written before the end is kept."""
 
