@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastssl
 from fastssl.ops import _portable
@@ -406,6 +408,40 @@ def test_portable_code_adds_nothing_atomically_on_a_gpu(name, monkeypatch):
         with fastssl.use_backend("portable"), AtomicSums() as atomic:
             evaluate(public(spec), sample)
         assert not atomic, sample.label
+
+
+class _OnMeta(TorchDispatchMode):
+    """Runs the code of fastssl's operations on tensors that have no values: asking for one raises."""
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op.namespace != "fastssl":
+            return op(*args, **(kwargs or {}))
+        with self:
+            return op.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args)
+
+
+READ = {  # samples whose temperature is on the GPU, and read there
+    "dino_loss": "learnable temperature",
+    "ibot_loss": "learnable temperature",
+    "sinkhorn_center": "temperature tensor",
+    "sinkhorn_knopp": "temperature tensor",
+}
+# What counts steps on the CPU; what takes the rows of a mask, for whose number the portable code waits.
+NOT_ON_META = {"adamw_ema_step_", "masked_feature_loss", "masked_patch_loss"}
+
+
+@pytest.mark.parametrize("name", sorted(OPS.keys() - NOT_ON_META))
+def test_portable_code_waits_for_nothing_on_a_gpu(name):
+    spec = OPS[name]
+    for label, sample in _samples(name, torch.float32).items():
+        sample = Sample(label, moved(sample.args, "meta"), moved(sample.kwargs, "meta"), sample.tags)
+        reads = READ.get(name) == label
+        with pytest.raises(RuntimeError, match="item") if reads else contextlib.nullcontext():
+            with fastssl.use_backend("portable"), _OnMeta():
+                outputs = [x for x in tensors_of(public(spec)(*sample.args, **sample.kwargs)) if x.requires_grad]
+                if outputs:
+                    gradients_of = [torch.ones_like(x) for x in outputs]
+                    torch.autograd.grad(outputs, leaves_of(sample), gradients_of, allow_unused=True)
 
 
 def test_no_kernel_adds_atomically():
