@@ -70,7 +70,9 @@ def main(argv: list[str]) -> int:
         for name in arguments.stage or STAGES:
             if name != "report":
                 run_stage(name, arguments.device, arguments.out, stages, arguments.seconds)
-    finally:  # cut off, too
+    except KeyboardInterrupt:
+        pass  # the report says what was cut off
+    finally:
         text = report.render(stages)
         _write(arguments.out / "report.md", text)
         print(text)

@@ -217,14 +217,14 @@ def stage(device, scratch):
 out = Path(sys.argv[1])
 gpu.STAGES["it"], gpu.build, gpu.report.render = stage, lambda device: [], lambda stages: f"rendered {len(stages)}"
 signal.signal(signal.SIGTERM, signal.default_int_handler)
-gpu.main(["it", "--out", str(out)])
+sys.exit(gpu.main(["it", "--out", str(out)]))
 """
     out = tmp_path / "out"
-    process = subprocess.Popen([sys.executable, "-c", code, out], cwd=commands.ROOT, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, "-c", code, out], cwd=commands.ROOT, stderr=subprocess.PIPE)
     while not (tmp_path / "pid").exists():
         time.sleep(0.1)
     process.terminate()
-    assert process.wait(20) != 0
+    assert process.communicate(timeout=60)[1] == b"" and process.returncode == 1
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), 0)
     stage = report.read(out)["it"]
