@@ -81,17 +81,18 @@ def _join(order, ids, sums, weighted, N, M, D, PIECE: tl.constexpr, WIDTH: tl.co
         d = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)[None, :].to(tl.int64)
         total = tl.zeros((PIECE, WIDTH), tl.float32)
         of_weighted = tl.zeros((PIECE, WIDTH), tl.float32)
-        while going:
-            pieces = piece + 1 + tl.arange(0, PIECE)
+        stop = piece + 1
+        while going:  # and only then for the heads: Triton 3.6 does not compile a tile that `while` changes
+            stop += PIECE
+            going = _id_at(stop * PIECE, ids, order, stop * PIECE < N) == id
+        for first in range(piece + 1, stop, PIECE):
+            pieces = first + tl.arange(0, PIECE)
             same = _id_at(pieces * PIECE, ids, order, pieces * PIECE < N) == id
             head = (M + pieces)[:, None] * D + d
             mask = same[:, None] & (d < D)
             total += tl.load(sums + head, mask=mask, other=0.0)
             if weighted is not None:
                 of_weighted += tl.load(weighted + head, mask=mask, other=0.0)
-            piece += PIECE
-            next = (piece + 1) * PIECE
-            going = _id_at(next, ids, order, next < N) == id
         to = id * D + d
         tl.store(sums + to, tl.load(sums + to, mask=d < D, other=0.0) + tl.sum(total, 0, True), mask=d < D)
         if weighted is not None:
