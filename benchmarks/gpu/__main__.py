@@ -53,7 +53,7 @@ def _write(path: Path, text: str) -> None:
         new.unlink(missing_ok=True)
 
 
-def main(argv: list[str]) -> int:
+def _arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "stage", nargs="*", metavar="STAGE", help=f"of {', '.join(STAGES)}; all by default; report: none"
@@ -64,6 +64,11 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
     if unknown := set(arguments.stage) - {*STAGES, "report"}:
         parser.error(f"stage {', '.join(sorted(unknown))} is none of {', '.join(STAGES)}, report")
+    return arguments
+
+
+def main(argv: list[str]) -> int:
+    arguments = _arguments(argv)
     arguments.out.mkdir(parents=True, exist_ok=True)
     stages = report.read(arguments.out)
     try:

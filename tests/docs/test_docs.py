@@ -17,6 +17,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 pytest.importorskip("sklearn")
 
+from benchmarks.gpu import __main__ as gpu
 from benchmarks.ops import __main__ as ops
 from benchmarks.ops import figures
 from benchmarks.twins import __main__ as twins
@@ -109,6 +110,8 @@ def _check_commands(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
             assert words[1] in TARGETS, line
         elif program == "python -m fastssl.train":
             trainer._parser().parse_args(arguments)
+        elif program == "python -m benchmarks.gpu":
+            gpu._arguments(arguments)
         elif program == "python -m benchmarks.ops":
             ops._arguments(arguments)
         elif program == "python -m benchmarks.ops.figures":
@@ -126,7 +129,13 @@ def test_commands_parse(block, monkeypatch):
 
 @pytest.mark.parametrize(
     "command",
-    ["fastssl.train simclr --batches 3", "fastssl.train mugs", "benchmarks.ops dino", "benchmarks.twins mugs"],
+    [
+        "benchmarks.gpu mugs",
+        "benchmarks.ops dino",
+        "benchmarks.twins mugs",
+        "fastssl.train mugs",
+        "fastssl.train simclr --batches 3",
+    ],
 )
 def test_a_wrong_command_is_noticed(command, monkeypatch):
     with pytest.raises(SystemExit):
