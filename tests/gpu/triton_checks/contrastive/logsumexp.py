@@ -11,6 +11,7 @@ import triton
 from torch import Tensor
 
 from fastssl.kernels import contrastive
+from fastssl.kernels.common.launch import DTYPES
 from fastssl.kernels.contrastive import sums as of_sums
 from tests.gpu.triton_checks.common.compile_gate import Case, Kernel, product_cases
 from tests.gpu.triton_checks.common.kernels import (
@@ -132,14 +133,14 @@ class TestLogsumexp(TileTests):
         assert result["loss"].isnan().all() and result["dx"].isnan().all() and result["dscale"].isnan()
 
 
-@pytest.mark.parametrize("dim", [24, 140])
-def test_excludes_every_column(dim):
-    x, y = both(33, 1, dim)
+@pytest.mark.parametrize("dim,precision", [(24, "bfloat16"), (24, "float32"), (140, "float32")])
+def test_excludes_every_column(dim, precision):
+    x, y = (z.to(DTYPES[precision]).float() for z in both(33, 1, dim))
     exclude = torch.zeros(33, dtype=torch.int64, device=DEVICE)
     exclude[4] = 7
     s = torch.tensor(2.0, device=DEVICE)
-    row, row_shift, column, column_shift, kept = contrastive.pair_logsumexp(x, y, s, exclude, 0, "float32")
-    others = [contrastive.similarity_logsumexp(x, y, s, exclude, weigh, 0, "float32") for weigh in (True, False)]
+    row, row_shift, column, column_shift, kept = contrastive.pair_logsumexp(x, y, s, exclude, 0, precision)
+    others = [contrastive.similarity_logsumexp(x, y, s, exclude, weigh, 0, precision) for weigh in (True, False)]
     only = 2 * (x[4] @ y[0])
     for total, shift in ((row, row_shift), *(sums[:2] for sums in others)):
         assert total.nonzero().tolist() == [[4]]
@@ -149,13 +150,13 @@ def test_excludes_every_column(dim):
     # The total of such a row is constant: a gradient of any finite size leads nowhere.
     g = torch.ones(33, device=DEVICE)
     dx, dy, _ = contrastive.pair_logsumexp_backward(
-        g, g[:1], x, y, s, exclude, row_shift, column_shift, kept, "float32"
+        g, g[:1], x, y, s, exclude, row_shift, column_shift, kept, precision
     )
     assert dx.any(1).nonzero().tolist() == [[4]]
     torch.testing.assert_close(dy[0], 2 * 2 * x[4])
-    total, shift, kept = contrastive.self_logsumexp(x[:1], s, 0, "float32")
+    total, shift, kept = contrastive.self_logsumexp(x[:1], s, 0, precision)
     assert total == shift == 0
-    dz, dscale = contrastive.self_logsumexp_backward(g[:1], x[:1], s, shift, kept, "float32")
+    dz, dscale = contrastive.self_logsumexp_backward(g[:1], x[:1], s, shift, kept, precision)
     assert not dz.any() and dscale == 0
 
 
