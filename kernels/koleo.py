@@ -29,31 +29,31 @@ _LAST = tl.constexpr(2**31 - 1)
 
 
 @triton.jit
-def _leave_out(x, nearest, own, inside, others, found, TOPK: tl.constexpr, AXIS: tl.constexpr):
+def _leave_out(x, best, own, inside, others, found, TOPK: tl.constexpr, AXIS: tl.constexpr):
     """x, minus infinity where `others`, along the other axis, were found for rows `own` before."""
     for t in range(found):
-        before = tl.load(nearest + own.to(tl.int64) * TOPK + t, mask=inside, other=-1).to(tl.int32)
+        before = ~tl.load(best + own.to(tl.int64) * TOPK + t, mask=inside, other=0).to(tl.int32) & _LAST
         x = tl.where(tl.expand_dims(before, AXIS) == tl.expand_dims(others, 1 - AXIS), float("-inf"), x)
     return x
 
 
 @triton.jit
-def _enter(x, best, own, inside, start, AXIS: tl.constexpr):
-    """The largest of x along an axis, whose first row is `start`, and the first that has it, into the best of `own`."""
+def _enter(x, best, own, inside, start, found, TOPK: tl.constexpr, AXIS: tl.constexpr):
+    """The largest of x along an axis, whose first row is `start`, and the first that has it, into `best` of `own`."""
     top, place = tl.max(x, AXIS, return_indices=True)
     at = start + place
     bits = top.to(tl.int32, bitcast=True)
     order = bits ^ ((bits >> 31) & _LAST)  # as integers, negative floats come in descending order
     key = (order.to(tl.int64) << 32) | (~at & _LAST).to(tl.int64)
-    tl.atomic_max(best + own, key, mask=inside & (top > float("-inf")))
+    tl.atomic_max(best + own.to(tl.int64) * TOPK + found, key, mask=inside & (top > float("-inf")))
 
 
 @triton.jit(do_not_specialize=["N", "first", "count", "size", "found", "blocks"])
 def nearest_tile(
-    z, nearest, best, N, first, count, size, found, blocks, D,
-    TOPK: tl.constexpr, T: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
-    """The largest product of each row and column of a tile, with rows that were not found before."""
+    z, best, N, first, count, size, found, blocks, D, TOPK: tl.constexpr, T: tl.constexpr, BK: tl.constexpr
+):
+    """The largest product of each row and column of a tile, with rows that were not found before: into best[:, found].
+    """
     block = tl.program_id(0) % blocks
     distance = tl.program_id(0) // blocks
     if (2 * distance == blocks) & (block >= distance):
@@ -73,26 +73,23 @@ def nearest_tile(
     x = tl.where(together & (i < N)[:, None] & (j < N)[None, :], x, float("-inf"))
     own = i - first
     inside = (own >= 0) & (own < count)
-    _enter(_leave_out(x, nearest, own, inside, j, found, TOPK, 1), best, own, inside, column, 1)
+    _enter(_leave_out(x, best, own, inside, j, found, TOPK, 1), best, own, inside, column, found, TOPK, 1)
     if distance > 0:
         own = j - first
         inside = (own >= 0) & (own < count)
-        _enter(_leave_out(x, nearest, own, inside, i, found, TOPK, 0), best, own, inside, row, 0)
+        _enter(_leave_out(x, best, own, inside, i, found, TOPK, 0), best, own, inside, row, found, TOPK, 0)
 
 
 def nearest_rows(z: Tensor, first: int, rows: int, topk: int, group_size: int) -> Tensor:
     """(rows, topk) of `fastssl::koleo_loss` for CUDA tensors, from float32 z; see fastssl/ops/koleo.py."""
     count = z.shape[0]
-    nearest = z.new_empty((rows, topk), dtype=torch.int64)
+    best = z.new_full((rows, topk), torch.iinfo(torch.int64).min, dtype=torch.int64)
     if rows == 0:
-        return nearest
+        return best
     padded = pad(z, "float32")
     blocks = triton.cdiv(count, TILE["T"])
     for found in range(topk):
-        best = z.new_full((rows,), torch.iinfo(torch.int64).min, dtype=torch.int64)
         nearest_tile[(blocks * (blocks // 2 + 1),)](
-            padded, nearest, best, count, first, rows, group_size, found, blocks, padded.shape[1], TOPK=topk,
-            **TILE, **OPTIONS,
-        )  # fmt: skip
-        nearest[:, found] = _LAST.value - (best & 0xFFFFFFFF)
-    return nearest
+            padded, best, count, first, rows, group_size, found, blocks, padded.shape[1], TOPK=topk, **TILE, **OPTIONS
+        )
+    return best.bitwise_not_().bitwise_and_(_LAST.value)

@@ -225,7 +225,7 @@ def block_masking_ids(
     seed = draw_seed(generator, "cpu")
     triple = masking.block_masking_ids(seed, batch, height, width, keep, min_block, max_block, ratios)
     target = check_device(device) or (generator.device if generator is not None else "cpu")
-    ids_keep, ids_restore, mask = (x.to(target) for x in triple)
+    ids_keep, ids_restore, mask = (x.to(target, non_blocking=True) for x in triple)  # a GPU need not be waited for
     return ids_keep, mask, ids_restore
 
 

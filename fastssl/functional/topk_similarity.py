@@ -45,10 +45,12 @@ def topk_similarity(query: Tensor, bank: Tensor, k: int, *, normalize: bool = Tr
     step = max(1, _TOPK_ELEMENTS // columns)
     values = query.new_empty((query.shape[0], k), dtype=accumulate_dtype(query.dtype))
     indices = query.new_empty((query.shape[0], k), dtype=torch.int64)
-    for row in range(0, query.shape[0], step):
-        rows = slice(row, row + step)
-        for column in range(0, bank.shape[0], columns):
-            S = _similarity(query[rows], bank[column : column + columns], normalize)
+    for column in range(0, bank.shape[0], columns):
+        keys = _operand(bank[column : column + columns], normalize)  # of a block once, not for each block of queries
+        for row in range(0, query.shape[0], step):
+            rows = slice(row, row + step)
+            with without_autocast(query):
+                S = _operand(query[rows], normalize) @ keys.T
             best = S.topk(min(k, S.shape[1]), dim=1)
             found = best.indices + column
             if column:
@@ -58,8 +60,6 @@ def topk_similarity(query: Tensor, bank: Tensor, k: int, *, normalize: bool = Tr
     return values, indices
 
 
-def _similarity(x: Tensor, y: Tensor, normalize: bool) -> Tensor:
-    """x y^T, in the dtype of sums, under autocast too."""
-    x, y = (unit(t) if normalize else widen(t) for t in (x, y))
-    with without_autocast(x):
-        return x @ y.T
+def _operand(x: Tensor, normalize: bool) -> Tensor:
+    """In the dtype of sums."""
+    return unit(x) if normalize else widen(x)

@@ -12,7 +12,7 @@ Where registers allow it, a program takes two tiles, which have their rows in co
 second-level cache, and the same numbers.
 
 Cost, in units U = 2 M N D floating-point operations: 1 U, about U / 2 for a symmetric S. Memory: at most 512 bytes per
-row and per column for the slots.
+row and per column for the slots, up to 2,048 per row where rows are few.
 
 Numerics: a row's maximum is taken before its exponentials, so any scale and any lengths of rows are safe. A NaN in S
 makes the totals of its row and column NaN.

@@ -9,12 +9,13 @@ With a student's logits s, the logits t_1 ... t_T of the teacher's views, a cent
 Algorithm. One program takes one row of one of the student's views, and walks along its K prototypes twice. First it
 sums, relative to the maxima so far, the exponentials of the student's row and of each teacher's row, and for each
 teacher the products of its exponentials with M - s; a new maximum rescales these sums, as in flash attention. They give
-the loss. Then it writes the gradient times `weight`, the factor of the row's loss. A row of 65,536 prototypes stays in
-the second-level cache between the two walks; the programs of all views share a teacher's row there.
+the loss. Then it writes the gradient times `weight`, the factor of the row's loss. The programs of all views of a row
+follow each other, so that they share the teacher's rows in the second-level cache.
 
 Cost. Two exponentials for each entry of a student's row, and two for each entry of each teacher's row that teaches it.
-Of global memory, the student's logits are read once and their gradients written once; nothing else grows with K. There
-are no atomics: the bits are the same in every run.
+Of global memory, the logits of both sides are read once (twice where rows in flight do not fit the second-level cache)
+and the student's gradients written once; nothing else grows with K. There are no atomics: the bits are the same in
+every run.
 """
 
 from __future__ import annotations
@@ -53,12 +54,14 @@ def distill(
     student (V, N, K) is the student's views from first_view on, teacher (T, N, K) all of the teacher's; TEACHERS is a
     power of two.
     """
-    row = (tl.program_id(0) % rows).to(tl.int64)
-    view = (tl.program_id(0) // rows).to(tl.int64)
+    views = tl.num_programs(0) // rows  # of one row, one after the other
+    row = (tl.program_id(0) // views).to(tl.int64)
+    view = (tl.program_id(0) % views).to(tl.int64)
     student += view * student_view + row * student_row
     teacher_view = tl.cast(teacher_view, tl.int64)
     teacher += row * teacher_row
     number = view + first_view
+    far = tl.cast(teacher_view, tl.int64)
     block = tl.arange(0, BLOCK)
     teachers = tl.arange(0, TEACHERS)
     teaches = (teachers < T) & ((teachers != number) == UNLIKE)
@@ -79,7 +82,7 @@ def distill(
         for t in tl.static_range(T):
             if (number != t) == UNLIKE:
                 here = teachers == t
-                x = load_centred(teacher + t * teacher_view, center, columns, K)
+                x = load_centred(teacher + t * far, center, columns, K)
                 highest, new_t, old_t = _raise(tl.max(tl.where(here, tops, float("-inf")), 0), x)
                 e = tl.exp((x - new_t) * teacher_scale)
                 shrink = tl.exp((old_t - new_t) * teacher_scale)
@@ -101,7 +104,7 @@ def distill(
             for t in tl.static_range(T):
                 if (number != t) == UNLIKE:
                     here = teachers == t
-                    x = load_centred(teacher + t * teacher_view, center, columns, K)
+                    x = load_centred(teacher + t * far, center, columns, K)
                     new_t = finite(tl.max(tl.where(here, tops, float("-inf")), 0))
                     g -= tl.exp((x - new_t) * teacher_scale) * tl.sum(tl.where(here, of_teachers, 0.0), 0)
             tl.store(gradient + columns, g.to(gradient.dtype.element_ty), mask=columns < K)

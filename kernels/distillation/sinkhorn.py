@@ -119,7 +119,7 @@ def column_logsumexp(logits: Sequence[Tensor], temperature: float) -> tuple[Tens
         tops, totals = _slots(x, 2)
         _over_columns(sum_exponentials, x, tops, tops, totals, inverse(temperature))
         parts.append((tops, totals))
-    tops, totals = (torch.cat(x) for x in zip(*parts, strict=True))
+    tops, totals = (_joined(x) for x in zip(*parts, strict=True))
     top = tops.amax(0)
     return (totals * ((tops - top) * inverse(temperature)).exp()).sum(0), top
 
@@ -132,7 +132,7 @@ def assignment_sums(logits: Sequence[Tensor], center: Tensor, temperature: float
         (of_slots,) = _slots(x, 1)
         _over_columns(sum_columns, x, of_slots, center, *normalisers, of_slots, scale)
         sums.append(of_slots)
-    return torch.cat(sums).sum(0)
+    return _joined(sums).sum(0)
 
 
 def assignments(logits: Tensor, center: Tensor, temperature: float) -> Tensor:
@@ -147,7 +147,7 @@ def column_sums(logits: Sequence[Tensor]) -> Tensor:
         (of_slots,) = _slots(x, 1)
         _over_columns(sum_columns, x, of_slots, None, None, None, of_slots, None)
         sums.append(of_slots)
-    return torch.cat(sums).sum(0)
+    return _joined(sums).sum(0)
 
 
 def _slots(x: Tensor, count: int) -> Tensor:
@@ -155,6 +155,11 @@ def _slots(x: Tensor, count: int) -> Tensor:
     rows, columns = x.shape
     slots = min(triton.cdiv(rows, 4 * BLOCK["BR"]), 4 * PROGRAMS // triton.cdiv(columns, BLOCK["BK"]))
     return x.new_empty((count, max(slots, 1), columns), dtype=torch.float32)
+
+
+def _joined(slots: Sequence[Tensor]) -> Tensor:
+    """Those of all matrices."""
+    return slots[0] if len(slots) == 1 else torch.cat(slots)
 
 
 def _over_columns(kernel: Any, x: Tensor, slots: Tensor, *arguments: Any) -> None:

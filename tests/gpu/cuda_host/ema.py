@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.accuracy import with_tensors
-from tests.gpu.cuda_host.common.operations import DEVICE, DTYPES, cuda, portable
+from tests.gpu.cuda_host.common.operations import DEVICE, DTYPES, assert_launches, cuda, portable
 
 
 def _pairs(target: torch.dtype, source: torch.dtype) -> list[tuple[Tensor, Tensor]]:
@@ -62,6 +62,14 @@ def test_moving_averages_of_infinities_and_huge_numbers(target, momentum):
         assert torch.equal(targets[kept].nan_to_num(7), exact[kept].nan_to_num(7))
         numbers = kept & ~exact.isnan()
         assert torch.equal(targets[numbers].signbit(), exact[numbers].signbit())
+
+
+def test_launches():
+    """One for up to 900 pairs, or 400 parameters."""
+    rows = list(torch.ones(900, 2).unbind())
+    assert_launches("ema_update_", rows, [x.clone() for x in rows], MOMENTUM)
+    lists = [list(x.unbind()) for x in torch.ones(5, 400, 2)]
+    assert_launches("adamw_ema_step_", *lists, [torch.tensor(0.0, device="cpu") for _ in range(400)], *ADAMW)
 
 
 def test_moving_averages_of_very_many_pairs():

@@ -11,6 +11,7 @@ from tests.gpu.cuda_host.common.operations import (
     LIBRARY,
     assert_aborts,
     assert_as_accurate,
+    assert_launches,
     cuda,
     layouts,
     permutations,
@@ -31,6 +32,15 @@ def test_masking_ids(batch, length, keep):
     for seed in (torch.tensor(0), torch.tensor(2**62 - 1), torch.tensor(-12345)):
         results = [op(seed, batch, length, keep) for op in (cuda.masking_ids, portable.masking_ids_portable)]
         assert all(map(torch.equal, *results))
+
+
+def test_launches():
+    x, row, ids = torch.ones(33, 2, 4), torch.ones(4), permutations(33, 6)
+    assert_launches("masking_ids", torch.tensor(0), 33, 6, 2)
+    assert_launches("gather_tokens", x, ids[:, :5] // 3)
+    assert_launches("scatter_tokens", x, ids[:, :2], 6, row)
+    assert_launches("restore_tokens", x, ids, row, torch.ones(6, 4))
+    assert_launches("restore_tokens_backward", torch.ones(33, 6, 4), ids, [33, 2, 4], True)
 
 
 SHAPES = ((3, 7, 5), (1, 1, 1), (2, 130, 16), (2, 3, 300), (1, 70, 129), (40, 3, 8), (0, 4, 3), (2, 0, 3), (2, 3, 0))

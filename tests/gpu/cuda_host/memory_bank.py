@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from tests.gpu.cuda_host.common.operations import DTYPES, cuda, layouts, portable
+from tests.gpu.cuda_host.common.operations import DTYPES, assert_launches, cuda, layouts, portable
 
 
 @pytest.mark.parametrize(
@@ -31,6 +31,10 @@ def test_enqueue(size, count, dim, start):
             error, allowed = ((x.double() - expected[0]).abs().max().item() for x in (keys, expected[1]))
             assert error <= 2 * allowed + 1e-6
             assert memory[0].isnan().all() and memory[-1].isnan().all() and memory[:, 0].isnan().all()
+
+
+def test_launches():
+    assert_launches("enqueue_", torch.ones(9, 3), torch.tensor(4), torch.ones(20, 3), True)
 
 
 def test_enqueue_zeros_and_keys_of_the_queue_itself():

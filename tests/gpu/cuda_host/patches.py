@@ -16,6 +16,7 @@ from tests.gpu.cuda_host.common.operations import (
     LIBRARY,
     assert_aborts,
     assert_as_accurate,
+    assert_launches,
     cuda,
     layouts,
     permutations,
@@ -64,6 +65,15 @@ def test_gather_and_scatter_of_patches(size, patch):
 
 IMAGES, PRED = torch.randn(2, 3, 8, 8, device=DEVICE), torch.randn(2, 4, 48, device=DEVICE)
 MASK = torch.ones(2, 4, dtype=torch.bool, device=DEVICE)
+
+
+def test_launches():
+    losses, ids, settings = torch.ones(2, 4), permutations(2, 4), ("mse", *with_tensors((0.0,)))
+    for grad, suffix in (((), ""), ((losses,), "_backward")):
+        assert_launches(f"masked_patch_loss{suffix}", *grad, PRED, IMAGES, MASK, [4, 4], "patch")
+        assert_launches(f"masked_feature_loss{suffix}", *grad, PRED, PRED.clone(), MASK, *settings)
+    assert_launches("gather_patches", IMAGES, ids, [4, 4])
+    assert_launches("scatter_patches", PRED, ids, [2, 3, 8, 8], [4, 4])
 
 
 @pytest.mark.skipif(not LIBRARY, reason="leaves a GPU unusable")

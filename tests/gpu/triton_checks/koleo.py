@@ -12,9 +12,10 @@ from torch import Tensor
 from fastssl.kernels.koleo import TILE, nearest_rows, nearest_tile
 from fastssl.ops import koleo
 from tests.gpu.triton_checks.common.compile_gate import Case, Kernel
-from tests.gpu.triton_checks.common.numerics import DEVICE, THOROUGH, poisoned
+from tests.gpu.triton_checks.common.launches import count_launches
+from tests.gpu.triton_checks.common.numerics import DEVICE, INTERPRETED, THOROUGH, poisoned
 
-_KERNEL = Kernel(nearest_tile, {"z": "fp32", "nearest": "i64", "best": "i64"}, multiples=("D",))
+_KERNEL = Kernel(nearest_tile, {"z": "fp32", "best": "i64"}, multiples=("D",))
 
 
 def cases(capability: int, sweep: bool) -> Iterator[Case]:
@@ -83,6 +84,13 @@ def test_same_bits_and_no_rows():
     z = _rows(200, 24)
     assert torch.equal(_nearest(z, 0, 200, 2, 200), _nearest(z, 0, 200, 2, 200))
     assert _nearest(z, 0, 0, 2, 200).shape == (0, 2)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="launches are counted in the interpreter")
+@pytest.mark.parametrize("topk", [1, 3])
+def test_launches(topk):
+    z = _rows(128, 64)
+    assert count_launches(lambda: nearest_rows(z, 0, 128, topk, 128)) == topk + 3
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

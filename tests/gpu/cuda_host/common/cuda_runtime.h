@@ -51,7 +51,7 @@ inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace cuda_host {
 
-inline unsigned order = 0;
+inline unsigned order = 0, launches = 0;
 inline std::mt19937 random_order;
 
 constexpr size_t kStack = 64 << 10;
@@ -306,6 +306,7 @@ inline const char* cudaGetErrorString(cudaError_t) { return ""; }
 
 template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&... arguments) {
+  ++cuda_host::launches;
   cuda_host::launch(config->gridDim, config->blockDim, [&] { kernel(arguments...); });
   return cudaSuccess;
 }

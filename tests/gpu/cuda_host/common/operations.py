@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import signal
@@ -18,12 +19,32 @@ DEVICE = "cpu" if LIBRARY else "cuda"
 ORDERS = {"forwards": 0, "backwards": 1, "shuffled": 2} if LIBRARY else {"on the GPU": 0}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
+# How many kernels an operation launches for tensors as it takes them; the gradients of restored tokens for more than 32
+# samples.
+LAUNCHES = {
+    "adamw_ema_step_": 1,
+    "ema_update_": 1,
+    "enqueue_": 2,
+    "gather_patches": 1,
+    "gather_tokens": 1,
+    "masked_feature_loss": 1,
+    "masked_feature_loss_backward": 1,
+    "masked_patch_loss": 1,
+    "masked_patch_loss_backward": 1,
+    "masking_ids": 1,
+    "restore_tokens": 1,
+    "restore_tokens_backward": 4,
+    "scatter_patches": 1,
+    "scatter_tokens": 1,
+}
+
 portable = cuda = torch.ops.fastssl
 if LIBRARY:
     _library = torch.library.Library("fastssl_cuda_host", "DEF")
     for _name in OPERATIONS:
         _library.define(str(getattr(portable, _name).default._schema).removeprefix("fastssl::"))
     torch.ops.load_library(LIBRARY)
+    _launches = ctypes.CDLL(LIBRARY).cuda_host_launches
     cuda = torch.ops.fastssl_cuda_host
 
 
@@ -52,6 +73,13 @@ def assert_as_accurate(name: str, *args) -> None:
         error, allowed = ((x.double() - truth).abs().max().item() for x in (result, eager))
         rounding = torch.finfo(torch.promote_types(result.dtype, torch.float32)).eps * max(1, truth.abs().max().item())
         assert error <= 2 * allowed + 4 * rounding  # not so if the error is NaN
+
+
+def assert_launches(name: str, *args) -> None:
+    if LIBRARY:
+        before = _launches()
+        getattr(cuda, name)(*args)
+        assert _launches() - before == LAUNCHES[name]
 
 
 def assert_aborts(call: Callable[[], Any]) -> None:

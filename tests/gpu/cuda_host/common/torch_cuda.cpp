@@ -1,4 +1,5 @@
-// In place of libtorch_cuda: there is one device and one stream. And the order of threads, for the tests to set.
+// In place of libtorch_cuda: there is one device and one stream. And for the tests, the order of threads to set, and how
+// many launches there were.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
 #include "cuda_runtime.h"
@@ -21,4 +22,6 @@ __attribute__((visibility("default"))) void cuda_host_order(unsigned order) {
   cuda_host::order = order;
   cuda_host::random_order.seed(order);
 }
+
+__attribute__((visibility("default"))) unsigned cuda_host_launches() { return cuda_host::launches; }
 }
