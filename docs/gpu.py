@@ -25,11 +25,10 @@ from torch.utils._pytree import tree_leaves
 from triton.runtime.jit import KernelInterface
 
 from fastssl import functional
-from fastssl.kernels import contrastive, correlation, distillation, koleo, sigmoid
+from fastssl.kernels import contrastive, correlation, distillation, koleo, row_sums, sigmoid
 from fastssl.kernels import linear_categorical as categorical
 from fastssl.kernels import linear_cross_entropy as linear
-from fastssl.ops.koleo import _backward as koleo_backward
-from fastssl.ops.koleo import _forward as koleo_forward
+from fastssl.ops.koleo import _add_on_gpu_, _backward, _forward
 
 # An H100 (SXM), per second: FLOP of bfloat16 products, and of float32 without tensor cores; bytes of memory, and of the
 # second-level cache; exponentials, reciprocals and conversions; integer operations. Bytes of that cache.
@@ -164,7 +163,7 @@ KERNELS: dict[str, Callable[[Arguments], Work]] = {
     "_forward_tile": _forward_tile,
     "_gradient_sums": lambda a: Work(bytes=_bytes(a, "gram", "other" if a["rstd"] is None else "gram")),
     "_gram": _gram,
-    "_join": lambda a: Work(),  # reads labels with more than 32 rows, one in 32
+    "_join": lambda a: Work(),  # of ids with more than 32 rows, one in 32
     "_multiply": _multiply,
     "accumulate_narrow": _accumulate,
     "cross_entropy": lambda a: _of_rows(1, a, "logits", walks=1 + (a["gradient"] is not None)),
@@ -220,6 +219,7 @@ LAUNCHERS = {
     "fastssl::column_logsumexp": distillation.column_logsumexp,
     "fastssl::self_logsumexp": contrastive.self_logsumexp,
     "fastssl::self_logsumexp_backward": contrastive.self_logsumexp_backward,
+    "fastssl::sum_rows": row_sums.sum_rows,
 }
 
 
@@ -314,10 +314,13 @@ def _other_operations() -> Iterator[tuple[str, str, list[Work]]]:
     N, D = 32768, 128
     yield "`uniformity`, forward", f"{N:,} x {D}", called(lambda: functional.uniformity(_new(N, D)))
     N, D = 4096, 1024
-    forward = called(lambda: koleo_forward(koleo.nearest_rows, _new(N, D), 0, N, 1, N, 1e-8))
+    forward = called(lambda: _forward(koleo.nearest_rows, _new(N, D), 0, N, 1, N, 1e-8))
     yield "`koleo_loss`", f"{N:,} x {D:,}", forward
-    backward = called(lambda: koleo_backward(_float32(), _new(N, D), _int64(N, 1), 0, 1e-8))
+    backward = called(lambda: _backward(_add_on_gpu_, _float32(), _new(N, D), _int64(N, 1), 0, 1e-8))
     yield "", "its backward pass", backward
+    N, D, ids = 32768, 768, 30522
+    [summed] = passes(row_sums, "sum_rows", rows=_new(N, D), ids=_int64(N), count=ids)
+    yield "`sum_rows`", f"{N:,} x {D} of {ids:,} ids", summed
     queries, rows, D, k = 4096, 65536, 512, 20
     found = called(lambda: functional.topk_similarity(_new(queries, D), _new(rows, D), k))
     yield "`topk_similarity`", f"{k} of {rows:,} x {D} for {queries:,}", found

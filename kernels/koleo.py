@@ -52,8 +52,7 @@ def _enter(x, best, own, inside, start, found, TOPK: tl.constexpr, AXIS: tl.cons
 def nearest_tile(
     z, best, N, first, count, size, found, blocks, D, TOPK: tl.constexpr, T: tl.constexpr, BK: tl.constexpr
 ):
-    """The largest product of each row and column of a tile, with rows that were not found before: into best[:, found].
-    """
+    """The largest product of each row and column of a tile, with rows not found before: into best[:, found]."""
     block = tl.program_id(0) % blocks
     distance = tl.program_id(0) // blocks
     if (2 * distance == blocks) & (block >= distance):

@@ -61,7 +61,6 @@ def distill(
     teacher_view = tl.cast(teacher_view, tl.int64)
     teacher += row * teacher_row
     number = view + first_view
-    far = tl.cast(teacher_view, tl.int64)
     block = tl.arange(0, BLOCK)
     teachers = tl.arange(0, TEACHERS)
     teaches = (teachers < T) & ((teachers != number) == UNLIKE)
@@ -82,7 +81,7 @@ def distill(
         for t in tl.static_range(T):
             if (number != t) == UNLIKE:
                 here = teachers == t
-                x = load_centred(teacher + t * far, center, columns, K)
+                x = load_centred(teacher + t * teacher_view, center, columns, K)
                 highest, new_t, old_t = _raise(tl.max(tl.where(here, tops, float("-inf")), 0), x)
                 e = tl.exp((x - new_t) * teacher_scale)
                 shrink = tl.exp((old_t - new_t) * teacher_scale)
@@ -104,7 +103,7 @@ def distill(
             for t in tl.static_range(T):
                 if (number != t) == UNLIKE:
                     here = teachers == t
-                    x = load_centred(teacher + t * far, center, columns, K)
+                    x = load_centred(teacher + t * teacher_view, center, columns, K)
                     new_t = finite(tl.max(tl.where(here, tops, float("-inf")), 0))
                     g -= tl.exp((x - new_t) * teacher_scale) * tl.sum(tl.where(here, of_teachers, 0.0), 0)
             tl.store(gradient + columns, g.to(gradient.dtype.element_ty), mask=columns < K)

@@ -16,6 +16,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 model = runpy.run_path(str(DOCS / "gpu.py"))
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 13), reason="before PyTorch 2.13 ldexp is two operations")
 def test_the_page_has_the_models_tables():
     page = (DOCS / "gpu.md").read_text()
     for table in model["tables"]():

@@ -32,6 +32,16 @@ def test_topk_similarity(dtype, normalize, monkeypatch):
             assert (indices.sort(1).values.diff(dim=1) > 0).all()  # none twice
 
 
+def test_topk_similarity_normalises_the_bank_once(monkeypatch):
+    module, rows = importlib.import_module(topk_similarity.__module__), []
+    monkeypatch.setattr(module, "_TOPK_COLUMNS", 10)
+    monkeypatch.setattr(module, "_TOPK_ELEMENTS", 50)
+    monkeypatch.setattr(module, "unit", lambda x: rows.append(len(x)) or F.normalize(x, dim=-1))
+    topk_similarity(normal(37, 12), normal(101, 12), 3)
+    blocks = -(-101 // 10)
+    assert sum(rows) == 101 + 37 * blocks
+
+
 def test_topk_similarity_of_equal_rows_and_none():
     values, indices = topk_similarity(normal(3, 4), normal(1, 4).expand(9, 4), 9)
     torch.testing.assert_close(values, values[:, :1].expand(3, 9))
