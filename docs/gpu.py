@@ -113,13 +113,6 @@ def _weigh_block(a: Arguments) -> Work:
     return Work(2 * height * width * D, special * height * width, moved, rate=WIDE_TILE)
 
 
-def _multiply(a: Arguments) -> Work:
-    rows, columns, views = a["rows"], a["columns"], a["left"].shape[0]
-    share = (rows + 128) / (2 * rows) if a["LOWER"] else 1
-    moved = _bytes(a, "out") + (2 if a["ADD"] else 1) * share * _bytes({"out": a["out"]})
-    return Work(2 * rows * columns * a["K"] * views * share, 0, moved)
-
-
 def _gram(a: Arguments) -> Work:
     products = _bytes({name: a[name] for name in ("products_a", "products_b")})
     return Work(bytes=_bytes(a) - products / 2)  # the lower half
@@ -164,7 +157,6 @@ KERNELS: dict[str, Callable[[Arguments], Work]] = {
     "_gradient_sums": lambda a: Work(bytes=_bytes(a, "gram", "other" if a["rstd"] is None else "gram")),
     "_gram": _gram,
     "_join": lambda a: Work(),  # of ids with more than 32 rows, one in 32
-    "_multiply": _multiply,
     "accumulate_narrow": _accumulate,
     "cross_entropy": lambda a: _of_rows(1, a, "logits", walks=1 + (a["gradient"] is not None)),
     "distill": _distill,

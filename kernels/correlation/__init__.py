@@ -17,19 +17,19 @@ and the derivative of the standardisation, r = 1 / sqrt(var + eps), turns g = dA
 Algorithm
   1. columns.py sums, over slots of rows, what means, variances and the diagonal of C need; from these barlow_twins.py
      and vicreg.py compute, for each column, those statistics, its part of the loss that needs no product, and the
-     factor of the diagonal's part of the gradient. products.py rounds A to the dtype of the products, once.
+     factor of the diagonal's part of the gradient. products.py rounds A to the dtype of the products, once, and hands
+     it to cuBLAS: nothing of these products can be fused but what is done with each number of the result.
   2. dual.py, where N is well below D, or else primal.py: the sums of squares, and the products of the gradients.
   3. derivatives.py applies the derivative of the standardisation, and adds the parts that need no product.
 
 Cost: products of 2 N N D (dual) or 2 N D D (primal) floating-point operations; dual.py and primal.py say how many.
 Everything else is O(N D).
 
-No atomics: every word is written by one program, and a kernel of one configuration gives the same bits every
-time. (Autotuning picks the configuration once per process; another may differ in the last bits.)
+No atomics: every word is written by one program, so these kernels give the same bits every time, and so does cuBLAS
+under `torch.use_deterministic_algorithms`.
 
-Memory: for each view N D elements of the products' dtype. dual: N N floats for each view, up to 2^22 in slots, and N D
-for each view in the backward pass. primal: N D floats for each view, PANEL D (or up to 2^22) for a panel of C, and its
-weights.
+Memory: for each view N D elements of the products' dtype. dual: 2 N N floats for each view, and N D for each view in
+the backward pass. primal: N D floats for each view, PANEL D for a panel of C, and its weights.
 
 Numerics: the diagonals of C (primal) and of the Gram matrices (backward) are left out of rounded weights. Squares are
 summed in float32 within a tile and in float64 across tiles. Weights and Gram matrices are scaled so that their largest

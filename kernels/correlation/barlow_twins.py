@@ -78,7 +78,7 @@ def barlow_twins(
     if lambda_param:
         operands = operands_of(views, columns, precision)
         if dual:
-            squares, kept = dual_forward(operands, None, rows, True, derive, precision)
+            squares, kept = dual_forward(operands, None, rows, True, derive)
             redundancy = squares[0] / rows**2
         else:
             squares, gradients = primal_forward(*operands.split(1), None, rows, derive, precision)

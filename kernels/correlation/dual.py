@@ -2,11 +2,11 @@
 
     sum_{i != j} (A^T B)_ij^2 = <G_a, G_b> - sum_i (A^T B)_ii^2
 
-Algorithm. `_multiply` computes the tiles of G on and below the diagonal, `_gram` fills in the others and takes the
-inner product, from which the squares of the diagonal are subtracted. Backward: N B C^T = G_b A, minus N C_ii B_ni for
-the diagonal of C.
+Algorithm. cuBLAS multiplies; `_gram` takes the tiles of G on and below the diagonal, which stand for the others, too,
+and the inner product, from which the squares of the diagonal are subtracted. Backward: N B C^T = G_b A, minus
+N C_ii B_ni for the diagonal of C.
 
-Cost, in units U = 2 N N D floating-point operations: for each view 1/2 U forward, 1 U backward.
+Cost, in units U = 2 N N D floating-point operations: for each view 1 U forward, 1 U backward.
 
 Numerics: what is subtracted for the diagonal is computed from the same rounded operands as what it is subtracted from.
 """
@@ -23,7 +23,7 @@ from torch import Tensor
 from fastssl.kernels.common.launch import OPTIONS, PEAK
 from fastssl.kernels.correlation.columns import BLOCK, COUNTS, slots_for, tile_at
 from fastssl.kernels.correlation.derivatives import Products
-from fastssl.kernels.correlation.products import TILE, matrix_product, power_of_two_above, rounded, sum_slots
+from fastssl.kernels.correlation.products import TILE, matrix_product, power_of_two_above, rounded
 
 
 @triton.jit
@@ -36,20 +36,20 @@ def _store_symmetric(gram, tile, row, column, N, T: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def _gram(products_a, products_b, scale, gram_a, gram_b, inner, N, slot_stride, padded, slots, T: tl.constexpr):
+def _gram(products_a, products_b, scale, gram_a, gram_b, inner, N, padded, T: tl.constexpr):
     """From the lower tiles of A A^T: all of G, and each tile's part of <G_a, G_b>, or of <G_a, G_a> if b is None."""
     pid = tl.program_id(0)
     blocks = padded // T
     row, column = pid // blocks * T, pid % blocks * T
     if row >= column:
         rows, columns = tile_at(T, T, column // T, row)
-        g_a = sum_slots(products_a + rows * padded + columns, slots, slot_stride)
+        g_a = tl.load(products_a + rows * padded + columns)
         if scale is not None:
             factor = tl.load(scale)
             g_a *= (1 / (factor * factor)).to(tl.float32)
         g_b = g_a
         if products_b is not None:
-            g_b = sum_slots(products_b + rows * padded + columns, slots, slot_stride)
+            g_b = tl.load(products_b + rows * padded + columns)
         total = tl.sum(tl.sum(g_a * g_b, 1), 0)
         tl.store(inner + pid, tl.where(row > column, 2 * total, total))
         if gram_a is not None:
@@ -98,19 +98,19 @@ def diagonals(operands: Tensor, scale: Tensor | None, cross: bool) -> Tensor:
 
 
 def dual_forward(
-    operands: Tensor, scale: Tensor | None, rows: int, cross: bool, derive: bool, precision: str
+    operands: Tensor, scale: Tensor | None, rows: int, cross: bool, derive: bool
 ) -> tuple[Tensor, list[Tensor]]:
     """The sum of squares off the diagonal of A^T B, (1,), or of A^T A for each view, (V,), in float64; and the Gram
     matrices, (N, N), which are empty without `derive`."""
-    products = matrix_product(operands, operands, "NT", precision, lower=True)
-    views, slots, padded, _ = products.shape
+    products = matrix_product(operands, operands.mT)
+    views, padded, _ = products.shape
     grams = [products.new_empty((rows, rows)) if derive else None for _ in range(views)]
     inner = products.new_empty((1 if cross else views, (padded // TILE) ** 2))
     for view in range(len(inner)):
         others = (products[1], grams[1]) if cross else (None, None)
         _gram[(inner.shape[1],)](
             products[view], others[0], None if scale is None else scale[view], grams[view], others[1], inner[view],
-            rows, products.stride(1), padded, slots, T=TILE, **OPTIONS,
+            rows, padded, T=TILE, **OPTIONS,
         )  # fmt: skip
     diagonal = diagonals(operands, scale, cross).double().square().sum(1)
     squares = inner.sum(1, dtype=torch.float64)
@@ -130,10 +130,9 @@ def dual_products(
         _round_gram[(padded // BLOCK["BR"], padded // BLOCK["BD"])](
             gram, peak[view], weights[view], rows, padded, TF32=precision == "tf32", **BLOCK, **OPTIONS
         )
-    products = operands.new_empty(operands.shape, dtype=torch.float32)
     unit = peak.double() * (weight / PEAK.value)
     return Products(
-        matrix_product(weights, operands, "NN", precision, products),
+        matrix_product(weights, operands),
         unit if scale is None else unit / scale,
         grams,
         weight,

@@ -19,15 +19,15 @@ from torch import Tensor
 
 from fastssl.kernels.common.launch import OPTIONS, PEAK
 from fastssl.kernels.correlation.columns import COUNTS, tile_at
-from fastssl.kernels.correlation.products import TILE, matrix_product, rounded, sum_slots
+from fastssl.kernels.correlation.products import TILE, matrix_product, rounded
 
-PANEL = 1024  # columns of C at a time; a multiple of ROWS
+PANEL = 2048  # columns of C at a time, for each of which the gradients' sums are read and written; a multiple of ROWS
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def _weigh(
-    products, scale, weights, squares, view_stride, slot_stride, stride, slots, first_row, first_column, last_column,
-    reciprocal, SYMMETRIC: tl.constexpr, TF32: tl.constexpr, T: tl.constexpr,
+    products, scale, weights, squares, view_stride, stride, first_row, first_column, last_column, reciprocal,
+    SYMMETRIC: tl.constexpr, TF32: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     """From a tile of a panel of C: W, and the sum of its squares. `reciprocal` is 1 over the divisor of C.
 
@@ -37,12 +37,11 @@ def _weigh(
     blocks = stride // T
     row, column = pid // blocks * T, pid % blocks * T
     rows, columns = tile_at(T, T, column // T, row)
-    c = sum_slots(products + view * view_stride + rows * stride + columns, slots, slot_stride) * reciprocal
+    c = tl.load(products + view * view_stride + rows * stride + columns) * reciprocal
     c = tl.where(rows + first_row != columns + first_column, c, 0.0)
     if weights is not None:
-        # Weights have one slot, with as many elements as a slot of products.
-        to = weights + (view * tl.num_programs(0) * T * T + rows * stride + columns)
-        tl.store(to, rounded(c * PEAK, weights.dtype.element_ty, TF32))
+        w = rounded(c * PEAK, weights.dtype.element_ty, TF32)
+        tl.store(weights + view * view_stride + rows * stride + columns, w)
     if scale is not None:
         factor = tl.load(scale + view)
         c *= (1 / (factor * factor)).to(tl.float32)
@@ -68,17 +67,17 @@ def primal_forward(
         stop = min(start + PANEL, padded)
         first, below = (start, stop) if symmetric else (0, 0)
         x, y = left[:, :, first:], right[:, :, start:stop]
-        products = matrix_product(x, y, "TN", precision)
-        _, slots, rows, width = products.shape
-        weights = left.new_empty((views, rows, width)) if derive else None
+        products = matrix_product(x.mT, y)
+        _, rows, width = products.shape
+        weights = left.new_empty(products.shape) if derive else None
         squares.append(products.new_empty((views, (rows // TILE) * (width // TILE))))
         _weigh[(squares[-1].shape[1], views)](
-            products, scale, weights, squares[-1], *products.stride()[:2], width, slots, first, start, stop, 1 / count,
+            products, scale, weights, squares[-1], products.stride(0), width, first, start, stop, 1 / count,
             SYMMETRIC=symmetric, TF32=precision == "tf32", T=TILE, **OPTIONS,
         )  # fmt: skip
         if derive:
-            matrix_product(x, weights, "NN", precision, of_right[:, :, start:stop], add=symmetric and start > 0)
+            matrix_product(x, weights, of_right[:, :, start:stop], add=symmetric and start > 0)
             if below < padded:
-                matrix_product(y, weights[:, below - first :], "NT", precision, of_left[:, :, below:], add=start > 0)
+                matrix_product(y, weights[:, below - first :].mT, of_left[:, :, below:], add=start > 0)
     gradients = (of_left, of_right) if derive else None
     return torch.cat(squares, 1).sum(1, dtype=torch.float64), gradients

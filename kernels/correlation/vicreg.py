@@ -81,7 +81,7 @@ def _vicreg(
     if nu_param:
         operands = operands_of(views, columns, precision)
         if dual:
-            squares, kept = dual_forward(operands, columns.scale, rows, False, derive, precision)
+            squares, kept = dual_forward(operands, columns.scale, rows, False, derive)
             squares = squares / M**2
         else:
             squares, gradients = primal_forward(operands, operands, columns.scale, M, derive, precision)

@@ -15,7 +15,7 @@ from fastssl.kernels.common.launch import DTYPES, ROWS
 from fastssl.kernels.correlation import columns, derivatives, dual, primal, products
 from fastssl.reference import correlation as reference
 from tests.gpu.triton_checks.common import compile_gate
-from tests.gpu.triton_checks.common.compile_gate import Case, Kernel, product_cases
+from tests.gpu.triton_checks.common.compile_gate import Case, Kernel
 from tests.gpu.triton_checks.common.numerics import (
     DEVICE,
     INTERPRETED,
@@ -39,19 +39,7 @@ POINTERS = {
     **dict.fromkeys(("inner", "squares", "grad_loss"), "fp32"),
 }
 NUMBERS = ("eps", "pull", "apart", "gram_weight", "reciprocal")
-MULTIPLES = ("rows", "columns", "left_view", "left_stride", "right_view", "right_stride", "out_view", "out_slot",
-             "out_stride", "view_stride", "slot_stride", "padded", "stride")  # fmt: skip
-MULTIPLY = Kernel(
-    products._multiply, {**POINTERS, "out": "fp32"}, multiples=(*MULTIPLES, "D"), needs=products.multiply_needs
-)
-MATRICES = {
-    "gram": {"LAYOUT": "NT", "LOWER": True, "ADD": False},
-    "panel": {"LAYOUT": "TN", "LOWER": False, "ADD": False},
-    "left": {"LAYOUT": "NN", "LOWER": False, "ADD": False},
-    "left_more": {"LAYOUT": "NN", "LOWER": False, "ADD": True},
-    "right": {"LAYOUT": "NT", "LOWER": False, "ADD": False},
-    "right_more": {"LAYOUT": "NT", "LOWER": False, "ADD": True},
-}
+MULTIPLES = ("rows", "columns", "view_stride", "padded", "stride")
 # The kernels over columns, and those that turn products into losses and weights; and what a launcher of Barlow Twins,
 # or of VICReg, of one view or without what not every call needs, does not pass.
 _CENTRED = {"rstd": None, "other_offset": None, "other_rstd": None}
@@ -101,7 +89,6 @@ _OUTPUTS = {products._standardise: _OF_PRODUCTS, dual._round_gram: _OF_PRODUCTS}
 
 
 def cases(capability: int, sweep: bool) -> Iterator[Case]:
-    yield from product_cases(MULTIPLY, MATRICES, capability, sweep, largest="panel")
     if not sweep and capability != 90:
         return
     for function, variants in COLUMNS.items():
@@ -123,11 +110,8 @@ DUAL = [(2, 3), (3, 17), (17, 33), (33, 65), (64, 127), (65, 129), (127, 200), (
 PARAMS = {"barlow_twins": (1.0, 0.05), "vicreg": (25.0, 25.0, 10.0), "variance_covariance": (25.0, 10.0)}
 
 if INTERPRETED:
-    from tests.gpu.triton_checks.common import interpreter
-
     columns.BLOCK.update(BR=128, BD=128)
     dual.TILE = primal.TILE = 128
-    interpreter.one_configuration(products._multiply)
 
 
 @pytest.fixture(autouse=True)
@@ -331,14 +315,13 @@ def test_nan(value, dual, operation):
 
 
 @pytest.mark.parametrize("operation", OPERATIONS[:2])
-def test_slots_of_rows_and_of_products(operation, monkeypatch):
-    """Many rows are summed in several slots, a long contraction too; and C is made in one panel or in several."""
+def test_slots_of_rows_and_panels_of_columns(operation, monkeypatch):
+    """Many rows are summed in several slots; and C is made in one panel or in several."""
     compare(operation, views(300, 24), False)
     compare(operation, views(24, 520), True)
     monkeypatch.setattr(primal, "PANEL", 2 * ROWS)
     compare(operation, views(60, 300), False)
-    for module in (columns, products):
-        monkeypatch.setattr(module, "PROGRAMS", 1)
+    monkeypatch.setattr(columns, "PROGRAMS", 1)
     compare(operation, views(24, 520), True)
 
 
