@@ -39,7 +39,7 @@ POINTERS = {
     **dict.fromkeys(("inner", "squares", "grad_loss"), "fp32"),
 }
 NUMBERS = ("eps", "pull", "apart", "gram_weight", "reciprocal")
-MULTIPLES = ("rows", "columns", "view_stride", "padded", "stride")
+MULTIPLES = ("view_stride", "padded", "stride")
 # The kernels over columns, and those that turn products into losses and weights; and what a launcher of Barlow Twins,
 # or of VICReg, of one view or without what not every call needs, does not pass.
 _CENTRED = {"rstd": None, "other_offset": None, "other_rstd": None}
